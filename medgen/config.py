@@ -1,0 +1,330 @@
+"""params.yaml -> frozen sections, one per stage; `load` is the only door.
+
+params = load(Path("params.yaml"), ["train.batch_size=16"])
+"""
+
+import difflib
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from medgen.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    """Where the raw images are and what is known of them."""
+
+    path: str = "data"  # folder tracked by data.dvc, relative to params.yaml's folder
+    name: str = "phantom-chest"  # the dataset's name in MLflow
+    patient_pattern: str | None = None  # regular expression on the file name; group 1 is the patient
+
+
+class Preprocess(Section):
+    """image file -> uint8 store."""
+
+    image_size: Annotated[int, Field(ge=16, le=1024, multiple_of=4)] = 64
+    fit: Literal["pad", "squash"] = "pad"  # keep the aspect with black borders, or stretch
+    clahe_clip: NonNegative = 2.0  # contrast limit of CLAHE; 0 leaves it out
+    clahe_tiles: Count = 8  # CLAHE works on tiles x tiles regions
+    reduced_decode: bool = False  # decode JPEGs at 1/2, 1/4, 1/8 where the output is that much smaller
+    val_fraction: Fraction = 0.1
+    test_fraction: Fraction = 0.2  # only where the data brings no split of its own
+    max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05  # more unreadable files than this stop the run
+    seed: int = 0
+
+
+class Features(Section):
+    """The domain extractor: a small classifier trained on the train split."""
+
+    width: Count = 32  # channels of the first block
+    epochs: Count = 10
+    batch_size: Count = 32
+    learning_rate: Positive = 1e-3
+    seed: int = 0
+
+
+class Model(Section):
+    """Which network, and its sizes. Image size and classes come from the store."""
+
+    name: str = "spatial_vae"
+    base_channels: Count = 32  # channels after the first convolution; doubled at each stage
+    max_channels: Count = 512
+    blocks_per_stage: Count = 1
+    latent_channels: Count = 64
+    latent_size: Count = 4  # side of the latent grid; the number of stages follows
+    attention_resolutions: tuple[int, ...] = (16,)
+    logvar_bound: Positive = 10.0  # log-variance is bound * tanh(x / bound)
+
+
+class Beta(Section):
+    """Weight of the KL term over a phase."""
+
+    schedule: Literal["constant", "linear", "cyclical"] = "constant"
+    start: NonNegative = 0.0  # linear, cyclical: value at the beginning
+    end: NonNegative = 0.0  # the value itself for constant
+    epochs: Count = 1  # linear: length of the ramp; cyclical: length of one cycle
+
+
+class Schedule(Section):
+    """Learning rate over a phase, as a factor of the phase's rate."""
+
+    name: Literal["constant", "cosine_restarts", "plateau"] = "constant"
+    period: Count = 10  # cosine_restarts: epochs to the first restart
+    period_factor: Count = 1  # cosine_restarts: each period is this many times the last
+    min_factor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # plateau: what the rate is multiplied by
+    patience: Count = 5  # plateau: epochs without a better validation loss
+
+
+class Weights(Section):
+    """Weights of the image terms; each term is a mean over pixels."""
+
+    l1: NonNegative = 0.0
+    mse: NonNegative = 0.0
+    bce: NonNegative = 0.0
+    ssim: NonNegative = 0.0  # of 1 - SSIM
+    perceptual: NonNegative = 0.0  # VGG16 features; needs `medgen weights fetch vgg16`
+
+
+class Loss(Section):
+    """The objective. β itself belongs to a phase."""
+
+    weights: Weights = Weights(l1=1.0, ssim=0.5)
+    # elbo: β·KL/(C·H·W), so that β = 1 is the evidence lower bound; sum: β·KL; mean: β·KL/D
+    kl_reduction: Literal["elbo", "sum", "mean"] = "elbo"
+    free_bits: NonNegative = 0.0  # nats per latent channel that cost nothing
+
+
+class Phase(Section):
+    """A stretch of training. The loop never asks which phase it is in."""
+
+    name: str
+    epochs: Annotated[int, Field(ge=0)]
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: Positive = 1e-4
+    weight_decay: NonNegative = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Schedule = Schedule()
+    beta: Beta = Beta()
+    weights: Weights | None = None  # in place of loss.weights during this phase
+
+
+class Train(Section):
+    """How the model is trained."""
+
+    seed: int = 0
+    batch_size: Count = 32  # over all processes
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(name="train", epochs=1),)
+    clip_norm: Positive = 1.0
+    ema_decay: Fraction = 0.0  # 0: no averaged weights
+    horizontal_flip: bool = False  # mirrors the heart: a choice, not a default
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    on_nonfinite: Literal["raise", "rollback"] = "raise"
+    max_rollbacks: Count = 3
+    sample_every: Count = 10  # epochs between sample and reconstruction grids
+    checkpoint_seconds: NonNegative = 60.0  # also saved at every epoch's end
+    subset: Count | None = None  # only this many training images, spread over the split
+
+    @model_validator(mode="after")
+    def _phase_names_differ(self) -> Self:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phase names must differ, found {names}")
+        return self
+
+
+class Prior(Section):
+    """What latents are drawn from when the model generates."""
+
+    name: str = "gmm"
+    components: tuple[Count, ...] = (1, 2, 4, 8)  # tried; the best held-out likelihood is kept
+    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95  # share of latent variance kept by PCA
+    conditional: bool = True  # one mixture per class where the data has labels
+    seed: int = 0
+
+
+class Evaluate(Section):
+    """How the model is judged, on the test split."""
+
+    num_generated: Count = 1000
+    batch_size: Count = 64
+    kid_subsets: Count = 100
+    seed: int = 0
+    grid_images: Count = 36
+
+
+class Tracking(Section):
+    """Where runs are recorded."""
+
+    uri: str = "sqlite:///mlflow.db"  # relative sqlite paths are in the project's folder
+    experiment: str = "medgen"
+    enabled: bool = True
+    system_metrics: bool = True
+    timeout_seconds: Positive = 5.0  # for one call to a tracking server
+
+
+class Registry(Section):
+    """How a model becomes a registered version."""
+
+    model_name: str = "medgen"
+    register_after_evaluate: bool = True
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    data: Data = Data()
+    preprocess: Preprocess = Preprocess()
+    features: Features = Features()
+    model: Model = Model()
+    loss: Loss = Loss()
+    train: Train = Train()
+    prior: Prior = Prior()
+    evaluate: Evaluate = Evaluate()
+    tracking: Tracking = Tracking()
+    registry: Registry = Registry()
+
+
+@dataclass(frozen=True)
+class Project:
+    """The folder a command runs in, and where everything stands in it."""
+
+    root: Path
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "artifacts" / "dataset"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "artifacts" / "features"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "artifacts" / "model"
+
+    @property
+    def prior(self) -> Path:
+        return self.root / "artifacts" / "prior"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "reports" / "figures"
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Params:
+    """Reads and checks a params file; `overrides` are `dotted.key=YAML value`.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown or a value is wrong.
+    """
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "\n".join(_explain(item) for item in error.errors())) from None
+
+
+def fingerprint(*parts: object) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of JSON-serialisable parts or sections."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def unknown_name(kind: str, name: str, known: Mapping[str, object] | Sequence[str]) -> UserError:
+    """The error for a name that is not in a registry: lists the choices and the nearest one."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"{kind}: unknown name {name!r}{hint} Known: {', '.join(sorted(known))}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: not found. Run medgen in the folder that holds the params file, or name one with --params FILE"
+        ) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as 'train:', found {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {override}: expected key=value with a dotted key, such as train.batch_size=16")
+    try:
+        value = YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML: {error}") from None
+    node: Any = tree
+    for position, part in enumerate(parts):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"--set {override}: {part!r} is no index into a list of {len(node)}")
+            part = int(part)  # type: ignore[assignment]  # an index from here on
+        elif not isinstance(node, dict):
+            raise UserError(f"--set {override}: {'.'.join(parts[:position])} holds a value, not a section")
+        elif part not in node:
+            node[part] = {}
+        if position == len(parts) - 1:
+            node[part] = value
+        else:
+            node = node[part]
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's findings, with the nearest known key for an unknown one."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{key}: {error['msg']} (found {error['input']!r})"
+    siblings = _fields_at(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), siblings, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{key}: unknown key; {hint}Known here: {', '.join(siblings)}"
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    section: Any = Params
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return list(section.model_fields)

@@ -1,0 +1,29 @@
+"""The errors a user meets; the class decides the exit code (see docs/contract.md)."""
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Input that the user can mend: one message, no traceback, exit code 2.
+
+    The message names the file or key, what was found, what was expected and what to do.
+    """
+
+    exit_code = 2
+
+
+class NonFiniteError(Exception):
+    """Training stopped on a NaN or infinite loss or gradient, exit code 4.
+
+    `step`, `phase` and `term` say where and in which loss term it was first seen;
+    `forensics` is the JSON file that holds the whole finding.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, step: int, phase: str, term: str, forensics: Path) -> None:
+        super().__init__(message)
+        self.step = step
+        self.phase = phase
+        self.term = term
+        self.forensics = forensics

@@ -1,0 +1,50 @@
+"""The few values every room passes to another.
+
+Legend of shapes: B batch, C image channels, H W image height and width, Z latent channels,
+h w latent height and width, D numbers in a latent, N images in a split.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one training or evaluation step, on the device they are used on."""
+
+    image: Tensor  # (B, C, H, W) float32 in [0, 1]
+    label: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64, row in the split, and so in its manifest
+    mask: Tensor | None = None  # (B, 1, H, W) float32, 0 or 1
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What an encoder says of a batch.
+
+    `mean` is the point a deterministic decoder call starts from; `value` is what the decoder got
+    (for a variational model a draw from the posterior). Non-variational models have no `logvar`.
+    """
+
+    value: Tensor  # (B, Z, h, w) or (B, D)
+    mean: Tensor  # as value
+    logvar: Tensor | None = None  # as value, float32
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What every model's forward returns. Models never weigh losses: `terms` are plain scalars."""
+
+    reconstruction: Tensor  # (B, C, H, W) in [0, 1]
+    latent: Latent
+    terms: dict[str, Tensor] = field(default_factory=dict)  # e.g. commitment, codebook
+
+
+class Decoder(Protocol):
+    """All a prior needs of a model to make images."""
+
+    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+        """Latents (B, Z, h, w) or (B, D) -> images (B, C, H, W) in [0, 1]."""
+        ...
