@@ -262,6 +262,12 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed from integers such as (seed, step, rank): unrelated even where those are neighbours."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def unknown_name(kind: str, name: str, known: Mapping[str, object] | Sequence[str]) -> UserError:
     """The error for a name that is not in a registry: lists the choices and the nearest one."""
     near = difflib.get_close_matches(name, list(known), n=1)

@@ -1,0 +1,22 @@
+"""The model zoo. A new family is one file, one line in MODELS, one recipe and one row in tests/models."""
+
+from medgen.config import Model, unknown_name
+from medgen.models.base import GenerativeModel
+from medgen.models.spatial_vae import SpatialVAE
+
+__all__ = ["MODELS", "GenerativeModel", "build_model"]
+
+MODELS: dict[str, type[SpatialVAE]] = {
+    "spatial_vae": SpatialVAE,
+}
+
+
+def build_model(params: Model, image_shape: tuple[int, int, int], num_classes: int) -> GenerativeModel:
+    """The model that `params.name` names, for images of `image_shape` (C, H, W).
+
+    Raises:
+        UserError: the name is unknown, or a size does not fit the images.
+    """
+    if params.name not in MODELS:
+        raise unknown_name("model.name", params.name, MODELS)
+    return MODELS[params.name](params, image_shape, num_classes)
