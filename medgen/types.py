@@ -16,7 +16,7 @@ class Batch:
 
     image: Tensor  # (B, C, H, W) float32 in [0, 1]
     label: Tensor  # (B,) int64
-    index: Tensor  # (B,) int64, row in the split, and so in its manifest
+    index: Tensor  # (B,) int64 on the CPU, row in the split, and so in its manifest
     mask: Tensor | None = None  # (B, 1, H, W) float32, 0 or 1
 
 

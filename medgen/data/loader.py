@@ -19,7 +19,7 @@ class Loader:
     """Serves a split as batches on `device`.
 
     The images stay on the device where they fit into a quarter of its free memory; else they stay
-    in main memory and each batch travels.
+    in main memory and each batch travels. `subset` serves only that many, spread over the split.
     """
 
     def __init__(
@@ -31,11 +31,14 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         horizontal_flip: bool = False,
+        subset: int | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.images = _resident(split.images, self.device)  # (N, C, H, W) uint8
-        self.labels = torch.from_numpy(np.array(split.labels)).to(self.images.device)
-        self.masks = None if split.masks is None else _resident(split.masks, self.device)
+        total = len(split.images)
+        self.rows = np.unique(np.linspace(0, total - 1, min(subset or total, total)).astype(np.int64))
+        self.images = _resident(split.images[self.rows], self.device)  # (N, C, H, W) uint8
+        self.labels = torch.from_numpy(split.labels[self.rows]).to(self.images.device)
+        self.masks = None if split.masks is None else _resident(split.masks[self.rows], self.device)
         self.batch_size = min(batch_size, len(self.images))
         self.num_batches = len(self.images) // self.batch_size  # the ragged rest differs every epoch
         self.seed, self.rank, self.world = seed, rank, world
@@ -66,13 +69,13 @@ class Loader:
         return Batch(
             image=self.images[rows].to(self.device).float().div_(255.0),
             label=self.labels[rows].to(self.device),
-            index=rows,
+            index=torch.from_numpy(self.rows)[rows.cpu()],
             mask=mask,
         )
 
 
 def _resident(array: np.ndarray, device: torch.device) -> Tensor:
-    images = torch.from_numpy(np.array(array))  # a copy: the store's file may go
+    images = torch.from_numpy(array)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
         return images.to(device)
     return images

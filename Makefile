@@ -1,0 +1,43 @@
+# make        set up everything, run the main job on the sample data
+# make help   the rest
+.DEFAULT_GOAL := run
+.PHONY: run setup test test-fast lint format help clean
+export PYTHONUNBUFFERED = 1
+
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+
+run: setup  ## set up, then preprocess, train, judge and register a model (dvc repro --pull)
+	$(UV) run --no-sync dvc repro --pull
+	@echo
+	@echo "Done. Look at reports/index.html (pictures and numbers), then run:"
+	@echo "  uv run medgen ui                         the runs and the registered model in MLflow"
+	@echo "  uv run medgen generate --n 25 --out outputs/first"
+
+setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## fetch uv if the machine lacks it, and the locked packages
+	$(UV) sync --locked
+
+.uv/bin/uv:
+	python3 -m pip install --quiet --target .uv uv
+
+test: setup  ## all tests, slow ones too
+	$(UV) run --no-sync pytest
+
+test-fast: setup  ## tests of a few seconds each
+	$(UV) run --no-sync pytest -m "not slow"
+
+lint: setup  ## style, types, floors
+	$(UV) run --no-sync ruff check
+	$(UV) run --no-sync ruff format --check
+	$(UV) run --no-sync mypy
+	$(UV) run --no-sync lint-imports
+	$(UV) run --no-sync hadolint Dockerfile
+
+format: setup  ## put the code in order
+	$(UV) run --no-sync ruff check --fix
+	$(UV) run --no-sync ruff format
+
+clean:  ## remove what the pipeline and the tools made; data and git stay
+	rm -rf artifacts runs outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

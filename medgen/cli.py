@@ -1,0 +1,227 @@
+"""The command line: parses words, calls one verb, turns errors into exit codes. Holds no logic.
+
+Everything heavy is imported by the verb that needs it, so that `medgen --help` answers at once.
+"""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medgen.errors import NonFiniteError, UserError
+
+if TYPE_CHECKING:
+    from medgen.config import Project
+
+app = typer.Typer(
+    help="Train, search, judge and ship generative models of medical images.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Bring images in.", no_args_is_help=True)
+weights_app = typer.Typer(help="Pretrained weights.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Complete params files.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(weights_app, name="weights")
+app.add_typer(recipe_app, name="recipe")
+
+ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The params file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a parameter, as train.batch_size=16. Repeats."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ModelPlace = Annotated[
+    str | None, typer.Option("--model", metavar="PLACE", help="A folder with model/ and prior/, or models:/NAME@ALIAS.")
+]
+OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the pictures go.")]
+PARAMS = Path("params.yaml")
+
+
+def main() -> None:
+    """Runs the command line; see docs/contract.md for the exit codes."""
+    try:
+        app()
+    except (UserError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def doctor(params: ParamsFile = PARAMS, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check this machine and project, and say how to mend what is wrong."""
+    findings = _call("doctor", "run", params, overrides)
+    healthy = _module("doctor").show(findings, as_json)
+    raise typer.Exit(0 if healthy else 2)
+
+
+@app.command()
+def preprocess(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Turn image files into the uint8 store (stage 1)."""
+    _call("preprocess", "run", params, overrides)
+
+
+@app.command()
+def features(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Train the domain extractor that judges samples (stage 2)."""
+    _call("features", "run", params, overrides)
+
+
+@app.command()
+def train(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Train the model; the same command again resumes (stage 3)."""
+    _call("train", "run", params, overrides)
+
+
+@app.command()
+def prior(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Fit the prior that latents are drawn from (stage 4)."""
+    _call("prior", "run", params, overrides)
+
+
+@app.command()
+def evaluate(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Judge the model on the test split and register it as candidate (stage 5)."""
+    _call("evaluate", "run", params, overrides)
+    _call("registry", "register_if_wanted", params, overrides)
+
+
+@app.command()
+def generate(
+    out: OutFolder,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many.")] = 25,
+    label: Annotated[
+        str | None, typer.Option(help="Class by name or index; without it, as in the train split.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    model: ModelPlace = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Make new images, one PNG each and one grid."""
+    folder = _call("registry", "find_model", params, overrides, place=model)
+    _call("generate", "run", params, overrides, n=n, label=label, seed=seed, model=folder, out=out)
+
+
+@app.command()
+def reconstruct(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
+    out: OutFolder,
+    model: ModelPlace = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Put images through the model: original beside reconstruction, PSNR and SSIM each."""
+    folder = _call("registry", "find_model", params, overrides, place=model)
+    _call("generate", "reconstruct", params, overrides, files=files, model=folder, out=out)
+
+
+@app.command()
+def compare(as_json: AsJson = False) -> None:
+    """Show runs side by side: parameters that differ, metrics."""
+    _module("report").compare(_project(), as_json=as_json)
+
+
+@app.command()
+def register(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Register the model and its prior in MLflow, as candidate."""
+    _call("registry", "run", params, overrides)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="On this machine's loopback address.")] = 5000,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Open MLflow's web page on this project's runs."""
+    _call("registry", "ui", params, overrides, port=port)
+
+
+@app.command()
+def sync(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Send to MLflow what it missed."""
+    _call("tracking", "sync", params, overrides)
+
+
+@data_app.command()
+def sample(
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="Which patients.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=3, help="How many images.")] = 480,
+) -> None:
+    """Draw the sample dataset: procedural chest films in three classes."""
+    _call("data.importer", "draw_sample", params, overrides, num_images=n, seed=seed)
+
+
+@data_app.command("import")
+def import_data(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder of images; see docs/data.md for layouts.")],
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Make a folder of images this project's dataset."""
+    _call("data.importer", "import_folder", params, overrides, source=path)
+
+
+@weights_app.command("list")
+def list_weights() -> None:
+    """Show the known weights and whether they are here."""
+    _module("data.download").show_weights()
+
+
+@weights_app.command("fetch")
+def fetch_weights(name: str) -> None:
+    """Download weights and check them."""
+    _module("data.download").fetch_weights(name)
+
+
+@weights_app.command("verify")
+def verify_weights(name: str) -> None:
+    """Check weights against their hash."""
+    _module("data.download").verify_weights(name)
+
+
+@recipe_app.command("list")
+def list_recipes() -> None:
+    """Name the recipes."""
+    for name, line in _module("recipes").known().items():
+        print(f"{name:24} {line}")
+
+
+@recipe_app.command("show")
+def show_recipe(name: str) -> None:
+    """Print a recipe."""
+    print(_module("recipes").read(name), end="")
+
+
+@recipe_app.command("use")
+def use_recipe(name: str) -> None:
+    """Write a recipe to params.yaml."""
+    _module("recipes").use(name, _project())
+
+
+def _call(verb: str, function: str, params_file: Path, overrides: list[str] | None, **words: Any) -> Any:
+    """Calls a verb with the project, the params sections its signature names, and the command's own words."""
+    from medgen.config import Params, load
+
+    params = load(params_file, overrides or ())
+    call = getattr(_module(verb), function)
+    wanted = inspect.signature(call).parameters
+    sections = {name: getattr(params, name) for name in Params.model_fields if name in wanted and name not in words}
+    return call(_project(), **sections, **words)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"medgen.{name}")
+
+
+def _project() -> "Project":
+    from medgen.config import Project
+
+    return Project(Path.cwd())

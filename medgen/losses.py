@@ -1,0 +1,158 @@
+"""Loss terms, and the objective that weighs them.
+
+Every image term is a mean over pixels. KL is reported in nats per image and weighed as
+β·KL/(C·H·W), so that with a pixel mean of a log-likelihood β = 1 is the evidence lower bound.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medgen.config import Beta, Loss, Weights
+from medgen.types import Latent, ModelOutput
+
+VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3: system C's choice
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total` carries the gradient; `terms` are detached, unweighted scalars for the log."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """Weighs a model's output against the image. One for every model family.
+
+    Args:
+        loss: weights and conventions; a phase may bring other weights.
+        image_shape: (C, H, W), the size of the KL's share.
+        vgg16: file of torchvision's VGG16 weights, needed where the perceptual weight is not zero.
+    """
+
+    def __init__(self, loss: Loss, image_shape: tuple[int, int, int], vgg16: Path | None = None) -> None:
+        super().__init__()
+        self.loss = loss
+        self.num_pixels = math.prod(image_shape)
+        self.perceptual = None if vgg16 is None else PerceptualDistance(vgg16)
+
+    def forward(self, output: ModelOutput, image: Tensor, weights: Weights, beta: float) -> Losses:
+        """Total loss and its named terms for a batch (B, C, H, W)."""
+        terms: dict[str, Tensor] = {}
+        total = image.new_zeros(())
+        for name, weight in weights.model_dump().items():
+            if weight > 0:
+                terms[name] = self._image_term(name, output.reconstruction.float(), image)
+                total = total + weight * terms[name]
+        if output.latent.logvar is not None:
+            kl = kl_per_number(output.latent)
+            terms["kl"] = kl.flatten(1).sum(dim=1).mean()
+            # β = 0 leaves KL out of the graph: 0 · inf would be NaN, and it is cheaper
+            if beta > 0:
+                total = total + self.kl_weight(beta, kl[0].numel()) * free_bits(kl, self.loss.free_bits)
+        for name, term in output.terms.items():
+            terms[name] = term
+            total = total + term
+        return Losses(total=total, terms={name: term.detach() for name, term in terms.items()})
+
+    def kl_weight(self, beta: float, latent_numel: int) -> float:
+        """What KL in nats per image is multiplied by under `loss.kl_reduction`."""
+        return {"elbo": beta / self.num_pixels, "sum": beta, "mean": beta / latent_numel}[self.loss.kl_reduction]
+
+    def effective_beta(self, beta: float, latent_numel: int) -> float:
+        """β on the scale where 1 is the evidence lower bound, whatever `kl_reduction` says.
+
+        System A's 0.003 on a summed KL beside a pixel mean is 49 at 128 px on this scale.
+        """
+        return self.kl_weight(beta, latent_numel) * self.num_pixels
+
+    def _image_term(self, name: str, reconstruction: Tensor, image: Tensor) -> Tensor:
+        if name == "perceptual":
+            if self.perceptual is None:
+                raise ValueError("a perceptual weight needs the VGG16 weights")
+            return self.perceptual(reconstruction, image)  # type: ignore[no-any-return]
+        return IMAGE_TERMS[name](reconstruction, image)
+
+
+def ssim_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
+    """1 - SSIM (Wang et al. 2004), window 11 and σ 1.5, for images in [0, 1]."""
+    from pytorch_msssim import ssim
+
+    # data_range defaults to 255 there, which is silently wrong on [0, 1]
+    return 1.0 - ssim(reconstruction, image, data_range=1.0)  # type: ignore[no-any-return]
+
+
+IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": F.l1_loss,
+    "mse": F.mse_loss,
+    "bce": F.binary_cross_entropy,
+    "ssim": ssim_loss,
+}
+
+
+def kl_per_number(latent: Latent) -> Tensor:
+    """KL(q(z|x) ‖ N(0, I)) of every latent number, in nats: shape of the latent (Kingma & Welling 2014, B)."""
+    assert latent.logvar is not None
+    mean, logvar = latent.mean.float(), latent.logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+
+
+def free_bits(kl: Tensor, nats: float) -> Tensor:
+    """Batch-mean KL, a scalar, with `nats` per latent channel free of cost (Kingma et al. 2016, eq. 15)."""
+    per_channel = kl.mean(dim=0).flatten(1).sum(dim=1) if kl.dim() > 2 else kl.mean(dim=0)
+    return per_channel.clamp(min=nats).sum() if nats > 0 else per_channel.sum()
+
+
+def beta_at(beta: Beta, epoch: float) -> float:
+    """β at a point of its phase; `epoch` counts from 0 and has a fraction.
+
+    Linear: start to end over `epochs`, then end. Cyclical (Fu et al. 2019): each cycle of `epochs`
+    rises linearly over its first half and stays for the second.
+    """
+    if beta.schedule == "constant":
+        return beta.end
+    cyclical = beta.schedule == "cyclical"
+    progress = (2.0 * (epoch % beta.epochs) if cyclical else epoch) / beta.epochs
+    return beta.start + (beta.end - beta.start) * min(progress, 1.0)
+
+
+class PerceptualDistance(nn.Module):
+    """Mean squared distance of VGG16 features after three layers (Johnson et al. 2016)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        from torchvision.models import vgg16
+
+        state = torch.load(weights, weights_only=True, map_location="cpu")
+        with torch.device("meta"):  # 130 million classifier weights that nobody needs are never made
+            layers = vgg16().features[: VGG16_LAYERS[-1] + 1]
+        wanted = {name: state[f"features.{name}"] for name in layers.state_dict()}
+        layers.load_state_dict(wanted, assign=True)
+        for layer in layers:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # the features before it are still needed
+        self.layers = layers.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+
+    def forward(self, reconstruction: Tensor, image: Tensor) -> Tensor:
+        """Scalar distance of two batches (B, 1 or 3, H, W) in [0, 1]."""
+        a, b = self._normalise(reconstruction), self._normalise(image)
+        total = reconstruction.new_zeros(())
+        for index, layer in enumerate(self.layers):
+            a, b = layer(a), layer(b)
+            if index in VGG16_LAYERS:
+                total = total + F.mse_loss(a, b)
+        return total
+
+    def _normalise(self, image: Tensor) -> Tensor:
+        return (image.expand(-1, 3, -1, -1) - self.mean) / self.std

@@ -1,0 +1,133 @@
+"""Numbers of the objective, each against a slow formula or another library."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from medgen.config import Beta, Loss, Weights
+from medgen.losses import Objective, PerceptualDistance, beta_at, free_bits, kl_per_number, ssim_loss
+from medgen.types import Latent, ModelOutput
+
+SHAPE = (1, 16, 16)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(4, *SHAPE, generator=generator)
+    reconstruction = torch.rand(4, *SHAPE, generator=generator)
+    mean = torch.randn(4, 2, 2, 2, generator=generator)
+    logvar = torch.randn(4, 2, 2, 2, generator=generator)
+    return image, ModelOutput(reconstruction, Latent(mean, mean, logvar))
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("l1", lambda r, x: (r - x).abs().mean()),
+        ("mse", lambda r, x: ((r - x) ** 2).mean()),
+        ("bce", lambda r, x: -(x * r.log() + (1 - x) * (1 - r).log()).mean()),
+    ],
+)
+def test_image_terms_are_means_over_pixels(batch, name, formula):
+    image, output = batch
+    losses = Objective(Loss(), SHAPE)(output, image, Weights(**{name: 2.0}), beta=0.0)
+    assert losses.terms[name] == pytest.approx(formula(output.reconstruction, image).item(), rel=1e-5)
+    assert losses.total.item() == pytest.approx(2.0 * losses.terms[name].item())
+
+
+def test_ssim_agrees_with_torchmetrics(batch):
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    image, output = batch
+    blurred = torch.nn.functional.avg_pool2d(image, 3, 1, 1)
+    for other in (output.reconstruction, blurred):
+        theirs = structural_similarity_index_measure(other, image, data_range=1.0, sigma=1.5, kernel_size=11)
+        assert 1 - ssim_loss(other, image).item() == pytest.approx(theirs.item(), abs=1e-4)
+    assert ssim_loss(image, image).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_ssim_knows_its_range(batch):
+    """With the library's default data_range of 255 every pair in [0, 1] is alike."""
+    image, output = batch
+    assert ssim_loss(output.reconstruction, image) > 0.5
+
+
+def test_kl_agrees_with_torch_distributions(batch):
+    latent = batch[1].latent
+    theirs = kl_divergence(Normal(latent.mean, (0.5 * latent.logvar).exp()), Normal(0.0, 1.0))
+    torch.testing.assert_close(kl_per_number(latent), theirs)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "scale"), [("elbo", 1 / math.prod(SHAPE)), ("sum", 1.0), ("mean", 1 / 8)], ids=["elbo", "sum", "mean"]
+)
+def test_kl_is_reported_in_nats_per_image_and_weighed_by_its_reduction(batch, reduction, scale):
+    image, output = batch
+    objective = Objective(Loss(kl_reduction=reduction), SHAPE)
+    without = objective(output, image, Weights(l1=1.0), beta=0.0)
+    with_kl = objective(output, image, Weights(l1=1.0), beta=0.3)
+    nats = kl_per_number(output.latent).sum(dim=(1, 2, 3)).mean()
+    assert with_kl.terms["kl"].item() == pytest.approx(nats.item(), rel=1e-6)
+    assert (with_kl.total - without.total).item() == pytest.approx(0.3 * scale * nats.item(), rel=1e-4)
+
+
+def test_effective_beta_of_system_a():
+    """A pixel mean beside 0.003 of a summed KL is β = 49 at 128 px and 151 at 224 px (systems.md)."""
+    for size, expected in ((128, 49), (224, 151)):
+        objective = Objective(Loss(kl_reduction="sum"), (1, size, size))
+        assert objective.effective_beta(0.003, 128) == pytest.approx(expected, abs=0.6)
+
+
+def test_infinite_kl_with_beta_zero_leaves_the_loss_finite():
+    latent = Latent(torch.zeros(1, 2), torch.zeros(1, 2), torch.full((1, 2), 1000.0))
+    output = ModelOutput(torch.full((1, *SHAPE), 0.5), latent)
+    losses = Objective(Loss(), SHAPE)(output, torch.rand(1, *SHAPE), Weights(l1=1.0), beta=0.0)
+    assert torch.isfinite(losses.total)
+    assert torch.isinf(losses.terms["kl"])
+
+
+def test_free_bits_cost_nothing_below_and_everything_above():
+    kl = torch.tensor([[0.1, 3.0], [0.3, 5.0]])  # two images, two channels: means 0.2 and 4.0
+    assert free_bits(kl, 0.0).item() == pytest.approx(4.2)
+    assert free_bits(kl, 0.5).item() == pytest.approx(4.5)
+    grid = kl[:, :, None, None].expand(2, 2, 3, 1)  # three places a channel: the bound is on their sum
+    assert free_bits(grid, 0.5).item() == pytest.approx(0.6 + 12.0)
+
+
+@pytest.mark.parametrize(
+    ("beta", "points"),
+    [
+        (Beta(end=0.5), {0: 0.5, 7.5: 0.5}),
+        (Beta(schedule="linear", start=0.0, end=0.001, epochs=50), {0: 0, 25: 0.0005, 50: 0.001, 80: 0.001}),
+        (Beta(schedule="cyclical", start=0.0, end=1.0, epochs=10), {0: 0, 2.5: 0.5, 5: 1, 9.9: 1, 10: 0, 12.5: 0.5}),
+    ],
+    ids=["constant", "linear", "cyclical"],
+)
+def test_beta_schedules(beta, points):
+    for epoch, expected in points.items():
+        assert beta_at(beta, epoch) == pytest.approx(expected), epoch
+
+
+def test_perceptual_distance_reads_torchvision_weights(tmp_path):
+    from torchvision.models import vgg16
+
+    torch.manual_seed(0)
+    network = vgg16()
+    features = {name: value for name, value in network.state_dict().items() if name.startswith("features.")}
+    torch.save(features, tmp_path / "vgg16.pth")
+    distance = PerceptualDistance(tmp_path / "vgg16.pth")
+    a, b = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
+
+    def slow(image):
+        x = (image.repeat(1, 3, 1, 1) - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        )[:, None, None]
+        return [network.features[: i + 1](x) for i in (3, 8, 15)]
+
+    expected = sum(((x - y) ** 2).mean() for x, y in zip(slow(a), slow(b), strict=True))
+    assert distance(a, b).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert distance(a, a).item() == 0.0
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
