@@ -69,9 +69,8 @@ def scan(folder: Path, patient_pattern: str | None = None) -> list[Record]:
             "`medgen data import PATH` or `dvc pull`"
         )
     pattern = _compile(patient_pattern)
-    files = [PurePosixPath(name) for name in _walk(folder)]
-    images, masks = _pair(files)
     rows = _read_manifest(folder)
+    images, masks = _pair([PurePosixPath(name) for name in _walk(folder)])
     paths = images if rows is None else [PurePosixPath(name) for name in rows]
     if not paths:
         raise UserError(
