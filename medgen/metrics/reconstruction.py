@@ -1,0 +1,164 @@
+"""How close a reconstruction is to its original, and the classical mark to beat.
+
+Every measure here is per image; a split's value is the mean over its images, so a ragged last batch
+counts by its images and no more. Images are (B, C, H, W) float32 in [0, 1].
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_PSNR_CEILING_MSE = 1e-10  # identical images would have an infinite PSNR: reported as 100 dB
+_PIXELS_PER_CHUNK = 1 << 24  # numbers of float64 held at once while summing over pixels
+
+
+def l1(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Mean absolute error over pixels: (B, C, H, W) twice -> (B,)."""
+    return (original - reconstruction).abs().flatten(1).mean(dim=1)
+
+
+def mse(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Mean squared error over pixels: (B, C, H, W) twice -> (B,)."""
+    return (original - reconstruction).square().flatten(1).mean(dim=1)
+
+
+def psnr(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB for a data range of 1, at most 100: (B, C, H, W) twice -> (B,)."""
+    return -10.0 * mse(original, reconstruction).clamp_min(_PSNR_CEILING_MSE).log10()
+
+
+def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Structural similarity, Gaussian window of 11 pixels, data range 1: (B, C, H, W) twice -> (B,).
+
+    Source: Wang, Bovik, Sheikh, Simoncelli: Image quality assessment, 2004, eq. 13.
+    """
+    import pytorch_msssim
+
+    value: Tensor = pytorch_msssim.ssim(original.float(), reconstruction.float(), data_range=1.0, size_average=False)
+    return value
+
+
+def ms_ssim_window(image_size: int) -> int | None:
+    """The window that leaves MS-SSIM's five scales room: 11 pixels, 7 on smaller images, None below 97 pixels."""
+    return next((window for window in (11, 7) if image_size > (window - 1) * 16), None)
+
+
+def ms_ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Multi-scale structural similarity over five scales, data range 1: (B, C, H, W) twice -> (B,).
+
+    Source: Wang, Simoncelli, Bovik: Multi-scale structural similarity, 2003.
+
+    Raises:
+        ValueError: the images are too small for five scales (a side of less than 97 pixels).
+    """
+    import pytorch_msssim
+
+    window = ms_ssim_window(min(original.shape[-2:]))
+    if window is None:
+        raise ValueError(f"ms_ssim: expected sides of at least 97 pixels, found {tuple(original.shape[-2:])}")
+    value: Tensor = pytorch_msssim.ms_ssim(
+        original.float(), reconstruction.float(), data_range=1.0, size_average=False, win_size=window
+    )
+    return value
+
+
+def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Every measure above as its mean over all images of all batches of (original, reconstruction).
+
+    `ms_ssim` is left out where the images are too small for it.
+
+    Raises:
+        ValueError: no batch at all.
+    """
+    measures = {"l1": l1, "mse": mse, "psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+    values: dict[str, list[Tensor]] = {}
+    for original, reconstruction in pairs:
+        for name, measure in measures.items():
+            if name != "ms_ssim" or ms_ssim_window(min(original.shape[-2:])) is not None:
+                values.setdefault(name, []).append(measure(original, reconstruction).double().cpu())
+    if not values:
+        raise ValueError("compare: found no images, expected at least one batch")
+    return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}
+
+
+def pca_ssim(train: Tensor, test: Tensor, num_components: Sequence[int]) -> dict[int, float]:
+    """Mean SSIM of the test split rebuilt from principal components of the train split: the mark to beat.
+
+    What a linear autoencoder with that many latent numbers reaches at best in squared error. The count is
+    capped at min(N_train - 1, pixels); reconstructions are clipped to [0, 1].
+
+    Args:
+        train: (N, C, H, W) uint8.
+        test: (M, C, H, W) uint8.
+        num_components: how many components to keep, each a value of its own.
+
+    Returns:
+        Wanted number of components -> mean SSIM.
+    """
+    num_train, num_pixels = len(train), train[0].numel()
+    train, shape = train.flatten(1), test.shape[1:]
+    test = test.flatten(1)
+    mean = train.double().mean(dim=0) / 255.0
+    basis = _ImageSpace(train, mean) if num_train <= num_pixels else _PixelSpace(train, mean)
+    limit = min(num_train - 1, num_pixels)
+    scores: dict[int, float] = {}
+    for count in dict.fromkeys(num_components):
+        values = []
+        for rows in torch.split(torch.arange(len(test)), max(1, _PIXELS_PER_CHUNK // num_pixels)):
+            original = test[rows].double() / 255.0
+            rebuilt = (mean + basis.project(original - mean, min(count, limit))).clamp(0.0, 1.0)
+            values.append(ssim(original.reshape(-1, *shape), rebuilt.reshape(-1, *shape)))
+        scores[count] = float(torch.cat(values).double().mean())
+    return scores
+
+
+class _PixelSpace:
+    """Principal components from the pixels' covariance, (P, P): for more images than pixels."""
+
+    def __init__(self, train: Tensor, mean: Tensor) -> None:
+        gram = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for rows in torch.split(train, max(1, _PIXELS_PER_CHUNK // len(mean))):
+            centred = rows.double() / 255.0 - mean
+            gram += centred.T @ centred
+        self.vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)  # (P, P), largest first
+
+    def project(self, centred: Tensor, count: int) -> Tensor:
+        """(M, P) onto the first `count` components, (M, P)."""
+        kept: Tensor = self.vectors[:, :count]
+        return centred @ kept @ kept.T
+
+
+class _ImageSpace:
+    """Principal components from the images' inner products, (N, N): for fewer images than pixels.
+
+    A component is a weighted sum of train images, so it never has to be formed: with G = X Xᵀ = U Λ Uᵀ the
+    projection of y is (y Xᵀ) U Λ⁻¹ Uᵀ X.
+    """
+
+    def __init__(self, train: Tensor, mean: Tensor) -> None:
+        self.train, self.mean = train, mean
+        gram = torch.zeros(len(train), len(train), dtype=torch.float64)
+        for chunk in self._chunks():
+            pixels = self._centred(chunk)
+            gram += pixels @ pixels.T
+        values, vectors = torch.linalg.eigh(gram)
+        self.values, self.vectors = values.flip(0), vectors.flip(1)
+
+    def project(self, centred: Tensor, count: int) -> Tensor:
+        """(M, P) onto the first `count` components, (M, P)."""
+        # Duplicated images leave directions without variance; dividing by it would only raise noise.
+        count = int((self.values[:count] > 1e-10 * self.values[0]).sum())
+        products = torch.zeros(len(centred), len(self.train), dtype=torch.float64)
+        for chunk in self._chunks():
+            products += centred[:, chunk] @ self._centred(chunk).T
+        weights = (products @ self.vectors[:, :count] / self.values[:count]) @ self.vectors[:, :count].T  # (M, N)
+        return torch.cat([weights @ self._centred(chunk) for chunk in self._chunks()], dim=1)
+
+    def _chunks(self) -> list[slice]:
+        size = max(1, _PIXELS_PER_CHUNK // len(self.train))
+        return [slice(start, start + size) for start in range(0, len(self.mean), size)]
+
+    def _centred(self, chunk: slice) -> Tensor:
+        centred: Tensor = self.train[:, chunk].double() / 255.0 - self.mean[chunk]
+        return centred

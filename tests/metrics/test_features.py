@@ -1,0 +1,91 @@
+"""The extractor: any image size, features of one image alone, files that are checked when read."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from medgen.errors import UserError
+from medgen.metrics.features import DomainExtractor, ExtractorSizes, load_extractor, save_extractor
+
+
+def extractor(image_size: int = 32, channels: int = 1, width: int = 8) -> DomainExtractor:
+    torch.manual_seed(0)
+    return DomainExtractor(ExtractorSizes(channels, image_size, width, 3)).eval()
+
+
+@pytest.mark.parametrize("trained_at", [32, 64, 512])
+@pytest.mark.parametrize(("size", "channels"), [(32, 1), (33, 3), (100, 1), (128, 3)])
+@torch.no_grad()
+def test_every_size_gives_128_features(trained_at: int, size: int, channels: int) -> None:
+    network = extractor(trained_at, channels)
+    image = torch.rand(2, channels, size, size)
+    assert network(image).shape == (2, 128)
+    assert network.logits(image).shape == (2, 3)
+
+
+@torch.no_grad()
+def test_features_are_of_the_image_not_of_its_batch() -> None:
+    images = torch.rand(5, 1, 32, 32)
+    network = extractor()
+    torch.testing.assert_close(network(images)[3:4], network(images[3:4]))
+
+
+@torch.no_grad()
+def test_standardised_over_the_images_given() -> None:
+    network = extractor()
+    batches = [torch.rand(count, 1, 32, 32) * torch.rand(count, 1, 1, 1) for count in (40, 7)]
+    network.standardise(batches)
+    features = network(torch.cat(batches)).double()
+    torch.testing.assert_close(features.mean(0), torch.zeros(128, dtype=torch.float64), atol=1e-4, rtol=0)
+    assert features.std(0, correction=0).max() < 1.001
+    assert features.std(0, correction=0).median() > 0.5
+
+
+@torch.no_grad()
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    network = extractor(channels=3)
+    network.standardise([torch.rand(8, 3, 32, 32)])
+    digest = save_extractor(tmp_path / "features", network, {"task": "classes"})
+    again, found = load_extractor(tmp_path / "features")
+    image = torch.rand(2, 3, 40, 40)
+    assert again(image).equal(network(image))
+    assert not again.training
+    weights = (tmp_path / "features" / "extractor.safetensors").read_bytes()
+    assert digest == found == hashlib.sha256(weights).hexdigest()
+    assert json.loads((tmp_path / "features" / "extractor.json").read_text())["task"] == "classes"
+    assert save_extractor(tmp_path / "features", network, {"task": "classes"}) == digest
+    assert [path.name for path in tmp_path.iterdir()] == ["features"]
+
+
+def damage_weights(folder: Path) -> None:
+    path = folder / "extractor.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+def change_sizes(folder: Path) -> None:
+    path = folder / "extractor.json"
+    description = json.loads(path.read_text())
+    description["sizes"]["width"] = 16
+    path.write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "extractor.json").unlink(), r"extractor\.json: not found.*medgen features"),
+        (lambda folder: (folder / "extractor.safetensors").unlink(), r"extractor\.safetensors: not found"),
+        (lambda folder: (folder / "extractor.json").write_text("{"), "not readable as JSON"),
+        (lambda folder: (folder / "extractor.json").write_text("[]"), "schema"),
+        (damage_weights, r"extractor\.safetensors: damaged"),
+        (change_sizes, "does not describe"),
+    ],
+    ids=["no description", "no weights", "no JSON", "other schema", "other weights", "other sizes"],
+)
+def test_a_damaged_extractor_is_refused_by_name(damage: object, message: str, tmp_path: Path) -> None:
+    save_extractor(tmp_path, extractor(), {})
+    damage(tmp_path)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        load_extractor(tmp_path)

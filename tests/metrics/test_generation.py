@@ -1,0 +1,183 @@
+"""Set comparisons against other libraries, slow loops and known cases; KID's interval covers the truth."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medgen.metrics import generation
+
+
+def normal(count: int, width: int = 8, shift: float = 0.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator, dtype=torch.float64) + shift
+
+
+def test_kid_is_torchmetrics_on_the_same_features() -> None:
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    real, generated = normal(30, 12), normal(30, 12, shift=0.4, seed=1)
+    reference = KernelInceptionDistance(nn.Identity(), subsets=1, subset_size=30)
+    reference.update(real, real=True)
+    reference.update(generated, real=False)
+    assert generation.kid(real, generated).value == pytest.approx(float(reference.compute()[0]), rel=1e-5)
+
+
+def slow_kid(real: Tensor, generated: Tensor) -> float:
+    def kernel(x: Tensor, y: Tensor) -> float:
+        return float((x @ y / len(x) + 1) ** 3)
+
+    def within(rows: Tensor) -> float:
+        return float(np.mean([kernel(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]))
+
+    return within(real) + within(generated) - 2 * float(np.mean([kernel(x, y) for x in real for y in generated]))
+
+
+def test_kid_and_its_interval_are_the_formulas_with_sets_of_different_sizes_and_patients() -> None:
+    real, generated, patients = normal(9, 4), normal(6, 4, 0.5, seed=1), list("aabbbcdde")
+    found = generation.kid(real, generated, patients)
+    without_patient = [
+        slow_kid(real[[p != left_out for p in patients]], generated) for left_out in dict.fromkeys(patients)
+    ]
+    without_generated = [slow_kid(real, generated[torch.arange(6) != i]) for i in range(6)]
+    variance = sum((len(v) - 1) * np.var(v) for v in (without_patient, without_generated))
+    assert found.value == pytest.approx(slow_kid(real, generated))
+    assert found.high - found.value == pytest.approx(1.959964 * variance**0.5)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+
+
+def test_kid_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generation.kid(normal(20), normal(30, seed=1))
+    monkeypatch.setattr(generation, "_ROWS_PER_BLOCK", 7)
+    assert generation.kid(normal(20), normal(30, seed=1)) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(
+    ("shift", "truth", "lowest", "highest"),
+    [(0.3, None, 0.91, 0.99), (0.0, 0.0, 0.95, 1.0)],
+    ids=["different sets", "alike sets, where it errs on the wide side"],
+)
+def test_kid_interval_covers_the_truth(shift: float, truth: float | None, lowest: float, highest: float) -> None:
+    if truth is None:  # unbiased, so the mean over large draws is the truth
+        truth = float(
+            np.mean([generation.kid(normal(2000, 4, 0, s), normal(2000, 4, shift, -s)).value for s in (1, 2)])
+        )
+    num_covered = 0
+    for trial in range(200):
+        interval = generation.kid(normal(60, 4, 0, 1000 + trial), normal(90, 4, shift, 5000 + trial))
+        num_covered += interval.low <= truth <= interval.high
+    assert lowest <= num_covered / 200 <= highest
+
+
+def test_kid_interval_counts_patients_not_images() -> None:
+    real, generated = normal(40, 4), normal(400, 4, 0.3, seed=1)
+    thrice, patients = real.repeat_interleave(3, dim=0), list(np.repeat(np.arange(40), 3))
+    honest = generation.kid(real, generated)
+    blind, by_patient = generation.kid(thrice, generated), generation.kid(thrice, generated, patients)
+    assert blind.high - blind.low < 0.75 * (honest.high - honest.low)
+    assert by_patient.high - by_patient.low == pytest.approx(honest.high - honest.low, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("real", "groups", "message"),
+    [(normal(2), None, "at least 3"), (normal(5), ["a"] * 5, "leaves 0"), (normal(5), ["a"] * 4 + ["b"], "leaves 1")],
+)
+def test_kid_needs_enough_to_leave_out(real: Tensor, groups: list[str] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generation.kid(real, normal(9, seed=1), groups)
+
+
+@pytest.mark.parametrize("count", [200, 10], ids=["full rank", "fewer images than features"])
+def test_frechet_distance_is_scipys(count: int) -> None:
+    from scipy.linalg import sqrtm
+
+    real, generated = normal(count, 16), 1.5 * normal(count + 5, 16, 0.3, seed=1)
+    cov_real, cov_generated = np.cov(real.numpy().T), np.cov(generated.numpy().T)
+    jitter = 1e-9 * np.eye(16)  # scipy's root needs it where the covariance is singular
+    root = sqrtm((cov_real + jitter) @ (cov_generated + jitter)).real
+    shift = ((real.mean(0) - generated.mean(0)) ** 2).sum().item()
+    expected = shift + np.trace(cov_real + cov_generated - 2 * root)
+    assert generation.frechet_distance(real, generated) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    real = normal(50, 3)
+    assert generation.frechet_distance(real, real) == pytest.approx(0.0, abs=1e-9)
+    assert generation.frechet_distance(real, real + 2.0) == pytest.approx(3 * 4.0)
+    assert generation.frechet_distance(real, 3 * real) == pytest.approx(
+        (4 * real.mean(0).square().sum() + 4 * torch.cov(real.T).trace()).item()
+    )
+
+
+def slow_manifold(real: Tensor, generated: Tensor, k_precision: int, k_density: int) -> tuple[float, ...]:
+    def radius(rows: Tensor, i: int, k: int) -> float:
+        return sorted(float((rows[i] - rows[j]).norm()) for j in range(len(rows)) if j != i)[k - 1]
+
+    def distance(i: int, j: int) -> float:
+        return float((real[i] - generated[j]).norm())
+
+    n, m = range(len(real)), range(len(generated))
+    precision = np.mean([any(distance(i, j) <= radius(real, i, k_precision) for i in n) for j in m])
+    recall = np.mean([any(distance(i, j) <= radius(generated, j, k_precision) for j in m) for i in n])
+    density = np.sum([distance(i, j) < radius(real, i, k_density) for i in n for j in m]) / k_density / len(m)
+    coverage = np.mean([any(distance(i, j) < radius(real, i, k_density) for j in m) for i in n])
+    return precision, recall, density, coverage
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7, 2.0])
+def test_manifold_is_the_papers_loops(shift: float) -> None:
+    real, generated = normal(14, 3), normal(14, 3, shift, seed=1)
+    assert tuple(generation.manifold(real, generated, 3, 5)) == pytest.approx(slow_manifold(real, generated, 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("generated", "expected"),
+    [
+        (normal(40, 4), (1.0, 1.0, 1.0, 1.0)),
+        (normal(40, 4, shift=1000.0), (0.0, 0.0, 0.0, 0.0)),
+    ],
+    ids=["identical", "disjoint"],
+)
+def test_manifold_of_known_sets(generated: Tensor, expected: tuple[float, ...]) -> None:
+    assert tuple(generation.manifold(normal(40, 4), generated)) == pytest.approx(expected)
+
+
+def test_a_collapsed_set_is_precise_but_recalls_and_covers_little() -> None:
+    real = normal(60, 4)
+    collapsed = real[:1] + 1e-3 * normal(60, 4, seed=1)
+    result = generation.manifold(real, collapsed)
+    assert result.precision == 1.0
+    assert result.recall < 0.1
+    assert result.coverage < 0.3
+
+
+def test_manifold_does_not_reward_many_samples() -> None:
+    real = normal(40, 4)
+    few, many = normal(40, 4, 0.5, seed=1), normal(40, 4, 0.5, seed=1).repeat_interleave(25, dim=0)
+    assert generation.manifold(real, many) == generation.manifold(real, few)
+
+
+def test_thinning_keeps_the_mix_of_a_sorted_set() -> None:
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    assert torch.bincount(generation.thin(labels, 10)).tolist() == [6, 3, 1]
+    assert generation.thin(labels, 100).equal(labels)
+
+
+@pytest.mark.parametrize(("size", "num_scales"), [(16, 1), (28, 2), (64, 3), (128, 4), (176, 5)])
+def test_diversity_uses_the_scales_that_fit(size: int, num_scales: int) -> None:
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+    images[1] = (images[1] + images[0]) / 2
+    weights = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:num_scales], dtype=torch.float64)
+    betas = tuple((weights / weights.sum()).tolist())
+    expected = multiscale_structural_similarity_index_measure(images[:1], images[1:], data_range=1.0, betas=betas)
+    assert generation.ms_ssim_diversity(images, num_pairs=3) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_diversity_tells_a_collapsed_set_from_a_varied_one() -> None:
+    varied = torch.rand(30, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    collapsed = 0.1 * varied + 0.9 * varied[:1]
+    assert generation.ms_ssim_diversity(varied[:1].repeat(3, 1, 1, 1), 10) == pytest.approx(1.0, abs=1e-5)
+    assert generation.ms_ssim_diversity(varied, 100) < 0.2 < 0.8 < generation.ms_ssim_diversity(collapsed, 100)
+    assert generation.ms_ssim_diversity(varied, 100, seed=1) == generation.ms_ssim_diversity(varied, 100, seed=1)
