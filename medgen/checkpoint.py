@@ -52,7 +52,7 @@ def code_fingerprint(sources: Iterable[Path]) -> str:
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
                 constant = body[0].value
                 if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
-                    body[0] = ast.Pass()
+                    body[:1] = [] if len(body) > 1 else [ast.Pass()]
         digest.update(f"{source.name}\n{ast.dump(tree)}\n".encode())
     return digest.hexdigest()
 

@@ -48,8 +48,9 @@ class Objective(nn.Module):
         total = image.new_zeros(())
         for name, weight in weights.model_dump().items():
             if weight > 0:
-                terms[name] = self._image_term(name, output.reconstruction.float(), image)
-                total = total + weight * terms[name]
+                term = self._image_term(name, output.reconstruction.float(), image)
+                terms["ssim_loss" if name == "ssim" else name] = term  # 1 - SSIM must not pass for SSIM
+                total = total + weight * term
         if output.latent.logvar is not None:
             kl = kl_per_number(output.latent)
             terms["kl"] = kl.flatten(1).sum(dim=1).mean()

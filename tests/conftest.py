@@ -1,6 +1,7 @@
 """Fixtures every room shares."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,3 +22,25 @@ def shared_data() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory) -> Path:
+    """artifacts/dataset of 48 drawn chest films at 32 px, three classes; made once, copy it to change it."""
+    from medgen import preprocess
+    from medgen.config import Data, Preprocess, Project
+    from medgen.data.phantom import draw
+
+    root = tmp_path_factory.mktemp("tiny")
+    draw(root / "data", num_images=48, size=64, seed=0)
+    preprocess.run(Project(root), data=Data(), preprocess=Preprocess(image_size=32, clahe_tiles=2))
+    return root / "artifacts" / "dataset"
+
+
+@pytest.fixture
+def tiny_project(tiny_store: Path, tmp_path: Path):
+    """A fresh project folder with the tiny store in it."""
+    from medgen.config import Project
+
+    shutil.copytree(tiny_store, tmp_path / "artifacts" / "dataset")
+    return Project(tmp_path)

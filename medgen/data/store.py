@@ -64,6 +64,7 @@ class Store:
     counts: dict[str, int]  # images of each split
     fingerprint: str  # 12 hexadecimal digits of the content
     source: str  # digest of the files and settings it was made from
+    preprocess: config.Preprocess  # the settings themselves: what a new image must go through
 
     def split(self, name: str) -> Split:
         """Opens "train", "val" or "test"."""
@@ -111,6 +112,7 @@ def open_store(folder: Path) -> Store:
         counts=dict(counts),
         fingerprint=description["fingerprint"],
         source=description["source"],
+        preprocess=config.Preprocess.model_validate(description["preprocessing"]),
     )
 
 

@@ -1,0 +1,224 @@
+"""A training's whole state: built from the parameters, saved, resumed, rolled back, exported."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import medgen
+from medgen import bundle, checkpoint, optim
+from medgen.config import Loss, Model, Phase, Project, Tracking, Train, fingerprint
+from medgen.data.download import weights_path
+from medgen.data.loader import Loader
+from medgen.data.store import open_store
+from medgen.distributed import World, pick_precision
+from medgen.guard import Guard
+from medgen.losses import Objective, beta_at
+from medgen.models import build_model
+from medgen.tracking import Tracker, lineage
+from medgen.types import Batch, ModelOutput
+
+# what decides the result of a training: a change there is a new run, not a resumed one
+CODE = ("models/*.py", "losses.py", "optim.py", "guard.py", "job.py", "train.py", "data/loader.py")
+NOT_IN_FINGERPRINT = {"sample_every", "checkpoint_seconds", "on_nonfinite", "max_rollbacks", "device"}
+
+
+@dataclass
+class State:
+    """Where the training is: with the tensors, all that a checkpoint holds."""
+
+    phase: int = 0
+    epoch: int = 0  # within the phase
+    step: int = 0  # within the epoch
+    position: int = 0  # steps since the start of the run
+    rate_scale: float = 1.0  # halved by every rollback
+    num_rollbacks: int = 0
+    plateau: optim.Plateau = field(default_factory=optim.Plateau)
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's terms
+
+
+class Meter:
+    """Sums of an epoch's scalars, kept on the device: reading them there every step would cost a wait."""
+
+    def __init__(self, sums: dict[str, float]) -> None:
+        self.names = tuple(sums)
+        self.total = torch.tensor(list(sums.values()), dtype=torch.float64) if sums else None
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Adds one step's scalars; their names are the same at every step of an epoch."""
+        self.names = tuple(scalars)
+        values = torch.stack([scalar.double() for scalar in scalars.values()])
+        self.total = values if self.total is None else self.total.to(values.device) + values
+
+    def sums(self) -> dict[str, float]:
+        """Name to sum, read from the device."""
+        return {} if self.total is None else dict(zip(self.names, self.total.tolist(), strict=True))
+
+
+class Job:
+    """Everything a training holds, resumed from its scratch folder where that has a checkpoint."""
+
+    def __init__(self, project: Project, world: World, model: Model, loss: Loss, train: Train) -> None:
+        self.project, self.world, self.train, self.loss = project, world, train, loss
+        self.params = model
+        self.store = open_store(project.dataset)
+        train_split, val_split = self.store.split("train"), self.store.split("val")
+        self.train_files = train_split.paths
+        self.loader = Loader(
+            train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
+            train.horizontal_flip, train.subset,
+        )  # fmt: skip
+        self.validation = Loader(val_split, 2 * train.batch_size, world.device)
+        torch.manual_seed(train.seed)
+        self.model = build_model(model, self.store.image_shape, len(self.store.classes)).to(world.device)
+        self.model.to(memory_format=torch.channels_last)
+        self.latent_numel = int(torch.Size(self.model.latent_shape).numel())
+        self.objective = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
+        self.network = self._wrap(self.model)
+        self.precision = pick_precision(train.precision, world.device)
+        self.average = optim.AveragedWeights(self.model, train.ema_decay) if train.ema_decay else None
+        self.guard = Guard(world.device, world.any)
+        self.fingerprint = run_fingerprint(self.store.fingerprint, model, loss, train)
+        self.scratch = project.runs / self.fingerprint
+        self.state = State()
+        self.optimizer = optim.build_optimizer(train.phases[0], self.model.parameters())
+        self._saved_at = time.monotonic()
+        self._resume()
+
+    @property
+    def total_epochs(self) -> int:
+        """Over all phases."""
+        return sum(phase.epochs for phase in self.train.phases)
+
+    def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
+        """The network's output for a batch, in the run's precision."""
+        with self.autocast():
+            output: ModelOutput = network(batch.image.contiguous(memory_format=torch.channels_last), batch.label)
+        return output
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where the run uses it; a no-op in float32."""
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    def beta(self, phase: Phase) -> float:
+        """β at the current step."""
+        return beta_at(phase.beta, self.state.epoch + self.state.step / self.loader.num_batches)
+
+    def rate(self, phase: Phase) -> float:
+        """Learning rate at the current step."""
+        steps = self.state.epoch * self.loader.num_batches + self.state.step
+        factor = optim.rate_factor(phase, steps / self.loader.num_batches, steps)
+        return phase.learning_rate * factor * self.state.plateau.factor * self.state.rate_scale
+
+    def next_phase(self) -> None:
+        """Moves to the next phase: a new optimizer, a new plateau; weights and averages stay."""
+        state = self.state
+        state.phase, state.epoch, state.plateau = state.phase + 1, 0, optim.Plateau()
+        if state.phase < len(self.train.phases):
+            self.optimizer = optim.build_optimizer(self.train.phases[state.phase], self.model.parameters())
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model with its averaged weights, where the run keeps them."""
+        if self.average:
+            self.average.swap()
+        try:
+            yield
+        finally:
+            if self.average:
+                self.average.swap()
+
+    def save_is_due(self) -> bool:
+        """Whether the last checkpoint is old enough; only asked of a single process, whose clock is its own."""
+        return self.world.size == 1 and time.monotonic() - self._saved_at > self.train.checkpoint_seconds
+
+    def save(self) -> None:
+        """Replaces the checkpoint."""
+        self._saved_at = time.monotonic()
+        if self.world.is_main:
+            tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            average = self.average.state_dict() if self.average else None
+            checkpoint.save(self.scratch, {"state": asdict(self.state), "average": average, **tensors})
+        self.world.barrier()
+
+    def roll_back(self) -> None:
+        """Back to the last checkpoint with half the learning rate."""
+        rate_scale, num_rollbacks = self.state.rate_scale / 2, self.state.num_rollbacks + 1
+        self._resume()
+        self.state.rate_scale, self.state.num_rollbacks = rate_scale, num_rollbacks
+        self.guard.reset()
+        self.save()
+
+    @contextmanager
+    def record(self, tracking: Tracking) -> Iterator[Tracker | None]:
+        """The run's log, opened with all that the run is made from; None in processes other than the main one."""
+        if not self.world.is_main:
+            yield None
+            return
+        name = f"{self.params.name}-{self.store.image_shape[1]}-{self.fingerprint[:6]}"
+        with Tracker.open(self.scratch, tracking, self.project, name) as tracker:
+            sections = {"model": self.params, "loss": self.loss, "train": self.train}
+            tracker.params({**sections, "preprocess": self.store.preprocess})
+            precision = "bf16" if self.precision == torch.bfloat16 else "fp32"
+            tracker.tags(lineage(self.project, *sections.values(), device=str(self.world.device), precision=precision))
+            tracker.tags({"medgen.run": self.fingerprint})
+            tracker.dataset("dataset", self.store.fingerprint, "artifacts/dataset", self.store.counts)
+            yield tracker
+
+    def export(self) -> None:
+        """Writes artifacts/model."""
+        info = bundle.BundleInfo(
+            model=self.params,
+            preprocess=self.store.preprocess,
+            image_shape=self.store.image_shape,
+            classes=self.store.classes,
+            dataset=self.store.fingerprint,
+            run=self.fingerprint,
+            torch=torch.__version__,
+        )
+        with self.averaged_weights():
+            bundle.save(self.project.model, self.model, info)
+
+    def _resume(self) -> None:
+        saved = checkpoint.load(self.scratch)
+        self.world.barrier()  # all have looked before the main process writes
+        if saved is None:
+            self.save()  # what a rollback in the first epoch goes back to
+            return
+        plain: dict[str, Any] = saved["state"]
+        self.state = State(**{**plain, "plateau": optim.Plateau(**plain["plateau"])})
+        phase = self.train.phases[min(self.state.phase, len(self.train.phases) - 1)]
+        self.optimizer = optim.build_optimizer(phase, self.model.parameters())
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
+
+    def _vgg16(self) -> Path | None:
+        phases = [phase.weights for phase in self.train.phases if phase.weights]
+        wanted = any(weights.perceptual > 0 for weights in [self.loss.weights, *phases])
+        return weights_path("vgg16") if wanted else None
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        compiled = {"on": True, "off": False, "auto": self.world.device.type == "cuda"}[self.train.compile]
+        network = cast(nn.Module, torch.compile(model)) if compiled else model
+        if self.world.size > 1:
+            network = nn.parallel.DistributedDataParallel(network)
+        return network
+
+
+def run_fingerprint(dataset: str, model: Model, loss: Loss, train: Train) -> str:
+    """Names a run by what decides its weights: data, model, loss, optimizer, order, code; not its length.
+
+    The last phase may grow: its number of epochs is left out, so a longer run resumes a shorter one.
+    """
+    plain = train.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    del plain["phases"][-1]["epochs"]
+    folder = Path(medgen.__file__).parent
+    code = checkpoint.code_fingerprint(source for pattern in CODE for source in folder.glob(pattern))
+    return fingerprint(dataset, model, loss, plain, code)

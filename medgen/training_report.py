@@ -1,0 +1,64 @@
+"""What a training leaves to look at: grids by epoch, curves, and the film of its progress."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from medgen.config import Prior
+from medgen.data.loader import Loader
+from medgen.figures import write_curves, write_gif, write_grid, write_pairs
+from medgen.files import write_atomic
+from medgen.models import GenerativeModel
+from medgen.priors import PRIORS, sample_images
+
+NUM_RECONSTRUCTIONS = 8
+NUM_SAMPLES = 16
+MAX_LATENTS = 1024  # enough for a look; the prior stage fits on all of them
+
+
+@torch.no_grad()
+def draw_epoch(
+    model: GenerativeModel, train: Loader, validation: Loader, scratch: Path, epoch: int, seed: int
+) -> dict[str, Path]:
+    """Writes samples/ and reconstructions/ of an epoch below `scratch`; returns their paths by name.
+
+    Samples come from a Gaussian fitted to train latents: N(0, I) would tell nothing of a model
+    whose β is still 0.
+    """
+    model.eval()
+    paths = {name: scratch / name / f"epoch_{epoch:04d}.png" for name in ("samples", "reconstructions")}
+    batch = next(validation.sequential())
+    image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
+    write_pairs(paths["reconstructions"], image.cpu(), model.reconstruct(image, label).float().cpu())
+
+    batches = islice(train.sequential(), -(-MAX_LATENTS // train.batch_size))
+    latents, labels = zip(*[(model.encode(b.image, b.label).mean.cpu(), b.label.cpu()) for b in batches], strict=True)
+    prior = PRIORS["gaussian"].fit(torch.cat(latents), torch.cat(labels), 0, Prior())
+    write_grid(paths["samples"], sample_images(prior, model, NUM_SAMPLES, None, seed))
+    return paths
+
+
+def write_report(reports: Path, scratch: Path, records: Sequence[Mapping[str, float]]) -> list[Path]:
+    """Writes curves.csv, loss and SSIM curves and progress.gif from a run's records by epoch; returns their paths.
+
+    Durations stay out: these files are the same for the same training.
+    """
+    figures = reports / "figures"
+    names = sorted({name for record in records for name in record if name.startswith(("train/", "val/"))})
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["epoch", *names])
+    writer.writerows([i, *(format(r[n], ".6g") if n in r else "" for n in names)] for i, r in enumerate(records, 1))
+    write_atomic(reports / "curves.csv", table.getvalue().encode())
+
+    series = {name: [record.get(name, float("nan")) for record in records] for name in names}
+    shown = {name: series[name] for name in ("train/loss", "val/loss", "train/l1", "train/kl") if name in series}
+    write_curves(figures / "loss.png", shown, log=True)
+    write_curves(figures / "ssim.png", {"val/ssim": series["val/ssim"]}, log=False)
+    frames = sorted((scratch / "samples").glob("epoch_*.png"))
+    write_gif(figures / "progress.gif", frames, seconds_per_frame=0.5)
+    return [reports / "curves.csv", figures / "loss.png", figures / "ssim.png", figures / "progress.gif"]

@@ -1,0 +1,314 @@
+"""What a person is promised of a training: it survives kills, names what broke it, and is the same anywhere."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medgen import bundle, checkpoint, train
+from medgen.config import Beta, Loss, Model, Phase, Schedule, Tracking, Train, Weights
+from medgen.data.loader import Loader
+from medgen.data.store import open_store
+from medgen.errors import NonFiniteError, UserError
+from medgen.job import run_fingerprint
+from medgen.models.spatial_vae import SpatialVAE
+from medgen.tracking import history
+
+SMALL = Model(base_channels=8, latent_size=8, latent_channels=4)
+OFF = Tracking(enabled=False)
+PHASES = (
+    Phase(name="reconstruct", epochs=2, learning_rate=1e-3, schedule=Schedule(name="cosine_restarts", period=1)),
+    Phase(
+        name="kl",
+        epochs=2,
+        learning_rate=5e-4,
+        warmup_steps=3,
+        schedule=Schedule(name="plateau", patience=1),
+        beta=Beta(schedule="linear", end=0.01, epochs=2),
+    ),
+)
+TRAIN = Train(batch_size=8, phases=PHASES, ema_decay=0.9, horizontal_flip=True, sample_every=2)
+
+
+def run(project, train_params=TRAIN, model=SMALL, loss=Loss()):  # noqa: B008  # frozen
+    return train.run(project, model=model, loss=loss, train=train_params, tracking=OFF)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_store, tmp_path_factory):
+    """An uninterrupted run."""
+    from medgen.config import Project
+
+    project = Project(tmp_path_factory.mktemp("finished"))
+    project.dataset.parent.mkdir()
+    project.dataset.symlink_to(tiny_store)
+    return project, run(project)
+
+
+def test_leaves_a_bundle_curves_grids_and_a_record_of_every_epoch(finished):
+    project, scratch = finished
+    model, info = bundle.load(project.model)
+    assert info.run == scratch.name
+    assert info.classes == ("COVID19", "NORMAL", "PNEUMONIA")
+    assert model.reconstruct(torch.rand(2, 1, 32, 32)).shape == (2, 1, 32, 32)
+    for name in ("curves.csv", "figures/loss.png", "figures/ssim.png", "figures/progress.gif"):
+        assert (project.reports / name).stat().st_size > 0
+    assert len(list((scratch / "samples").iterdir())) == 3  # epochs 1, 2 and 4
+    records = history(scratch)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert {"train/loss", "train/l1", "train/ssim_loss", "train/kl", "val/ssim", "train/beta_effective"} <= set(
+        records[0]
+    )
+    assert records[-1]["val/ssim"] > records[0]["val/ssim"]
+
+
+def test_phases_are_followed(finished):
+    records = history(finished[1])
+    assert [record["train/beta"] for record in records] == pytest.approx([0, 0, 0.005, 0.01])
+    assert records[0]["train/learning_rate"] == pytest.approx(1e-3)  # a restart
+    assert records[2]["train/learning_rate"] == pytest.approx(5e-4)
+
+
+def test_validation_numbers_are_those_of_the_exported_model_over_the_whole_split(finished):
+    """By a slow path: one image at a time, torchmetrics, the exported bundle."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    project, scratch = finished
+    model, _ = bundle.load(project.model)
+    images = torch.tensor(open_store(project.dataset).split("val").images).float() / 255
+    reconstructions = torch.cat([model.reconstruct(image[None]) for image in images]).detach()
+    last = history(scratch)[-1]
+    assert last["val/l1"] == pytest.approx((reconstructions - images).abs().mean().item(), rel=1e-4)
+    _, full = ssim(reconstructions, images, data_range=1.0, return_full_image=True, reduction="none")
+    # torchmetrics also counts windows that hang over the border, on reflected pixels: leave those out
+    assert last["val/ssim"] == pytest.approx(full[..., 5:-5, 5:-5].mean().item(), abs=1e-4)
+
+
+KILL = """
+import os, signal, sys
+from medgen.data.loader import Loader
+from medgen import cli
+batch, last = Loader.batch, int(sys.argv[1])
+def deadly(self, position):
+    if position == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(self, position)
+Loader.batch = deadly
+sys.argv = ["medgen", "train"]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_seconds", [0, 3600], ids=["saved at every step", "saved at epoch ends"])
+def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_project, finished, checkpoint_seconds):
+    params = {
+        "model": SMALL.model_dump(mode="json"),
+        "train": TRAIN.model_copy(update={"checkpoint_seconds": checkpoint_seconds}).model_dump(mode="json"),
+        "tracking": {"enabled": False},
+    }
+    (tiny_project.root / "params.yaml").write_text(json.dumps(params))
+    num_batches = open_store(tiny_project.dataset).counts["train"] // TRAIN.batch_size
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for position in (2 * num_batches + 2, 3 * num_batches + 1):  # mid-epoch, twice
+        command = [sys.executable, "-c", KILL, str(position)]
+        killed = subprocess.run(command, cwd=tiny_project.root, env=environment, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not tiny_project.model.exists()
+    command = [sys.executable, "-m", "medgen", "train"]
+    subprocess.run(command, cwd=tiny_project.root, env=environment, check=True, capture_output=True)
+
+    reference, scratch = finished
+    assert (tiny_project.model / "model.safetensors").read_bytes() == (
+        reference.model / "model.safetensors"
+    ).read_bytes()
+    assert (tiny_project.reports / "curves.csv").read_bytes() == (reference.reports / "curves.csv").read_bytes()
+    assert strip(history(tiny_project.runs / scratch.name)) == strip(history(scratch))
+
+
+def strip(records):
+    return [{name: value for name, value in record.items() if not name.startswith("run/")} for record in records]
+
+
+def test_the_same_command_again_trains_nothing(finished, monkeypatch):
+    project, _ = finished
+    before = (project.model / "model.safetensors").read_bytes()
+    monkeypatch.setattr(Loader, "batch", lambda *_: pytest.fail("a batch was read"))
+    run(project)
+    assert (project.model / "model.safetensors").read_bytes() == before
+
+
+def test_a_longer_last_phase_resumes_and_a_changed_model_does_not(finished):
+    store = "0" * 12
+    longer = TRAIN.model_copy(update={"phases": (PHASES[0], PHASES[1].model_copy(update={"epochs": 9}))})
+    faster = TRAIN.model_copy(update={"phases": (PHASES[0], PHASES[1].model_copy(update={"learning_rate": 1.0}))})
+    name = run_fingerprint(store, SMALL, Loss(), TRAIN)
+    assert run_fingerprint(store, SMALL, Loss(), longer) == name
+    assert run_fingerprint(store, SMALL, Loss(), TRAIN.model_copy(update={"sample_every": 7, "device": "cpu"})) == name
+    for other in (
+        run_fingerprint("1" * 12, SMALL, Loss(), TRAIN),
+        run_fingerprint(store, SMALL.model_copy(update={"base_channels": 16}), Loss(), TRAIN),
+        run_fingerprint(store, SMALL, Loss(free_bits=0.1), TRAIN),
+        run_fingerprint(store, SMALL, Loss(), faster),
+    ):
+        assert other != name
+
+
+def test_comments_do_not_make_a_new_run_and_code_does(tmp_path):
+    file = tmp_path / "a.py"
+    seen = set()
+    for text in ('"""Doc."""\nx = 1\n', "# why\nx  =  1\n", '"""Other."""\n\n\nx = 1  # now\n'):
+        file.write_text(text)
+        seen.add(checkpoint.code_fingerprint([file]))
+    assert len(seen) == 1
+    file.write_text("x = 2\n")
+    assert checkpoint.code_fingerprint([file]) not in seen
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tiny_project):
+    """Data parallel on the CPU: both see their half, and the result is that of one process within rounding."""
+    one = TRAIN.model_copy(update={"phases": (PHASES[0],), "ema_decay": 0.0, "horizontal_flip": False})
+    plain = SMALL.model_copy(update={"logvar_bound": 1e-3})  # no noise to speak of: ranks draw their own
+    params = {
+        "model": plain.model_dump(mode="json"),
+        "train": one.model_dump(mode="json"),
+        "tracking": {"enabled": False},
+    }
+    (tiny_project.root / "params.yaml").write_text(json.dumps(params))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "medgen",
+        "train",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tiny_project.root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (scratch,) = tiny_project.runs.iterdir()
+    parallel = history(scratch)
+    assert len(parallel) == 2
+    assert parallel[-1]["val/l1"] < parallel[0]["val/l1"]
+    assert len(list(tiny_project.model.iterdir())) == 2
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the batch at one position infinite."""
+
+    def at(position, times=10**9):
+        batch = Loader.batch
+        left = [times]
+
+        def poisoned(self, where):
+            found = batch(self, where)
+            if where == position and left[0] > 0:
+                left[0] -= 1
+                found.image[0, 0, 3, 3] = math.inf
+            return found
+
+        monkeypatch.setattr(Loader, "batch", poisoned)
+
+    return at
+
+
+def test_raise_stops_before_the_update_and_names_step_term_and_files(tiny_project, poison):
+    poison(4)
+    with pytest.raises(NonFiniteError) as error:
+        run(tiny_project)
+    assert error.value.exit_code == 4
+    assert (error.value.step, error.value.phase) == (4, "reconstruct")
+    report = json.loads(error.value.forensics.read_text())
+    assert report["step"] == 4
+    assert report["epoch"] == 2
+    assert report["input"]["max"] == "inf"
+    assert report["input"]["num_nonfinite"] == 1
+    assert len(report["files"]) == 8
+    assert all(re.search(r"\.(jpg|png)$", name) for name in report["files"])
+    assert report["first_nonfinite"] in report["terms"]
+    assert report["gradient_norm_per_module"]
+    saved = checkpoint.load(error.value.forensics.parent)
+    assert all(torch.isfinite(tensor).all() for tensor in saved["model"].values())
+    assert not tiny_project.model.exists()
+
+
+def test_rollback_goes_on_from_the_last_good_state_with_half_the_rate(tiny_project, poison):
+    poison(4, times=2)  # once in training, once for the forensics
+    scratch = run(tiny_project, TRAIN.model_copy(update={"on_nonfinite": "rollback"}))
+    records = history(scratch)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[0]["train/learning_rate"] == pytest.approx(1e-3)
+    assert records[1]["train/learning_rate"] == pytest.approx(5e-4)
+    weights = load_file(tiny_project.model / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_rollback_gives_up_after_its_last_try(tiny_project, poison):
+    poison(4)
+    params = TRAIN.model_copy(update={"on_nonfinite": "rollback", "max_rollbacks": 2})
+    with pytest.raises(NonFiniteError) as error:
+        run(tiny_project, params)
+    saved = checkpoint.load(error.value.forensics.parent)
+    assert saved["state"]["num_rollbacks"] == 2
+    assert saved["state"]["rate_scale"] == 0.25
+
+
+def raw_inputs(monkeypatch):
+    """Images left at 0 to 255, as in the published failure."""
+    encode = SpatialVAE.encode
+    monkeypatch.setattr(SpatialVAE, "encode", lambda self, image, label=None: encode(self, 255 * image, label))
+
+
+def system_a(monkeypatch):
+    """Its network: no normalisation, exp(logvar) unbounded."""
+    raw_inputs(monkeypatch)
+    monkeypatch.setattr("medgen.models.spatial_vae.soft_bound", lambda value, bound: value.float())
+    for module in ("medgen.models.spatial_vae", "medgen.models.blocks"):
+        monkeypatch.setattr(f"{module}.group_norm", lambda channels: torch.nn.Identity())
+
+
+SYSTEM_A = Loss(weights=Weights(mse=1.0), kl_reduction="sum")
+
+
+def system_a_train(**update):
+    phase = Phase(name="a", epochs=6, learning_rate=0.05, beta=Beta(end=0.003), optimizer="adam", weight_decay=0.0)
+    return Train(batch_size=8, phases=(phase,), clip_norm=1e9, **update)
+
+
+def test_system_a_reaches_infinity_and_is_stopped_with_its_term_named(tiny_project, monkeypatch):
+    system_a(monkeypatch)
+    with pytest.raises(NonFiniteError) as error:
+        run(tiny_project, system_a_train(), loss=SYSTEM_A)
+    assert error.value.term in {"kl", "mse", "total", "gradient"}
+
+
+def test_ours_ends_finite_on_the_same_data_and_rate(tiny_project, monkeypatch):
+    raw_inputs(monkeypatch)
+    scratch = run(tiny_project, system_a_train(), loss=SYSTEM_A)
+    assert all(math.isfinite(value) for record in history(scratch) for value in record.values())
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tiny_project, finished):
+    scratch = tiny_project.runs / finished[1].name
+    scratch.mkdir(parents=True)
+    (scratch / "checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(UserError, match=r"checkpoint\.pt"):
+        run(tiny_project)
+
+
+def test_perceptual_weight_without_weights_says_how_to_get_them(tiny_project, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDGEN_WEIGHTS", str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="medgen weights fetch vgg16"):
+        run(tiny_project, loss=Loss(weights=Weights(l1=1.0, perceptual=0.1)))
