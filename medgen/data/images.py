@@ -29,6 +29,7 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
+_REDUCED_SIDE = 480  # a picture is not reduced below this: CLAHE's tiles need their pixels (see benchmarks/README.md)
 _LIMITED_BIN = 16  # CLAHE's limit is a whole number of pixels a bin; below this its rounding would show
 
 # The size is judged here, and a file over the limit is refused: no second opinion on the terminal.
@@ -60,7 +61,8 @@ def looks_like_image(path: Path) -> bool:
 def read_image(path: Path, reduce_to: int | None = None) -> RawImage:
     """Reads a PNG, JPEG, BMP or TIFF file; its content decides the format, not its name.
 
-    `reduce_to` is the side wanted in the end: a JPEG at least 4 times larger is decoded at 1/2, 1/4 or 1/8.
+    `reduce_to` is the side wanted in the end: a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves at least 4 times
+    that side.
 
     Raises:
         UnreadableImage: the file is no such picture, is cut short, or is too large.
@@ -142,7 +144,7 @@ def _opencv_flags(image: Image.Image, data: bytes, reduce_to: int | None) -> int
         if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             return None
         scale = 1
-        while reduce_to is not None and scale < 8 and min(image.size) >= 4 * scale * reduce_to:
+        while reduce_to is not None and scale < 8 and min(image.size) >= 2 * scale * max(4 * reduce_to, _REDUCED_SIDE):
             scale *= 2
         return int(_REDUCED.get(scale, cv2.IMREAD_GRAYSCALE)) | int(cv2.IMREAD_IGNORE_ORIENTATION)
     if image.format == "PNG" and image.mode in ("L", "LA", "RGB", "RGBA", "I;16") and "transparency" not in image.info:
