@@ -1,0 +1,112 @@
+"""`medgen features`: learns what the split shows, with or without classes, and gives the same bytes again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medgen import features
+from medgen.config import Features, Project
+from medgen.data.store import StoreWriter
+from medgen.errors import UserError
+from medgen.metrics.features import load_extractor
+
+SMALL = Features(width=8, epochs=4, batch_size=16, learning_rate=3e-3)
+SIZE = 32
+
+
+def tube(label: str | None, random: np.random.Generator) -> np.ndarray:
+    """A bright bar on a dark ground that fades downwards: upright for class "bar", a disc for "disc"."""
+    rows, columns = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
+    shape = np.hypot(rows, columns) < 0.25 if label == "disc" else abs(columns) < 0.12
+    image = 40 + 160 * shape * (0.9 - rows) + random.normal(0, 8, (SIZE, SIZE))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def project(folder: Path, labels: list[str | None], num_val: int = 16) -> Project:
+    random = np.random.default_rng(0)
+    made = Project(folder)
+    made.dataset.parent.mkdir(parents=True)
+    with StoreWriter(made.dataset, SIZE, with_masks=False) as writer:
+        for split, count in (("train", 64), ("val", num_val), ("test", 4)):
+            for i in range(count):
+                label = labels[i % len(labels)]
+                writer.add(split, tube(label, random), label, None, {"path": f"{split}/{i}.png", "patient": str(i)})
+        writer.commit([], {}, "")
+    return made
+
+
+def described(made: Project) -> dict[str, object]:
+    return dict(json.loads((made.features / "extractor.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "num_outputs"),
+    [
+        (["bar", "bar", "bar", "disc"], "classes", 2),
+        (["bar", None, "disc", None], "classes", 2),
+        (["bar"], "quarter turns", 4),
+        ([None], "quarter turns", 4),
+    ],
+    ids=["two classes, uneven", "half unlabelled", "one class", "unlabelled"],
+)
+def test_it_learns(labels: list[str | None], task: str, num_outputs: int, tmp_path: Path) -> None:
+    made = project(tmp_path, labels)
+    accuracy = features.run(made, features=SMALL)
+    assert accuracy is not None
+    assert accuracy > 0.9
+    description = described(made)
+    assert description["task"] == task
+    assert description["val_balanced_accuracy"] == pytest.approx(accuracy, rel=1e-5)
+    extractor, digest = load_extractor(made.features)
+    assert extractor.sizes.num_outputs == num_outputs
+    assert digest == description["sha256"]
+
+
+def test_the_same_input_gives_the_same_bytes_whatever_was_drawn_before(tmp_path: Path) -> None:
+    weights = []
+    for name in ("first", "second"):
+        made = project(tmp_path / name, ["bar", "disc"])
+        torch.rand(len(weights) + 1)
+        features.run(made, features=SMALL.model_copy(update={"epochs": 1}))
+        weights.append((made.features / "extractor.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_without_validation_images_there_is_no_accuracy(tmp_path: Path) -> None:
+    made = project(tmp_path, ["bar", "disc"], num_val=0)
+    assert features.run(made, features=SMALL.model_copy(update={"epochs": 1})) is None
+    assert described(made)["val_balanced_accuracy"] is None
+
+
+def test_classes_weigh_alike_in_sum() -> None:
+    labels = torch.tensor([0] * 6 + [1] * 2 + [-1] * 5)
+    weights = features.class_weights(labels, 2)
+    assert (weights * torch.tensor([6, 2])).tolist() == pytest.approx([4.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "unchanged"),
+    [(lambda image: image, False), (lambda image: torch.full_like(image, 0.5), True)],
+    ids=["structure", "flat"],
+)
+def test_augmentation_moves_and_dims_but_stays_an_image(
+    change: Callable[[torch.Tensor], torch.Tensor], unchanged: bool
+) -> None:
+    images = change(torch.rand(20, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+    changed = features.augment(images, torch.Generator().manual_seed(1))
+    assert changed.shape == images.shape
+    assert changed.min() >= 0.0
+    assert changed.max() <= 1.0
+    spread = changed.flatten(1).std(dim=1)
+    assert (spread < 1e-6).all() if unchanged else (spread > 0.1).all()
+    assert (changed.mean(dim=(1, 2, 3)) - images.mean(dim=(1, 2, 3))).abs().max() < 0.13
+    torch.testing.assert_close(changed, features.augment(images, torch.Generator().manual_seed(1)))
+
+
+def test_without_a_dataset_it_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="medgen preprocess"):
+        features.run(Project(tmp_path), features=SMALL)
