@@ -224,7 +224,6 @@ def _map(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: It
 def _check_rejected(project: Project, rejected: Sequence[tuple[str, str]], num_files: int, most: float) -> None:
     if len(rejected) <= most * num_files:
         return
-    project.runs.mkdir(parents=True, exist_ok=True)
     listing = project.runs / store.REJECTED  # not in artifacts/dataset, which is not made
     rows = [{"path": path, "reason": reason} for path, reason in rejected]
     store.write_csv(listing, store.REJECTED_COLUMNS, rows)

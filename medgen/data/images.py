@@ -29,7 +29,7 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
-_REDUCED_SIDE = 480  # a picture is not reduced below this: CLAHE's tiles need their pixels (see benchmarks/README.md)
+_REDUCED_SIDE = 512  # a picture is not reduced below this: CLAHE's tiles need their pixels (see benchmarks/README.md)
 _LIMITED_BIN = 16  # CLAHE's limit is a whole number of pixels a bin; below this its rounding would show
 
 # The size is judged here, and a file over the limit is refused: no second opinion on the terminal.

@@ -11,6 +11,7 @@ Shapes: N images of a split, C channels (1), H W height and width.
 
 import csv
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from medgen import config
 from medgen.errors import UserError
+from medgen.files import write_atomic
 
 SCHEMA = 1
 SPLITS = ("train", "val", "test")
@@ -243,10 +245,11 @@ def hash_file(path: Path) -> str:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Writes rows of text under a header, with Unix line ends."""
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, stream.getvalue().encode())
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
