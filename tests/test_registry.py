@@ -1,0 +1,260 @@
+"""What a user is promised of the registry: the trained model, whole, in the run that made it, loadable anywhere."""
+
+import ast
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from medgen import bundle, registry
+from medgen.bundle import BundleInfo
+from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
+from medgen.errors import UserError
+from medgen.models import build_model
+from medgen.priors import PRIORS, load_prior, sample_images, save_prior
+from medgen.tracking import Tracker, lineage
+from medgen.tracking.mirror import connect, mlflow_run_id
+
+SHAPE = (1, 16, 16)
+RUN = "0123456789ab"
+DATASET = "ba9876543210"
+MODEL = Model(base_channels=8, max_channels=8, latent_channels=4, latent_size=4, attention_resolutions=())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_store_from_outside() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+def write_model(project: Project, seed: int, run: str = RUN) -> None:
+    """An untrained model and a prior fitted to noise: the registry does not ask how good they are."""
+    torch.manual_seed(seed)
+    model = build_model(MODEL, SHAPE, 2)
+    preprocess = Preprocess(image_size=SHAPE[1])
+    bundle.save(project.model, model, BundleInfo(MODEL, preprocess, SHAPE, ("NORMAL", "ILL"), DATASET, run, "2.15"))
+    latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
+    save_prior(project.prior, PRIORS["gmm"].fit(latents, labels, 2, Prior(components=(1,))))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project as evaluate leaves it, its run recorded and its model registered as version 1."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    write_model(project, seed=0)
+    with Tracker.open(project.runs / RUN, Tracking(), project, "spatial_vae") as tracker:
+        tracker.tags(lineage(project, Params(), device="cpu", precision="fp32"))
+        tracker.metrics({"val/ssim": 0.8}, step=1)
+    project.reports.mkdir()
+    (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.875, "run/num_test": 100}')
+    version = registry.run(project, tracking=Tracking(), registry=Registry())
+    assert (version.number, version.is_new) == (1, True)
+    return project
+
+
+@pytest.fixture
+def away() -> Tracking:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Tracking(uri=f"http://127.0.0.1:{probe.getsockname()[1]}", timeout_seconds=1)
+
+
+def expected_images(project: Project, n: int, label: int | None, seed: int) -> np.ndarray:
+    model, _ = bundle.load(project.model)
+    labels = None if label is None else torch.full((n,), label)
+    images = sample_images(load_prior(project.prior), model, n, labels, seed)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def test_version_belongs_to_the_run_that_trained_it(project: Project) -> None:
+    client, _ = connect(project, Tracking())
+    version = client.get_model_version("medgen", "1")
+    assert version.run_id == mlflow_run_id(project.runs / RUN)
+    run = client.get_run(version.run_id)
+    assert run.data.metrics == {"val/ssim": 0.8}
+    assert run.info.status == "FINISHED"
+    experiment = client.get_experiment_by_name("medgen")
+    assert len(client.search_runs([experiment.experiment_id], f"tags.`medgen.run` = '{RUN}'")) == 1
+
+
+def test_version_says_where_it_comes_from(project: Project) -> None:
+    client, _ = connect(project, Tracking())
+    version = client.get_model_version_by_alias("medgen", "candidate")
+    assert set(lineage(project)) <= set(version.tags)
+    assert version.tags["dataset.fingerprint"] == DATASET
+    assert version.tags["run"] == RUN
+    assert version.tags["reconstruction/ssim"] == "0.875"
+    assert "NORMAL, ILL" in version.description
+
+
+def test_the_same_content_is_the_same_version(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    version = registry.run(project, tracking=Tracking(), registry=Registry())
+    assert (version.number, version.is_new) == (1, False)
+    assert "already registered as models:/medgen/1" in capsys.readouterr().out
+
+
+FRESH = """
+import json, sys
+import mlflow, numpy, pandas
+mlflow.set_tracking_uri(sys.argv[1])
+generator = mlflow.pyfunc.load_model("models:/medgen@candidate")
+requests = pandas.DataFrame({"n": [3, 70], "label": ["ILL", None], "seed": [5, 6]})
+numpy.save(sys.argv[2], generator.predict(requests))
+print(json.dumps({"files": [m.__file__ for name, m in sys.modules.items() if name.partition(".")[0] == "medgen"]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(project: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], np.ndarray]:
+    """Images of models:/medgen@candidate made by a new process in another folder, and what it imported."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-c", FRESH, f"sqlite:///{project.root}/mlflow.db", str(folder / "images.npy")]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout), np.load(folder / "images.npy")
+
+
+def test_a_fresh_process_makes_the_same_images(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
+    _, images = fresh
+    assert images.dtype == np.uint8
+    assert images.shape == (73, 16, 16, 1)
+    np.testing.assert_array_equal(images[:3], expected_images(project, 3, 1, 5))
+    np.testing.assert_array_equal(images[3:], expected_images(project, 70, None, 6))
+
+
+def test_a_version_brings_its_own_code(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
+    told, _ = fresh
+    assert len(told["files"]) > 5
+    assert all(Path(file).is_relative_to(project.root / "mlartifacts") for file in told["files"])
+
+
+def test_requirements_cover_what_the_code_imports(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
+    """Whatever a medgen module that was loaded imports at its top is named in the version's requirements.txt."""
+    listed = next((project.root / "mlartifacts").rglob("requirements.txt"))
+    lines = listed.read_text().split()
+    assert all("==" in line and "+" not in line for line in lines)
+    distributions = packages_distributions()
+    imported = {name for file in [*fresh[0]["files"], registry.PYFUNC] for name in top_level_imports(Path(file))}
+    needed = imported - sys.stdlib_module_names - {"medgen"}
+    assert {"torch", "safetensors", "mlflow", "ruamel"} <= needed
+    listed_names = {line.partition("==")[0] for line in lines}
+    assert [name for name in needed if not listed_names & set(distributions[name])] == []
+
+
+def top_level_imports(file: Path) -> set[str]:
+    body = ast.parse(file.read_text()).body
+    plain = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    named = {node.module or "" for node in body if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in plain | named}
+
+
+@pytest.fixture(scope="module")
+def generator(project: Project) -> Any:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{project.root}/mlflow.db")
+    return mlflow.pyfunc.load_model("models:/medgen/1")
+
+
+@pytest.mark.parametrize(
+    ("request_row", "message"),
+    [
+        ({"n": [0]}, "n: found 0; expected 1 to 10000"),
+        ({"n": [-4]}, "n: found -4"),
+        ({"n": [6000, 6000]}, "12000 images asked for; at most 10000"),
+        ({"n": [1], "label": ["DOG"]}, "unknown class 'DOG'. Known: NORMAL, ILL"),
+    ],
+)
+def test_wrong_requests_are_named(generator: Any, request_row: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
+        generator.predict(pd.DataFrame(request_row))
+    assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+def test_label_and_seed_may_be_left_out(generator: Any) -> None:
+    first, second = (generator.predict(pd.DataFrame({"n": [4]})) for _ in range(2))
+    assert first.shape == (4, 16, 16, 1)
+    assert not np.array_equal(first, second)  # without a seed, others each time
+
+
+def test_find_model_fetches_a_version(project: Project) -> None:
+    folder = registry.find_model(project, tracking=Tracking(), place="models:/medgen@candidate")
+    for part in ("model/model.safetensors", "model/model.json", "prior/prior.safetensors", "prior/prior.json"):
+        assert (folder / part).read_bytes() == (project.root / "artifacts" / part).read_bytes()
+
+
+def test_find_model_takes_folders(project: Project, tmp_path: Path) -> None:
+    assert registry.find_model(project, tracking=Tracking(), place=None) == project.root / "artifacts"
+    with pytest.raises(UserError, match="model: not found"):
+        registry.find_model(project, tracking=Tracking(), place=str(tmp_path))
+
+
+@pytest.mark.parametrize("uri", ["models:/medgen@nobody", "models:/medgen/99", "models:/other/1", "models:/medgen"])
+def test_unknown_versions_are_named(project: Project, uri: str) -> None:
+    with pytest.raises(UserError, match=f"--model {uri}: no such version.*Registered: models:/medgen"):
+        registry.find_model(project, tracking=Tracking(), place=uri)
+
+
+def test_new_weights_are_a_new_candidate_with_or_without_their_record(project: Project) -> None:
+    """The model came from a DVC remote: its training was recorded on another machine."""
+    write_model(project, seed=1, run="fedcba987654")
+    try:
+        version = registry.run(project, tracking=Tracking(), registry=Registry())
+        client, _ = connect(project, Tracking())
+        assert (version.number, version.is_new) == (2, True)
+        assert client.get_model_version_by_alias("medgen", "candidate").version == 2
+        assert version.run_id == mlflow_run_id(project.runs / "fedcba987654")
+        assert version.run_id != mlflow_run_id(project.runs / RUN)
+    finally:
+        write_model(project, seed=0)
+        assert registry.run(project, tracking=Tracking(), registry=Registry()).number == 1
+
+
+def test_a_server_that_is_away(project: Project, away: Tracking, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="does not answer"):
+        registry.run(project, tracking=away, registry=Registry())
+    assert registry.register_if_wanted(project, tracking=away, registry=Registry()) is None
+    told = capsys.readouterr().err
+    assert "warning: tracking.uri" in told
+    assert "medgen register" in told
+
+
+def test_registering_can_be_switched_off(project: Project) -> None:
+    off = Registry(register_after_evaluate=False)
+    assert registry.register_if_wanted(project, tracking=Tracking(), registry=off) is None
+    assert registry.register_if_wanted(project, tracking=Tracking(enabled=False), registry=Registry()) is None
+    with pytest.raises(UserError, match=r"tracking\.enabled: false"):
+        registry.run(project, tracking=Tracking(enabled=False), registry=Registry())
+
+
+def test_nothing_to_register(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    with pytest.raises(UserError, match="run `medgen train`"):
+        registry.run(project, tracking=Tracking(), registry=Registry())
+    write_model(project, seed=0)
+    (project.prior / "prior.json").unlink()
+    (project.prior / "prior.safetensors").unlink()
+    project.prior.rmdir()
+    with pytest.raises(UserError, match="run `medgen prior`"):
+        registry.run(project, tracking=Tracking(), registry=Registry())
+
+
+def test_ui_refuses_what_it_cannot_show(project: Project, away: Tracking) -> None:
+    with pytest.raises(UserError, match="is a server with its own page"):
+        registry.ui(project, tracking=away)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: something answers there"):
+            registry.ui(project, tracking=Tracking(), port=port)
