@@ -19,7 +19,7 @@ from rich.console import Console
 
 from medgen import config
 from medgen.config import Project
-from medgen.data import layouts
+from medgen.data import layouts, phantom
 from medgen.data.layouts import Record
 from medgen.data.store import swap
 from medgen.errors import UserError
@@ -40,6 +40,22 @@ def import_folder(source: Path, project: Project, data: config.Data) -> int:
     _print_summary(source, records, folder)
     _tell_dvc(project, data)
     return len(records)
+
+
+def draw_sample(project: Project, data: config.Data, num_images: int = 480, seed: int = 0) -> None:
+    """Makes the drawn chest films of data/phantom.py the project's dataset.
+
+    Raises:
+        UserError: data/ holds what DVC could not bring back, or `dvc add` failed.
+    """
+    folder = project.root / data.path
+    _require_replaceable(project, data)
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    phantom.draw(building, num_images, seed=seed)
+    swap(building, folder)
+    _print_summary(f"drawn with seed {seed}", layouts.scan(folder, data.patient_pattern), folder)
+    _tell_dvc(project, data)
 
 
 def _copy(source: Path, records: Sequence[Record], folder: Path) -> None:
@@ -95,7 +111,7 @@ def _dvc(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=project.root, capture_output=True, text=True, check=False)
 
 
-def _print_summary(source: Path, records: Sequence[Record], folder: Path) -> None:
+def _print_summary(source: object, records: Sequence[Record], folder: Path) -> None:
     def count(names: Counter[str]) -> str:
         return ", ".join(f"{name} {number}" for name, number in sorted(names.items()))
 

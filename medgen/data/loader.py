@@ -60,8 +60,8 @@ class Loader:
 
     def sequential(self) -> Iterator[Batch]:
         """The whole split in order, the last batch as ragged as it is."""
-        for rows in torch.arange(len(self.images)).split(self.batch_size):
-            yield self._gather(rows)
+        for start in range(0, len(self.images), self.batch_size):
+            yield self._gather(torch.arange(start, min(start + self.batch_size, len(self.images))))
 
     def _gather(self, rows: Tensor) -> Batch:
         rows = rows.to(self.images.device)
