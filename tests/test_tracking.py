@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -356,26 +355,27 @@ def test_passwords_are_not_written_down() -> None:
 
 @pytest.mark.slow
 def test_parallel_first_use_of_a_store(tmp_path: Path) -> None:
-    """Without a lock, processes that create MLflow's tables at once leave a broken database."""
+    """Processes that create MLflow's tables at the same moment break each other; a lock lets one do it."""
     script = """
 import sys
 from pathlib import Path
 from medgen.config import Project, Tracking
-from medgen.tracking import Tracker
-root, name = Path(sys.argv[1]), sys.argv[2]
-with Tracker.open(root / "runs" / name, Tracking(), Project(root), name) as tracker:
-    tracker.metrics({"loss": 1.0}, step=0)
+from medgen.tracking import mirror
+mirror.load_mlflow(Tracking())
+import mlflow.store.tracking.sqlalchemy_store
+print("ready", flush=True)
+sys.stdin.readline()
+mirror.connect(Project(Path(sys.argv[1])), Tracking())
 """
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     command = [sys.executable, "-c", script, str(tmp_path)]
-    workers = [subprocess.Popen([*command, f"run{i}"], env=environment, stderr=subprocess.PIPE) for i in range(3)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 4
     for worker in workers:
-        _, errors = worker.communicate()
-        assert worker.returncode == 0, errors.decode()
-    project = Project(tmp_path)
-    sync(project, Tracking())
-    for i in range(3):
-        assert points(project, project.runs / f"run{i}", "loss") == [(0, 1.0)]
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    errors = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 4, "\n".join(errors)
 
 
 LINEAGE = {

@@ -256,13 +256,14 @@ def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:
     from mlflow.tracking import MlflowClient
 
     uri = store_uri(project, tracking)
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     path = sqlite_path(uri)
     if path is None:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, None)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # Two processes that create the tables at once leave a database nobody can open again.
+    # The client creates the tables; two processes that do so at once break each other and the database.
     with FileLock(f"{path}.lock", timeout=120):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, (project.root / "mlartifacts").resolve().as_uri())
 
 
