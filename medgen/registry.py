@@ -10,14 +10,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from filelock import Timeout
@@ -141,8 +140,8 @@ def load(uri: str, project: Project, tracking: Tracking) -> Path:
             ) from None
 
 
-def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> None:
-    """Shows MLflow's page on this project's store at 127.0.0.1:`port` until interrupted.
+def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> NoReturn:
+    """Shows MLflow's page on this project's store at 127.0.0.1:`port`; this process becomes the server.
 
     Raises:
         UserError: the store is a server with a page of its own, or the port is taken.
@@ -156,14 +155,12 @@ def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> None:
     connect(project, tracking)  # an empty project gets its store first
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--artifacts-destination", str(project.root / "mlartifacts")]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     # Without its job runner the server is 2 processes in place of 15.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     Console(highlight=False).print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
-    try:
-        subprocess.run(command, cwd=project.root, env=environment, check=False)
-    except KeyboardInterrupt:
-        return
+    os.chdir(project.root)
+    os.execve(sys.executable, command, environment)  # in place of this process: signals reach the server
 
 
 @contextmanager
