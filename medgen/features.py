@@ -150,4 +150,4 @@ def report(store: Store, by_class: bool, accuracy: float | None, digest: str) ->
     """One line for the person who waits."""
     subject = f"{len(store.classes)} classes" if by_class else "quarter turns (no classes to learn)"
     measured = "no validation image" if accuracy is None else f"balanced validation accuracy {accuracy:.3f}"
-    Console().print(f"Domain extractor: {subject}, {measured}, weights {digest[:12]}", highlight=False)
+    Console().print(f"Domain extractor: {subject}, {measured}, weights {digest[:12]}", highlight=False, soft_wrap=True)

@@ -129,11 +129,15 @@ def save_extractor(folder: Path, extractor: DomainExtractor, facts: dict[str, An
     return digest
 
 
-def load_extractor(folder: Path) -> tuple[DomainExtractor, str]:
+def load_extractor(folder: Path, dataset: str | None = None) -> tuple[DomainExtractor, str]:
     """The extractor in evaluation mode, on the CPU, and the SHA-256 of its weights.
 
+    Args:
+        folder: where `save_extractor` wrote it.
+        dataset: fingerprint of the store it has to be trained on; None takes any.
+
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or trained on other data.
     """
     path = folder / DESCRIPTION
     try:
@@ -145,6 +149,11 @@ def load_extractor(folder: Path) -> tuple[DomainExtractor, str]:
         raise UserError(f"{path}: not readable as JSON ({error}); run `medgen features` again") from None
     if not isinstance(description, dict) or description.get("schema") != SCHEMA:
         raise UserError(f"{path}: expected an extractor of schema {SCHEMA}; run `medgen features` again")
+    if dataset is not None and description.get("dataset") != dataset:
+        raise UserError(
+            f"{path}: trained on dataset {description.get('dataset')}, but the store is now {dataset}; "
+            "run `medgen features` again"
+        )
     digest = hashlib.sha256(weights).hexdigest()
     if digest != description.get("sha256"):
         raise UserError(

@@ -1,0 +1,264 @@
+"""Judges the model on the test split: reconstructions, and new images drawn through the prior.
+
+medgen evaluate
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medgen import bundle
+from medgen.bundle import BundleInfo
+from medgen.config import Evaluate, Project, Tracking, seed_of
+from medgen.data.loader import Loader
+from medgen.data.store import Split, Store, open_store
+from medgen.distributed import pick_device
+from medgen.errors import UserError
+from medgen.evaluation_report import findings, key_numbers, print_table, write_page
+from medgen.figures import write_grid, write_pairs
+from medgen.files import write_atomic
+from medgen.metrics import generation, latent, reconstruction
+from medgen.metrics.features import DomainExtractor, load_extractor
+from medgen.models import GenerativeModel
+from medgen.priors import Prior, load_prior, sample_images
+from medgen.tracking import Tracker, history, lineage
+
+MIN_IMAGES = 3  # of a set that is compared: KID leaves one out and needs two more
+PCA_COMPONENTS = (128, 256, 1024)  # printed beside as many as the latent has numbers
+NUM_PAIRS = 16
+MAX_COLUMNS = 12
+SIGNIFICANT_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is judged, and with what."""
+
+    store: Store
+    test: Split
+    model: GenerativeModel
+    info: BundleInfo
+    prior: Prior
+    extractor: DomainExtractor
+    extractor_sha256: str
+    device: torch.device
+    params: Evaluate
+
+    @property
+    def num_latent(self) -> int:
+        """How many numbers a latent has."""
+        return torch.Size(self.model.latent_shape).numel()
+
+    @property
+    def conditional(self) -> bool:
+        """Whether a label changes what is generated."""
+        return len(self.prior.frequencies) > 0 and (self.prior.conditional or self.model.conditional)
+
+
+def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
+    """Writes reports/metrics.json, provenance.json, index.html and two figures; adds them to the training's run.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        UserError: a part is missing or damaged, parts do not belong together, or a set is too small.
+    """
+    subject = load(project, evaluate)
+    metrics, reconstructions, pca = judge_reconstructions(subject)
+    metrics |= judge_samples(subject)
+    counts = subject.store.counts
+    metrics |= {"run/num_train": counts["train"], "run/num_test": counts["test"]}
+    metrics["run/num_generated"] = evaluate.num_generated
+    if broken := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
+        raise UserError(f"{project.model}: gives {', '.join(broken)} that are not finite; train the model again")
+    metrics = {name: float(f"{metrics[name]:.{SIGNIFICANT_DIGITS}g}") for name in sorted(metrics)}
+    write_json(project, "metrics.json", metrics)
+    write_json(project, "provenance.json", provenance(project, subject))
+    draw(project, subject, reconstructions)
+    rows = key_numbers(metrics, pca, subject.num_latent)
+    write_page(project.reports / "index.html", facts(subject), rows, findings(metrics))
+    record(project, subject, tracking, metrics)
+    print_table(rows)
+    return metrics
+
+
+def load(project: Project, evaluate: Evaluate) -> Subject:
+    """Opens all parts and refuses those that do not belong together."""
+    store = open_store(project.dataset)
+    device = pick_device("auto")
+    model, info = bundle.load(project.model, device)
+    prior = load_prior(project.prior)
+    extractor, digest = load_extractor(project.features, store.fingerprint)
+    if info.dataset != store.fingerprint:
+        raise UserError(
+            f"{project.model / 'model.json'}: trained on dataset {info.dataset}, but {project.dataset} is now "
+            f"{store.fingerprint}; run `medgen train` (or `dvc repro`) first"
+        )
+    if prior.latent_shape != model.latent_shape:
+        raise UserError(
+            f"{project.prior}: made for latents of {prior.latent_shape}, the model has {model.latent_shape}; "
+            "run `medgen prior` again"
+        )
+    for name in ("train", "test"):
+        if store.counts[name] < MIN_IMAGES:
+            raise UserError(
+                f"{project.dataset}: {store.counts[name]} images in the {name} split, expected at least {MIN_IMAGES}; "
+                "change preprocess.test_fraction or bring more images"
+            )
+    if evaluate.num_generated < MIN_IMAGES:
+        raise UserError(f"evaluate.num_generated: found {evaluate.num_generated}, expected at least {MIN_IMAGES}")
+    return Subject(store, store.split("test"), model, info, prior, extractor.to(device), digest, device, evaluate)
+
+
+@torch.no_grad()
+def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor, dict[int, float]]:
+    """Metrics of the whole test split, its reconstructions (N, C, H, W), and PCA's SSIM by number of components."""
+    originals, results, means, divergences = [], [], [], []
+    for batch in Loader(subject.test, subject.params.batch_size, subject.device).sequential():
+        encoded = subject.model.encode(batch.image, batch.label)
+        originals.append(batch.image.cpu())
+        results.append(subject.model.decode(encoded.mean, batch.label).float().cpu())
+        means.append(encoded.mean.cpu())
+        if encoded.logvar is not None:
+            divergences.append(latent.kl_nats(encoded.mean, encoded.logvar).cpu())
+    scores = reconstruction.compare(zip(originals, results, strict=True))
+    train, test = pixels(subject.store.split("train")), pixels(subject.test)
+    most = min(len(train) - 1, test[0].numel())
+    pca = reconstruction.pca_ssim(train, test, [min(count, most) for count in (subject.num_latent, *PCA_COMPONENTS)])
+    metrics = {f"reconstruction/{name}": value for name, value in scores.items()}
+    metrics["reconstruction/pca_ssim"] = pca[min(subject.num_latent, most)]
+    metrics["latent/active_units"] = latent.active_units(torch.cat(means))
+    if divergences:
+        metrics["latent/kl_nats"] = float(torch.cat(divergences).mean())
+    return metrics, torch.cat(results), pca
+
+
+@torch.no_grad()
+def judge_samples(subject: Subject) -> dict[str, float]:
+    """Generated against test images, and beside it as many train images, or all, against the same test images."""
+    params, seed = subject.params, seed_of(subject.params.seed)
+    labels = proportional_labels(subject.prior.frequencies, params.num_generated) if subject.conditional else None
+    images = sample_images(subject.prior, subject.model, params.num_generated, labels, params.seed, params.batch_size)
+    train = pixels(subject.store.split("train"))
+    train = generation.thin(train, min(len(train), params.num_generated))
+    test = pixels(subject.test)
+    generated_features, train_features, test_features = (features(subject, part) for part in (images, train, test))
+    kid = generation.kid(test_features, generated_features, patients(subject.test))
+    metrics = {
+        "kid_domain": kid.value,
+        "kid_domain_ci_low": kid.low,
+        "kid_domain_ci_high": kid.high,
+        "kid_domain_floor": generation.kid(test_features, train_features).value,
+        "fd_domain": generation.frechet_distance(test_features, generated_features),
+        "fd_domain_floor": generation.frechet_distance(test_features, train_features),
+        "ms_ssim_diversity": generation.ms_ssim_diversity(images, seed=seed),
+        "ms_ssim_diversity_real": generation.ms_ssim_diversity(test.float() / 255.0, seed=seed),
+    }
+    metrics |= generation.manifold(test_features, generated_features)._asdict()
+    real = generation.manifold(test_features, train_features)._asdict()
+    metrics |= {f"{name}_real": value for name, value in real.items()}
+    return {f"generation/{name}": value for name, value in metrics.items()}
+
+
+def features(subject: Subject, images: Tensor) -> Tensor:
+    """Images (N, C, H, W), floats in [0, 1] or uint8 -> features (N, 128) on the CPU."""
+    parts = []
+    for part in torch.split(images, subject.params.batch_size):
+        part = part.to(subject.device)
+        parts.append(subject.extractor(part if part.is_floating_point() else part.float() / 255.0).cpu())
+    return torch.cat(parts)
+
+
+def pixels(split: Split) -> Tensor:
+    """All images of a split, (N, C, H, W) uint8."""
+    return torch.from_numpy(split.images.copy())
+
+
+def patients(split: Split) -> list[str] | None:
+    """Each image's patient; None where there is none for each, or where one patient has nearly all images."""
+    names = [row["patient"] for row in split.rows()]
+    largest = max(Counter(names).values())
+    return names if all(names) and largest <= len(names) - 2 else None
+
+
+def proportional_labels(frequencies: Tensor, n: int) -> Tensor:
+    """`n` sorted labels in the proportions of `frequencies` (K,), rounded by largest remainder."""
+    exact = frequencies.double() / frequencies.sum() * n
+    counts = exact.floor().long()
+    left_over = (exact - counts).argsort(descending=True, stable=True)[: n - int(counts.sum())]
+    counts[left_over] += 1
+    return torch.repeat_interleave(torch.arange(len(counts)), counts)
+
+
+def draw(project: Project, subject: Subject, reconstructions: Tensor) -> None:
+    """Writes samples.png, as many of each class where there are classes, and reconstructions.png."""
+    num_images, seed = subject.params.grid_images, seed_of(subject.params.seed, 1)
+    labels = captions = columns = None
+    if subject.conditional:
+        known = subject.prior.frequencies.nonzero().flatten()
+        labels = known.repeat_interleave(max(1, num_images // len(known)))
+        captions = [subject.store.classes[label] for label in labels.tolist()]
+        columns = len(labels) // len(known)
+        while columns > MAX_COLUMNS:
+            columns = (columns + 1) // 2
+        num_images = len(labels)
+    images = sample_images(subject.prior, subject.model, num_images, labels, seed, subject.params.batch_size)
+    write_grid(project.figures / "samples.png", images, columns, captions)
+    size = min(NUM_PAIRS, len(reconstructions))
+    originals = generation.thin(pixels(subject.test), size)
+    write_pairs(project.figures / "reconstructions.png", originals, generation.thin(reconstructions, size))
+
+
+def facts(subject: Subject) -> dict[str, str]:
+    """What was trained, for the page: nothing in it changes from one identical run to the next."""
+    store, info = subject.store, subject.info
+    counts = ", ".join(f"{count:,} {name}" for name, count in store.counts.items())
+    sections = {"model": info.model, "preprocess": info.preprocess}
+    settings = {f"{section}.{name}": str(value) for section, values in sections.items() for name, value in values}
+    return {
+        "images": f"{counts}; {' x '.join(map(str, store.image_shape))}",
+        "classes": ", ".join(store.classes) or "none",
+        "dataset": store.fingerprint,
+        "run": info.run,
+        "latent": " x ".join(map(str, subject.model.latent_shape)),
+        "prior": subject.prior.name,
+        "extractor": f"domain, {subject.extractor_sha256[:12]}",
+        **settings,
+    }
+
+
+def provenance(project: Project, subject: Subject) -> dict[str, object]:
+    """Where the numbers come from; unlike metrics.json it differs from machine to machine."""
+    return {
+        "extractors": {"domain": {"sha256": subject.extractor_sha256}},
+        "dataset": subject.store.fingerprint,
+        "run": subject.info.run,
+        "prior": subject.prior.name,
+        "evaluate": subject.params.model_dump(mode="json"),
+        "lineage": lineage(project, subject.params, device=str(subject.device), precision="fp32"),
+    }
+
+
+def write_json(project: Project, name: str, content: Mapping[str, object]) -> None:
+    """Writes a file of reports/ with sorted keys; NaN and infinity are refused."""
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    write_atomic(project.reports / name, f"{text}\n".encode())
+
+
+def record(project: Project, subject: Subject, tracking: Tracking, metrics: dict[str, float]) -> None:
+    """Adds parameters, metrics, figures and reports to the record of the run that trained the model."""
+    scratch = project.runs / subject.info.run
+    with Tracker.open(scratch, tracking, project, subject.info.model.name) as tracker:
+        records = history(scratch)
+        tracker.params({"evaluate": subject.params})
+        tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
+        for name in ("samples.png", "reconstructions.png"):
+            tracker.artifact(project.figures / name, "figures")
+        for name in ("metrics.json", "provenance.json", "index.html"):
+            tracker.artifact(project.reports / name, "reports")

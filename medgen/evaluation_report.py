@@ -1,0 +1,157 @@
+"""What an evaluation leaves to read: a table in the terminal, and reports/index.html with the pictures in it."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from medgen.files import write_atomic
+
+PICTURES = {
+    "samples.png": "New images, drawn through the prior",
+    "reconstructions.png": "Test images over their reconstructions",
+    "progress.gif": "Samples from the first epoch to the last",
+    "loss.png": "Loss by epoch, linear and logarithmic",
+    "ssim.png": "SSIM of the validation split by epoch",
+}
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
+table { border-collapse: collapse } td, th { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top }
+tr + tr td { border-top: 1px solid #ddd } .number { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 100%; height: auto } figure { margin: 1.5rem 0 } figcaption { color: #666 }
+code { background: #f3f3f3; padding: .1rem .3rem }
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the key numbers."""
+
+    name: str
+    value: str
+    beside: str  # what the value is to be held against
+    reading: str
+
+
+def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_latent: int) -> list[Row]:
+    """The numbers a person looks at first, each with its mark.
+
+    Args:
+        metrics: the content of metrics.json.
+        pca: SSIM by number of principal components.
+        num_latent: how many numbers the latent has.
+    """
+    m = {name: f"{value:.4g}" for name, value in metrics.items()}
+    kid = [m[f"generation/kid_domain{end}"] for end in ("", "_ci_low", "_ci_high", "_floor")]
+    rows = [Row("SSIM of reconstructions", m["reconstruction/ssim"], f"{num_latent:,} latent numbers", "1 is perfect")]
+    for count, score in sorted(pca.items()):
+        rows.append(Row("  of PCA reconstructions", f"{score:.4g}", f"{count:,} components", "the classical mark"))
+    rows += [
+        Row("PSNR of reconstructions", f"{m['reconstruction/psnr']} dB", "", "higher is better"),
+        Row("L1 of reconstructions", m["reconstruction/l1"], "", "mean over pixels in [0, 1], lower is better"),
+        Row("KID of samples", kid[0], f"{kid[3]} real against real", "0 where samples and test images are alike"),
+        Row("  95 % interval", f"{kid[1]} to {kid[2]}", "", "other draws of test images and samples"),
+    ]
+    names = {
+        "fd_domain": ("Fréchet distance of samples", "fd_domain_floor", "lower is better"),
+        "precision": ("Precision", "precision_real", "share of samples among real images"),
+        "recall": ("Recall", "recall_real", "share of real images among samples"),
+        "density": ("Density", "density_real", "as precision, outliers weigh less"),
+        "coverage": ("Coverage", "coverage_real", "share of real images with a sample near"),
+        "ms_ssim_diversity": ("Likeness of samples", "ms_ssim_diversity_real", "MS-SSIM of pairs; higher: too alike"),
+    }
+    for key, (name, real, reading) in names.items():
+        rows.append(Row(name, m[f"generation/{key}"], f"{m[f'generation/{real}']} real against real", reading))
+    if "latent/kl_nats" in m:
+        rows.append(Row("KL of the posterior", f"{m['latent/kl_nats']} nats", "", "what an image tells the latent"))
+    active = f"{metrics['latent/active_units']:.0f}"
+    rows.append(Row("Active latent numbers", active, "", "vary with the image (variance above 0.01)"))
+    return rows
+
+
+def findings(metrics: Mapping[str, float]) -> list[str]:
+    """What the numbers say in words, and what to try."""
+    found = []
+    ssim, mark = metrics["reconstruction/ssim"], metrics["reconstruction/pca_ssim"]
+    if ssim < mark:
+        found.append(
+            f"Principal components of the train split rebuild better (SSIM {mark:.3f} against {ssim:.3f}): "
+            "train longer, raise the learning rate, or spread the latent over a larger grid (model.latent_size)."
+        )
+    else:
+        found.append(f"Reconstructions beat the train split's principal components (SSIM {ssim:.3f} over {mark:.3f}).")
+    if metrics["generation/kid_domain_ci_low"] > metrics["generation/kid_domain_floor"]:
+        found.append(
+            "Samples can be told from test images (KID's interval lies above the real-against-real floor). Compare the "
+            "pictures below: where reconstructions look as wrong as samples, train longer; where only samples do, "
+            "raise the KL weight (beta.end in train.phases) or take a smaller latent."
+        )
+    else:
+        found.append("KID does not tell samples from test images: its interval reaches the real-against-real floor.")
+    if metrics["generation/ms_ssim_diversity"] > metrics["generation/ms_ssim_diversity_real"] + 0.05:
+        found.append("Samples are more alike than real images are: look for a collapse in the grid below.")
+    return found
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """The key numbers, for the terminal."""
+    table = Table(title="Evaluation on the test split", title_justify="left")
+    table.add_column("measure", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("beside it", overflow="fold")
+    for row in rows:
+        table.add_row(row.name, row.value, row.beside)
+    Console(highlight=False).print(table)
+
+
+def write_page(path: Path, facts: Mapping[str, str], rows: Sequence[Row], findings: Sequence[str]) -> None:
+    """Writes one HTML page that needs no other file.
+
+    Args:
+        path: the page; pictures are taken from figures/ beside it, those that are there.
+        facts: what was trained, name -> text.
+        rows: the key numbers.
+        findings: sentences.
+    """
+    trained = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in facts.items())
+    numbers = "".join(
+        f'<tr><td>{escape(row.name)}</td><td class="number">{escape(row.value)}</td>'
+        f"<td>{escape(row.beside)}</td><td>{escape(row.reading)}</td></tr>"
+        for row in rows
+    )
+    pictures = "".join(
+        _figure(path.parent / "figures" / name, caption)
+        for name, caption in PICTURES.items()
+        if (path.parent / "figures" / name).is_file()
+    )
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>medgen: evaluation</title><style>{_STYLE}</style></head><body>
+<h1>How good is the model?</h1>
+<ul>{"".join(f"<li>{escape(text)}</li>" for text in findings)}</ul>
+<h2>Key numbers, on the test split</h2>
+<table><tr><th>measure</th><th class="number">value</th><th>beside it</th><th>how to read it</th></tr>{numbers}</table>
+<h2>Pictures</h2>{pictures}
+<h2>What was trained</h2><table>{trained}</table>
+<h2>What to look at next</h2>
+<ul><li><code>medgen ui</code> shows this run and the others, with curves and samples by epoch.</li>
+<li><code>medgen compare</code> puts runs side by side.</li>
+<li><code>medgen generate --n 25 --out outputs/new</code> makes more images.</li>
+<li><code>reports/metrics.json</code> has every number, <code>reports/provenance.json</code> their origin.</li></ul>
+</body></html>
+"""
+    write_atomic(path, page.encode())
+
+
+def _figure(path: Path, caption: str) -> str:
+    kind = path.suffix.removeprefix(".")
+    content = base64.b64encode(path.read_bytes()).decode()
+    text = escape(caption)
+    return (
+        f'<figure><img src="data:image/{kind};base64,{content}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    )

@@ -1,0 +1,228 @@
+"""`medgen evaluate`: the contract's keys, the same bytes again, one run from training to evaluation."""
+
+import importlib.metadata
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from medgen import bundle, evaluate, features
+from medgen.config import Evaluate, Features, Model, Preprocess, Prior, Project, Tracking
+from medgen.data.store import StoreWriter, open_store
+from medgen.errors import UserError
+from medgen.evaluation_report import findings
+from medgen.figures import write_grid
+from medgen.metrics import reconstruction
+from medgen.models import build_model
+from medgen.priors import PRIORS, save_prior
+from medgen.tracking import history, read_run
+
+OFF = Tracking(enabled=False)
+SMALL = Evaluate(num_generated=20, batch_size=7, grid_images=10)
+MODEL = Model(base_channels=8, latent_size=8, latent_channels=2, attention_resolutions=())
+KEYS = {
+    *(f"reconstruction/{name}" for name in ("l1", "mse", "psnr", "ssim", "pca_ssim")),
+    *(f"latent/{name}" for name in ("kl_nats", "active_units")),
+    *(f"generation/kid_domain{name}" for name in ("", "_ci_low", "_ci_high", "_floor")),
+    *(f"generation/fd_domain{name}" for name in ("", "_floor")),
+    *(
+        f"generation/{name}{of}"
+        for name in ("precision", "recall", "density", "coverage", "ms_ssim_diversity")
+        for of in ("", "_real")
+    ),
+    *(f"run/{name}" for name in ("num_train", "num_test", "num_generated")),
+}
+REPORTS = ("metrics.json", "index.html", "figures/samples.png", "figures/reconstructions.png")
+
+
+def trained(project: Project, prior: str = "gmm", conditional: bool = True) -> Project:
+    """Fills artifacts/ with a model of random weights, a prior over its latents, and an extractor."""
+    store = open_store(project.dataset)
+    torch.manual_seed(0)
+    model = build_model(MODEL, store.image_shape, len(store.classes)).eval()
+    info = bundle.BundleInfo(
+        MODEL, Preprocess(image_size=32), store.image_shape, store.classes, store.fingerprint, "run0", torch.__version__
+    )
+    bundle.save(project.model, model, info)
+    train = store.split("train")
+    with torch.no_grad():
+        means = model.encode(torch.from_numpy(train.images.copy()).float() / 255).mean
+    labels = torch.from_numpy(train.labels.copy())
+    params = Prior(conditional=conditional, components=(1,))
+    save_prior(project.prior, PRIORS[prior].fit(means, labels, len(store.classes), params))
+    features.run(project, features=Features(width=8, epochs=1))
+    return project
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, float]]:
+    """A project after one evaluation, and its metrics."""
+    project = Project(tmp_path_factory.mktemp("judged"))
+    shutil.copytree(tiny_store, project.dataset)
+    trained(project)
+    return project, evaluate.run(project, evaluate=SMALL, tracking=OFF)
+
+
+def test_metrics_are_the_contracts_flat_finite_and_sorted(judged: tuple[Project, dict[str, float]]) -> None:
+    project, metrics = judged
+    text = (project.reports / "metrics.json").read_text()
+    assert json.loads(text) == metrics
+    assert set(metrics) == KEYS
+    assert list(json.loads(text)) == sorted(metrics)
+    assert metrics["generation/kid_domain_ci_low"] < metrics["generation/kid_domain"]
+    assert metrics["generation/kid_domain"] < metrics["generation/kid_domain_ci_high"]
+    assert metrics["run/num_test"] == open_store(project.dataset).counts["test"]
+    assert metrics["run/num_generated"] == 20
+
+
+def test_reconstruction_metrics_cover_every_test_image(judged: tuple[Project, dict[str, float]]) -> None:
+    project, metrics = judged
+    store, (model, _) = open_store(project.dataset), bundle.load(project.model)
+    train, test = (torch.from_numpy(store.split(name).images.copy()) for name in ("train", "test"))
+    assert len(test) % SMALL.batch_size, "the last batch has to be a ragged one"
+    with torch.no_grad():
+        rebuilt = model.reconstruct(test.float() / 255)
+    ssim = reconstruction.ssim(test.float() / 255, rebuilt).double().mean().item()
+    assert metrics["reconstruction/ssim"] == pytest.approx(ssim, rel=1e-4)
+    assert metrics["reconstruction/l1"] == pytest.approx((test / 255 - rebuilt).abs().mean().item(), rel=1e-4)
+    num_latent = 2 * 8 * 8
+    mark = reconstruction.pca_ssim(train, test, [num_latent])[num_latent]  # capped at the number of train images
+    assert metrics["reconstruction/pca_ssim"] == pytest.approx(mark, rel=1e-4)
+
+
+def test_again_is_the_same_bytes(judged: tuple[Project, dict[str, float]]) -> None:
+    project, _ = judged
+    before = {name: (project.reports / name).read_bytes() for name in REPORTS}
+    torch.rand(3)
+    evaluate.run(project, evaluate=SMALL, tracking=OFF)
+    assert {name: (project.reports / name).read_bytes() for name in REPORTS} == before
+
+
+def test_it_joins_the_record_of_the_training(judged: tuple[Project, dict[str, float]]) -> None:
+    project, metrics = judged
+    scratch = project.runs / "run0"
+    recorded = history(scratch)[-1]
+    assert {name: recorded[name] for name in metrics} == metrics
+    assert read_run(scratch).params["evaluate.num_generated"] == 20
+    lines = [json.loads(line) for line in (scratch / "history.jsonl").read_text().splitlines()]
+    kept = {line["key"] for line in lines if line.get("kind") == "artifact" or "sha256" in line}
+    assert {"figures/samples.png", "figures/reconstructions.png", "reports/metrics.json"} <= kept
+
+
+def test_reports_name_no_place_on_this_machine_and_need_no_other_file(
+    judged: tuple[Project, dict[str, float]],
+) -> None:
+    project, metrics = judged
+    for name in ("metrics.json", "index.html", "provenance.json"):
+        assert str(project.root) not in (project.reports / name).read_text()
+    page = (project.reports / "index.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("<img") == 2
+    for name in ("reconstruction/ssim", "generation/kid_domain", "generation/kid_domain_floor"):
+        assert f"{metrics[name]:.4g}" in page
+    assert f"{metrics['reconstruction/pca_ssim']:.4g}" in page
+
+
+def test_provenance_tells_extractor_data_and_versions(judged: tuple[Project, dict[str, float]]) -> None:
+    project, _ = judged
+    found = json.loads((project.reports / "provenance.json").read_text())
+    description = json.loads((project.features / "extractor.json").read_text())
+    assert found["extractors"]["domain"]["sha256"] == description["sha256"]
+    assert found["dataset"] == open_store(project.dataset).fingerprint
+    assert found["lineage"]["version.torch"] == importlib.metadata.version("torch")
+
+
+@pytest.mark.parametrize(("prior", "conditional"), [("normal", False), ("gmm", False)])
+def test_an_unconditional_prior_gets_no_captions(
+    prior: str, conditional: bool, tiny_project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, object] = {}
+
+    def watched(path: Path, images: torch.Tensor, columns: int | None, captions: list[str] | None) -> None:
+        drawn.update(n=len(images), captions=captions)
+        write_grid(path, images, columns, captions)
+
+    monkeypatch.setattr(evaluate, "write_grid", watched)
+    evaluate.run(trained(tiny_project, prior, conditional), evaluate=SMALL, tracking=OFF)
+    assert drawn == {"n": 10, "captions": None}
+
+
+def test_unlabelled_images_are_judged_too(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.dataset.parent.mkdir()
+    images = (torch.rand(30, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8).numpy()
+    with StoreWriter(project.dataset, 32, with_masks=False) as writer:
+        for i, image in enumerate(images):
+            split = "train" if i < 20 else "test"
+            writer.add(split, image, None, None, {"path": f"{i}.png", "patient": ""})
+        writer.commit([], {}, "")
+    metrics = evaluate.run(trained(project), evaluate=SMALL, tracking=OFF)
+    assert set(metrics) == KEYS
+
+
+def test_labels_follow_the_train_splits_mix() -> None:
+    labels = evaluate.proportional_labels(torch.tensor([0.5, 0.0, 0.26, 0.24]), 10)
+    assert torch.bincount(labels, minlength=4).tolist() == [5, 0, 3, 2]
+    assert len(evaluate.proportional_labels(torch.full((3,), 1 / 3), 100)) == 100
+
+
+def other_dataset(project: Project) -> None:
+    path = project.features / "extractor.json"
+    path.write_text(path.read_text().replace(open_store(project.dataset).fingerprint, "0" * 12))
+
+
+def other_latents(project: Project) -> None:
+    save_prior(project.prior, PRIORS["normal"].fit(torch.zeros(4, 5, 2, 2), None, 0, Prior()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda project: shutil.rmtree(project.model), "medgen train"),
+        (lambda project: shutil.rmtree(project.prior), "medgen prior"),
+        (lambda project: shutil.rmtree(project.features), "medgen features"),
+        (other_dataset, r"extractor\.json: trained on dataset 000000000000"),
+        (other_latents, r"prior: made for latents of \(5, 2, 2\)"),
+    ],
+    ids=["no model", "no prior", "no extractor", "extractor of other data", "prior of another model"],
+)
+def test_parts_that_are_missing_or_strangers_are_named(
+    damage: object, message: str, judged: tuple[Project, dict[str, float]], tmp_path: Path
+) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(judged[0].root / "artifacts", tmp_path / "artifacts")
+    damage(project)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        evaluate.run(project, evaluate=SMALL, tracking=OFF)
+    assert not project.reports.exists()
+
+
+def test_too_few_generated_images_are_refused(judged: tuple[Project, dict[str, float]]) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.num_generated: found 2, expected at least 3"):
+        evaluate.run(judged[0], evaluate=Evaluate(num_generated=2), tracking=OFF)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ["beat", "does not tell"]),
+        ({"reconstruction/ssim": 0.5}, ["rebuild better", "does not tell"]),
+        ({"generation/kid_domain_ci_low": 0.3}, ["beat", "can be told"]),
+        ({"generation/ms_ssim_diversity": 0.6}, ["beat", "does not tell", "collapse"]),
+    ],
+)
+def test_findings_follow_the_numbers(change: dict[str, float], words: list[str]) -> None:
+    metrics = {
+        "reconstruction/ssim": 0.9,
+        "reconstruction/pca_ssim": 0.8,
+        "generation/kid_domain_ci_low": 0.0,
+        "generation/kid_domain_floor": 0.1,
+        "generation/ms_ssim_diversity": 0.3,
+        "generation/ms_ssim_diversity_real": 0.3,
+    }
+    found = findings(metrics | change)
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
