@@ -159,7 +159,7 @@ class Prior(Section):
 
     name: str = "gmm"
     components: tuple[Count, ...] = (1, 2, 4, 8)  # tried; the best held-out likelihood is kept
-    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95  # share of latent variance kept by PCA
+    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8  # share of latent variance under the mixture
     conditional: bool = True  # one mixture per class where the data has labels
     seed: int = 0
 

@@ -15,6 +15,7 @@ class GenerativeModel(nn.Module, ABC):
     """
 
     latent_shape: tuple[int, ...]
+    conditional = False  # whether encode and decode use the label
 
     @abstractmethod
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:

@@ -1,0 +1,181 @@
+"""Uses of a trained model: new images, and images through the model and back.
+
+medgen generate --n 25 --label NORMAL --out outputs/new
+medgen reconstruct chest.png --out outputs/through
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from medgen import bundle
+from medgen.bundle import BundleInfo
+from medgen.config import Preprocess, Project, unknown_name
+from medgen.data.images import UnreadableImage, read_image, to_square
+from medgen.distributed import pick_device
+from medgen.errors import UserError
+from medgen.figures import write_grid
+from medgen.files import write_atomic
+from medgen.metrics.reconstruction import psnr, ssim
+from medgen.models import GenerativeModel
+from medgen.priors import Prior, iterate_samples, load_prior
+
+BATCH_SIZE = 64
+MAX_GRID_IMAGES = 100
+PAIR_SIDE = 192  # pixels at least of each picture of a pair, so that its caption has room
+
+
+def run(project: Project, *, n: int, label: str | None, seed: int, model: Path | None, out: Path) -> list[Path]:
+    """Writes `n` new images as PNG files and the first hundred as grid.png; returns the images' paths.
+
+    Args:
+        project: where artifacts/ is.
+        n: how many.
+        label: class by name or index; None draws classes as often as the train split has them.
+        seed: the same seed gives the same images.
+        model: folder with model/ and prior/; None is artifacts/.
+        out: folder for the pictures; made where it is absent.
+
+    Raises:
+        UserError: model or prior is missing, they do not fit each other, or the label is unknown.
+    """
+    folder = model or project.model.parent
+    network, info = bundle.load(folder / "model", pick_device("auto"))
+    prior = load_prior(folder / "prior")
+    if prior.latent_shape != network.latent_shape:
+        raise UserError(
+            f"{folder / 'prior'}: made for latents of {prior.latent_shape}, the model has {network.latent_shape}; "
+            "run `medgen prior` again"
+        )
+    labels = None if label is None else torch.full((n,), find_label(label, info, prior, network))
+    batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE)
+    num_batches = math.ceil(n / BATCH_SIZE)
+    paths: list[Path] = []
+    shown: list[Tensor] = []
+    captions: list[str] = []
+    console = Console(highlight=False)
+    for images, classes in track(batches, "generating", num_batches, console=console, disable=not console.is_terminal):
+        names = ["image"] * len(images) if classes is None else [info.classes[c] for c in classes.tolist()]
+        for image, name in zip(images, names, strict=True):
+            paths.append(out / f"{file_name(name)}_{len(paths):05d}.png")
+            write_image(paths[-1], image)
+        missing = MAX_GRID_IMAGES - len(captions)
+        shown.append(images[:missing])
+        captions += names[:missing]
+    write_grid(out / "grid.png", torch.cat(shown), captions=captions if info.classes else None)
+    console.print(f"{n} images and grid.png in {out}", markup=False)
+    return paths
+
+
+def reconstruct(project: Project, *, files: Sequence[Path], model: Path | None, out: Path) -> list[dict[str, str]]:
+    """Writes each file's picture beside its reconstruction, and reconstructions.csv; returns its rows.
+
+    The picture goes through the preprocessing the model was trained with; PSNR (dB) and SSIM compare
+    what comes out of the model to what went in.
+
+    Raises:
+        UserError: the model is missing, or files are unreadable; the others are done all the same.
+    """
+    network, info = bundle.load((model or project.model.parent) / "model", pick_device("auto"))
+    device = next(network.parameters()).device
+    console = Console(highlight=False)
+    rows: list[dict[str, str]] = []
+    unreadable: list[str] = []
+    taken = {"reconstructions"}
+    for file in files:
+        try:
+            original = load_image(file, info.preprocess)
+        except UnreadableImage as error:
+            unreadable.append(f"{file}: {error}")
+            continue
+        with torch.no_grad():
+            result = network.reconstruct(original.to(device)).float().cpu()
+        scores = {"psnr": f"{float(psnr(original, result)):.2f}", "ssim": f"{float(ssim(original, result)):.4f}"}
+        name = _free_name(file_name(file.stem), taken)
+        captions = ["original", f"SSIM {scores['ssim']}, {scores['psnr']} dB"]
+        scale = math.ceil(PAIR_SIDE / original.shape[-1])
+        write_grid(out / f"{name}.png", torch.cat([original, result]), columns=2, captions=captions, scale=scale)
+        console.print(f"{file}: PSNR {scores['psnr']} dB, SSIM {scores['ssim']} -> {out / name}.png", markup=False)
+        rows.append({"file": str(file), "picture": f"{name}.png", **scores})
+    if rows:
+        _write_table(out / "reconstructions.csv", rows)
+    if unreadable:
+        raise UserError("not readable as images:\n" + "\n".join(unreadable))
+    return rows
+
+
+def find_label(label: str, info: BundleInfo, prior: Prior, model: GenerativeModel) -> int:
+    """The index of a class given by its name or its index.
+
+    Raises:
+        UserError: there is no such class, or neither prior nor model tells classes apart.
+    """
+    if not info.classes:
+        raise UserError(
+            f"label: found {label!r}, but the model was trained on images without labels; leave --label out"
+        )
+    if label in info.classes:
+        index = info.classes.index(label)
+    elif label.isdigit() and int(label) < len(info.classes):
+        index = int(label)
+    else:
+        raise unknown_name("label", label, info.classes)
+    if not (prior.conditional or model.conditional):
+        raise UserError(
+            f"label: found {label!r}, but prior {prior.name!r} does not tell classes apart; "
+            "leave --label out, or run `medgen prior --set prior.name=gmm --set prior.conditional=true`"
+        )
+    if bool(prior.frequencies[index] == 0):
+        raise UserError(f"label: the train split has no image of {info.classes[index]!r}; choose another class")
+    return index
+
+
+def load_image(path: Path, preprocess: Preprocess) -> Tensor:
+    """A file as the model's input (1, 1, S, S) in [0, 1].
+
+    Raises:
+        UnreadableImage: the file is no image.
+    """
+    size = preprocess.image_size
+    raw = read_image(path, size if preprocess.reduced_decode else None)
+    square = to_square(raw.pixels, size, preprocess.fit, preprocess.clahe_clip, preprocess.clahe_tiles)
+    return torch.from_numpy(square)[None, None].float() / 255.0
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """Writes one image (1 or 3, H, W) in [0, 1] as PNG, pixel by pixel."""
+    pixels = (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def file_name(text: str) -> str:
+    """`text` with what a file name must not hold replaced: class names come from users' folders and tables."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text).lstrip(".") or "image"
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """`name`, or with the first free number behind it; it is taken from now on."""
+    candidate, number = name, 2
+    while candidate in taken:
+        candidate, number = f"{name}_{number}", number + 1
+    taken.add(candidate)
+    return candidate
+
+
+def _write_table(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, table.getvalue().encode())

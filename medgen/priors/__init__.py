@@ -1,0 +1,156 @@
+"""What latents are drawn from when a model generates. A new prior is one file and one line in PRIORS.
+
+prior = PRIORS["gmm"].fit(latents, labels, num_classes, params.prior, variance)
+images = sample_images(prior, model, n=25, labels=None, seed=0)  # (25, C, H, W)
+
+Shapes: as in medgen/types.py, and D numbers in a flattened latent.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from medgen import config
+from medgen.config import unknown_name
+from medgen.errors import UserError
+from medgen.files import write_atomic
+from medgen.priors.gaussian import Gaussian, Normal
+from medgen.priors.gmm import GaussianMixture
+from medgen.types import Decoder
+
+
+class Prior(Protocol):
+    """A density over latents that was fitted to the train split."""
+
+    name: ClassVar[str]
+    latent_shape: tuple[int, ...]
+    frequencies: Tensor  # (num_classes,) share of each class in the train split; empty where unlabelled
+
+    @property
+    def conditional(self) -> bool:
+        """Whether a label changes what is drawn."""
+        ...
+
+    @classmethod
+    def fit(
+        cls,
+        latents: Tensor,
+        labels: Tensor | None,
+        num_classes: int,
+        prior: config.Prior,
+        variance: Tensor | None = None,
+    ) -> Self:
+        """Fits the aggregate posterior q(z) = E_x q(z|x), which the decoder was trained on.
+
+        It is the density of the encoder's means with the posterior's own spread on top. Taking the
+        spread's mean over the images instead of drawing from each posterior leaves the principal
+        axes free of its noise.
+
+        Args:
+            latents: (N, *latent_shape) posterior means.
+            labels: (N,) int64, -1 where unlabelled; None for unlabelled data.
+            num_classes: how many classes there are.
+            prior: the parameters.
+            variance: (*latent_shape) posterior variance, mean over the images; None for deterministic encoders.
+
+        Raises:
+            UserError: the latents are not finite, or (gmm) do not vary.
+        """
+        ...
+
+    def sample(self, n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """`n` latents (n, *latent_shape), float32 on the CPU, of the classes `labels` (n,) or of the train mix."""
+        ...
+
+    def log_likelihood(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Log density in nats (N,) of posterior means (N, *latent_shape), given labels (N,) where there are any."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values that `restore` takes."""
+        ...
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:
+        """The prior whose `state` this is."""
+        ...
+
+
+PRIORS: dict[str, type[Prior]] = {
+    "normal": Normal,
+    "gaussian": Gaussian,
+    "gmm": GaussianMixture,
+}
+
+
+def save_prior(folder: Path, prior: Prior) -> None:
+    """Writes prior.safetensors and prior.json, the latter last: it holds the former's hash."""
+    tensors, meta = prior.state()
+    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    plain = {"name": prior.name, "sha256": hashlib.sha256(weights).hexdigest(), **meta}
+    write_atomic(folder / "prior.safetensors", weights)
+    write_atomic(folder / "prior.json", (json.dumps(plain, indent=2) + "\n").encode())
+
+
+def load_prior(folder: Path) -> Prior:
+    """Reads what `save_prior` wrote.
+
+    Raises:
+        UserError: there is no prior, or it is damaged.
+    """
+    path = folder / "prior.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        weights = (folder / "prior.safetensors").read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no prior here; run `medgen prior` (or `dvc repro`) first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a prior's description ({error}); run `medgen prior` again") from None
+    if meta.get("name") not in PRIORS:
+        raise unknown_name(f"{path}: name", str(meta.get("name")), PRIORS)
+    if meta.get("sha256") != hashlib.sha256(weights).hexdigest():
+        raise UserError(f"{folder / 'prior.safetensors'}: not the file prior.json describes; run `medgen prior` again")
+    try:
+        return PRIORS[meta["name"]].restore(safetensors.torch.load(weights), meta)
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path}: incomplete ({error}); run `medgen prior` again") from None
+
+
+def draw_labels(prior: Prior, n: int, generator: torch.Generator) -> Tensor | None:
+    """Labels (n,) int64 by their frequency in the train split; None where that is unlabelled."""
+    if len(prior.frequencies) == 0:
+        return None
+    return torch.multinomial(prior.frequencies, n, replacement=True, generator=generator)
+
+
+def iterate_samples(
+    prior: Prior, model: Decoder, n: int, labels: Tensor | None, seed: int, batch_size: int = 64
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of new images (b, C, H, W) in [0, 1] and their labels (b,), on the CPU, `n` images in all.
+
+    The same seed and batch size give the same images. Without `labels` (n,) they are drawn by frequency.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if labels is None:
+        labels = draw_labels(prior, n, generator)
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
+    for start in range(0, n, batch_size):
+        chosen = None if labels is None else labels[start : start + batch_size]
+        latents = prior.sample(min(batch_size, n - start), chosen, generator).to(device)
+        with torch.no_grad():
+            images = model.decode(latents, None if chosen is None else chosen.to(device))
+        yield images.float().cpu(), chosen
+
+
+def sample_images(
+    prior: Prior, model: Decoder, n: int, labels: Tensor | None, seed: int, batch_size: int = 64
+) -> Tensor:
+    """`n` new images (n, C, H, W) in [0, 1] on the CPU; see `iterate_samples`."""
+    return torch.cat([images for images, _ in iterate_samples(prior, model, n, labels, seed, batch_size)])

@@ -1,0 +1,235 @@
+"""Every prior keeps its promises: shapes, seeds, labels, files; and the fitted ones find the truth they were given."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from torch import nn
+
+from medgen.config import Prior
+from medgen.errors import UserError
+from medgen.priors import PRIORS, load_prior, sample_images, save_prior
+from medgen.priors.axes import PrincipalAxes
+
+SHAPES = [(4, 3, 3), (7,)]
+COUNTS = {"three classes, one rare": (200, 22, 400), "unlabelled": ()}
+
+
+def make(shape, counts, seed=0):
+    """Latents whose class c lies around 3·c, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(counts) or 300
+    mixing = torch.randn(math.prod(shape), math.prod(shape), generator=generator)
+    labels = torch.cat([torch.full((count,), c) for c, count in enumerate(counts)]) if counts else torch.full((n,), -1)
+    flat = torch.randn(n, len(mixing), generator=generator) @ mixing
+    flat[:, 0] += 3.0 * labels * mixing[:, 0].norm()
+    return flat.view(n, *shape), labels
+
+
+def fit(name, shape=(4, 3, 3), counts=(200, 22, 400), variance=None, **params):
+    latents, labels = make(shape, counts)
+    return PRIORS[name].fit(latents, labels, len(counts), Prior(name=name, **params), variance)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", PRIORS)
+def test_draws_have_the_latent_shape_and_follow_the_seed(name, shape, counts):
+    prior = fit(name, shape, counts)
+    first = prior.sample(10, None, torch.Generator().manual_seed(3))
+    assert first.shape == (10, *shape)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, prior.sample(10, None, torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, prior.sample(10, None, torch.Generator().manual_seed(4)))
+    assert torch.isfinite(prior.log_likelihood(first)).all()
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_saved_prior_draws_the_same_and_has_the_same_bytes(name, tmp_path):
+    prior = fit(name, variance=torch.full((4, 3, 3), 0.1))
+    save_prior(tmp_path / "a", prior)
+    save_prior(tmp_path / "b", fit(name, variance=torch.full((4, 3, 3), 0.1)))
+    labels = torch.tensor([0, 1, 2, 2])
+    loaded = load_prior(tmp_path / "a")
+    drawn = loaded.sample(4, labels, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, prior.sample(4, labels, torch.Generator().manual_seed(0)))
+    assert torch.equal(loaded.log_likelihood(drawn, labels), prior.log_likelihood(drawn, labels))
+    for file in ("prior.safetensors", "prior.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "prior.json").unlink(), "run `medgen prior`"),
+        (lambda folder: (folder / "prior.safetensors").unlink(), "prior.safetensors: no prior here"),
+        (lambda folder: (folder / "prior.json").write_text("{"), "not a prior's description"),
+        (lambda folder: (folder / "prior.json").write_text('{"name": "gm"}'), "gmm"),
+        (lambda folder: (folder / "prior.safetensors").write_bytes(b"x"), "not the file prior.json describes"),
+    ],
+)
+def test_damaged_prior_is_refused_by_name(damage, message, tmp_path):
+    save_prior(tmp_path, fit("gmm"))
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_prior(tmp_path)
+
+
+def test_gaussian_has_the_moments_of_the_latents():
+    latents, labels = make((6,), (500,))
+    prior = PRIORS["gaussian"].fit(latents, labels, 1, Prior())
+    axes = prior.axes
+    covariance = axes.directions.T @ torch.diag(axes.scales.square()) @ axes.directions
+    np.testing.assert_allclose(covariance, np.cov(latents.numpy().T), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(axes.mean, latents.numpy().mean(0), rtol=1e-4, atol=1e-5)
+    drawn = prior.sample(200_000, None, torch.Generator().manual_seed(0)).numpy()
+    scale = np.cov(latents.numpy().T).max()
+    np.testing.assert_allclose(np.cov(drawn.T) / scale, np.cov(latents.numpy().T) / scale, atol=0.02)
+
+
+def test_gaussian_adds_the_posterior_variance_to_the_covariance_of_the_means():
+    latents, labels = make((3,), (500,))
+    variance = torch.tensor([5.0, 0.0, 20.0])
+    prior = PRIORS["gaussian"].fit(latents, labels, 1, Prior(), variance)
+    drawn = prior.sample(300_000, None, torch.Generator().manual_seed(0)).numpy()
+    np.testing.assert_allclose(np.cov(drawn.T), np.cov(latents.numpy().T) + np.diag(variance), rtol=0.05, atol=0.1)
+
+
+def test_fewer_images_than_latent_numbers_keep_their_covariance():
+    latents = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    axes = PrincipalAxes.fit(latents)
+    assert len(axes.scales) == 19
+    covariance = axes.directions.T @ torch.diag(axes.scales.square()) @ axes.directions
+    np.testing.assert_allclose(covariance, np.cov(latents.numpy().T), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "gmm"])
+def test_log_likelihood_is_scipys(name):
+    latents = torch.randn(400, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0])
+    latents[:, 0] += 10.0 * (torch.arange(400) % 2)  # two clusters for the mixture
+    labels = torch.zeros(400, dtype=torch.long)
+    prior = PRIORS[name].fit(latents, labels, 1, Prior(variance_kept=1.0, components=(2,)))
+    axes = prior.axes
+    scaled = axes.scales[:, None].double() * axes.directions.double()  # latent = mean + white @ scaled
+    if name == "gaussian":
+        parts = [(1.0, np.zeros(5), np.eye(5))]
+    else:
+        factors = prior.factors.double()
+        parts = list(zip(prior.weights.tolist(), prior.centres.double().numpy(), factors @ factors.mT, strict=True))
+        assert len(parts) == 2
+    density = sum(
+        weight
+        * multivariate_normal(
+            axes.mean.numpy() + centre @ scaled.numpy(), scaled.T.numpy() @ np.asarray(cov) @ scaled.numpy()
+        ).pdf(latents.numpy())
+        for weight, centre, cov in parts
+    )
+    np.testing.assert_allclose(prior.log_likelihood(latents, labels), np.log(density), rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_clusters", [1, 2, 4])
+def test_held_out_likelihood_finds_the_clusters(num_clusters):
+    generator = torch.Generator().manual_seed(1)
+    centres = 6.0 * torch.eye(4)[:num_clusters]
+    owner = torch.arange(800) % num_clusters
+    latents = centres[owner] + torch.randn(800, 4, generator=generator)
+    prior = PRIORS["gmm"].fit(latents, None, 0, Prior(variance_kept=1.0, components=(1, 2, 4, 8)))
+    assert prior.choices[0]["components"] == num_clusters
+    found = prior.axes.colour(prior.centres)  # (M, D)
+    nearest = torch.cdist(centres, found).min(1).values
+    assert nearest.max() < 0.3
+    drawn = prior.sample(50_000, None, torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(np.cov(drawn.T.numpy()), np.cov(latents.T.numpy()), rtol=0.1, atol=0.6)
+
+
+def test_mixture_beats_the_gaussian_on_unseen_clusters():
+    generator = torch.Generator().manual_seed(1)
+    latents = 8.0 * torch.eye(4)[torch.arange(1200) % 4] + torch.randn(1200, 4, generator=generator)
+    used, unseen = latents[:800], latents[800:]
+    scores = {n: PRIORS[n].fit(used, None, 0, Prior()).log_likelihood(unseen).mean() for n in PRIORS}
+    assert scores["gmm"] > scores["gaussian"] > scores["normal"]
+
+
+def test_labels_decide_the_class_and_rare_ones_keep_their_mean():
+    counts = (200, 22, 400)
+    latents, labels = make((4, 3, 3), counts)
+    prior = fit("gmm", counts=counts, variance_kept=1.0)
+    assert prior.conditional
+    for label in range(3):
+        drawn = prior.sample(2000, torch.full((2000,), label), torch.Generator().manual_seed(0)).flatten(1)
+        rows = latents[labels == label].flatten(1)
+        error = (drawn.mean(0) - rows.mean(0)).abs() / latents.flatten(1).std(0)
+        assert error.max() < 0.15
+        spread = drawn.std(0) / torch.cat([latents[labels == c].flatten(1) - latents[labels == c].flatten(1).mean(0)
+                                           for c in range(3)]).std(0)  # fmt: skip
+        assert spread.min() > 0.7
+        assert spread.max() < 1.3
+    rare = prior.choices[1]
+    assert (rare["rows"], rare["components"], rare["shrinkage"]) == (22, 1, "shared")
+
+
+@pytest.mark.parametrize("counts", [(1, 60), (0, 60, 60), (3,)])
+def test_hardly_any_images_of_a_class_still_fit(counts):
+    prior = fit("gmm", counts=counts)
+    drawn = prior.sample(50, None, torch.Generator().manual_seed(0))
+    assert torch.isfinite(drawn).all()
+    if 0 in counts:
+        with pytest.raises(ValueError, match=r"found \[0\]"):
+            prior.sample(1, torch.tensor([0]), torch.Generator())
+
+
+def test_unconditional_mixture_ignores_labels_but_knows_their_frequency():
+    prior = fit("gmm", conditional=False)
+    assert not prior.conditional
+    np.testing.assert_allclose(prior.frequencies, np.array([200, 22, 400]) / 622, rtol=1e-5)
+    labels = torch.zeros(8, dtype=torch.long)
+    drawn = prior.sample(8, labels, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, prior.sample(8, None, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"), [(torch.ones(80, 5), "do not vary"), (torch.full((80, 5), torch.nan), "NaN")]
+)
+def test_latents_without_information_are_refused(latents, message):
+    with pytest.raises(UserError, match=message):
+        PRIORS["gmm"].fit(latents, None, 0, Prior())
+
+
+@pytest.mark.parametrize("num", [1, 40])
+def test_gaussian_of_equal_latents_draws_their_value(num):
+    prior = PRIORS["gaussian"].fit(torch.full((num, 5), 3.0), None, 0, Prior())
+    assert torch.equal(prior.sample(2, None, torch.Generator()), torch.full((2, 5), 3.0))
+
+
+class Recorder(nn.Module):
+    """A decoder that makes one flat picture of its label and remembers how many it got."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.sizes = []
+
+    def decode(self, latent, label=None):
+        self.sizes.append(len(latent))
+        value = torch.zeros(len(latent)) if label is None else label.float() / 10
+        return value[:, None, None, None].expand(-1, 1, 2, 2) + 0 * self.weight
+
+
+def test_images_come_in_batches_with_labels_by_frequency():
+    decoder = Recorder()
+    images = sample_images(fit("gmm"), decoder, 1000, None, seed=0, batch_size=300)
+    assert decoder.sizes == [300, 300, 300, 100]
+    assert images.shape == (1000, 1, 2, 2)
+    assert not images.requires_grad
+    share = torch.bincount((images[:, 0, 0, 0] * 10).round().long(), minlength=3) / 1000
+    np.testing.assert_allclose(share, np.array([200, 22, 400]) / 622, atol=0.05)
+
+
+def test_description_says_what_was_chosen(tmp_path):
+    save_prior(tmp_path, fit("gmm"))
+    plain = json.loads((tmp_path / "prior.json").read_text())
+    assert [choice["rows"] for choice in plain["choices"]] == [200, 22, 400]
+    assert plain["latent_shape"] == [4, 3, 3]
