@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from medgen.config import Model, Preprocess
+from medgen.data.store import Store
 from medgen.errors import UserError
 from medgen.models import GenerativeModel, build_model
 
@@ -66,6 +67,21 @@ def load_info(folder: Path) -> BundleInfo:
     if info.schema != SCHEMA:
         raise UserError(f"{path}: schema {info.schema}, this medgen reads {SCHEMA}; use the medgen that wrote it")
     return info
+
+
+def load_for(store: Store, folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, BundleInfo]:
+    """As `load`, for a model that must have been trained on this very store.
+
+    Raises:
+        UserError: there is no bundle, it is damaged, or it was trained on other data.
+    """
+    model, info = load(folder, device)
+    if info.dataset != store.fingerprint:
+        raise UserError(
+            f"{folder / 'model.json'}: trained on dataset {info.dataset}, but {store.folder} is now "
+            f"{store.fingerprint}; run `medgen train` (or `dvc repro`) first"
+        )
+    return model, info
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, BundleInfo]:

@@ -182,9 +182,9 @@ def fetch_weights(name: str) -> None:
 
 
 @weights_app.command("verify")
-def verify_weights(name: str) -> None:
+def verify_weights(name: Annotated[str | None, typer.Argument(help="Without it: all that are here.")] = None) -> None:
     """Check weights against their hash."""
-    _module("data.download").verify_weights(name)
+    _module("data.download").verify(name)
 
 
 @recipe_app.command("list")

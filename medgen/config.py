@@ -169,7 +169,6 @@ class Evaluate(Section):
 
     num_generated: Count = 1000
     batch_size: Count = 64
-    kid_subsets: Count = 100
     seed: int = 0
     grid_images: Count = 36
 
@@ -271,7 +270,7 @@ def seed_of(*parts: int) -> int:
 def unknown_name(kind: str, name: str, known: Mapping[str, object] | Sequence[str]) -> UserError:
     """The error for a name that is not in a registry: lists the choices and the nearest one."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return UserError(f"{kind}: unknown name {name!r}{hint} Known: {', '.join(sorted(known))}")
 
 

@@ -92,19 +92,9 @@ def load(project: Project, evaluate: Evaluate) -> Subject:
     """Opens all parts and refuses those that do not belong together."""
     store = open_store(project.dataset)
     device = pick_device("auto")
-    model, info = bundle.load(project.model, device)
-    prior = load_prior(project.prior)
+    model, info = bundle.load_for(store, project.model, device)
+    prior = load_prior(project.prior, model.latent_shape)
     extractor, digest = load_extractor(project.features, store.fingerprint)
-    if info.dataset != store.fingerprint:
-        raise UserError(
-            f"{project.model / 'model.json'}: trained on dataset {info.dataset}, but {project.dataset} is now "
-            f"{store.fingerprint}; run `medgen train` (or `dvc repro`) first"
-        )
-    if prior.latent_shape != model.latent_shape:
-        raise UserError(
-            f"{project.prior}: made for latents of {prior.latent_shape}, the model has {model.latent_shape}; "
-            "run `medgen prior` again"
-        )
     for name in ("train", "test"):
         if store.counts[name] < MIN_IMAGES:
             raise UserError(

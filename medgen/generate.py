@@ -49,12 +49,7 @@ def run(project: Project, *, n: int, label: str | None, seed: int, model: Path |
     """
     folder = model or project.model.parent
     network, info = bundle.load(folder / "model", pick_device("auto"))
-    prior = load_prior(folder / "prior")
-    if prior.latent_shape != network.latent_shape:
-        raise UserError(
-            f"{folder / 'prior'}: made for latents of {prior.latent_shape}, the model has {network.latent_shape}; "
-            "run `medgen prior` again"
-        )
+    prior = load_prior(folder / "prior", network.latent_shape)
     labels = None if label is None else torch.full((n,), find_label(label, info, prior, network))
     batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE)
     num_batches = math.ceil(n / BATCH_SIZE)

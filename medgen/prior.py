@@ -13,9 +13,8 @@ from medgen import bundle, config
 from medgen.bundle import BundleInfo
 from medgen.config import Project, Tracking, unknown_name
 from medgen.data.loader import Loader
-from medgen.data.store import Split, Store, open_store
+from medgen.data.store import Split, open_store
 from medgen.distributed import pick_device
-from medgen.errors import UserError
 from medgen.models import GenerativeModel
 from medgen.priors import PRIORS, Prior, save_prior
 from medgen.priors.gmm import RARE
@@ -35,8 +34,7 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior:
     if prior.name not in PRIORS:
         raise unknown_name("prior.name", prior.name, PRIORS)
     store = open_store(project.dataset)
-    model, info = bundle.load(project.model, pick_device("auto"))
-    _check_match(project, store, info)
+    model, info = bundle.load_for(store, project.model, pick_device("auto"))
     means, labels, variance = encode(model, store.split("train"))
     fitted = PRIORS[prior.name].fit(means, labels, len(store.classes), prior, variance)
     metrics = {"prior/train_log_likelihood": mean_log_likelihood(fitted, means, labels)}
@@ -112,11 +110,3 @@ def report(prior: Prior, classes: tuple[str, ...], metrics: dict[str, float]) ->
             )
     values = ", ".join(f"{name.split('/')[1].split('_')[0]} {value:.3f}" for name, value in metrics.items())
     console.print(f"prior {prior.name}: log-likelihood in nats per latent number: {values}")
-
-
-def _check_match(project: Project, store: Store, info: BundleInfo) -> None:
-    if info.dataset != store.fingerprint:
-        raise UserError(
-            f"{project.model / 'model.json'}: trained on dataset {info.dataset}, but {project.dataset} is now "
-            f"{store.fingerprint}; run `medgen train` (or `dvc repro`) first"
-        )

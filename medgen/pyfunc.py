@@ -33,7 +33,7 @@ class Generator(PythonModel):
         """Loads both from the version's own files."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.info = bundle.load(Path(context.artifacts["model"]), device)
-        self.prior = load_prior(Path(context.artifacts["prior"]))
+        self.prior = load_prior(Path(context.artifacts["prior"]), self.model.latent_shape)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

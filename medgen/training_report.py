@@ -18,6 +18,11 @@ from medgen.priors import PRIORS, sample_images
 NUM_RECONSTRUCTIONS = 8
 NUM_SAMPLES = 16
 MAX_LATENTS = 1024  # enough for a look; the prior stage fits on all of them
+CURVES = (  # figure, its axis, what it shows; KL is thousands of nats and has a figure of its own
+    ("loss", "loss", ("train/loss", "val/loss", "train/l1", "val/l1")),
+    ("kl", "nats per image", ("train/kl",)),
+    ("ssim", "SSIM", ("val/ssim",)),
+)
 
 
 @torch.no_grad()
@@ -43,7 +48,7 @@ def draw_epoch(
 
 
 def write_report(reports: Path, scratch: Path, records: Sequence[Mapping[str, float]]) -> list[Path]:
-    """Writes curves.csv, loss and SSIM curves and progress.gif from a run's records by epoch; returns their paths.
+    """Writes curves.csv, curves and progress.gif from a run's records by epoch; returns their paths.
 
     Durations stay out: these files are the same for the same training.
     """
@@ -56,9 +61,13 @@ def write_report(reports: Path, scratch: Path, records: Sequence[Mapping[str, fl
     write_atomic(reports / "curves.csv", table.getvalue().encode())
 
     series = {name: [record.get(name, float("nan")) for record in records] for name in names}
-    shown = {name: series[name] for name in ("train/loss", "val/loss", "train/l1", "train/kl") if name in series}
-    write_curves(figures / "loss.png", shown, log=True)
-    write_curves(figures / "ssim.png", {"val/ssim": series["val/ssim"]}, log=False)
+    written = [reports / "curves.csv"]
+    for name, label, shown in CURVES:
+        path = figures / f"{name}.png"
+        path.unlink(missing_ok=True)  # an earlier model's KL is not this one's
+        if drawn := {key: series[key] for key in shown if key in series}:
+            write_curves(path, drawn, log=name != "ssim", y_label=label)
+            written.append(path)
     frames = sorted((scratch / "samples").glob("epoch_*.png"))
     write_gif(figures / "progress.gif", frames, seconds_per_frame=0.5)
-    return [reports / "curves.csv", figures / "loss.png", figures / "ssim.png", figures / "progress.gif"]
+    return [*written, figures / "progress.gif"]

@@ -72,7 +72,7 @@ def away() -> Tracking:
 def expected_images(project: Project, n: int, label: int | None, seed: int) -> np.ndarray:
     model, _ = bundle.load(project.model)
     labels = None if label is None else torch.full((n,), label)
-    images = sample_images(load_prior(project.prior), model, n, labels, seed)
+    images = sample_images(load_prior(project.prior, model.latent_shape), model, n, labels, seed)
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 

@@ -122,6 +122,19 @@ def list_weights() -> dict[str, Path | None]:
     return found
 
 
+def verify(name: str | None) -> None:
+    """Checks the named weights, or all that are here, against their SHA-256.
+
+    Raises:
+        UserError: as `verify_weights`, or none are here.
+    """
+    names = [name] if name else [known for known, path in list_weights().items() if path]
+    if not names:
+        raise UserError("weights: none are here; get them with `medgen weights fetch NAME` (see `medgen weights list`)")
+    for known in names:
+        verify_weights(known)
+
+
 def show_weights() -> None:
     """Prints the known weights, what they are for and whether they are here."""
     table = Table("name", "size", "for", "file")

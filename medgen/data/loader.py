@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from medgen.data.store import Split
 from torch import Tensor
 
 from medgen.config import seed_of
+from medgen.data.store import Split
 from medgen.types import Batch
 
 

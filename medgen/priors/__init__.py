@@ -99,11 +99,11 @@ def save_prior(folder: Path, prior: Prior) -> None:
     write_atomic(folder / "prior.json", (json.dumps(plain, indent=2) + "\n").encode())
 
 
-def load_prior(folder: Path) -> Prior:
-    """Reads what `save_prior` wrote.
+def load_prior(folder: Path, latent_shape: tuple[int, ...]) -> Prior:
+    """Reads what `save_prior` wrote, for a model with latents of `latent_shape`.
 
     Raises:
-        UserError: there is no prior, or it is damaged.
+        UserError: there is no prior, it is damaged, or it was fitted to another model's latents.
     """
     path = folder / "prior.json"
     try:
@@ -118,9 +118,15 @@ def load_prior(folder: Path) -> Prior:
     if meta.get("sha256") != hashlib.sha256(weights).hexdigest():
         raise UserError(f"{folder / 'prior.safetensors'}: not the file prior.json describes; run `medgen prior` again")
     try:
-        return PRIORS[meta["name"]].restore(safetensors.torch.load(weights), meta)
+        prior = PRIORS[meta["name"]].restore(safetensors.torch.load(weights), meta)
     except (SafetensorError, KeyError) as error:
         raise UserError(f"{path}: incomplete ({error}); run `medgen prior` again") from None
+    if prior.latent_shape != latent_shape:
+        raise UserError(
+            f"{folder}: made for latents of {prior.latent_shape}, the model has {latent_shape}; "
+            "run `medgen prior` again"
+        )
+    return prior
 
 
 def draw_labels(prior: Prior, n: int, generator: torch.Generator) -> Tensor | None:

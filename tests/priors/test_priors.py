@@ -53,7 +53,7 @@ def test_saved_prior_draws_the_same_and_has_the_same_bytes(name, tmp_path):
     save_prior(tmp_path / "a", prior)
     save_prior(tmp_path / "b", fit(name, variance=torch.full((4, 3, 3), 0.1)))
     labels = torch.tensor([0, 1, 2, 2])
-    loaded = load_prior(tmp_path / "a")
+    loaded = load_prior(tmp_path / "a", prior.latent_shape)
     drawn = loaded.sample(4, labels, torch.Generator().manual_seed(0))
     assert torch.equal(drawn, prior.sample(4, labels, torch.Generator().manual_seed(0)))
     assert torch.equal(loaded.log_likelihood(drawn, labels), prior.log_likelihood(drawn, labels))
@@ -75,7 +75,13 @@ def test_damaged_prior_is_refused_by_name(damage, message, tmp_path):
     save_prior(tmp_path, fit("gmm"))
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
-        load_prior(tmp_path)
+        load_prior(tmp_path, (4, 3, 3))
+
+
+def test_prior_of_another_model_is_refused_with_both_shapes(tmp_path):
+    save_prior(tmp_path, fit("gmm"))
+    with pytest.raises(UserError, match=r"\(4, 3, 3\), the model has \(8, 8\)"):
+        load_prior(tmp_path, (8, 8))
 
 
 def test_gaussian_has_the_moments_of_the_latents():
