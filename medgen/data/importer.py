@@ -25,7 +25,7 @@ from medgen.data.store import swap
 from medgen.errors import UserError
 
 
-def import_folder(source: Path, project: Project, data: config.Data) -> int:
+def import_folder(project: Project, data: config.Data, source: Path) -> int:
     """Makes the images of `source` the project's dataset; returns how many there are.
 
     Raises:

@@ -61,7 +61,7 @@ def test_pictures_masks_and_manifest_are_copied_and_nothing_else(
     for name, text in junk.items():
         (source / name).write_bytes(text)
     project = Project(tmp_path / "project")
-    assert import_folder(source, project, DATA) == 3
+    assert import_folder(project, DATA, source) == 3
     assert files(tmp_path / "project" / "data") == {k: v for k, v in files(source).items() if k not in junk}
     assert scan(tmp_path / "project" / "data") == scan(source)
     said = capsys.readouterr().err
@@ -72,14 +72,14 @@ def test_pictures_masks_and_manifest_are_copied_and_nothing_else(
 def test_a_manifest_comes_along(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "1.png", "2.png", "3.png")
     (source / "manifest.csv").write_text("path,label\n1.png,A\n2.png,B\nabsent.png,B\n")
-    assert import_folder(source, Project(tmp_path / "project"), DATA) == 3
+    assert import_folder(Project(tmp_path / "project"), DATA, source) == 3
     assert set(files(tmp_path / "project" / "data")) == {"1.png", "2.png", "manifest.csv"}
 
 
 def test_copies_are_files_of_their_own(tmp_path: Path) -> None:
     """DVC makes what it keeps read-only: a hard link would do that to the user's own file."""
     source = make(tmp_path / "source", "A/1.png")
-    import_folder(source, Project(tmp_path / "project"), DATA)
+    import_folder(Project(tmp_path / "project"), DATA, source)
     assert (tmp_path / "project" / "data" / "A" / "1.png").stat().st_ino != (source / "A" / "1.png").stat().st_ino
 
 
@@ -87,14 +87,14 @@ def test_files_that_dvc_does_not_keep_are_not_removed(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     before = files(make(project.root / "data", "A/mine.png"))
     with pytest.raises(UserError, match=r"holds files that DVC does not keep.*dvc add data"):
-        import_folder(make(tmp_path / "source", "B/1.png"), project, DATA)
+        import_folder(project, DATA, make(tmp_path / "source", "B/1.png"))
     assert files(project.root / "data") == before
 
 
 def test_importing_the_data_folder_itself_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "data", "A/1.png")
     with pytest.raises(UserError, match="the project's data already"):
-        import_folder(tmp_path / "data", Project(tmp_path), DATA)
+        import_folder(Project(tmp_path), DATA, tmp_path / "data")
 
 
 def test_an_import_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_an_import_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(OSError, match="No space"):
-        import_folder(source, project, DATA)
+        import_folder(project, DATA, source)
     assert files(project.root) == {}
 
 
@@ -117,7 +117,7 @@ def test_import_then_repro(repository: Path, tmp_path: Path, capsys: pytest.Capt
     old = (repository / "data.dvc").read_text()
 
     source = make(tmp_path / "source", "B/1.png", "C/2.png")
-    assert import_folder(source, Project(repository), DATA) == 2
+    assert import_folder(Project(repository), DATA, source) == 2
     assert "next: dvc repro" in capsys.readouterr().err
     assert json.loads(dvc(repository, "status", "--json", "data.dvc")) == {}
     dvc(repository, "repro")
@@ -125,7 +125,7 @@ def test_import_then_repro(repository: Path, tmp_path: Path, capsys: pytest.Capt
 
     make(repository / "data", "B/unsaved.png")
     with pytest.raises(UserError, match="DVC does not keep"):
-        import_folder(source, Project(repository), DATA)
+        import_folder(Project(repository), DATA, source)
     (repository / "data" / "B" / "unsaved.png").unlink()
 
     (repository / "data.dvc").write_text(old)
@@ -136,5 +136,5 @@ def test_import_then_repro(repository: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_real_images_keep_their_masks_and_patients(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     source = shared_data("lungmask")
-    assert import_folder(source, Project(tmp_path), DATA) == 219
+    assert import_folder(Project(tmp_path), DATA, source) == 219
     assert scan(tmp_path / "data") == scan(source)
