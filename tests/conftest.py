@@ -44,3 +44,9 @@ def tiny_project(tiny_store: Path, tmp_path: Path):
 
     shutil.copytree(tiny_store, tmp_path / "artifacts" / "dataset")
     return Project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's own folder."""
+    return ROOT

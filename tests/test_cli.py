@@ -1,0 +1,185 @@
+"""The command line: what it offers, how it fails, and that it starts light."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from medgen import cli
+from medgen.config import Params
+from medgen.errors import NonFiniteError, UserError
+
+# Frozen on purpose: a new option needs a reason why `--set key=value` does not serve.
+COMMANDS = {
+    "doctor": {"--params", "--set", "--json"},
+    "preprocess": {"--params", "--set"},
+    "features": {"--params", "--set"},
+    "train": {"--params", "--set"},
+    "prior": {"--params", "--set"},
+    "evaluate": {"--params", "--set"},
+    "generate": {"--out", "--n", "--label", "--seed", "--model", "--params", "--set"},
+    "reconstruct": {"--out", "--model", "--params", "--set"},
+    "compare": {"--json"},
+    "register": {"--params", "--set"},
+    "ui": {"--port", "--params", "--set"},
+    "sync": {"--params", "--set"},
+    "data sample": {"--params", "--set", "--seed", "--n"},
+    "data import": {"--params", "--set"},
+    "weights list": set(),
+    "weights fetch": set(),
+    "weights verify": set(),
+    "recipe list": set(),
+    "recipe show": set(),
+    "recipe use": set(),
+}
+
+
+def commands(group, prefix=""):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+            yield f"{prefix}{name}", options - {"--help"}
+
+
+def test_the_commands_and_options_are_the_contract():
+    assert dict(commands(typer.main.get_command(cli.app))) == COMMANDS
+
+
+def test_every_command_is_in_the_contract_document(root):
+    text = (root / "docs" / "contract.md").read_text()
+    for name in COMMANDS:
+        assert name.split()[-1] in text, name
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "('torch', 'mlflow', 'cv2', 'numpy', 'pydantic', 'sklearn', 'matplotlib', 'dvc', 'optuna')"
+    code = f"import sys, medgen.cli; print([name for name in {heavy} if name in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+@pytest.fixture
+def medgen(tmp_path, monkeypatch, capsys):
+    """Runs the command line in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["medgen", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+NO_STORE = "artifacts/dataset"
+MISTAKES = {  # words, text of params.yaml (None: no file), words of the one message
+    "no params": (["train"], None, ["params.yaml: not found", "--params FILE"]),
+    "not yaml": (["train"], "a: [1", ["params.yaml", "not readable as YAML"]),
+    "not sections": (["train"], "- 1", ["params.yaml", "expected sections"]),
+    "unknown section": (["train"], "tran: {}", ["tran", "did you mean 'train'"]),
+    "unknown key": (["train"], "train: {batchsize: 3}", ["train.batchsize", "did you mean 'batch_size'"]),
+    "deep unknown key": (
+        ["train"], "train: {phases: [{name: a, epochs: 1, bta: {}}]}", ["train.phases.0.bta", "did you mean 'beta'"]
+    ),
+    "wrong type": (["train"], "train: {batch_size: many}", ["train.batch_size", "integer", "'many'"]),
+    "wrong value": (["train"], "train: {ema_decay: 1.0}", ["train.ema_decay", "less than 1", "1.0"]),
+    "twin phases": (
+        ["train"], "train: {phases: [{name: a, epochs: 1}, {name: a, epochs: 1}]}", ["phase names must differ"]
+    ),
+    "set without =": (["train", "--set", "train.seed"], "{}", ["--set train.seed", "key=value"]),
+    "set unknown": (["train", "--set", "train.sed=1"], "{}", ["train.sed", "did you mean 'seed'"]),
+    "set through a value": (["train", "--set", "data.path.x=1"], "data: {path: d}", ["data.path", "not a section"]),
+    "set beyond a list": (["train", "--set", "train.phases.7.epochs=1"], "train: {phases: []}", ["'7'", "list of 0"]),
+    "no data": (["preprocess"], "{}", ["data"]),
+    "no store for features": (["features"], "{}", [NO_STORE, "medgen preprocess"]),
+    "no store for train": (["train"], "{}", [NO_STORE, "medgen preprocess"]),
+    "no store for prior": (["prior"], "{}", [NO_STORE, "medgen preprocess"]),
+    "no store for evaluate": (["evaluate"], "{}", [NO_STORE, "medgen preprocess"]),
+    "unknown prior": (["prior"], "prior: {name: gm}", ["prior.name", "did you mean 'gmm'"]),
+    "no model to generate": (["generate", "--out", "o"], "{}", ["artifacts/model", "dvc repro"]),
+    "no model to register": (["register"], "{}", ["model.json", "medgen train"]),
+    "no tracking to register": (["register"], "tracking: {enabled: false}", ["tracking.enabled"]),
+    "nothing to import": (["data", "import", "nowhere"], "{}", ["nowhere"]),
+    "unknown recipe": (["recipe", "use", "chest-xray"], "{}", ["chest-xray", "Known:"]),
+    "unknown weights": (["weights", "fetch", "vg16"], "{}", ["vg16", "did you mean 'vgg16'"]),
+    "no such command": (["trian"], "{}", ["trian"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_message_and_exit_code_2(medgen, tmp_path, name, monkeypatch):
+    monkeypatch.setenv("MEDGEN_WEIGHTS", str(tmp_path / "weights"))
+    words, params, expected = MISTAKES[name]
+    if params is not None:
+        (tmp_path / "params.yaml").write_text(params)
+    code, _, err = medgen(*words)
+    assert code == 2
+    assert "Traceback" not in err
+    for word in expected:
+        assert word in err, err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("a: b"), 2),
+        (NonFiniteError("stopped", step=3, phase="a", term="kl", forensics=None), 4),
+    ],
+)
+def test_errors_become_exit_codes(monkeypatch, medgen, error, code):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_call", fail)
+    found, _, err = medgen("train")
+    assert found == code
+    assert err == f"error: {error}\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_call", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["medgen", "train"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_set_overrides_reach_the_verb(monkeypatch, tmp_path, medgen):
+    seen = {}
+    monkeypatch.setattr("medgen.train.run", lambda project, *, train, model: seen.update(train=train, model=model))
+    (tmp_path / "params.yaml").write_text("train: {seed: 1, phases: [{name: a, epochs: 1, learning_rate: 1e-3}]}")
+    code, _, _ = medgen("train", "--set", "train.seed=5", "--set", "train.phases.0.epochs=9", "--set", "model.name=x")
+    assert code == 0
+    assert seen["train"].seed == 5
+    assert seen["train"].phases[0].epochs == 9
+    assert seen["train"].phases[0].learning_rate == 1e-3  # YAML 1.2: a number, not the text "1e-3"
+    assert seen["model"].name == "x"
+
+
+def test_recipes_are_listed_shown_and_used(medgen, tmp_path, root):
+    _, listing, _ = medgen("recipe", "list")
+    for path in (root / "recipes").glob("*.yaml"):
+        assert path.stem in listing
+        assert medgen("recipe", "show", path.stem)[1] == path.read_text()
+    (tmp_path / "params.yaml").write_text("data: {}")
+    assert medgen("recipe", "use", "chest-xray-64")[0] == 0
+    assert (tmp_path / "params.yaml").read_text() == (root / "recipes" / "chest-xray-64.yaml").read_text()
+    assert (tmp_path / "params.yaml.before").read_text() == "data: {}"
+
+
+def test_doctor_reports_json(medgen, tmp_path):
+    (tmp_path / "params.yaml").write_text("{}")
+    _, out, _ = medgen("doctor", "--json")
+    assert {"torch"} <= {word for finding in json.loads(out) for word in json.dumps(finding).split('"')}
+
+
+def test_sections_of_the_schema_are_the_contract():
+    assert set(Params.model_fields) == {
+        "data", "preprocess", "features", "model", "loss", "train", "prior", "evaluate", "tracking", "registry"
+    }  # fmt: skip

@@ -1,0 +1,132 @@
+"""dvc.yaml is held to the code, and runs end to end on a small set."""
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from ruamel.yaml import YAML
+
+from medgen.config import Params, load
+
+STAGES = ("preprocess", "features", "train", "prior", "evaluate")
+NOT_DEPENDED_ON = {"tracking", "registry"}  # where a run is recorded does not change what it makes
+
+
+@pytest.fixture(scope="module")
+def pipeline(root):
+    return YAML(typ="safe").load((root / "dvc.yaml").read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_declares_the_params_its_function_takes(pipeline, stage):
+    taken = set(inspect.signature(importlib.import_module(f"medgen.{stage}").run).parameters)
+    assert set(pipeline["stages"][stage]["params"]) == (taken & set(Params.model_fields)) - NOT_DEPENDED_ON
+    assert pipeline["stages"][stage]["cmd"] == f"python -m medgen {stage}"
+
+
+def test_every_code_dependency_exists(pipeline, root):
+    for stage in pipeline["stages"].values():
+        for path in stage["deps"]:
+            if path.startswith("medgen/"):
+                assert (root / path).exists(), path
+
+
+def test_every_params_file_is_valid(root):
+    files = [root / "params.yaml", *(root / "recipes").glob("*.yaml")]
+    assert len(files) >= 3
+    for path in files:
+        params = load(path)
+        assert params.train.phases[0].epochs > 0
+        assert path.name == "params.yaml" or path.read_text().startswith("# ")
+
+
+SMALL = {
+    "preprocess": {"image_size": 32, "clahe_tiles": 2},
+    "features": {"width": 8, "epochs": 1},
+    "model": {"base_channels": 8, "latent_size": 8, "latent_channels": 4},
+    "train": {"batch_size": 8, "sample_every": 1, "phases": [{"name": "one", "epochs": 2, "learning_rate": 1e-3}]},
+    "evaluate": {"num_generated": 24, "grid_images": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def repository(root, tmp_path_factory):
+    """A git and DVC repository with the package, a small params file and 60 drawn films; `dvc repro` has run."""
+    from medgen.data.phantom import draw
+
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("medgen", "dvc.yaml", ".dvcignore", ".gitignore"):
+        source = root / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    (folder / "params.yaml").write_text(json.dumps(SMALL))
+    draw(folder / "data", num_images=60, size=64, seed=1)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (
+        [*git, "init", "-q"],
+        ["dvc", "init", "-q"],
+        ["dvc", "config", "core.analytics", "false"],
+        ["dvc", "add", "-q", "data"],
+        [*git, "add", "."],
+        [*git, "commit", "-qm", "start"],
+        ["dvc", "repro"],
+        [*git, "add", "."],
+        [*git, "commit", "-qm", "results"],
+    ):
+        call(folder, *command)
+    return folder
+
+
+def call(folder, *command):
+    if command[0] == "dvc":
+        command = (sys.executable, "-m", "dvc", *command[1:])
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_repro_ends_with_metrics_figures_and_a_registered_version(repository):
+    metrics = json.loads((repository / "reports" / "metrics.json").read_text())
+    assert {"reconstruction/ssim", "reconstruction/pca_ssim", "generation/kid_domain", "run/num_test"} <= set(metrics)
+    for path in ("index.html", "curves.csv", "provenance.json", "figures/samples.png", "figures/loss.png"):
+        assert (repository / "reports" / path).stat().st_size > 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{repository}/mlflow.db")
+    version = client.get_model_version_by_alias("medgen", "candidate")
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["git.commit"] != "unknown"
+    assert (
+        run.data.tags["dataset.fingerprint"]
+        == json.loads((repository / "artifacts" / "dataset" / "dataset.json").read_text())["fingerprint"]
+    )
+    assert run.data.metrics["reconstruction/ssim"] == metrics["reconstruction/ssim"]
+    assert {"train/loss", "val/ssim"} <= set(run.data.metrics)
+    assert call(repository, "git", "status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+def test_repro_again_does_nothing_and_a_changed_prior_runs_the_last_two_stages(repository):
+    assert "Running stage" not in call(repository, "dvc", "repro")
+    (repository / "params.yaml").write_text(json.dumps({**SMALL, "prior": {"name": "normal"}}))
+    output = call(repository, "dvc", "repro")
+    assert [stage for stage in STAGES if f"'{stage}'" in output.split("Running stage", 1)[1]] == ["prior", "evaluate"]
+    (repository / "params.yaml").write_text(json.dumps(SMALL))
+
+
+@pytest.mark.slow
+def test_outputs_are_the_same_bytes_when_made_again(repository):
+    before = (repository / "dvc.lock").read_text()
+    call(repository, "git", "checkout", "-q", "dvc.lock", "reports/metrics.json", "params.yaml")
+    shutil.rmtree(repository / "runs")
+    call(repository, "dvc", "repro", "--force")
+    assert call(repository, "git", "status", "--porcelain") == "", before
