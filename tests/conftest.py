@@ -50,3 +50,15 @@ def tiny_project(tiny_store: Path, tmp_path: Path):
 def root() -> Path:
     """The project's own folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def small_params() -> dict:
+    """A params file for seconds, not minutes."""
+    return {
+        "preprocess": {"image_size": 32, "clahe_tiles": 2},
+        "features": {"width": 8, "epochs": 1},
+        "model": {"base_channels": 8, "latent_size": 8, "latent_channels": 4},
+        "train": {"batch_size": 8, "sample_every": 1, "phases": [{"name": "one", "epochs": 2, "learning_rate": 1e-3}]},
+        "evaluate": {"num_generated": 24, "grid_images": 6},
+    }

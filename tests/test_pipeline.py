@@ -45,17 +45,8 @@ def test_every_params_file_is_valid(root):
         assert path.name == "params.yaml" or path.read_text().startswith("# ")
 
 
-SMALL = {
-    "preprocess": {"image_size": 32, "clahe_tiles": 2},
-    "features": {"width": 8, "epochs": 1},
-    "model": {"base_channels": 8, "latent_size": 8, "latent_channels": 4},
-    "train": {"batch_size": 8, "sample_every": 1, "phases": [{"name": "one", "epochs": 2, "learning_rate": 1e-3}]},
-    "evaluate": {"num_generated": 24, "grid_images": 6},
-}
-
-
 @pytest.fixture(scope="module")
-def repository(root, tmp_path_factory):
+def repository(root, small_params, tmp_path_factory):
     """A git and DVC repository with the package, a small params file and 60 drawn films; `dvc repro` has run."""
     from medgen.data.phantom import draw
 
@@ -64,7 +55,7 @@ def repository(root, tmp_path_factory):
         source = root / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, folder / name)
-    (folder / "params.yaml").write_text(json.dumps(SMALL))
+    (folder / "params.yaml").write_text(json.dumps(small_params))
     draw(folder / "data", num_images=60, size=64, seed=1)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (
@@ -115,12 +106,12 @@ def test_repro_ends_with_metrics_figures_and_a_registered_version(repository):
 
 
 @pytest.mark.slow
-def test_repro_again_does_nothing_and_a_changed_prior_runs_the_last_two_stages(repository):
+def test_repro_again_does_nothing_and_a_changed_prior_runs_the_last_two_stages(repository, small_params):
     assert "Running stage" not in call(repository, "dvc", "repro")
-    (repository / "params.yaml").write_text(json.dumps({**SMALL, "prior": {"name": "normal"}}))
+    (repository / "params.yaml").write_text(json.dumps({**small_params, "prior": {"name": "normal"}}))
     output = call(repository, "dvc", "repro")
     assert [stage for stage in STAGES if f"'{stage}'" in output.split("Running stage", 1)[1]] == ["prior", "evaluate"]
-    (repository / "params.yaml").write_text(json.dumps(SMALL))
+    (repository / "params.yaml").write_text(json.dumps(small_params))
 
 
 @pytest.mark.slow
