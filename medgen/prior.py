@@ -104,8 +104,7 @@ def report(prior: Prior, classes: tuple[str, ...], metrics: dict[str, float]) ->
             )
         else:
             console.print(
-                f"{name}: {choice['rows']} images, {choice['components']} components, "
-                f"covariances shrunk by {choice['shrinkage']}",
+                f"{name}: {choice['rows']} images, number of components {choice['components']}",
                 markup=False,
             )
     values = ", ".join(f"{name.split('/')[1].split('_')[0]} {value:.3f}" for name, value in metrics.items())

@@ -62,6 +62,8 @@ class Display:
             chosen = {name: record[name] for name in ("train/loss", "val/l1", "val/ssim", "train/kl") if name in record}
             text = "  ".join(f"{name} {value:.4g}" for name, value in chosen.items())
             rate = f"{self.images_per_second:.0f} images/s"
-            self.console.print(f"{phase} epoch {epoch}/{self.total_epochs}  {text}  {rate}", highlight=False)
+            self.console.print(
+                f"{phase} epoch {epoch}/{self.total_epochs}  {text}  {rate}", highlight=False, soft_wrap=True
+            )
         self._epoch = epoch
         self.num_images, self.started = 0, time.monotonic()

@@ -4,9 +4,10 @@ Ex-post density estimation: Ghosh et al., From Variational to Deterministic Auto
 Latents have many more numbers than a mixture can be fitted in, so it lives in the first K principal
 axes, whitened; the remaining axes are independent Gaussians, which keep the fine detail in the picture.
 
-A component's covariance is (1 - s) S + s diag(S), S its weighted scatter: from full (s near 0) to
-diagonal (s = 1) as the data allows. Number of components and s are chosen, per class, by the
-likelihood of a held-out fifth; then the class is fitted again on all its images.
+A component's covariance is its own full scatter, shrunk a little towards the diagonal so that it stays
+invertible. More shrinkage would have the better held-out likelihood in so many axes, and samples farther
+from real films: it forgets how the axes go together within a class (docs/results.md). The number of
+components is chosen, per class, by the likelihood of a held-out fifth; then all its images are fitted.
 
 Shapes: N latents, D numbers in a latent, R axes, K of them under the mixture, M components over all classes.
 """
@@ -26,8 +27,7 @@ from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 RARE = 50  # a class with fewer images gets its own mean and the covariance all classes share
 _ROWS_PER_COMPONENT = 10  # at least; fewer do not even give variances
 _STARTS = 4  # of EM; whitening makes clusters no wider apart than noise is, and a single start often misses them
-_SHRINKAGES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-_RARE_SHRINKAGE = 0.1  # of the covariance all classes share
+_SHRINKAGE = 0.05  # of a covariance towards its diagonal
 _VARIANCE_FLOOR = 1e-2  # of a whitened coordinate's variance, 1
 _RESIDUAL_SHARE = 0.999  # of the variance; the axes after that would double the file and show nothing
 
@@ -40,9 +40,9 @@ class _Mixture:
     centres: Tensor  # (M, K)
     scatters: Tensor  # (M, K, K)
 
-    def covariances(self, shrinkage: float) -> Tensor:
+    def covariances(self) -> Tensor:
         diagonal = torch.diag_embed(self.scatters.diagonal(dim1=1, dim2=2) + _VARIANCE_FLOOR)
-        return (1.0 - shrinkage) * self.scatters + shrinkage * diagonal
+        return (1.0 - _SHRINKAGE) * self.scatters + _SHRINKAGE * diagonal
 
 
 class GaussianMixture:
@@ -161,36 +161,35 @@ def _fit_group(owner: int, rows: Tensor, shared: Tensor, prior: Prior) -> tuple[
     """Weights (M,), centres (M, K), covariances (M, K, K) of one class's `rows` (N, K), and what was chosen."""
     choice: dict[str, Any] = {"class": owner, "rows": len(rows)}
     if len(rows) < RARE:
-        choice |= {"components": 1, "shrinkage": "shared", "held_out": None}
+        choice |= {"components": 1, "held_out": None}
         return torch.ones(1, dtype=rows.dtype), rows.mean(0, keepdim=True), shared[None], choice
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(prior.seed))
     held, used = rows[order[: len(rows) // 5]], rows[order[len(rows) // 5 :]]
-    scores: dict[tuple[int, float], Tensor] = {}  # (components, shrinkage) -> log density of held-out rows (N,)
+    scores: dict[int, Tensor] = {}  # components -> log density of held-out rows (N,)
     affordable = {c for c in prior.components if c * _ROWS_PER_COMPONENT <= len(used)} or {1}
     for components in sorted(affordable):
         mixture = _expectation_maximisation(used, components, prior.seed)
-        for shrinkage in _SHRINKAGES:
-            factors = torch.linalg.cholesky(mixture.covariances(shrinkage))
-            densities = mixture.weights.log() + _component_densities(held, mixture.centres, factors)
-            scores[components, shrinkage] = torch.logsumexp(densities, dim=1)
-    components, shrinkage = _simplest_good(scores)
-    held_out = float(scores[components, shrinkage].mean()) / rows.shape[1]
+        factors = torch.linalg.cholesky(mixture.covariances())
+        densities = mixture.weights.log() + _component_densities(held, mixture.centres, factors)
+        scores[components] = torch.logsumexp(densities, dim=1)
+    components = _fewest_good(scores)
+    held_out = float(scores[components].mean()) / rows.shape[1]
     mixture = _expectation_maximisation(rows, components, prior.seed)
-    choice |= {"components": components, "shrinkage": shrinkage, "held_out": round(held_out, 4)}
-    return mixture.weights, mixture.centres, mixture.covariances(shrinkage), choice
+    choice |= {"components": components, "held_out": round(held_out, 4)}
+    return mixture.weights, mixture.centres, mixture.covariances(), choice
 
 
-def _simplest_good(scores: Mapping[tuple[int, float], Tensor]) -> tuple[int, float]:
-    """The fewest components, then the most shrinkage, within one standard error of the best held-out likelihood.
+def _fewest_good(scores: Mapping[int, Tensor]) -> int:
+    """The fewest components within one standard error of the best held-out likelihood.
 
     The one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, on paired
     differences: a larger mixture must be better by more than chance.
     """
     best = max(scores.values(), key=lambda score: float(score.mean()))
-    for key in sorted(scores, key=lambda key: (key[0], -key[1])):
-        loss = best - scores[key]
+    for components in sorted(scores):
+        loss = best - scores[components]
         if float(loss.mean()) <= float(loss.std()) / len(loss) ** 0.5:
-            return key
+            return components
     raise AssertionError("the best is within its own error")
 
 
@@ -225,7 +224,7 @@ def _shared_covariance(groups: list[Tensor]) -> Tensor:
     """Covariance (K, K) around each group's own mean, pooled: rows of rare classes borrow it."""
     centred = torch.cat([rows - rows.mean(0) for rows in groups])
     pooled = _Mixture(torch.ones(1), torch.zeros(1, centred.shape[1]), (centred.T @ centred / len(centred))[None])
-    return pooled.covariances(_RARE_SHRINKAGE)[0]
+    return pooled.covariances()[0]
 
 
 def _component_densities(rows: Tensor, centres: Tensor, factors: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ def test_labels_decide_the_class_and_rare_ones_keep_their_mean():
         assert spread.min() > 0.7
         assert spread.max() < 1.3
     rare = prior.choices[1]
-    assert (rare["rows"], rare["components"], rare["shrinkage"]) == (22, 1, "shared")
+    assert (rare["rows"], rare["components"], rare["held_out"]) == (22, 1, None)
 
 
 @pytest.mark.parametrize("counts", [(1, 60), (0, 60, 60), (3,)])
