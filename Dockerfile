@@ -29,9 +29,9 @@ COPY recipes recipes
 RUN uv pip install --python "$UV_PROJECT_ENVIRONMENT" --no-deps .
 
 FROM ${BASE}
-# git: lineage tags, and DVC works in git repositories
+# git: lineage tags, and DVC works in git repositories. gcc: torch.compile builds with it
 RUN apt-get update \
- && apt-get install -y --no-install-recommends git=1:2.* \
+ && apt-get install -y --no-install-recommends git=1:2.* gcc=4:* libc6-dev=2.* \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 1000 medgen \
  && git config --system --add safe.directory /project

@@ -10,8 +10,8 @@ run: setup  ## set up, then preprocess, train, judge and register a model (dvc r
 	$(UV) run --no-sync dvc repro --pull
 	@echo
 	@echo "Done. Look at reports/index.html (pictures and numbers), then run:"
-	@echo "  uv run medgen ui                         the runs and the registered model in MLflow"
-	@echo "  uv run medgen generate --n 25 --out outputs/first"
+	@echo "  $(UV) run medgen ui                                  runs and the registered model in MLflow"
+	@echo "  $(UV) run medgen generate --n 25 --out outputs/first    new images"
 
 setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## fetch uv if the machine lacks it, and the locked packages
 	$(UV) sync --locked

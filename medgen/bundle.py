@@ -1,22 +1,25 @@
 """The exported model: model.safetensors and model.json. Loading runs no code from the file."""
 
+import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 
 from medgen.config import Model, Preprocess
 from medgen.data.store import Store
 from medgen.errors import UserError
+from medgen.files import write_folder
 from medgen.models import GenerativeModel, build_model
+from medgen.priors import Prior, load_prior
 
 SCHEMA = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,16 @@ class BundleInfo:
 
 
 def save(folder: Path, model: GenerativeModel, info: BundleInfo) -> None:
-    """Writes the bundle beside its place and moves it there, so that it is whole or absent."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Writes the bundle; it is whole or absent."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, temporary / "model.safetensors")
-    plain = TypeAdapter(BundleInfo).dump_python(info, mode="json")
-    (temporary / "model.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    text = json.dumps(TypeAdapter(BundleInfo).dump_python(info, mode="json"), indent=2) + "\n"
+    write_folder(folder, {WEIGHTS: serialise(tensors), DESCRIPTION: text.encode()})
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the weights: what a prior was fitted to, and what a report judged."""
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_info(folder: Path) -> BundleInfo:
@@ -56,7 +59,7 @@ def load_info(folder: Path) -> BundleInfo:
     Raises:
         UserError: there is no bundle, or it is damaged.
     """
-    path = folder / "model.json"
+    path = folder / DESCRIPTION
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         info = TypeAdapter(BundleInfo).validate_python(plain)
@@ -78,7 +81,7 @@ def load_for(store: Store, folder: Path, device: torch.device | str = "cpu") -> 
     model, info = load(folder, device)
     if info.dataset != store.fingerprint:
         raise UserError(
-            f"{folder / 'model.json'}: trained on dataset {info.dataset}, but {store.folder} is now "
+            f"{folder / DESCRIPTION}: trained on dataset {info.dataset}, but {store.folder} is now "
             f"{store.fingerprint}; run `medgen train` (or `dvc repro`) first"
         )
     return model, info
@@ -92,7 +95,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeMo
     """
     info = load_info(folder)
     model = build_model(info.model, info.image_shape, len(info.classes))
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
@@ -100,3 +103,15 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeMo
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: does not hold the weights model.json describes: {error}") from None
     return model.to(device).eval(), info
+
+
+def load_with_prior(
+    model_folder: Path, prior_folder: Path, device: torch.device | str = "cpu"
+) -> tuple[GenerativeModel, BundleInfo, Prior]:
+    """A model and the prior fitted to its latents: all that generating takes.
+
+    Raises:
+        UserError: one of them is missing or damaged, or the prior was fitted to another model.
+    """
+    model, info = load(model_folder, device)
+    return model, info, load_prior(prior_folder, digest(model_folder))

@@ -33,7 +33,7 @@ class Section(BaseModel):
 class Data(Section):
     """Where the raw images are and what is known of them."""
 
-    path: str = "data"  # folder tracked by data.dvc, relative to params.yaml's folder
+    path: str = "data"  # folder tracked by data.dvc, relative to the folder medgen runs in
     name: str = "phantom-chest"  # the dataset's name in MLflow
     patient_pattern: str | None = None  # regular expression on the file name; group 1 is the patient
 
@@ -69,9 +69,9 @@ class Model(Section):
     base_channels: Count = 32  # channels after the first convolution; doubled at each stage
     max_channels: Count = 512
     blocks_per_stage: Count = 1
-    latent_channels: Count = 64
-    latent_size: Count = 4  # side of the latent grid; the number of stages follows
-    attention_resolutions: tuple[int, ...] = (16,)
+    latent_channels: Count = 16
+    latent_size: Count | None = None  # side of the latent grid; the number of stages follows. None: image_size / 8
+    attention_resolutions: tuple[int, ...] = (16,)  # grid sides with self-attention, where they occur
     logvar_bound: Positive = 10.0  # log-variance is bound * tanh(x / bound)
 
 
@@ -151,6 +151,8 @@ class Train(Section):
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phase names must differ, found {names}")
+        if not any(phase.epochs for phase in self.phases):
+            raise ValueError("phases have no epoch in all; at least one is needed")
         return self
 
 

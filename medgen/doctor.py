@@ -26,6 +26,8 @@ from rich.table import Table
 
 from medgen.config import Data, Loss, Project, Tracking, Train
 from medgen.data import download
+from medgen.machine import num_cores
+from medgen.tracking.mirror import store_uri
 
 OLDEST_PYTHON = (3, 11)
 LITTLE_MEMORY = 3e9  # bytes; the sample run takes about 2 GB
@@ -102,7 +104,7 @@ def _torchvision() -> Finding:
 def _cpu() -> Finding:
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = num_cores()
     threads = torch.get_num_threads()
     found = f"{usable} cores, torch uses {threads} threads"
     if threads > usable:
@@ -224,14 +226,15 @@ def _dvc(project: Project) -> Finding:
 def _tracking(project: Project, tracking: Tracking) -> Finding:
     if not tracking.enabled:
         return Finding("tracking", "ok", "off (tracking.enabled); runs are recorded in runs/ only")
-    scheme, separator, rest = tracking.uri.partition("://")
+    uri = store_uri(project, tracking)
+    scheme, separator, rest = uri.partition("://")
     if scheme == "sqlite" and rest.startswith("/"):
         return _tracking_file(project.root / rest[1:])
     if scheme in ("http", "https"):
-        return _tracking_server(tracking.uri, tracking.timeout_seconds)
+        return _tracking_server(uri, tracking.timeout_seconds)
     if not separator or scheme == "file":
         mend = "MLflow 3 keeps runs in a database: set tracking.uri to sqlite:///mlflow.db or to a server"
-        return Finding("tracking", "fail", f"{tracking.uri!r} is a folder", mend)
+        return Finding("tracking", "fail", f"{uri!r} is a folder", mend)
     return Finding("tracking", "ok", f"a store of kind {scheme!r}; not looked into")
 
 

@@ -25,7 +25,7 @@ from medgen.files import write_atomic
 from medgen.metrics import generation, latent, reconstruction
 from medgen.metrics.features import DomainExtractor, load_extractor
 from medgen.models import GenerativeModel
-from medgen.priors import Prior, load_prior, sample_images
+from medgen.priors import Prior, load_prior, sample_images, tells_classes_apart
 from medgen.tracking import Tracker, history, lineage
 
 MIN_IMAGES = 3  # of a set that is compared: KID leaves one out and needs two more
@@ -57,7 +57,7 @@ class Subject:
     @property
     def conditional(self) -> bool:
         """Whether a label changes what is generated."""
-        return len(self.prior.frequencies) > 0 and (self.prior.conditional or self.model.conditional)
+        return tells_classes_apart(self.prior, self.model)
 
 
 def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
@@ -93,7 +93,7 @@ def load(project: Project, evaluate: Evaluate) -> Subject:
     store = open_store(project.dataset)
     device = pick_device("auto")
     model, info = bundle.load_for(store, project.model, device)
-    prior = load_prior(project.prior, model.latent_shape)
+    prior = load_prior(project.prior, bundle.digest(project.model))
     extractor, digest = load_extractor(project.features, store.fingerprint)
     for name in ("train", "test"):
         if store.counts[name] < MIN_IMAGES:
@@ -227,6 +227,7 @@ def provenance(project: Project, subject: Subject) -> dict[str, object]:
     """Where the numbers come from; unlike metrics.json it differs from machine to machine."""
     return {
         "extractors": {"domain": {"sha256": subject.extractor_sha256}},
+        "model": bundle.digest(project.model),
         "dataset": subject.store.fingerprint,
         "run": subject.info.run,
         "prior": subject.prior.name,

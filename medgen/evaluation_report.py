@@ -16,7 +16,6 @@ PICTURES = {
     "reconstructions.png": "Test images over their reconstructions",
     "progress.gif": "Samples from the first epoch to the last",
     "loss.png": "Loss by epoch, linear and logarithmic",
-    "kl.png": "KL of the posterior by epoch",
     "ssim.png": "SSIM of the validation split by epoch",
 }
 _STYLE = """

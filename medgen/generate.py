@@ -17,16 +17,14 @@ from rich.progress import track
 from torch import Tensor
 
 from medgen import bundle
-from medgen.bundle import BundleInfo
-from medgen.config import Preprocess, Project, unknown_name
+from medgen.config import Preprocess, Project
 from medgen.data.images import UnreadableImage, read_image, to_square
 from medgen.distributed import pick_device
 from medgen.errors import UserError
 from medgen.figures import write_grid
 from medgen.files import write_atomic
 from medgen.metrics.reconstruction import psnr, ssim
-from medgen.models import GenerativeModel
-from medgen.priors import Prior, iterate_samples, load_prior
+from medgen.priors import find_label, iterate_samples, tells_classes_apart
 
 BATCH_SIZE = 64
 MAX_GRID_IMAGES = 100
@@ -48,9 +46,8 @@ def run(project: Project, *, n: int, label: str | None, seed: int, model: Path |
         UserError: model or prior is missing, they do not fit each other, or the label is unknown.
     """
     folder = model or project.model.parent
-    network, info = bundle.load(folder / "model", pick_device("auto"))
-    prior = load_prior(folder / "prior", network.latent_shape)
-    labels = None if label is None else torch.full((n,), find_label(label, info, prior, network))
+    network, info, prior = bundle.load_with_prior(folder / "model", folder / "prior", pick_device("auto"))
+    labels = None if label is None else torch.full((n,), find_label(label, info.classes, prior, network))
     batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE)
     num_batches = math.ceil(n / BATCH_SIZE)
     paths: list[Path] = []
@@ -65,7 +62,7 @@ def run(project: Project, *, n: int, label: str | None, seed: int, model: Path |
         missing = MAX_GRID_IMAGES - len(captions)
         shown.append(images[:missing])
         captions += names[:missing]
-    write_grid(out / "grid.png", torch.cat(shown), captions=captions if info.classes else None)
+    write_grid(out / "grid.png", torch.cat(shown), captions=captions if tells_classes_apart(prior, network) else None)
     console.print(f"{n} images and grid.png in {out}", markup=False)
     return paths
 
@@ -105,32 +102,6 @@ def reconstruct(project: Project, *, files: Sequence[Path], model: Path | None, 
     if unreadable:
         raise UserError("not readable as images:\n" + "\n".join(unreadable))
     return rows
-
-
-def find_label(label: str, info: BundleInfo, prior: Prior, model: GenerativeModel) -> int:
-    """The index of a class given by its name or its index.
-
-    Raises:
-        UserError: there is no such class, or neither prior nor model tells classes apart.
-    """
-    if not info.classes:
-        raise UserError(
-            f"label: found {label!r}, but the model was trained on images without labels; leave --label out"
-        )
-    if label in info.classes:
-        index = info.classes.index(label)
-    elif label.isdigit() and int(label) < len(info.classes):
-        index = int(label)
-    else:
-        raise unknown_name("label", label, info.classes)
-    if not (prior.conditional or model.conditional):
-        raise UserError(
-            f"label: found {label!r}, but prior {prior.name!r} does not tell classes apart; "
-            "leave --label out, or run `medgen prior --set prior.name=gmm --set prior.conditional=true`"
-        )
-    if bool(prior.frequencies[index] == 0):
-        raise UserError(f"label: the train split has no image of {info.classes[index]!r}; choose another class")
-    return index
 
 
 def load_image(path: Path, preprocess: Preprocess) -> Tensor:

@@ -1,5 +1,6 @@
 """A training's whole state: built from the parameters, saved, resumed, rolled back, exported."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from medgen.data.download import weights_path
 from medgen.data.loader import Loader
 from medgen.data.store import open_store
 from medgen.distributed import World, pick_precision
+from medgen.errors import UserError
 from medgen.guard import Guard
 from medgen.losses import Objective, beta_at
 from medgen.models import build_model
@@ -69,6 +71,16 @@ class Job:
         self.store = open_store(project.dataset)
         train_split, val_split = self.store.split("train"), self.store.split("val")
         self.train_files = train_split.paths
+        if train.batch_size % world.size or (world.size > 1 and len(train_split.images) < train.batch_size):
+            raise UserError(
+                f"train.batch_size: {train.batch_size} images are shared by {world.size} processes; expected a "
+                f"multiple of {world.size}, and no more than the {len(train_split.images)} of the train split"
+            )
+        if not len(val_split.images):
+            raise UserError(
+                f"{project.dataset}: the val split is empty, and training is watched on it; "
+                "raise preprocess.val_fraction or bring more images"
+            )
         self.loader = Loader(
             train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
             train.horizontal_flip, train.subset,
@@ -88,12 +100,34 @@ class Job:
         self.state = State()
         self.optimizer = optim.build_optimizer(train.phases[0], self.model.parameters())
         self._saved_at = time.monotonic()
-        self._resume()
 
     @property
     def total_epochs(self) -> int:
         """Over all phases."""
         return sum(phase.epochs for phase in self.train.phases)
+
+    @property
+    def epochs_done(self) -> int:
+        """Over all phases, whole ones."""
+        return self.state.position // self.loader.num_batches
+
+    @property
+    def drawn_epochs(self) -> list[int]:
+        """The epochs that leave sample and reconstruction grids: the first, the last, and every so many."""
+        every = range(self.train.sample_every, self.total_epochs, self.train.sample_every)
+        return sorted({1, *every, self.total_epochs})
+
+    def phase(self) -> Phase | None:
+        """The phase the next epoch belongs to; None at the end of the last.
+
+        A new phase has a new optimizer and a new plateau; weights and averages stay.
+        """
+        state, phases = self.state, self.train.phases
+        while state.phase < len(phases) and state.epoch >= phases[state.phase].epochs:
+            state.phase, state.epoch, state.plateau = state.phase + 1, 0, optim.Plateau()
+            if state.phase < len(phases):
+                self.optimizer = optim.build_optimizer(phases[state.phase], self.model.parameters())
+        return phases[state.phase] if state.phase < len(phases) else None
 
     def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
         """The network's output for a batch, in the run's precision."""
@@ -114,13 +148,6 @@ class Job:
         steps = self.state.epoch * self.loader.num_batches + self.state.step
         factor = optim.rate_factor(phase, steps / self.loader.num_batches, steps)
         return phase.learning_rate * factor * self.state.plateau.factor * self.state.rate_scale
-
-    def next_phase(self) -> None:
-        """Moves to the next phase: a new optimizer, a new plateau; weights and averages stay."""
-        state = self.state
-        state.phase, state.epoch, state.plateau = state.phase + 1, 0, optim.Plateau()
-        if state.phase < len(self.train.phases):
-            self.optimizer = optim.build_optimizer(self.train.phases[state.phase], self.model.parameters())
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -149,7 +176,7 @@ class Job:
     def roll_back(self) -> None:
         """Back to the last checkpoint with half the learning rate."""
         rate_scale, num_rollbacks = self.state.rate_scale / 2, self.state.num_rollbacks + 1
-        self._resume()
+        self.resume()
         self.state.rate_scale, self.state.num_rollbacks = rate_scale, num_rollbacks
         self.guard.reset()
         self.save()
@@ -167,7 +194,7 @@ class Job:
             precision = "bf16" if self.precision == torch.bfloat16 else "fp32"
             tracker.tags(lineage(self.project, *sections.values(), device=str(self.world.device), precision=precision))
             tracker.tags({"medgen.run": self.fingerprint})
-            tracker.dataset("dataset", self.store.fingerprint, "artifacts/dataset", self.store.counts)
+            tracker.dataset(self.store.name, self.store.fingerprint, "artifacts/dataset", self.store.counts)
             yield tracker
 
     def export(self) -> None:
@@ -184,15 +211,25 @@ class Job:
         with self.averaged_weights():
             bundle.save(self.project.model, self.model, info)
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Takes up the checkpoint, or writes a first one: what a rollback in the first epoch goes back to.
+
+        Raises:
+            UserError: the checkpoint is damaged, or has trained the last phase for longer than is asked now.
+        """
         saved = checkpoint.load(self.scratch)
         self.world.barrier()  # all have looked before the main process writes
         if saved is None:
-            self.save()  # what a rollback in the first epoch goes back to
+            self.save()
             return
         plain: dict[str, Any] = saved["state"]
         self.state = State(**{**plain, "plateau": optim.Plateau(**plain["plateau"])})
-        phase = self.train.phases[min(self.state.phase, len(self.train.phases) - 1)]
+        phase = self.train.phases[self.state.phase]
+        if self.state.epoch > phase.epochs:
+            raise UserError(
+                f"{self.scratch}: has trained phase {phase.name!r} for {self.state.epoch} epochs, expected at most "
+                f"{phase.epochs} as train.phases now says; raise that, or remove the folder to train anew"
+            )
         self.optimizer = optim.build_optimizer(phase, self.model.parameters())
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -205,7 +242,8 @@ class Job:
         return weights_path("vgg16") if wanted else None
 
     def _wrap(self, model: nn.Module) -> nn.Module:
-        compiled = {"on": True, "off": False, "auto": self.world.device.type == "cuda"}[self.train.compile]
+        can = self.world.device.type == "cuda" and bool(shutil.which("cc") or shutil.which("gcc"))
+        compiled = {"on": True, "off": False, "auto": can}[self.train.compile]  # triton needs a C compiler
         network = cast(nn.Module, torch.compile(model)) if compiled else model
         if self.world.size > 1:
             network = nn.parallel.DistributedDataParallel(network)

@@ -7,7 +7,6 @@ paths, so one thread and many give the same bytes.
 """
 
 import hashlib
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from medgen.data import layouts, splits, store
 from medgen.data.images import MAX_PIXELS, RawImage, UnreadableImage, decode, mask_to_square, to_square
 from medgen.data.layouts import Record
 from medgen.errors import UserError
+from medgen.machine import num_cores
 
 _MAX_FILE_BYTES = 8 * MAX_PIXELS  # four 16-bit channels, uncompressed
 _ASPECT_TOLERANCE = 0.02  # a mask of another resolution may be rounded; one of another shape belongs elsewhere
@@ -60,11 +60,11 @@ def run(
     folder = project.root / data.path
     records = layouts.scan(folder, data.patient_pattern)
     names = splits.assign(records, preprocess.val_fraction, preprocess.test_fraction, preprocess.seed)
-    num_threads = num_threads or len(os.sched_getaffinity(0))
+    num_threads = num_threads or num_cores()
     with ThreadPoolExecutor(num_threads) as pool:
-        current = _current(project, pool, folder, records, names, preprocess)
+        current = _current(project, pool, data, records, names, preprocess)
         if current is None:
-            current = _build(project, pool, folder, records, names, preprocess, console)
+            current = _build(project, pool, data, records, names, preprocess, console)
             state = "written"
         else:
             state = "unchanged"
@@ -76,7 +76,7 @@ def run(
 def _current(
     project: Project,
     pool: ThreadPoolExecutor,
-    folder: Path,
+    data: config.Data,
     records: Sequence[Record],
     names: Sequence[str],
     preprocess: config.Preprocess,
@@ -88,19 +88,22 @@ def _current(
         found = store.open_store(project.dataset)
     except UserError:
         return None  # damaged: made anew
+    folder = project.root / data.path
     digests = pool.map(lambda record: _hash_sources(folder, record), records)
-    return found if found.source == _source(records, names, digests, preprocess) else None
+    same = found.name == data.name and found.source == _source(records, names, digests, preprocess)
+    return found if same else None
 
 
 def _build(
     project: Project,
     pool: ThreadPoolExecutor,
-    folder: Path,
+    data: config.Data,
     records: Sequence[Record],
     names: Sequence[str],
     preprocess: config.Preprocess,
     console: Console,
 ) -> store.Store:
+    folder = project.root / data.path
     rejected: list[tuple[str, str]] = []
     digests: list[str] = []
     counts: Counter[str] = Counter()
@@ -129,7 +132,7 @@ def _build(
                     "Lower preprocess.val_fraction and test_fraction, or check the splits in the data"
                 )
             source = _source(records, names, digests, preprocess)
-            return writer.commit(rejected, preprocess.model_dump(mode="json"), source)
+            return writer.commit(rejected, preprocess.model_dump(mode="json"), source, data.name)
     finally:
         cv2.setNumThreads(own_threads)
 

@@ -41,7 +41,7 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior:
     if store.counts["val"]:
         means, labels, _ = encode(model, store.split("val"))
         metrics["prior/val_log_likelihood"] = mean_log_likelihood(fitted, means, labels)
-    save_prior(project.prior, fitted)
+    save_prior(project.prior, fitted, bundle.digest(project.model))
     record(project, info, prior, tracking, metrics)
     report(fitted, store.classes, metrics)
     return fitted

@@ -10,15 +10,16 @@ from torch import Tensor
 
 
 class Display:
-    """Loss terms, images per second and time left of a run of `total_epochs`."""
+    """Loss terms, images per second and time left of a run of `total_epochs`, `epochs_done` of them behind it."""
 
-    def __init__(self, total_epochs: int, is_main: bool) -> None:
+    def __init__(self, epochs_done: int, total_epochs: int, is_main: bool) -> None:
         self.console = Console(quiet=not is_main)
         self.total_epochs = total_epochs
         self.num_images = 0
         self.started = time.monotonic()
         self._drawn_at = 0.0
-        self._epoch = 0
+        self._epoch = epochs_done
+        self._validation = ""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -26,7 +27,7 @@ class Display:
             TextColumn("{task.fields[terms]}"),
         )
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("training", total=total_epochs, terms="")
+        self.task = self.progress.add_task("training", total=total_epochs, completed=epochs_done, terms="")
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -50,9 +51,8 @@ class Display:
             return
         self._drawn_at = now
         text = " ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
-        self.progress.update(
-            self.task, completed=self._epoch + epoch_fraction, terms=f"{text} {self.images_per_second:.0f} images/s"
-        )
+        text = f"{text} {self._validation} {self.images_per_second:.0f} images/s"
+        self.progress.update(self.task, completed=self._epoch + epoch_fraction, terms=text)
 
     def epoch(self, epoch: int, phase: str, record: dict[str, float]) -> None:
         """After each epoch; a line each where there is no terminal, at most fifty over the run."""
@@ -66,4 +66,5 @@ class Display:
                 f"{phase} epoch {epoch}/{self.total_epochs}  {text}  {rate}", highlight=False, soft_wrap=True
             )
         self._epoch = epoch
+        self._validation = f"val/ssim {record['val/ssim']:.4f}"
         self.num_images, self.started = 0, time.monotonic()

@@ -21,7 +21,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from medgen import bundle
-from medgen.priors import load_prior, sample_images
+from medgen.errors import UserError
+from medgen.priors import find_label, sample_images
 
 MAX_IMAGES = 10_000  # of one call: what is made is held in memory
 
@@ -32,8 +33,8 @@ class Generator(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Loads both from the version's own files."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.info = bundle.load(Path(context.artifacts["model"]), device)
-        self.prior = load_prior(Path(context.artifacts["prior"]), self.model.latent_shape)
+        model, prior = (Path(context.artifacts[part]) for part in ("model", "prior"))
+        self.model, self.info, self.prior = bundle.load_with_prior(model, prior, device)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -55,11 +56,11 @@ class Generator(PythonModel):
             raise MlflowException.invalid_parameter_value(f"n: found {n}; expected 1 to {MAX_IMAGES}")
         if pd.isna(label) or label == "":
             number = None
-        elif label in self.info.classes:
-            number = self.info.classes.index(label)
         else:
-            known = ", ".join(self.info.classes) or "none, the model was trained without labels"
-            raise MlflowException.invalid_parameter_value(f"label: unknown class {label!r}. Known: {known}")
+            try:
+                number = find_label(str(label), self.info.classes, self.prior, self.model)
+            except UserError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from None
         return n, number, secrets.randbelow(2**31) if pd.isna(seed) else int(seed)
 
     def _generate(self, n: int, label: int | None, seed: int) -> npt.NDArray[np.uint8]:

@@ -75,7 +75,7 @@ def run(project: Project, *, tracking: Tracking, registry: Registry) -> Version:
         number = _registered(client, registry.model_name, content)
         is_new = number is None
         if number is None:
-            number = _register(project, tracking, registry, info, run_id, content)
+            number = _register(client, project, tracking, registry, info, run_id, content)
         _describe(client, registry.model_name, number, project, record, info)
         client.set_registered_model_alias(registry.model_name, ALIAS, str(number))
     version = Version(registry.model_name, number, run_id, is_new)
@@ -204,7 +204,13 @@ def _registered(client: "MlflowClient", name: str, content: str) -> int | None:
 
 
 def _register(
-    project: Project, tracking: Tracking, registry: Registry, info: BundleInfo, run_id: str, content: str
+    client: "MlflowClient",
+    project: Project,
+    tracking: Tracking,
+    registry: Registry,
+    info: BundleInfo,
+    run_id: str,
+    content: str,
 ) -> int:
     """Logs the model with code, model/ and prior/ to its run, and makes it a version."""
     import mlflow
@@ -258,9 +264,7 @@ def _describe(
     """Lineage and metrics as tags of the version, and a few words on it."""
     tags = {key: value for key, value in record.tags.items() if not key.startswith("mlflow.")}
     tags |= {"run": info.run, "dataset.fingerprint": info.dataset}
-    path = project.reports / "metrics.json"
-    if path.is_file():
-        tags |= {key: f"{value:.6g}" for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    tags |= {key: f"{value:.6g}" for key, value in _metrics(project).items()}
     for key, value in tags.items():
         client.set_model_version_tag(name, str(number), key, value)
     classes = ", ".join(info.classes) or "none"
@@ -271,6 +275,16 @@ def _describe(
         f"{info.model.name}, images {height}x{width}x{channels} uint8, classes: {classes}. "
         "Input: n, label (optional), seed (optional).",
     )
+
+
+def _metrics(project: Project) -> dict[str, float]:
+    """reports/metrics.json, where it judges the model that is here: provenance.json beside it says which it does."""
+    try:
+        provenance = json.loads((project.reports / "provenance.json").read_text(encoding="utf-8"))
+        metrics: dict[str, float] = json.loads((project.reports / "metrics.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return metrics if provenance.get("model") == bundle.digest(project.model) else {}
 
 
 def _content_hash(*folders: Path) -> str:

@@ -29,16 +29,15 @@ def run(project: Project, *, model: Model, loss: Loss, train: Train, tracking: T
     """
     with join(train.device) as world:
         job = Job(project, world, model, loss, train)
-        with job.record(tracking) as tracker, Display(job.total_epochs, world.is_main) as display:
-            while job.state.phase < len(train.phases):
-                phase = train.phases[job.state.phase]
-                while job.state.epoch < phase.epochs:
+        with job.record(tracking) as tracker:
+            job.resume()
+            with Display(job.epochs_done, job.total_epochs, world.is_main) as display:
+                while (phase := job.phase()) is not None:
                     if train_epoch(job, phase, display):
                         finish_epoch(job, phase, tracker, display)
-                job.next_phase()
             if tracker:
                 job.export()
-                for path in write_report(project.reports, job.scratch, history(job.scratch)):
+                for path in write_report(project.reports, job.scratch, history(job.scratch), job.drawn_epochs):
                     tracker.artifact(path, "figures")
         return job.scratch
 
@@ -84,7 +83,8 @@ def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Displ
     """Validates, logs, draws, saves."""
     state = job.state
     with job.averaged_weights():
-        validation = validate(job, phase.weights or job.loss.weights)
+        # one number for all processes: each steps its own plateau by it
+        validation = job.world.mean_of(validate(job, phase.weights or job.loss.weights))
     record = {
         **{f"train/{name}": total / state.step for name, total in job.world.mean_of(state.sums).items()},
         **{f"val/{name}": value for name, value in validation.items()},
@@ -98,7 +98,7 @@ def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Displ
     if tracker:
         tracker.metrics(record, step=epoch)
         tracker.metrics({"run/images_per_second": display.images_per_second}, step=epoch)
-        if epoch == 1 or epoch % job.train.sample_every == 0 or epoch == job.total_epochs:
+        if epoch in job.drawn_epochs:
             with job.averaged_weights():
                 paths = draw_epoch(job.model, job.loader, job.validation, job.scratch, epoch, job.train.seed)
             for name, path in paths.items():

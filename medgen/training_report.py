@@ -35,7 +35,7 @@ def draw_epoch(
     whose β is still 0.
     """
     model.eval()
-    paths = {name: scratch / name / f"epoch_{epoch:04d}.png" for name in ("samples", "reconstructions")}
+    paths = {name: _grid(scratch, name, epoch) for name in ("samples", "reconstructions")}
     batch = next(validation.sequential())
     image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
     write_pairs(paths["reconstructions"], image.cpu(), model.reconstruct(image, label).float().cpu())
@@ -47,7 +47,9 @@ def draw_epoch(
     return paths
 
 
-def write_report(reports: Path, scratch: Path, records: Sequence[Mapping[str, float]]) -> list[Path]:
+def write_report(
+    reports: Path, scratch: Path, records: Sequence[Mapping[str, float]], drawn_epochs: Sequence[int]
+) -> list[Path]:
     """Writes curves.csv, curves and progress.gif from a run's records by epoch; returns their paths.
 
     Durations stay out: these files are the same for the same training.
@@ -68,6 +70,11 @@ def write_report(reports: Path, scratch: Path, records: Sequence[Mapping[str, fl
         if drawn := {key: series[key] for key in shown if key in series}:
             write_curves(path, drawn, log=name != "ssim", y_label=label)
             written.append(path)
-    frames = sorted((scratch / "samples").glob("epoch_*.png"))
+    # not all that lie there: an earlier, shorter run left its own last grid
+    frames = [frame for epoch in drawn_epochs if (frame := _grid(scratch, "samples", epoch)).exists()]
     write_gif(figures / "progress.gif", frames, seconds_per_frame=0.5)
     return [*written, figures / "progress.gif"]
+
+
+def _grid(scratch: Path, name: str, epoch: int) -> Path:
+    return scratch / name / f"epoch_{epoch:04d}.png"

@@ -45,6 +45,8 @@ class ModelOutput:
 class Decoder(Protocol):
     """All a prior needs of a model to make images."""
 
+    conditional: bool  # whether `decode` uses the label
+
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
         """Latents (B, Z, h, w) or (B, D) -> images (B, C, H, W) in [0, 1]."""
         ...

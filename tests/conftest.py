@@ -56,9 +56,12 @@ def root() -> Path:
 def small_params() -> dict:
     """A params file for seconds, not minutes."""
     return {
+        "data": {"path": "data", "name": "small"},
         "preprocess": {"image_size": 32, "clahe_tiles": 2},
         "features": {"width": 8, "epochs": 1},
         "model": {"base_channels": 8, "latent_size": 8, "latent_channels": 4},
+        "loss": {"weights": {"l1": 1.0, "ssim": 0.5}},
+        "prior": {"name": "gmm", "components": [1]},
         "train": {"batch_size": 8, "sample_every": 1, "phases": [{"name": "one", "epochs": 2, "learning_rate": 1e-3}]},
         "evaluate": {"num_generated": 24, "grid_images": 6},
     }

@@ -36,11 +36,14 @@ def test_every_code_dependency_exists(pipeline, root):
                 assert (root / path).exists(), path
 
 
-def test_every_params_file_is_valid(root):
+def test_every_params_file_is_valid_and_has_the_sections_dvc_asks_for(root, pipeline):
+    """DVC knows no defaults: a section that a stage names must stand in the file, be it empty."""
+    sections = {section for stage in pipeline["stages"].values() for section in stage["params"]}
     files = [root / "params.yaml", *(root / "recipes").glob("*.yaml")]
     assert len(files) >= 3
     for path in files:
         params = load(path)
+        assert sections <= set(YAML(typ="safe").load(path.read_text())), path
         assert params.train.phases[0].epochs > 0
         assert path.name == "params.yaml" or path.read_text().startswith("# ")
 

@@ -41,7 +41,7 @@ def project(tiny_project):
 @pytest.mark.parametrize("name", PRIORS)
 def test_fits_and_records(project, name):
     fitted = prior.run(project, prior=Prior(name=name), tracking=QUIET)
-    assert load_prior(project.prior, (4, 4, 4)).name == fitted.name == name
+    assert load_prior(project.prior, bundle.digest(project.model)).name == fitted.name == name
     assert fitted.latent_shape == (4, 4, 4)
     run = read_run(project.runs / "0123456789ab")
     assert run is not None

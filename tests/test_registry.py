@@ -22,7 +22,7 @@ from medgen.errors import UserError
 from medgen.models import build_model
 from medgen.priors import PRIORS, load_prior, sample_images, save_prior
 from medgen.tracking import Tracker, lineage
-from medgen.tracking.mirror import connect, mlflow_run_id
+from medgen.tracking.mirror import MIRROR, connect
 
 SHAPE = (1, 16, 16)
 RUN = "0123456789ab"
@@ -37,6 +37,11 @@ def no_store_from_outside() -> Any:
         yield
 
 
+def mlflow_run(project: Project, run: str) -> str:
+    run_id: str = json.loads((project.runs / run / MIRROR).read_text())["run_id"]
+    return run_id
+
+
 def write_model(project: Project, seed: int, run: str = RUN) -> None:
     """An untrained model and a prior fitted to noise: the registry does not ask how good they are."""
     torch.manual_seed(seed)
@@ -44,7 +49,9 @@ def write_model(project: Project, seed: int, run: str = RUN) -> None:
     preprocess = Preprocess(image_size=SHAPE[1])
     bundle.save(project.model, model, BundleInfo(MODEL, preprocess, SHAPE, ("NORMAL", "ILL"), DATASET, run, "2.15"))
     latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
-    save_prior(project.prior, PRIORS["gmm"].fit(latents, labels, 2, Prior(components=(1,))))
+    save_prior(
+        project.prior, PRIORS["gmm"].fit(latents, labels, 2, Prior(components=(1,))), bundle.digest(project.model)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +64,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         tracker.metrics({"val/ssim": 0.8}, step=1)
     project.reports.mkdir()
     (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.875, "run/num_test": 100}')
+    (project.reports / "provenance.json").write_text(json.dumps({"model": bundle.digest(project.model)}))
     version = registry.run(project, tracking=Tracking(), registry=Registry())
     assert (version.number, version.is_new) == (1, True)
     return project
@@ -72,14 +80,14 @@ def away() -> Tracking:
 def expected_images(project: Project, n: int, label: int | None, seed: int) -> np.ndarray:
     model, _ = bundle.load(project.model)
     labels = None if label is None else torch.full((n,), label)
-    images = sample_images(load_prior(project.prior, model.latent_shape), model, n, labels, seed)
+    images = sample_images(load_prior(project.prior, bundle.digest(project.model)), model, n, labels, seed)
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def test_version_belongs_to_the_run_that_trained_it(project: Project) -> None:
     client, _ = connect(project, Tracking())
     version = client.get_model_version("medgen", "1")
-    assert version.run_id == mlflow_run_id(project.runs / RUN)
+    assert version.run_id == mlflow_run(project, RUN)
     run = client.get_run(version.run_id)
     assert run.data.metrics == {"val/ssim": 0.8}
     assert run.info.status == "FINISHED"
@@ -172,7 +180,7 @@ def generator(project: Project) -> Any:
         ({"n": [0]}, "n: found 0; expected 1 to 10000"),
         ({"n": [-4]}, "n: found -4"),
         ({"n": [6000, 6000]}, "12000 images asked for; at most 10000"),
-        ({"n": [1], "label": ["DOG"]}, "unknown class 'DOG'. Known: NORMAL, ILL"),
+        ({"n": [1], "label": ["DOG"]}, "label: unknown name 'DOG'. Known: ILL, NORMAL"),
     ],
 )
 def test_wrong_requests_are_named(generator: Any, request_row: dict[str, Any], message: str) -> None:
@@ -213,8 +221,8 @@ def test_new_weights_are_a_new_candidate_with_or_without_their_record(project: P
         client, _ = connect(project, Tracking())
         assert (version.number, version.is_new) == (2, True)
         assert client.get_model_version_by_alias("medgen", "candidate").version == 2
-        assert version.run_id == mlflow_run_id(project.runs / "fedcba987654")
-        assert version.run_id != mlflow_run_id(project.runs / RUN)
+        assert version.run_id == mlflow_run(project, "fedcba987654")
+        assert version.run_id != mlflow_run(project, RUN)
     finally:
         write_model(project, seed=0)
         assert registry.run(project, tracking=Tracking(), registry=Registry()).number == 1

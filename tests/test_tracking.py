@@ -66,8 +66,7 @@ def record(scratch: Path, project: Project, settings: Tracking, steps: range, sc
 
 def mlflow_run(project: Project, scratch: Path) -> tuple[Any, str]:
     client, _ = mirroring.connect(project, Tracking())
-    run_id = mirroring.mlflow_run_id(scratch)
-    assert run_id is not None
+    run_id = json.loads((scratch / mirroring.MIRROR).read_text())["run_id"]
     return client, run_id
 
 

@@ -255,6 +255,17 @@ def test_rollback_goes_on_from_the_last_good_state_with_half_the_rate(tiny_proje
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
+def test_rollback_at_the_start_of_a_phase_stays_in_that_phase(tiny_project, poison):
+    """The checkpoint it goes back to was saved in the phase before."""
+    short = PHASES[0].model_copy(update={"epochs": 1})
+    num_batches = open_store(tiny_project.dataset).counts["train"] // TRAIN.batch_size
+    poison(num_batches, times=2)
+    scratch = run(tiny_project, TRAIN.model_copy(update={"on_nonfinite": "rollback", "phases": (short, PHASES[1])}))
+    records = history(scratch)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert [record["train/beta"] for record in records] == pytest.approx([0, 0.005, 0.01])
+
+
 def test_rollback_gives_up_after_its_last_try(tiny_project, poison):
     poison(4)
     params = TRAIN.model_copy(update={"on_nonfinite": "rollback", "max_rollbacks": 2})
@@ -298,6 +309,34 @@ def test_ours_ends_finite_on_the_same_data_and_rate(tiny_project, monkeypatch):
     raw_inputs(monkeypatch)
     scratch = run(tiny_project, system_a_train(), loss=SYSTEM_A)
     assert all(math.isfinite(value) for record in history(scratch) for value in record.values())
+
+
+def test_a_run_that_went_further_than_asked_is_refused(tiny_project):
+    two = PHASES[0].model_copy(update={"epochs": 2})
+    run(tiny_project, TRAIN.model_copy(update={"phases": (two,)}))
+    with pytest.raises(UserError, match="for 2 epochs, expected at most 1"):
+        run(tiny_project, TRAIN.model_copy(update={"phases": (two.model_copy(update={"epochs": 1}),)}))
+
+
+def test_a_longer_run_ends_as_if_it_had_been_asked_for_at_once(tiny_project, finished):
+    reference, _ = finished
+    shorter = TRAIN.model_copy(update={"phases": (PHASES[0], PHASES[1].model_copy(update={"epochs": 1}))})
+    run(tiny_project, shorter)
+    run(tiny_project)
+    for name in ("reports/curves.csv", "reports/figures/progress.gif", "artifacts/model/model.safetensors"):
+        assert (tiny_project.root / name).read_bytes() == (reference.root / name).read_bytes(), name
+
+
+def test_an_empty_val_split_is_refused_with_the_key_to_turn(tmp_path):
+    from medgen import preprocess
+    from medgen.config import Data, Preprocess, Project
+    from medgen.data.phantom import draw
+
+    draw(tmp_path / "data", num_images=9, size=64, seed=0)
+    project = Project(tmp_path)
+    preprocess.run(project, data=Data(), preprocess=Preprocess(image_size=32, clahe_tiles=2, val_fraction=0.0))
+    with pytest.raises(UserError, match=r"val split is empty.*preprocess\.val_fraction"):
+        run(project)
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tiny_project, finished):

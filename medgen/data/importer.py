@@ -21,8 +21,8 @@ from medgen import config
 from medgen.config import Project
 from medgen.data import layouts, phantom
 from medgen.data.layouts import Record
-from medgen.data.store import swap
 from medgen.errors import UserError
+from medgen.files import swap
 
 
 def import_folder(project: Project, data: config.Data, source: Path) -> int:

@@ -32,13 +32,15 @@ class Loader:
         world: int = 1,
         horizontal_flip: bool = False,
         subset: int | None = None,
+        with_masks: bool = False,
     ) -> None:
         self.device = torch.device(device)
         total = len(split.images)
         self.rows = np.unique(np.linspace(0, total - 1, min(subset or total, total)).astype(np.int64))
         self.images = _resident(split.images[self.rows], self.device)  # (N, C, H, W) uint8
         self.labels = torch.from_numpy(split.labels[self.rows]).to(self.images.device)
-        self.masks = None if split.masks is None else _resident(split.masks[self.rows], self.device)
+        masks = split.masks if with_masks else None
+        self.masks = None if masks is None else _resident(masks[self.rows], self.device)
         self.batch_size = min(batch_size, len(self.images))
         self.num_batches = len(self.images) // self.batch_size  # the ragged rest differs every epoch
         self.seed, self.rank, self.world = seed, rank, world
@@ -64,13 +66,13 @@ class Loader:
             yield self._gather(torch.arange(start, min(start + self.batch_size, len(self.images))))
 
     def _gather(self, rows: Tensor) -> Batch:
-        rows = rows.to(self.images.device)
-        mask = None if self.masks is None else self.masks[rows].to(self.device).float()
+        index = torch.from_numpy(self.rows)[rows]  # rows stay on the CPU: reading them back would wait for the device
+        rows = rows.to(self.images.device, non_blocking=True)
         return Batch(
             image=self.images[rows].to(self.device).float().div_(255.0),
             label=self.labels[rows].to(self.device),
-            index=torch.from_numpy(self.rows)[rows.cpu()],
-            mask=mask,
+            index=index,
+            mask=None if self.masks is None else self.masks[rows].to(self.device).float(),
         )
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from medgen import config
 from medgen.errors import UserError
-from medgen.files import write_atomic
+from medgen.files import swap, write_atomic
 
 SCHEMA = 1
 SPLITS = ("train", "val", "test")
@@ -66,6 +66,7 @@ class Store:
     counts: dict[str, int]  # images of each split
     fingerprint: str  # 12 hexadecimal digits of the content
     source: str  # digest of the files and settings it was made from
+    name: str  # what data.name called it
     preprocess: config.Preprocess  # the settings themselves: what a new image must go through
 
     def split(self, name: str) -> Split:
@@ -114,6 +115,7 @@ def open_store(folder: Path) -> Store:
         counts=dict(counts),
         fingerprint=description["fingerprint"],
         source=description["source"],
+        name=description["name"],
         preprocess=config.Preprocess.model_validate(description["preprocessing"]),
     )
 
@@ -164,7 +166,9 @@ class StoreWriter:
             self._arrays[split, "masks"].append(np.zeros(self.shape, np.uint8) if mask is None else mask[None])
         self._rows[split].append({**row, "split": split, "label": label or ""})
 
-    def commit(self, rejected: Sequence[tuple[str, str]], preprocessing: Mapping[str, Any], source: str) -> Store:
+    def commit(
+        self, rejected: Sequence[tuple[str, str]], preprocessing: Mapping[str, Any], source: str, name: str = "dataset"
+    ) -> Store:
         """Writes labels, manifest and description, then puts the folder in the old one's place."""
         for array in self._arrays.values():
             array.close()
@@ -183,6 +187,7 @@ class StoreWriter:
         }
         description = {
             "schema": SCHEMA,
+            "name": name,
             "fingerprint": config.fingerprint(SCHEMA, classes, self.shape, files),
             "classes": classes,
             "image_shape": self.shape,
@@ -225,16 +230,6 @@ class _ArrayFile:
     def _write_header(self) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.item_shape)}
         npy.write_array_header_1_0(self._file, header)
-
-
-def swap(new: Path, place: Path) -> None:
-    """Puts the folder `new` at `place`; what was there is removed only after that."""
-    old = place.with_name(f"{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def hash_file(path: Path) -> str:

@@ -6,8 +6,6 @@ Features of a network trained on photographs say little about X-rays; these come
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen.errors import UserError
+from medgen.files import write_folder
 
 NUM_FEATURES = 128
 WEIGHTS, DESCRIPTION = "extractor.safetensors", "extractor.json"
@@ -119,13 +118,8 @@ def save_extractor(folder: Path, extractor: DomainExtractor, facts: dict[str, An
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in extractor.state_dict().items()})
     digest = hashlib.sha256(weights).hexdigest()
     description = {"schema": SCHEMA, "sizes": asdict(extractor.sizes), "sha256": digest, **facts}
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / WEIGHTS).write_bytes(weights)
-    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    write_folder(folder, {WEIGHTS: weights, DESCRIPTION: text.encode()})
     return digest
 
 

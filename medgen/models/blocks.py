@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with groups of four channels or more, 32 groups at most (Wu & He 2018)."""
-    return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels)
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
 
 
 class ResidualBlock(nn.Module):
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.num_heads = max(1, channels // 64)
+        self.num_heads = next(heads for heads in range(max(1, channels // 64), 0, -1) if channels % heads == 0)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.project = nn.Conv2d(channels, channels, 1)

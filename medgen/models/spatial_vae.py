@@ -21,10 +21,11 @@ class SpatialVAE(GenerativeModel):
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         image_channels, image_size, _ = image_shape
-        sizes = stage_sizes(image_size, params.latent_size)  # S/2, S/4, …, h
+        latent_size = params.latent_size or max(1, image_size // 8)
+        sizes = stage_sizes(image_size, latent_size)  # S/2, S/4, …, h
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes))]
         attention = set(params.attention_resolutions)
-        self.latent_shape = (params.latent_channels, params.latent_size, params.latent_size)
+        self.latent_shape = (params.latent_channels, latent_size, latent_size)
         self.logvar_bound = params.logvar_bound
 
         encoder: list[nn.Module] = [nn.Conv2d(image_channels, channels[0], 7, stride=2, padding=3)]

@@ -8,7 +8,7 @@ Shapes: as in medgen/types.py, and D numbers in a flattened latent.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from medgen import config
 from medgen.config import unknown_name
 from medgen.errors import UserError
-from medgen.files import write_atomic
+from medgen.files import write_folder
 from medgen.priors.gaussian import Gaussian, Normal
 from medgen.priors.gmm import GaussianMixture
 from medgen.types import Decoder
@@ -90,17 +90,17 @@ PRIORS: dict[str, type[Prior]] = {
 }
 
 
-def save_prior(folder: Path, prior: Prior) -> None:
-    """Writes prior.safetensors and prior.json, the latter last: it holds the former's hash."""
+def save_prior(folder: Path, prior: Prior, model: str) -> None:
+    """Writes prior.safetensors and prior.json; `model` is the SHA-256 of the weights whose latents it was fitted to."""
     tensors, meta = prior.state()
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    plain = {"name": prior.name, "sha256": hashlib.sha256(weights).hexdigest(), **meta}
-    write_atomic(folder / "prior.safetensors", weights)
-    write_atomic(folder / "prior.json", (json.dumps(plain, indent=2) + "\n").encode())
+    plain = {"name": prior.name, "sha256": hashlib.sha256(weights).hexdigest(), "model": model, **meta}
+    files = {"prior.safetensors": weights, "prior.json": (json.dumps(plain, indent=2) + "\n").encode()}
+    write_folder(folder, files)
 
 
-def load_prior(folder: Path, latent_shape: tuple[int, ...]) -> Prior:
-    """Reads what `save_prior` wrote, for a model with latents of `latent_shape`.
+def load_prior(folder: Path, model: str) -> Prior:
+    """Reads what `save_prior` wrote, for the model whose weights have the SHA-256 `model`.
 
     Raises:
         UserError: there is no prior, it is damaged, or it was fitted to another model's latents.
@@ -119,19 +119,48 @@ def load_prior(folder: Path, latent_shape: tuple[int, ...]) -> Prior:
         raise UserError(f"{folder / 'prior.safetensors'}: not the file prior.json describes; run `medgen prior` again")
     try:
         prior = PRIORS[meta["name"]].restore(safetensors.torch.load(weights), meta)
+        fitted_to = meta["model"]
     except (SafetensorError, KeyError) as error:
         raise UserError(f"{path}: incomplete ({error}); run `medgen prior` again") from None
-    if prior.latent_shape != latent_shape:
+    if fitted_to != model:
         raise UserError(
-            f"{folder}: made for latents of {prior.latent_shape}, the model has {latent_shape}; "
-            "run `medgen prior` again"
+            f"{folder}: fitted to model {fitted_to[:12]}, the model here is {model[:12]}; run `medgen prior` again"
         )
     return prior
 
 
-def draw_labels(prior: Prior, n: int, generator: torch.Generator) -> Tensor | None:
-    """Labels (n,) int64 by their frequency in the train split; None where that is unlabelled."""
-    if len(prior.frequencies) == 0:
+def tells_classes_apart(prior: Prior, model: Decoder) -> bool:
+    """Whether a label changes what is generated."""
+    return len(prior.frequencies) > 0 and (prior.conditional or model.conditional)
+
+
+def find_label(label: str, classes: Sequence[str], prior: Prior, model: Decoder) -> int:
+    """The index of a class given by its name or its index.
+
+    Raises:
+        UserError: there is no such class, or neither prior nor model tells classes apart.
+    """
+    if not classes:
+        raise UserError(f"label: found {label!r}, but the model was trained on images without labels; leave it out")
+    if label in classes:
+        index = classes.index(label)
+    elif label.isdigit() and int(label) < len(classes):
+        index = int(label)
+    else:
+        raise unknown_name("label", label, classes)
+    if not tells_classes_apart(prior, model):
+        raise UserError(
+            f"label: found {label!r}, but prior {prior.name!r} does not tell classes apart; "
+            "leave it out, or run `medgen prior --set prior.name=gmm --set prior.conditional=true`"
+        )
+    if bool(prior.frequencies[index] == 0):
+        raise UserError(f"label: the train split has no image of {classes[index]!r}; choose another class")
+    return index
+
+
+def draw_labels(prior: Prior, model: Decoder, n: int, generator: torch.Generator) -> Tensor | None:
+    """Labels (n,) int64 by their frequency in the train split; None where a label would mean nothing."""
+    if not tells_classes_apart(prior, model):
         return None
     return torch.multinomial(prior.frequencies, n, replacement=True, generator=generator)
 
@@ -145,7 +174,7 @@ def iterate_samples(
     """
     generator = torch.Generator().manual_seed(seed)
     if labels is None:
-        labels = draw_labels(prior, n, generator)
+        labels = draw_labels(prior, model, n, generator)
     device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
     for start in range(0, n, batch_size):
         chosen = None if labels is None else labels[start : start + batch_size]

@@ -215,11 +215,6 @@ def unreachable(project: Project, tracking: Tracking, error: Exception, conseque
     return UserError(f"tracking.uri: {uri} does not answer ({first_line(error)}); {consequence}")
 
 
-def mlflow_run_id(scratch: Path) -> str | None:
-    """Id of the MLflow run that mirrors this one, once there is one."""
-    return _read_state(scratch).get("run_id")
-
-
 def store_uri(project: Project, tracking: Tracking) -> str:
     """The tracking store's URI; relative sqlite paths are in the project's folder.
 

@@ -63,6 +63,17 @@ def test_every_parameter_gets_a_finite_gradient(row):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("width", [1, 9, 18, 28])
+def test_odd_widths_work(width):
+    model = build_model(Model(base_channels=width, attention_resolutions=(8, 16)), (1, 64, 64), 0)
+    assert model.reconstruct(torch.rand(1, 1, 64, 64)).shape == (1, 1, 64, 64)
+
+
+def test_the_default_latent_grid_is_an_eighth_of_the_image():
+    assert build_model(Model(base_channels=4), (1, 32, 32), 0).latent_shape == (16, 4, 4)
+    assert build_model(Model(base_channels=4), (1, 64, 64), 0).latent_shape == (16, 8, 8)
+
+
 def test_reconstruct_has_no_randomness_and_forward_in_training_has(row):
     model, image_shape, _ = row
     image = torch.rand(2, *image_shape)

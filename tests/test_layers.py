@@ -1,0 +1,28 @@
+"""The floors of docs/architecture.md, held by import-linter."""
+
+import subprocess
+import sys
+
+
+def test_no_module_imports_from_its_own_floor_or_above(root):
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_heavy_libraries_stay_in_their_rooms(root):
+    """mlflow only in tracking, registry and pyfunc; typer only in cli; dvc never."""
+    allowed = {
+        "mlflow": {"tracking/mirror.py", "tracking/worker.py", "registry.py", "pyfunc.py"},
+        "typer": {"cli.py"},
+        "dvc": set(),
+        "optuna": set(),
+        "sklearn": {"priors/gmm.py"},
+    }
+    for path in (root / "medgen").rglob("*.py"):
+        name = path.relative_to(root / "medgen").as_posix()
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]):
+                library = words[1].split(".")[0]
+                assert name in allowed.get(library, {name}), f"{name}: {line.strip()}"
