@@ -216,18 +216,22 @@ def _register(
     import mlflow
 
     mlflow.set_tracking_uri(store_uri(project, tracking))
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(PYFUNC),
-            artifacts={"model": str(project.model), "prior": str(project.prior)},
-            code_paths=[str(PYFUNC.parent)],  # the whole package: a version loads where medgen is not installed
-            signature=_signature(info),
-            input_example=_example(info),
-            pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
-            registered_model_name=registry.model_name,
-            tags={CONTENT_TAG: content},
-        )
+    try:
+        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(PYFUNC),
+                artifacts={"model": str(project.model), "prior": str(project.prior)},
+                code_paths=[str(PYFUNC.parent)],  # the whole package: a version loads where medgen is not installed
+                signature=_signature(info),
+                input_example=_example(info),
+                pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+                registered_model_name=registry.model_name,
+                tags={CONTENT_TAG: content},
+            )
+    except BaseException:
+        client.set_terminated(run_id, "FINISHED")  # leaving start_run said FAILED, but the training is none the worse
+        raise
     return int(logged.registered_model_version)
 
 

@@ -1,5 +1,6 @@
 """dvc.yaml is held to the code, and runs end to end on a small set."""
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -124,3 +125,29 @@ def test_outputs_are_the_same_bytes_when_made_again(repository):
     shutil.rmtree(repository / "runs")
     call(repository, "dvc", "repro", "--force")
     assert call(repository, "git", "status", "--porcelain") == "", before
+
+
+def dvc_md5(path):
+    """A file's md5, or a folder's as DVC reckons it: of the sorted list of its files."""
+    if path.is_file():
+        return hashlib.md5(path.read_bytes()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    entries = [{"md5": dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def test_the_committed_lock_belongs_to_the_committed_code(root):
+    """Else `make` in a clone would leave a changed dvc.lock behind. Mend: `uv run dvc repro`, commit what changed."""
+    lock = YAML(typ="safe").load((root / "dvc.lock").read_text())
+    stale = [
+        f"{stage}: {dep['path']}"
+        for stage, entry in lock["stages"].items()
+        for dep in entry["deps"]
+        if dep["path"].startswith("medgen/") and dvc_md5(root / dep["path"]) != dep["md5"]
+    ]
+    assert not stale, "dvc.lock was made by other code; run `uv run dvc repro` and commit dvc.lock and metrics.json"
+    params = YAML(typ="safe").load((root / "params.yaml").read_text())
+    for entry in lock["stages"].values():
+        for section, values in entry["params"]["params.yaml"].items():
+            assert params[section] == values, section

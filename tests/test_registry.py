@@ -266,3 +266,18 @@ def test_ui_refuses_what_it_cannot_show(project: Project, away: Tracking) -> Non
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: something answers there"):
             registry.ui(project, tracking=Tracking(), port=port)
+
+
+def test_a_registration_that_fails_leaves_the_training_finished(project: Project, monkeypatch: Any) -> None:
+    import mlflow
+
+    write_model(project, seed=5)
+
+    def fail(**_: Any) -> None:
+        raise OSError("the artifact store is full")
+
+    monkeypatch.setattr(mlflow.pyfunc, "log_model", fail)
+    with pytest.raises(OSError, match="full"):
+        registry.run(project, tracking=Tracking(), registry=Registry())
+    client, _ = connect(project, Tracking())
+    assert client.get_run(mlflow_run(project, RUN)).info.status == "FINISHED"
