@@ -194,6 +194,7 @@ class Job:
             precision = "bf16" if self.precision == torch.bfloat16 else "fp32"
             tracker.tags(lineage(self.project, *sections.values(), device=str(self.world.device), precision=precision))
             tracker.tags({"medgen.run": self.fingerprint})
+            tracker.note(self._describe())
             tracker.dataset(self.store.name, self.store.fingerprint, "artifacts/dataset", self.store.counts)
             yield tracker
 
@@ -235,6 +236,18 @@ class Job:
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average:
             self.average.load_state_dict(saved["average"])
+
+    def _describe(self) -> str:
+        """The run in a few words of Markdown, for its page."""
+        channels, height, width = self.store.image_shape
+        latent = "×".join(map(str, self.model.latent_shape))
+        phases = ", ".join(f"{phase.name} ({phase.epochs} epochs)" for phase in self.train.phases)
+        counts = ", ".join(f"{count} {name}" for name, count in self.store.counts.items())
+        return (
+            f"**{self.params.name}** of {channels}×{height}×{width} images with a latent of {latent}. "
+            f"Data: {self.store.name} {self.store.fingerprint} ({counts}; "
+            f"classes: {', '.join(self.store.classes) or 'none'}). Phases: {phases}."
+        )
 
     def _vgg16(self) -> Path | None:
         phases = [phase.weights for phase in self.train.phases if phase.weights]
