@@ -4,13 +4,13 @@
 .PHONY: run setup test test-fast lint format help clean
 export PYTHONUNBUFFERED = 1
 
-UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+UV := $(if $(shell command -v uv 2>/dev/null),uv,.uv/bin/uv)
 
 run: setup  ## set up, then preprocess, train, judge and register a model (dvc repro --pull)
 	$(UV) run --no-sync dvc repro --pull
 	@echo
 	@echo "Done. Look at reports/index.html (pictures and numbers), then run:"
-	@echo "  $(UV) run medgen ui                                  runs and the registered model in MLflow"
+	@echo "  $(UV) run medgen ui                                     runs and the registered model in MLflow"
 	@echo "  $(UV) run medgen generate --n 25 --out outputs/first    new images"
 
 setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## fetch uv if the machine lacks it, and the locked packages
