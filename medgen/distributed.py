@@ -83,7 +83,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 on GPUs that have it, float32 elsewhere: on CPUs autocast measured up to 28 times slower."""
+    """bf16 on GPUs that have it, float32 elsewhere: on CPUs autocast gained nothing (benchmarks/train.py)."""
     if precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
