@@ -17,7 +17,9 @@ setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## fetch uv if the machine lacks 
 	$(UV) sync --locked
 
 .uv/bin/uv:
-	python3 -m pip install --quiet --target .uv uv
+	python3 -m pip install --quiet --target .uv uv \
+	|| curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$(CURDIR)/.uv/bin" UV_NO_MODIFY_PATH=1 sh
+	@test -x $@ || { echo "uv could not be fetched: install it (https://docs.astral.sh/uv) and run make again"; exit 2; }
 
 test: setup  ## all tests, slow ones too
 	$(UV) run --no-sync pytest
