@@ -147,6 +147,8 @@ def recover(job: Job, phase: Phase, weights: Weights, bad: int) -> None:
             "phase": phase.name,
             "epoch": bad // job.loader.num_batches + 1,
             "first_nonfinite": term,
+            # a GPU's compiled step may round otherwise than this plain repeat of it
+            "reproduced": any(isinstance(norm, str) for norm in norms.values()),
             "beta": job.beta(phase),
             "learning_rate": job.rate(phase),
             "action": f"rollback {state.num_rollbacks + 1} of {train.max_rollbacks}" if again else "stop",

@@ -249,6 +249,7 @@ def test_raise_stops_before_the_update_and_names_step_term_and_files(tiny_projec
     assert len(report["files"]) == 8
     assert all(re.search(r"\.(jpg|png)$", name) for name in report["files"])
     assert report["first_nonfinite"] in report["terms"]
+    assert report["reproduced"] is True
     assert report["gradient_norm_per_module"]
     saved = checkpoint.load(error.value.forensics.parent)
     assert all(torch.isfinite(tensor).all() for tensor in saved["model"].values())
