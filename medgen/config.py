@@ -69,8 +69,8 @@ class Model(Section):
     base_channels: Count = 32  # channels after the first convolution; doubled at each stage
     max_channels: Count = 512
     blocks_per_stage: Count = 1
-    latent_channels: Count = 16
-    latent_size: Count | None = None  # side of the latent grid; the number of stages follows. None: image_size / 8
+    latent_size: Count | None = None  # side of the latent grid; the number of stages follows. None: by image size
+    latent_channels: Count | None = None  # None: the whole latent has a quarter as many numbers as the image pixels
     attention_resolutions: tuple[int, ...] = (16,)  # grid sides with self-attention, where they occur
     logvar_bound: Positive = 10.0  # log-variance is bound * tanh(x / bound)
 

@@ -69,9 +69,13 @@ def test_odd_widths_work(width):
     assert model.reconstruct(torch.rand(1, 1, 64, 64)).shape == (1, 1, 64, 64)
 
 
-def test_the_default_latent_grid_is_an_eighth_of_the_image():
-    assert build_model(Model(base_channels=4), (1, 32, 32), 0).latent_shape == (16, 4, 4)
-    assert build_model(Model(base_channels=4), (1, 64, 64), 0).latent_shape == (16, 8, 8)
+@pytest.mark.parametrize(
+    ("image_size", "latent_shape"),
+    [(16, (1, 8, 8)), (28, (4, 7, 7)), (32, (4, 8, 8)), (64, (16, 8, 8)), (128, (16, 16, 16)), (224, (16, 28, 28))],
+)
+def test_the_default_latent_follows_the_image_size(image_size, latent_shape):
+    model = build_model(Model(base_channels=4, max_channels=8), (1, image_size, image_size), 0)
+    assert model.latent_shape == latent_shape
 
 
 def test_reconstruct_has_no_randomness_and_forward_in_training_has(row):
