@@ -65,7 +65,7 @@ class SpatialVAE(GenerativeModel):
 
 
 def default_grid(image_size: int) -> int:
-    """Side of the latent grid that measured best on chest X-rays: 8 up to 64 px, an eighth beyond (docs/results.md)."""
+    """Side of the latent grid: 8 up to 64 px, measured on chest X-rays (docs/results.md); an eighth beyond, a guess."""
     size = image_size
     while size % 2 == 0 and size > max(8, image_size // 8):
         size //= 2
