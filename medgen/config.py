@@ -22,6 +22,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Percentile = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
 class Section(BaseModel):
@@ -36,19 +37,46 @@ class Data(Section):
     path: str = "data"  # folder tracked by data.dvc, relative to the folder medgen runs in
     name: str = "phantom-chest"  # the dataset's name in MLflow
     patient_pattern: str | None = None  # regular expression on the file name; group 1 is the patient
+    keep_patient_ids: bool = False  # False: the store holds salted hashes of them
+    splits: Literal["given", "own"] = "given"  # keep the data's own train/val/test, or cut all anew
+    duplicates: Literal["keep", "drop", "error"] = "keep"  # files of identical bytes; a split we cut never parts them
+    # patients, duplicates and near-duplicates on two sides of a split; move: each whole to the side that has most of it
+    leaks: Literal["warn", "error", "move"] = "warn"
+
+
+class Volume(Section):
+    """How a volume (NIfTI, MGZ, Analyze) is cut into slices, after it is turned to RAS axes."""
+
+    axis: Literal["axial", "coronal", "sagittal"] = "axial"
+    first: Fraction = 0.0  # slices from this share of the axis ...
+    last: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # ... to this one
+    step: Count = 1  # every how manyth slice
+    frame: Annotated[int, Field(ge=0)] = 0  # of a series (4-D)
+    min_foreground: Fraction = 0.05  # slices with a smaller share of tissue are left out
+    window: tuple[Percentile, Percentile] = (0.5, 99.5)  # percentiles of the volume that become black and white
+
+    @model_validator(mode="after")
+    def _ranges_are_not_empty(self) -> Self:
+        if self.first >= self.last:
+            raise ValueError(f"first must lie below last, found {self.first} and {self.last}")
+        if self.window[0] >= self.window[1]:
+            raise ValueError(f"window must rise, found {self.window}")
+        return self
 
 
 class Preprocess(Section):
     """image file -> uint8 store."""
 
     image_size: Annotated[int, Field(ge=16, le=1024, multiple_of=4)] = 64
+    channels: Literal[1, 3] = 1  # grey, or colour kept
+    volume: Volume = Volume()
     fit: Literal["pad", "squash"] = "pad"  # keep the aspect with black borders, or stretch
     clahe_clip: NonNegative = 2.0  # contrast limit of CLAHE; 0 leaves it out
     clahe_tiles: Count = 8  # CLAHE works on tiles x tiles regions
     reduced_decode: bool = False  # decode JPEGs at 1/2, 1/4, 1/8 where the output is that much smaller
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.2  # only where the data brings no split of its own
-    max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05  # more unreadable files than this stop the run
+    max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05  # a larger share of unreadable images stops the run
     seed: int = 0
 
 

@@ -44,15 +44,16 @@ _PATIENTS = tuple(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """What is known of one picture before it is read."""
 
     path: str  # posix, relative to the data folder
     label: str | None
-    patient: str  # the path itself where nothing says more
+    patient: str  # a salted hash, unless data.keep_patient_ids; of the path where nothing says more
     split: str | None  # train, val, test where the data says so
     mask: str | None  # as path
+    index: int = 0  # which picture of its file; a mask has the same index in its own
 
 
 def scan(folder: Path, patient_pattern: str | None = None) -> list[Record]:
