@@ -172,19 +172,19 @@ def import_data(
 @weights_app.command("list")
 def list_weights() -> None:
     """Show the known weights and whether they are here."""
-    _module("data.download").show_weights()
+    _module("data.weights").show_weights()
 
 
 @weights_app.command("fetch")
 def fetch_weights(name: str) -> None:
     """Download weights and check them."""
-    _module("data.download").fetch_weights(name)
+    _module("data.weights").fetch_weights(name)
 
 
 @weights_app.command("verify")
 def verify_weights(name: Annotated[str | None, typer.Argument(help="Without it: all that are here.")] = None) -> None:
     """Check weights against their hash."""
-    _module("data.download").verify(name)
+    _module("data.weights").verify(name)
 
 
 @recipe_app.command("list")

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen.config import Data, Loss, Project, Tracking, Train
-from medgen.data import download
+from medgen.data.weights import list_weights
 from medgen.machine import num_cores
 from medgen.tracking.mirror import store_uri
 
@@ -176,7 +176,7 @@ def _weights(loss: Loss, train: Train) -> list[Finding]:
     phases = [phase.weights for phase in train.phases if phase.weights]
     needed = {"vgg16"} if any(weights.perceptual > 0 for weights in [loss.weights, *phases]) else set()
     findings = []
-    for name, path in download.list_weights().items():
+    for name, path in list_weights().items():
         if path:
             findings.append(Finding(f"weights {name}", "ok", str(path)))
         elif name in needed:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import medgen
 from medgen import bundle, checkpoint, optim
 from medgen.config import Loss, Model, Phase, Project, Tracking, Train, fingerprint
-from medgen.data.download import weights_path
 from medgen.data.loader import Loader
 from medgen.data.store import open_store
+from medgen.data.weights import weights_path
 from medgen.distributed import World, pick_precision
 from medgen.errors import UserError
 from medgen.guard import Guard

@@ -19,7 +19,7 @@ import torch
 
 from medgen import doctor
 from medgen.config import Data, Loss, Phase, Project, Tracking, Train, Weights
-from medgen.data import download
+from medgen.data import weights
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -142,8 +142,8 @@ def test_weights_are_only_missed_where_a_loss_needs_them(project: Project, monke
     phase = Phase(name="late", epochs=1, weights=Weights(perceptual=0.1))
     assert [f.level for f in doctor._weights(Loss(), Train())] == ["ok"]
     assert [f.level for f in doctor._weights(Loss(), Train(phases=(phase,)))] == ["fail"]
-    weight = download.Weight(url="https://example.invalid/vgg16.pth", sha256="", size=3, use="")
-    monkeypatch.setitem(download.WEIGHTS, "vgg16", weight)
+    weight = weights.Weight(url="https://example.invalid/vgg16.pth", sha256="", size=3, use="")
+    monkeypatch.setitem(weights.WEIGHTS, "vgg16", weight)
     (project.root / "weights").mkdir()
     (project.root / "weights" / "vgg16.pth").write_bytes(b"abc")
     assert [f.level for f in doctor._weights(Loss(), Train(phases=(phase,)))] == ["ok"]

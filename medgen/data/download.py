@@ -1,8 +1,6 @@
-"""Pretrained weights: fetched only when asked for, checked, and never half there.
+"""One file from the web: checked, and never half there under its own name.
 
-medgen weights list
-medgen weights fetch vgg16
-medgen weights verify vgg16
+fetch("https://example.org/set.npz", folder / "set.npz", "md5:28209eda62fecd6e6a2d98b1501bb15f")
 """
 
 import hashlib
@@ -14,16 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
-from medgen.config import unknown_name
 from medgen.errors import UserError
 
 CHUNK = 1 << 20
@@ -33,121 +28,10 @@ NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLE
 AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers that may be better next time
 
 
-@dataclass(frozen=True)
-class Weight:
-    """One file of pretrained weights."""
-
-    url: str
-    sha256: str
-    size: int  # bytes
-    use: str
-
-    @property
-    def file(self) -> str:
-        """Its name in the weights folder."""
-        return self.url.rsplit("/", 1)[-1]
-
-
-WEIGHTS = {
-    "vgg16": Weight(
-        url="https://download.pytorch.org/models/vgg16-397923af.pth",
-        sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-        size=553_433_881,
-        use="perceptual loss (torchvision, ImageNet, BSD-3-Clause)",
-    ),
-}
-
-
-def weights_folder() -> Path:
-    """Where weights are kept: $MEDGEN_WEIGHTS, or ~/.cache/medgen/weights."""
-    chosen = os.environ.get("MEDGEN_WEIGHTS")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "medgen" / "weights"
-
-
-def weights_path(name: str) -> Path:
-    """The file of known weights on this machine. Never downloads; looks at the size, not at the hash.
-
-    Raises:
-        UserError: unknown name, no such file here (says how to get it), or a file of another size.
-    """
-    weight, path = _known(name)
-    if not path.is_file():
-        raise UserError(
-            f"{path}: weights {name!r} are not here. Run `medgen weights fetch {name}`; on a machine without network, "
-            f"fetch {weight.url} elsewhere and put it at that path, or set MEDGEN_WEIGHTS to the folder that holds it"
-        )
-    size = path.stat().st_size
-    if size != weight.size:
-        raise UserError(
-            f"{path}: {size} bytes; expected {weight.size}. Remove it and run `medgen weights fetch {name}`"
-        )
-    return path
-
-
-def verify_weights(name: str) -> Path:
-    """Checks weights against their SHA-256, prints the outcome and returns the file.
-
-    Raises:
-        UserError: as `weights_path`, or the hash differs.
-    """
-    path = weights_path(name)
-    _check(path, WEIGHTS[name].sha256)
-    Console().print(f"{name}: {path} is whole (SHA-256 {WEIGHTS[name].sha256[:12]}…)", soft_wrap=True, highlight=False)
-    return path
-
-
-def fetch_weights(name: str, base_url: str | None = None) -> Path:
-    """Downloads known weights into the weights folder, unless they are there, and returns the file.
-
-    Args:
-        name: a key of WEIGHTS.
-        base_url: folder of a mirror that holds the file under its own name.
-
-    Raises:
-        UserError: as `fetch`.
-    """
-    weight, path = _known(name)
-    url = f"{base_url.rstrip('/')}/{weight.file}" if base_url else weight.url
-    fetch(url, path, weight.sha256)
-    Console().print(f"{name}: {path}", soft_wrap=True, highlight=False)
-    return path
-
-
-def list_weights() -> dict[str, Path | None]:
-    """The file of each known name, None where it is not here (or is not whole)."""
-    found: dict[str, Path | None] = {}
-    for name in WEIGHTS:
-        weight, path = _known(name)
-        found[name] = path if path.is_file() and path.stat().st_size == weight.size else None
-    return found
-
-
-def verify(name: str | None) -> None:
-    """Checks the named weights, or all that are here, against their SHA-256.
-
-    Raises:
-        UserError: as `verify_weights`, or none are here.
-    """
-    names = [name] if name else [known for known, path in list_weights().items() if path]
-    if not names:
-        raise UserError("weights: none are here; get them with `medgen weights fetch NAME` (see `medgen weights list`)")
-    for known in names:
-        verify_weights(known)
-
-
-def show_weights() -> None:
-    """Prints the known weights, what they are for and whether they are here."""
-    table = Table("name", "size", "for", "file")
-    for name, path in list_weights().items():
-        here = str(path) if path else f"not here; medgen weights fetch {name}"
-        table.add_row(name, f"{WEIGHTS[name].size / 1e6:.0f} MB", WEIGHTS[name].use, here)
-    Console().print(table)
-
-
 def fetch(
     url: str,
     destination: Path,
-    sha256: str,
+    checksum: str | None,
     *,
     num_attempts: int = 4,
     timeout: float = 30.0,
@@ -155,30 +39,32 @@ def fetch(
 ) -> Path:
     """Downloads a file, goes on where an earlier try broke off, and checks it before it gets its name.
 
-    Until the hash fits, the bytes are in `<destination>.part`; a file of the right hash is left untouched.
+    Until the checksum fits, the bytes are in `<destination>.part`; a file of the right checksum is left untouched.
 
     Args:
         url: http or https.
         destination: the file to make; its folder is made too.
-        sha256: hexadecimal hash, or its beginning.
+        checksum: SHA-256 in hexadecimal digits or their beginning, "md5:" and an MD5, or None where the publisher
+            gives none; then the SHA-256 of what came is printed.
         num_attempts: how often to try where trying again may help.
         timeout: seconds without a byte after which a try has failed.
         sleep: how to wait between tries, for tests.
 
     Raises:
-        UserError: not reachable, not found, refused, wrong hash, disk full, or another file is in its place.
+        UserError: not reachable, not found, refused, wrong checksum, disk full, or another file is in its place.
     """
     if not url.startswith(("https://", "http://")):
         raise UserError(f"{url}: expected an address that starts with https://")
     if destination.exists():
-        _check(destination, sha256)
+        check(destination, checksum)
         return destination
     part = destination.with_name(destination.name + ".part")
     problem = ""
     for attempt in range(num_attempts):
-        resumed = part.exists() and part.stat().st_size > 0
         try:
+            resumed = part.exists() and part.stat().st_size > 0
             _transfer(url, part, timeout)
+            difference = _difference(part, checksum)
         except OSError as error:
             raise UserError(
                 f"{part}: cannot be written ({error.strerror}). Make room or choose another folder"
@@ -190,18 +76,29 @@ def fetch(
             if attempt < num_attempts - 1:
                 sleep(wait)
             continue
-        found = _digest(part)
-        if found.startswith(sha256):
+        if difference is None:
             os.replace(part, destination)
+            if checksum is None:
+                _print_checksum(destination)
             return destination
         part.unlink()
-        problem = f"SHA-256 of what came is {found[:12]}…; expected {sha256[:12]}…"
+        problem = f"of what came, the {difference}"
         if not resumed:  # a resumed file may have been joined from two versions: worth one whole try
             raise UserError(f"{url}: {problem}. The file there is another one: name a mirror that has the right one")
     raise UserError(
         f"{url}: {problem} ({num_attempts} tries). Run the command again later, it goes on where this one stopped; "
         f"or fetch the file on another machine and put it at {destination}"
     )
+
+
+def check(path: Path, checksum: str | None) -> None:
+    """Checks a file that is here; `checksum` as for `fetch`.
+
+    Raises:
+        UserError: it is another file.
+    """
+    if difference := _difference(path, checksum):
+        raise UserError(f"{path}: {difference}. Remove the file and fetch it again")
 
 
 class _TryAgain(Exception):
@@ -229,6 +126,8 @@ def _transfer(url: str, part: Path, timeout: float) -> None:
             with part.open("ab" if have else "wb") as file:
                 received = have + _copy(answer, file, have, total, part.stem)
     except urllib.error.HTTPError as error:
+        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+            return _settle_range(part, have, error)
         _explain_status(url, error)
     except NETWORK_ERRORS as error:
         reason = getattr(error, "reason", None) or error
@@ -260,10 +159,16 @@ def _copy(answer: http.client.HTTPResponse, file: BinaryIO, have: int, total: in
     return received
 
 
-def _explain_status(url: str, error: urllib.error.HTTPError) -> None:
+def _settle_range(part: Path, have: int, error: urllib.error.HTTPError) -> None:
+    """Nothing is left to send: what is here is whole, or another file's."""
+    total = error.headers.get("Content-Range", "").removeprefix("bytes */")
+    if total != str(have):
+        part.unlink()
+        raise _TryAgain(f"{have} bytes were here; the file has {total or 'fewer'}", wait=0.0)
+
+
+def _explain_status(url: str, error: urllib.error.HTTPError) -> NoReturn:
     """Raises what an HTTP error means for the user."""
-    if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-        return  # nothing is left to send: what is here is whole or too long, and its hash will tell
     if error.code in AGAIN:
         raise _TryAgain(f"the server answered {error.code} {error.reason}", _retry_after(error))
     what = "not there (any more)" if error.code in (404, 410) else "refused"
@@ -286,24 +191,27 @@ def _need_space(part: Path, size: int) -> None:
     if free < size + SPARE:
         raise UserError(
             f"{part.parent}: {free / 1e6:.0f} MB free; expected {(size + SPARE) / 1e6:.0f} MB for {part.stem}. "
-            "Make room, or set MEDGEN_WEIGHTS to a folder on another disk"
+            "Make room, or set MEDGEN_WEIGHTS or MEDGEN_DATASETS to a folder on another disk"
         )
 
 
-def _known(name: str) -> tuple[Weight, Path]:
-    if name not in WEIGHTS:
-        raise unknown_name("weights", name, WEIGHTS)
-    return WEIGHTS[name], weights_folder() / WEIGHTS[name].file
+def _difference(path: Path, checksum: str | None) -> str | None:
+    """What of a file's checksum is not as expected; None where it is, or where none is known."""
+    if checksum is None:
+        return None
+    kind, _, expected = checksum.rpartition(":")
+    found = _digest(path, kind or "sha256")
+    if found.startswith(expected):
+        return None
+    name = {"md5": "MD5"}.get(kind, "SHA-256")
+    return f"{name} is {found[:12]}…; expected {expected[:12]}…"
 
 
-def _check(path: Path, sha256: str) -> None:
-    found = _digest(path)
-    if not found.startswith(sha256):
-        raise UserError(
-            f"{path}: SHA-256 is {found[:12]}…; expected {sha256[:12]}…. Remove the file and fetch it again"
-        )
-
-
-def _digest(path: Path) -> str:
+def _digest(path: Path, kind: str) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def _print_checksum(path: Path) -> None:
+    text = f"{path.name}: its publisher gives no checksum; the SHA-256 of what came is {_digest(path, 'sha256')}"
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)

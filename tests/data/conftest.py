@@ -1,0 +1,97 @@
+"""A web server on loopback that misbehaves as told."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+Answer = Callable[[BaseHTTPRequestHandler], bool]  # whether it answered; else the file follows
+
+
+@dataclass
+class Server:
+    """Serves `files` by their name, or `content` under any; `answers` holds one behaviour per request to come."""
+
+    address: str = ""
+    content: bytes = bytes(range(256)) * 1200  # some 300 kB
+    files: dict[str, bytes] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    ranges: list[str | None] = field(default_factory=list)  # the Range header of each request
+    honours_range: bool = True
+
+    @property
+    def url(self) -> str:
+        return f"{self.address}/weights.bin"
+
+    def drop_after(self, count: int) -> None:
+        """Next: announces all of the content, sends `count` bytes and hangs up."""
+
+        def answer(handler: BaseHTTPRequestHandler) -> bool:
+            content = self.find(handler.path) or b""
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(content)))
+            handler.end_headers()
+            handler.wfile.write(content[:count])
+            return True
+
+        self.answers.append(answer)
+
+    def refuse(self, code: int, retry_after: str | None = None, **headers: str) -> None:
+        """Next: that status and no content."""
+
+        def answer(handler: BaseHTTPRequestHandler) -> bool:
+            handler.send_response(code)
+            if retry_after is not None:
+                handler.send_header("Retry-After", retry_after)
+            for name, value in headers.items():
+                handler.send_header(name.replace("_", "-"), value)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return True
+
+        self.answers.append(answer)
+
+    def find(self, path: str) -> bytes | None:
+        name = path.partition("?")[0].rpartition("/")[2]
+        return self.files.get(name) if self.files else self.content
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked = self.headers.get("Range")
+            state.ranges.append(asked)
+            if state.answers and state.answers.pop(0)(self):
+                return
+            content = state.find(self.path)
+            if content is None:
+                self.send_error(404)
+                return
+            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and state.honours_range else 0
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.end_headers()
+                return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    state.address = f"http://127.0.0.1:{running.server_address[1]}"
+    yield state
+    running.shutdown()
+    thread.join()
+    running.server_close()
