@@ -1,6 +1,5 @@
 """The exported model: model.safetensors and model.json. Loading runs no code from the file."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import save as serialise
 from medgen.config import Model, Preprocess
 from medgen.data.store import Store
 from medgen.errors import UserError
-from medgen.files import write_folder
+from medgen.files import hash_file, write_folder
 from medgen.models import GenerativeModel, build_model
 from medgen.priors import Prior, load_prior
 
@@ -49,8 +48,7 @@ def save(folder: Path, model: GenerativeModel, info: BundleInfo) -> None:
 
 def digest(folder: Path) -> str:
     """SHA-256 of the weights: what a prior was fitted to, and what a report judged."""
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(folder / WEIGHTS)
 
 
 def load_info(folder: Path) -> BundleInfo:

@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -37,3 +38,9 @@ def swap(new: Path, place: Path) -> None:
         place.rename(old)
     new.rename(place)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from medgen import bundle
 from medgen.config import Preprocess, Project
-from medgen.data.images import UnreadableImage, read_image, to_square
+from medgen.data.images import read_image
+from medgen.data.raw import UnreadableImage
+from medgen.data.squares import to_square
 from medgen.distributed import pick_device
 from medgen.errors import UserError
 from medgen.figures import write_grid
@@ -105,15 +107,13 @@ def reconstruct(project: Project, *, files: Sequence[Path], model: Path | None, 
 
 
 def load_image(path: Path, preprocess: Preprocess) -> Tensor:
-    """A file as the model's input (1, 1, S, S) in [0, 1].
+    """A file's picture, the middle one of a volume or series, as the model's input (1, C, S, S) in [0, 1].
 
     Raises:
         UnreadableImage: the file is no image.
     """
-    size = preprocess.image_size
-    raw = read_image(path, size if preprocess.reduced_decode else None)
-    square = to_square(raw.pixels, size, preprocess.fit, preprocess.clahe_clip, preprocess.clahe_tiles)
-    return torch.from_numpy(square)[None, None].float() / 255.0
+    square = to_square(read_image(path, preprocess).pixels, preprocess)
+    return torch.from_numpy(square)[None].float() / 255.0
 
 
 def write_image(path: Path, image: Tensor) -> None:

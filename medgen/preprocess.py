@@ -2,19 +2,17 @@
 
 medgen preprocess --set preprocess.image_size=128
 
-Files are read by threads (OpenCV and Pillow release the interpreter's lock) and written in the order of their
-paths, so one thread and many give the same bytes.
+Pictures are written as they come and dealt to their splits at the end, when all have been compared: who shares a
+picture with whom decides which side it may stand on.
 """
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -22,30 +20,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medgen import config
 from medgen.config import Project
-from medgen.data import layouts, splits, store
-from medgen.data.images import MAX_PIXELS, RawImage, UnreadableImage, decode, mask_to_square, to_square
-from medgen.data.layouts import Record
+from medgen.data import findings, layouts, splits, store
+from medgen.data.findings import Facts
+from medgen.data.layouts import Listing, Record
+from medgen.data.likeness import thumbnail
+from medgen.data.raw import RawImage, UnreadableImage
+from medgen.data.reading import Read, hash_sources, read_all
+from medgen.data.squares import mask_to_square, to_square
 from medgen.errors import UserError
-from medgen.machine import num_cores
 
-_MAX_FILE_BYTES = 8 * MAX_PIXELS  # four 16-bit channels, uncompressed
 _ASPECT_TOLERANCE = 0.02  # a mask of another resolution may be rounded; one of another shape belongs elsewhere
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What became of one record; `reason` says why there is no image."""
-
-    digest: str  # of the image's and mask's files
-    sha256: str = ""  # of the image's file
-    raw_size: tuple[int, int] = (0, 0)
-    mode: str = ""
-    image: NDArray[np.uint8] | None = None  # (S, S)
-    mask: NDArray[np.uint8] | None = None  # (S, S) of 0 and 1
-    reason: str = ""
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    image: NDArray[np.uint8]  # (C, S, S)
+    mask: NDArray[np.uint8] | None  # (1, S, S) of 0 and 1
+    thumb: NDArray[np.uint8]
 
 
 def run(
@@ -54,32 +45,23 @@ def run(
     """Makes artifacts/dataset from the data folder; returns at once where it already stands.
 
     Raises:
-        UserError: no pictures, a wrong manifest, no training images, or more than `max_rejected` unreadable files.
+        UserError: no pictures, a wrong manifest, no training images, more than `max_rejected` unreadable pictures, or
+            duplicates or leaks that `data.duplicates` or `data.leaks` forbid.
     """
     console = Console(stderr=True)
-    folder = project.root / data.path
-    records = layouts.scan(folder, data.patient_pattern)
-    names = splits.assign(records, preprocess.val_fraction, preprocess.test_fraction, preprocess.seed)
-    num_threads = num_threads or num_cores()
-    with ThreadPoolExecutor(num_threads) as pool:
-        current = _current(project, pool, data, records, names, preprocess)
-        if current is None:
-            current = _build(project, pool, data, records, names, preprocess, console)
-            state = "written"
-        else:
-            state = "unchanged"
-    _warn_leaks(records, names, console)
-    console.print(_summary(current, state), highlight=False, soft_wrap=True)
+    listing = layouts.scan(project.root / data.path, data, preprocess)
+    if data.splits == "own":
+        listing = replace(listing, records=[replace(record, split=None) for record in listing.records])
+    current = _current(project, data, listing, preprocess, num_threads)
+    state = "unchanged"
+    if current is None:
+        current, state = _build(project, data, listing, preprocess, num_threads, console), "written"
+    console.print(_summary(current, state), highlight=False, markup=False, soft_wrap=True)
     return current
 
 
 def _current(
-    project: Project,
-    pool: ThreadPoolExecutor,
-    data: config.Data,
-    records: Sequence[Record],
-    names: Sequence[str],
-    preprocess: config.Preprocess,
+    project: Project, data: config.Data, listing: Listing, preprocess: config.Preprocess, num_threads: int | None
 ) -> store.Store | None:
     """The store that stands, if these files and settings made it. Contents are compared, not times."""
     if not project.dataset.exists():
@@ -88,170 +70,165 @@ def _current(
         found = store.open_store(project.dataset)
     except UserError:
         return None  # damaged: made anew
-    folder = project.root / data.path
-    digests = pool.map(lambda record: _hash_sources(folder, record), records)
-    same = found.name == data.name and found.source == _source(records, names, digests, preprocess)
-    return found if same else None
+    source = _Source(data, listing, preprocess)
+    for record, digest in zip(
+        listing.records, hash_sources(project.root / data.path, listing.records, num_threads), strict=True
+    ):
+        source.add(record, digest)
+    return found if found.name == data.name and found.source == source.digest() else None
 
 
 def _build(
     project: Project,
-    pool: ThreadPoolExecutor,
     data: config.Data,
-    records: Sequence[Record],
-    names: Sequence[str],
+    listing: Listing,
     preprocess: config.Preprocess,
+    num_threads: int | None,
     console: Console,
 ) -> store.Store:
-    folder = project.root / data.path
-    rejected: list[tuple[str, str]] = []
-    digests: list[str] = []
-    counts: Counter[str] = Counter()
+    folder, records = project.root / data.path, listing.records
+    shape = (preprocess.channels, preprocess.image_size, preprocess.image_size)
     with_masks = any(record.mask for record in records)
-    own_threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # the pool fills the cores; OpenCV's own threads would only get in its way
-    try:
-        with (
-            store.StoreWriter(project.dataset, preprocess.image_size, with_masks) as writer,
-            _progress(console) as progress,
-        ):
-            task = progress.add_task("preprocess", total=len(records))
-            outcomes = _map(pool, lambda record: _process(folder, record, preprocess), records)
-            for record, split, outcome in zip(records, names, outcomes, strict=True):
-                digests.append(outcome.digest)
-                if outcome.image is None:
-                    rejected.append((record.path, outcome.reason))
-                else:
-                    writer.add(split, outcome.image, record.label, outcome.mask, _row(record, outcome))
-                    counts[split] += 1
-                progress.advance(task)
-            _check_rejected(project, rejected, len(records), preprocess.max_rejected)
-            if not counts["train"]:
-                raise UserError(
-                    f"{folder}: no training images among {counts.total()} ({dict(counts)}); expected some. "
-                    "Lower preprocess.val_fraction and test_fraction, or check the splits in the data"
-                )
-            source = _source(records, names, digests, preprocess)
-            return writer.commit(rejected, preprocess.model_dump(mode="json"), source, data.name)
-    finally:
-        cv2.setNumThreads(own_threads)
+    unreadable: list[tuple[str, str]] = []
+    left_out: list[tuple[str, str]] = []
+    source = _Source(data, listing, preprocess)
 
-
-def _process(folder: Path, record: Record, preprocess: config.Preprocess) -> _Outcome:
-    digest = ""
-    try:
-        data = _read(folder / record.path)
-        sha256 = digest = hashlib.sha256(data).hexdigest()
-        mask_data = None
-        if record.mask is not None:
-            mask_data = _read(folder / record.mask)
-            digest += hashlib.sha256(mask_data).hexdigest()
-        raw = decode(data, preprocess.image_size if preprocess.reduced_decode else None)
-        image = to_square(
-            raw.pixels, preprocess.image_size, preprocess.fit, preprocess.clahe_clip, preprocess.clahe_tiles
+    def use(record: Record, raw: RawImage, mask: RawImage | None) -> _Picture:
+        return _Picture(
+            image=to_square(raw.pixels, preprocess),
+            mask=None if mask is None else _mask(mask, raw, record, preprocess),
+            thumb=thumbnail(raw.pixels),
         )
-        mask = None if mask_data is None else _mask(decode(mask_data), raw, record, preprocess)
-    except UnreadableImage as error:
-        return _Outcome(digest, reason=" ".join(str(error).split()))
-    return _Outcome(digest, sha256, raw.size, raw.mode, image, mask)
+
+    with (
+        store.StoreWriter(project.dataset, shape, with_masks) as writer,
+        Facts(writer.building) as facts,
+        _progress(console) as progress,
+    ):
+        task = progress.add_task("preprocess", total=len(records))
+        for read in read_all(folder, records, preprocess, use, num_threads):
+            source.add(read.record, read.source)
+            if read.value is None:
+                (left_out if read.left_out else unreadable).append((read.record.name, read.reason))
+            else:
+                writer.add(read.value.image, read.value.mask, _row(read))
+                facts.add(read, read.value.thumb)
+            progress.advance(task)
+        _check_unreadable(project, unreadable, len(records), preprocess.max_rejected)
+        names, dropped = _decide(facts, data, preprocess, console)
+        if "train" not in names:
+            counts = dict(Counter(name for name in names if name))
+            raise UserError(
+                f"{folder}: no training images among {len(facts)} {counts or ''}; expected some. Set data.splits=own to "
+                "cut all splits anew, or lower preprocess.val_fraction and test_fraction"
+            )
+        rejected = sorted([*unreadable, *left_out, *dropped, *listing.foreign])
+        return writer.commit(names, rejected, preprocess.model_dump(mode="json"), source.digest(), data.name)
 
 
-def _mask(mask: RawImage, image: RawImage, record: Record, preprocess: config.Preprocess) -> NDArray[np.uint8]:
-    height, width = mask.pixels.shape
-    aspect, expected = width / height, image.pixels.shape[1] / image.pixels.shape[0]
-    if abs(aspect / expected - 1) > _ASPECT_TOLERANCE:
+def _decide(
+    facts: Facts, data: config.Data, preprocess: config.Preprocess, console: Console
+) -> tuple[list[str | None], list[tuple[str, str]]]:
+    """Split of each picture that was read, None for one that is dropped; and the dropped with their reasons."""
+    records = facts.records
+    exact = findings.exact_groups(facts)
+    if exact and data.duplicates == "error":
+        raise UserError(
+            f"data.duplicates is error: {len(exact)} pictures stand in several files, such as "
+            f"{' and '.join(records[row].name for row in exact[0][:2])}; expected each once. "
+            "`medgen data audit` lists them; set data.duplicates to drop, or remove them"
+        )
+    dropped = dict(_drop(records, exact)) if data.duplicates == "drop" else {}
+    pairs = [(group[0], row) for group in exact for row in group[1:]]
+    pairs += [(near.one, near.other) for near in facts.near_pairs()]
+    kept = [row for row in range(len(records)) if row not in dropped]
+    place = {row: i for i, row in enumerate(kept)}
+    chosen = [records[row] for row in kept]
+    groups = splits.join(chosen, [(place[a], place[b]) for a, b in pairs if a in place and b in place])
+    if data.leaks == "move":
+        chosen = splits.unite(chosen, groups)
+    assigned = splits.assign(chosen, preprocess.val_fraction, preprocess.test_fraction, preprocess.seed, groups)
+
+    names: list[str | None] = [None] * len(records)
+    for row, name in zip(kept, assigned, strict=True):
+        names[row] = name
+    found = findings.find(facts, names)
+    for line in findings.summary_lines(found):
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if found.leaks and data.leaks == "error":
+        raise UserError(
+            f"data.leaks is error: {found.leaks[0]}, and {len(found.leaks) - 1} more like it; expected none. "
+            "`medgen data audit` lists them; set data.leaks to move, or mend the data's own split"
+        )
+    return names, [(records[row].name, reason) for row, reason in dropped.items()]
+
+
+def _drop(records: Sequence[Record], exact: Iterable[Sequence[int]]) -> Iterator[tuple[int, str]]:
+    """Rows of duplicates that go, and why. One stays: on the side that judges where they stand on several."""
+    order = {"test": 0, "val": 1, "train": 2, None: 3}
+    for group in exact:
+        labels = sorted({records[row].label or "" for row in group})
+        if len(labels) > 1:  # nobody knows which is true
+            yield from ((row, f"one picture under the labels {', '.join(labels)}") for row in group)
+        else:
+            first, *rest = sorted(group, key=lambda row: (order[records[row].split], row))
+            yield from ((row, f"a duplicate of {records[first].name}") for row in rest)
+
+
+def _mask(
+    mask: RawImage, image: RawImage, record: Record, preprocess: config.Preprocess
+) -> NDArray[np.uint8]:
+    (height, width), (image_height, image_width) = mask.pixels.shape[:2], image.pixels.shape[:2]
+    if abs(width / height / (image_width / image_height) - 1) > _ASPECT_TOLERANCE:
         raise UnreadableImage(f"mask {record.mask} is {width} x {height}, the image {image.size[0]} x {image.size[1]}")
     try:
-        return mask_to_square(mask.pixels, preprocess.image_size, preprocess.fit)
+        return mask_to_square(mask.pixels, preprocess)
     except UnreadableImage as error:
         raise UnreadableImage(f"{record.mask}: {error}") from None
 
 
-def _read(path: Path) -> bytes:
-    try:
-        if (size := path.stat().st_size) > _MAX_FILE_BYTES:
-            raise UnreadableImage(
-                f"{size // 1_000_000} MB, more than any picture of {MAX_PIXELS // 1_000_000} megapixels"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(error.strerror or str(error)) from None
+class _Source:
+    """Digest of all that a store is made from; fed one record at a time."""
+
+    def __init__(self, data: config.Data, listing: Listing, preprocess: config.Preprocess) -> None:
+        self._hash = hashlib.sha256(config.fingerprint(store.SCHEMA, data, preprocess).encode())
+        for path, reason in listing.foreign:
+            self._hash.update(json.dumps([path, reason]).encode())
+
+    def add(self, record: Record, digest: str) -> None:
+        self._hash.update(json.dumps([astuple(record), digest]).encode())
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()[:12]
 
 
-def _hash_sources(folder: Path, record: Record) -> str:
-    """As `_Outcome.digest`: whatever was read before the first failure."""
-    digest = ""
-    try:
-        for name in (record.path, record.mask):
-            if name is not None:
-                digest += hashlib.sha256(_read(folder / name)).hexdigest()
-    except UnreadableImage:
-        pass
-    return digest
-
-
-def _source(
-    records: Sequence[Record], names: Sequence[str], digests: Iterable[str], preprocess: config.Preprocess
-) -> str:
-    parts = [[asdict(record), name, digest] for record, name, digest in zip(records, names, digests, strict=True)]
-    return config.fingerprint(store.SCHEMA, parts, preprocess)
-
-
-def _row(record: Record, outcome: _Outcome) -> dict[str, str]:
+def _row(read: Read[_Picture]) -> dict[str, str]:
+    record = read.record
     return {
         "path": record.path,
-        "sha256": outcome.sha256,
+        "index": str(record.index),
+        "sha256": read.sha256,
+        "label": record.label or "",
         "patient": record.patient,
-        "width": str(outcome.raw_size[0]),
-        "height": str(outcome.raw_size[1]),
-        "mode": outcome.mode,
+        "width": str(read.size[0]),
+        "height": str(read.size[1]),
+        "mode": read.mode,
         "mask": record.mask or "",
     }
 
 
-def _map(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """As `pool.map`, with only so many results waiting that memory stays bounded."""
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            if len(waiting) >= 64:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(function, item))
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def _check_rejected(project: Project, rejected: Sequence[tuple[str, str]], num_files: int, most: float) -> None:
-    if len(rejected) <= most * num_files:
+def _check_unreadable(project: Project, unreadable: Sequence[tuple[str, str]], num_records: int, most: float) -> None:
+    if len(unreadable) <= most * num_records:
         return
     listing = project.runs / store.REJECTED  # not in artifacts/dataset, which is not made
-    rows = [{"path": path, "reason": reason} for path, reason in rejected]
+    rows = [{"path": path, "reason": reason} for path, reason in unreadable]
     store.write_csv(listing, store.REJECTED_COLUMNS, rows)
-    reasons = Counter(reason for _, reason in rejected).most_common(3)
+    reasons = Counter(reason for _, reason in unreadable).most_common(3)
     raise UserError(
-        f"{len(rejected)} of {num_files} files are unreadable, more than preprocess.max_rejected = {most:g} allows: "
-        + "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        f"{len(unreadable)} of {num_records} images are unreadable, more than preprocess.max_rejected = {most:g} "
+        "allows: " + "; ".join(f"{count} x {reason}" for reason, count in reasons)
         + f". Mend or remove the files listed in {listing}, or raise preprocess.max_rejected"
     )
-
-
-def _warn_leaks(records: Sequence[Record], names: Sequence[str], console: Console) -> None:
-    """Only a split the data brings can part a patient; it is kept, but not in silence."""
-    seen: dict[str, set[str]] = {}
-    for record, name in zip(records, names, strict=True):
-        seen.setdefault(record.patient, set()).add(name)
-    parted = sorted(patient for patient, where in seen.items() if len(where) > 1)
-    if parted:
-        console.print(
-            f"warning: the data's own split puts {len(parted)} patients into several splits, such as {parted[0]}; "
-            "kept as it is, but measures on the test split will flatter",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 def _summary(current: store.Store, state: str) -> str:
@@ -261,7 +238,7 @@ def _summary(current: store.Store, state: str) -> str:
         of_class = ", ".join(f"{label} {int((labels == i).sum())}" for i, label in enumerate(current.classes))
         parts.append(f"{name} {current.counts[name]}" + (f" ({of_class})" if of_class else ""))
     rejected = current.folder / store.REJECTED
-    num_rejected = len(store.read_csv(rejected, store.REJECTED_COLUMNS))
+    num_rejected = sum(1 for _ in store.read_csv(rejected, store.REJECTED_COLUMNS))
     return f"dataset {current.fingerprint} {state}: {' · '.join(parts)} · rejected {num_rejected}, see {rejected}"
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from medgen import bundle, generate
 from medgen.bundle import BundleInfo
 from medgen.config import Model, Preprocess, Prior, Project
-from medgen.data.images import read_image, to_square
+from medgen.data.images import read_image
+from medgen.data.squares import to_square
 from medgen.errors import UserError
 from medgen.models import build_model
 from medgen.priors import PRIORS, save_prior
@@ -132,9 +133,8 @@ def test_reconstructions_beside_originals_with_their_scores(project, files, tmp_
     with (tmp_path / "out" / "reconstructions.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == rows
     model, info = bundle.load(project.model)
-    p = info.preprocess
-    square = to_square(read_image(paths[0]).pixels, p.image_size, p.fit, p.clahe_clip, p.clahe_tiles)
-    original = torch.from_numpy(square)[None, None] / 255.0
+    square = to_square(read_image(paths[0], info.preprocess).pixels, info.preprocess)
+    original = torch.from_numpy(square)[None] / 255.0
     with torch.no_grad():
         error = ((model.reconstruct(original) - original) ** 2).mean().item()
     assert float(rows[0]["psnr"]) == pytest.approx(-10 * np.log10(error), abs=0.01)

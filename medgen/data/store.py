@@ -2,20 +2,22 @@
 
 artifacts/dataset/
   train/ val/ test/   images.npy (N, C, H, W) uint8 · labels.npy (N,) int64 · masks.npy (N, 1, H, W) uint8 of 0/1
-  manifest.csv        row i of a split = array row i: source file, sha256, label, patient, original size and mode
-  rejected.csv        files that are not in it, and why
+  manifest.csv        row i of a split = array row i: source file, which picture of it, sha256, label, patient,
+                      original size and mode
+  rejected.csv        files and pictures that are not in it, and why
   dataset.json        schema, classes, shape, counts, how it was made, hash of every file
 
-Shapes: N images of a split, C channels (1), H W height and width.
+Shapes: N images of a split, C channels (1 grey, 3 colour), H W height and width.
 """
 
 import csv
-import hashlib
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -26,13 +28,13 @@ from numpy.typing import NDArray
 
 from medgen import config
 from medgen.errors import UserError
-from medgen.files import swap, write_atomic
+from medgen.files import hash_file, swap, write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1
 DESCRIPTION, MANIFEST, REJECTED = "dataset.json", "manifest.csv", "rejected.csv"
-COLUMNS = ("split", "path", "sha256", "label", "patient", "width", "height", "mode", "mask")
+COLUMNS = ("split", "path", "index", "sha256", "label", "patient", "width", "height", "mode", "mask")
 REJECTED_COLUMNS = ("path", "reason")
 
 
@@ -44,16 +46,16 @@ class Split:
     images: NDArray[np.uint8]  # (N, C, H, W)
     labels: NDArray[np.int64]  # (N,), -1 where unlabelled
     masks: NDArray[np.uint8] | None  # (N, 1, H, W) of 0 and 1; 0 throughout where manifest.csv names no mask
-    manifest: tuple[Mapping[str, str], ...] = field(default=(), repr=False)
+    manifest: Path
 
-    def rows(self) -> list[dict[str, str]]:
+    def rows(self) -> Iterator[dict[str, str]]:
         """manifest.csv's rows of this split, in the order of the arrays."""
-        return [dict(row) for row in self.manifest]
+        return (row for row in read_csv(self.manifest, COLUMNS) if row["split"] == self.name)
 
     @property
     def paths(self) -> list[str]:
         """Source files, relative to the data folder, in the order of the arrays."""
-        return [row["path"] for row in self.manifest]
+        return [row["path"] for row in self.rows()]
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,12 @@ class Store:
             raise config.unknown_name("split", name, SPLITS)
         place = self.folder / name
         masks = place / "masks.npy"
-        rows = [row for row in read_csv(self.folder / MANIFEST, COLUMNS) if row["split"] == name]
         return Split(
             name=name,
             images=_open_array(place / "images.npy"),
             labels=_open_array(place / "labels.npy"),
             masks=_open_array(masks) if masks.exists() else None,
-            manifest=tuple(rows),
+            manifest=self.folder / MANIFEST,
         )
 
 
@@ -103,11 +104,10 @@ def open_store(folder: Path) -> Store:
         _check_array(folder / split / "labels.npy", np.int64, (count,))
         if with_masks:
             _check_array(folder / split / "masks.npy", np.uint8, (count, 1, *shape[1:]))
-    rows = read_csv(folder / MANIFEST, COLUMNS)
+    found = Counter(row["split"] for row in read_csv(folder / MANIFEST, COLUMNS))
     for split in SPLITS:
-        found = sum(row["split"] == split for row in rows)
-        if found != counts[split]:
-            raise _damaged(folder / MANIFEST, f"{found} rows of {split}", f"{counts[split]}")
+        if found[split] != counts[split]:
+            raise _damaged(folder / MANIFEST, f"{found[split]} rows of {split}", f"{counts[split]}")
     return Store(
         folder=folder,
         classes=tuple(description["classes"]),
@@ -121,63 +121,59 @@ def open_store(folder: Path) -> Store:
 
 
 class StoreWriter:
-    """Writes a dataset folder row by row; it takes the place of the old one only when it is complete.
+    """Writes a dataset folder picture by picture; it takes the place of the old one only when it is complete.
 
-    with StoreWriter(folder, image_size=64, with_masks=False) as writer:
-        writer.add("train", image, label="NORMAL", mask=None, row={"path": …})
-        writer.commit(rejected=[], preprocessing={}, source="…")
+    with StoreWriter(folder, image_shape=(1, 64, 64), with_masks=False) as writer:
+        writer.add(image, mask=None, row={"path": …, "label": "NORMAL"})
+        writer.commit(splits=["train"], rejected=[], preprocessing={}, source="…")
+
+    Pictures wait in one file, as which split each belongs to is known only when all have been seen: duplicates and
+    leaks are found by their content. Nothing but the splits is held in memory.
     """
 
-    def __init__(self, folder: Path, image_size: int, with_masks: bool) -> None:
+    def __init__(self, folder: Path, image_shape: tuple[int, int, int], with_masks: bool) -> None:
         self.folder = folder
         self.building = folder.with_name(f"{folder.name}.building")
-        self.shape = (1, image_size, image_size)
-        self.with_masks = with_masks
+        self.shape = image_shape
+        self.shapes = {"images": image_shape} | ({"masks": (1, *image_shape[1:])} if with_masks else {})
 
     def __enter__(self) -> Self:
         shutil.rmtree(self.building, ignore_errors=True)  # left by a run that was killed
-        kinds = ("images", "masks") if self.with_masks else ("images",)
-        self._arrays: dict[tuple[str, str], _ArrayFile] = {}
-        for split in SPLITS:
-            (self.building / split).mkdir(parents=True)
-            for kind in kinds:
-                self._arrays[split, kind] = _ArrayFile(self.building / split / f"{kind}.npy", self.shape)
-        self._rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+        self._waiting = self.building / "waiting"
+        self._waiting.mkdir(parents=True)
+        self._arrays = {kind: _ArrayFile(self._waiting / f"{kind}.npy", shape) for kind, shape in self.shapes.items()}
+        self._rows = _RowFile(self._waiting / MANIFEST)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for array in self._arrays.values():
-            array.close()
+        self._close()
         shutil.rmtree(self.building, ignore_errors=True)  # gone already after commit
 
-    def add(
-        self,
-        split: str,
-        image: NDArray[np.uint8],
-        label: str | None,
-        mask: NDArray[np.uint8] | None,
-        row: Mapping[str, str],
-    ) -> None:
-        """Appends an image (H, W), and a mask (H, W) of 0/1, to a split; `row` holds the manifest's other columns."""
-        self._arrays[split, "images"].append(image[None])
-        if self.with_masks:
-            self._arrays[split, "masks"].append(np.zeros(self.shape, np.uint8) if mask is None else mask[None])
-        self._rows[split].append({**row, "split": split, "label": label or ""})
+    def add(self, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None, row: Mapping[str, str]) -> None:
+        """Appends an image (C, H, W), and a mask (1, H, W) of 0/1; `row` holds the manifest's columns but split."""
+        self._arrays["images"].append(image)
+        if "masks" in self.shapes:
+            self._arrays["masks"].append(np.zeros(self.shapes["masks"], np.uint8) if mask is None else mask)
+        self._rows.append(row)
 
     def commit(
-        self, rejected: Sequence[tuple[str, str]], preprocessing: Mapping[str, Any], source: str, name: str = "dataset"
+        self,
+        splits: Sequence[str | None],
+        rejected: Iterable[tuple[str, str]],
+        preprocessing: Mapping[str, Any],
+        source: str,
+        name: str = "dataset",
     ) -> Store:
-        """Writes labels, manifest and description, then puts the folder in the old one's place."""
-        for array in self._arrays.values():
-            array.close()
-        classes = sorted({row["label"] for rows in self._rows.values() for row in rows} - {""})
-        index = {"": UNLABELLED, **{name: i for i, name in enumerate(classes)}}
-        for split, rows in self._rows.items():
-            labels = np.array([index[row["label"]] for row in rows], dtype=np.int64)
-            np.save(self.building / split / "labels.npy", labels, allow_pickle=False)
-        write_csv(self.building / MANIFEST, COLUMNS, [row for rows in self._rows.values() for row in rows])
+        """Deals the pictures out, one of `splits` each (None: left out), and puts the folder in the old one's place."""
+        self._close()
+        classes = sorted(
+            {row["label"] for split, row in zip(splits, self._read_rows(), strict=True) if split is not None} - {""}
+        )
+        with _RowFile(self.building / MANIFEST) as manifest:
+            counts = {split: self._deal(split, splits, classes, manifest) for split in SPLITS}
+        shutil.rmtree(self._waiting)
         refused = [{"path": path, "reason": reason} for path, reason in rejected]
         write_csv(self.building / REJECTED, REJECTED_COLUMNS, refused)
         names = sorted(path.relative_to(self.building).as_posix() for path in self.building.rglob("*.*"))
@@ -192,7 +188,7 @@ class StoreWriter:
             "classes": classes,
             "image_shape": self.shape,
             "intensity": [0, 255],
-            "counts": {split: len(rows) for split, rows in self._rows.items()},
+            "counts": counts,
             "preprocessing": preprocessing,
             "source": source,
             "files": files,
@@ -201,6 +197,32 @@ class StoreWriter:
         (self.building / DESCRIPTION).write_text(text, encoding="utf-8")
         swap(self.building, self.folder)
         return open_store(self.folder)
+
+    def _deal(self, split: str, splits: Sequence[str | None], classes: Sequence[str], manifest: "_RowFile") -> int:
+        """Writes one split's arrays and its rows of the manifest; returns how many there are."""
+        index = {"": UNLABELLED, **{name: i for i, name in enumerate(classes)}}
+        labels = array("q")
+        place = self.building / split
+        place.mkdir()
+        for number, row in enumerate(self._read_rows()):
+            if splits[number] == split:
+                labels.append(index[row["label"]])
+                manifest.append({**row, "split": split})
+        for kind, shape in self.shapes.items():
+            waiting = _open_array(self._waiting / f"{kind}.npy")
+            with _ArrayFile(place / f"{kind}.npy", shape) as file:
+                for number, chosen in enumerate(splits):
+                    if chosen == split:
+                        file.append(waiting[number])
+        np.save(place / "labels.npy", np.array(labels, dtype=np.int64), allow_pickle=False)
+        return len(labels)
+
+    def _read_rows(self) -> Iterator[dict[str, str]]:
+        return read_csv(self._waiting / MANIFEST, COLUMNS)
+
+    def _close(self) -> None:
+        for file in (*self._arrays.values(), self._rows):
+            file.close()
 
 
 class _ArrayFile:
@@ -212,6 +234,12 @@ class _ArrayFile:
         self._file: BinaryIO = path.open("wb")
         self._write_header()
         self._start = self._file.tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def append(self, item: NDArray[np.uint8]) -> None:
         if item.shape != self.item_shape or item.dtype != np.uint8:
@@ -232,10 +260,25 @@ class _ArrayFile:
         npy.write_array_header_1_0(self._file, header)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class _RowFile:
+    """manifest.csv, row by row."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n", restval="")
+        self._writer.writeheader()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def append(self, row: Mapping[str, str]) -> None:
+        self._writer.writerow(row)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
@@ -289,13 +332,13 @@ def _open_array(path: Path) -> NDArray[Any]:
         raise _damaged(path, f"unreadable ({error})", "a NumPy array") from None
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Reads what `write_csv` wrote; a UserError where the columns are others."""
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows of a file with just these columns; a UserError where they are others."""
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         if tuple(reader.fieldnames or ()) != tuple(columns):
             raise _damaged(path, f"columns {reader.fieldnames}", f"{list(columns)}")
-        return list(reader)
+        yield from reader
 
 
 def _damaged(path: Path, found: str, expected: str) -> UserError:

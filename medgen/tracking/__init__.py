@@ -8,7 +8,6 @@ Training appends lines and never waits; a thread sends them to MLflow in order. 
 stays in the file until `medgen sync`.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from rich.console import Console
 
 from medgen.config import Project, Section, Tracking
 from medgen.errors import UserError
+from medgen.files import hash_file
 from medgen.tracking.history import HISTORY, LOCK, History, RunRecord, encode, history, read_run
 from medgen.tracking.lineage import lineage
 from medgen.tracking.mirror import Mirror, unreachable
@@ -95,12 +95,12 @@ class Tracker:
 
     def image(self, key: str, path: Path, step: int) -> None:
         """An image file as one step of the series `key`, shown in the page's image grid."""
-        self._history.append("image", key=key, step=step, path=self._relative(path), sha256=_sha256(path))
+        self._history.append("image", key=key, step=step, path=self._relative(path), sha256=hash_file(path))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file, kept in `folder` of the run's artifacts."""
         key = f"{folder}/{path.name}" if folder else path.name
-        self._history.append("artifact", key=key, folder=folder, path=self._relative(path), sha256=_sha256(path))
+        self._history.append("artifact", key=key, folder=folder, path=self._relative(path), sha256=hash_file(path))
 
     def dataset(self, name: str, fingerprint: str, source: str, counts: Mapping[str, int]) -> None:
         """The data the run works on; `counts` are images per split."""
@@ -192,8 +192,3 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value if isinstance(value, str | int | float | bool | None) else str(value)
     return flat
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

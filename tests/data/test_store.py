@@ -12,17 +12,21 @@ from medgen.errors import UserError
 
 SIZE = 16
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE)).astype(np.uint8)
+IMAGES = IMAGES[:, None]  # (N, 1, H, W)
 MASK = (IMAGES[0] > 127).astype(np.uint8)
-ROWS = [("train", "A"), ("test", "B"), ("train", "B"), ("train", None), ("test", "A")]
+ROWS = [("train", "A"), ("test", "B"), (None, "C"), ("train", "B"), ("train", ""), ("test", "A")]
+REJECTED = [("bad, very.png", "empty file")]
 
 
 def write(folder: Path, with_masks: bool = True) -> Path:
-    with StoreWriter(folder, SIZE, with_masks) as writer:
-        for i, (split, label) in enumerate(ROWS):
-            row = {"path": f"{i}.png", "sha256": hashlib.sha256(bytes([i])).hexdigest(), "patient": f"p{i}",
-                   "width": "20", "height": "30", "mode": "L", "mask": "m.png" if i == 0 else ""}  # fmt: skip
-            writer.add(split, IMAGES[i], label, MASK if i == 0 else None, row)
-        writer.commit([("bad, very.png", "empty file")], {"image_size": SIZE}, "source")
+    pictures = iter(range(len(IMAGES)))
+    with StoreWriter(folder, (1, SIZE, SIZE), with_masks) as writer:
+        for split, label in ROWS:
+            i = 0 if split is None else next(pictures)
+            row = {"path": f"{i}.png", "index": "0", "sha256": hashlib.sha256(bytes([i])).hexdigest(), "label": label,
+                   "patient": f"p{i}", "width": "20", "height": "30", "mode": "L", "mask": "" if i else "m.png"}  # fmt: skip
+            writer.add(IMAGES[i], None if i else MASK, row)
+        writer.commit([split for split, _ in ROWS], REJECTED, {"image_size": SIZE}, "source")
     return folder
 
 
@@ -33,14 +37,14 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert store.counts == {"train": 3, "val": 0, "test": 2}
     train, val, test = (store.split(name) for name in ("train", "val", "test"))
     assert isinstance(train.images, np.memmap)
-    assert (train.images[:, 0] == IMAGES[[0, 2, 3]]).all()
-    assert (test.images[:, 0] == IMAGES[[1, 4]]).all()
+    assert (train.images == IMAGES[[0, 2, 3]]).all()
+    assert (test.images == IMAGES[[1, 4]]).all()
     assert val.images.shape == (0, 1, SIZE, SIZE)
     assert train.labels.tolist() == [0, 1, -1]
     assert train.labels.dtype == np.int64
     assert test.labels.tolist() == [1, 0]
     assert train.masks is not None
-    assert (train.masks[0, 0] == MASK).all()
+    assert (train.masks[0] == MASK).all()
     assert not train.masks[1:].any()
     assert train.paths == ["0.png", "2.png", "3.png"]
     assert [row["patient"] for row in test.rows()] == ["p1", "p4"]
@@ -86,7 +90,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"schema": 0}, "dataset.json: schema 0; expected 1"),
+        ({"schema": 0}, "dataset.json: schema 0; expected 2"),
         ({"classes": ["A", "C"]}, "dataset.json: damaged"),
         ({"image_shape": [1, 8, 8]}, "dataset.json: damaged"),
         ({"files": {}}, "dataset.json: damaged"),
@@ -101,7 +105,7 @@ def test_a_wrong_description_is_refused(tmp_path: Path, change: dict[str, object
         open_store(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', "{"])
 def test_an_unreadable_description_is_refused(tmp_path: Path, text: str) -> None:
     folder = write(tmp_path / "dataset")
     (folder / "dataset.json").write_text(text)
@@ -122,8 +126,8 @@ def test_an_unknown_split_lists_the_choices(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_store(tmp_path: Path) -> None:
     folder = write(tmp_path / "dataset")
     before = open_store(folder).fingerprint
-    with pytest.raises(ValueError, match="uint8"), StoreWriter(folder, SIZE, with_masks=False) as writer:
-        writer.add("train", IMAGES[0, :8], "A", None, {})
+    with pytest.raises(ValueError, match="uint8"), StoreWriter(folder, (1, SIZE, SIZE), with_masks=False) as writer:
+        writer.add(IMAGES[0, :, :8], None, {})
     assert open_store(folder).fingerprint == before
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
