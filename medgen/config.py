@@ -101,6 +101,11 @@ class Model(Section):
     latent_channels: Count | None = None  # None: the whole latent has a quarter as many numbers as the image pixels
     attention_resolutions: tuple[int, ...] = (16,)  # grid sides with self-attention, where they occur
     logvar_bound: Positive = 10.0  # log-variance is bound * tanh(x / bound)
+    num_codes: Count = 512  # vqvae: vectors in the codebook
+    codebook: Literal["ema", "gradient", "cosine"] = "ema"  # vqvae: how codes move; cosine: nearest by angle
+    label_channels: Count = 32  # cvae: numbers that stand for the label
+    down: Literal["maxpool", "strided"] = "maxpool"  # autoencoder, unet
+    up: Literal["transposed", "upsample"] = "transposed"  # autoencoder, unet
 
 
 class Beta(Section):

@@ -31,6 +31,7 @@ class Latent:
     value: Tensor  # (B, Z, h, w) or (B, D)
     mean: Tensor  # as value
     logvar: Tensor | None = None  # as value, float32
+    codes: Tensor | None = None  # (B, h, w) int64: numbers of codes, where the model has a codebook
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,22 @@
 """The model zoo. A new family is one file, one line in MODELS, one recipe and one row in tests/models."""
 
+from collections.abc import Callable
+
 from medgen.config import Model, unknown_name
 from medgen.models.base import GenerativeModel
+from medgen.models.autoencoder import Autoencoder
 from medgen.models.spatial_vae import SpatialVAE
+from medgen.models.vae import VAE, ConditionalVAE
+from medgen.models.vqvae import VQVAE
 
 __all__ = ["MODELS", "GenerativeModel", "build_model"]
 
-MODELS: dict[str, type[SpatialVAE]] = {
+MODELS: dict[str, Callable[[Model, tuple[int, int, int], int], GenerativeModel]] = {
+    "autoencoder": Autoencoder,
+    "vae": VAE,
+    "cvae": ConditionalVAE,
     "spatial_vae": SpatialVAE,
+    "vqvae": VQVAE,
 }
 
 

@@ -60,3 +60,34 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
         return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+class DoubleConv(nn.Module):
+    """3×3 convolution, GroupNorm, ReLU, twice: a stage of the U-Net (Ronneberger et al. 2015, who had no norm)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            group_norm(out_channels),
+            nn.ReLU(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            group_norm(out_channels),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W)."""
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+def halve(channels: int, kind: str) -> nn.Module:
+    """(B, C, H, W) -> (B, C, H/2, W/2), by "maxpool" or a learnt "strided" convolution."""
+    return nn.MaxPool2d(2) if kind == "maxpool" else nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+
+def double(in_channels: int, out_channels: int, kind: str) -> nn.Module:
+    """(B, in, H, W) -> (B, out, 2H, 2W), by a "transposed" convolution or "upsample" and convolution."""
+    if kind == "transposed":
+        return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+    return nn.Sequential(Upsample(), nn.Conv2d(in_channels, out_channels, 3, padding=1))

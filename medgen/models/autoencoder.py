@@ -1,0 +1,43 @@
+"""Autoencoder: the U-Net's way down and up, without the skip connections (system A).
+
+With skips a U-Net copies its input past the latent, which then says nothing: there would be nothing to sample from.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from medgen.config import Model
+from medgen.models.base import GenerativeModel
+from medgen.models.blocks import DoubleConv, double, halve
+from medgen.models.grids import stage_sizes
+from medgen.models.residual import spatial_latent
+from medgen.types import Latent
+
+
+class Autoencoder(GenerativeModel):
+    """Images (B, C, S, S) <-> latents (B, Z, h, h), no distribution: a prior fitted afterwards makes it generate."""
+
+    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.latent_shape = spatial_latent(params, image_shape)
+        sizes = stage_sizes(image_shape[1], self.latent_shape[1])
+        channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes) + 1)]
+
+        encoder: list[nn.Module] = [DoubleConv(image_shape[0], channels[0])]
+        for before, after in zip(channels, channels[1:], strict=False):
+            encoder += [halve(before, params.down), DoubleConv(before, after)]
+        self.encoder = nn.Sequential(*encoder, nn.Conv2d(channels[-1], self.latent_shape[0], 1))
+
+        decoder: list[nn.Module] = [nn.Conv2d(self.latent_shape[0], channels[-1], 1)]
+        for before, after in zip(reversed(channels), reversed(channels[:-1]), strict=False):
+            decoder += [double(before, after, params.up), DoubleConv(after, after)]
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 1))
+
+    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+        """Images (B, C, S, S) -> (B, Z, h, h)."""
+        latent = self.encoder(image).float()
+        return Latent(value=latent, mean=latent)
+
+    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+        """Latents (B, Z, h, h) -> images (B, C, S, S) in [0, 1]."""
+        return torch.sigmoid(self.decoder(latent).float())

@@ -1,0 +1,53 @@
+"""Residual stages with self-attention between an image and a latent grid: what spatial models share."""
+
+from torch import nn
+
+from medgen.config import Model
+from medgen.models.blocks import ResidualBlock, SelfAttention, Upsample, group_norm
+from medgen.models.grids import default_grid, stage_sizes
+
+
+def spatial_latent(params: Model, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(Z, h, h): the grid that `params` asks for, or the default of this image size."""
+    size = params.latent_size or default_grid(image_shape[1])
+    return params.latent_channels or max(1, image_shape[1] ** 2 // 4 // size**2), size, size
+
+
+def residual_encoder(params: Model, image_shape: tuple[int, int, int], out_channels: int) -> nn.Sequential:
+    """Images (B, C, S, S) -> (B, out_channels, h, h)."""
+    sizes, channels = _stages(params, image_shape)
+    layers: list[nn.Module] = [nn.Conv2d(image_shape[0], channels[0], 7, stride=2, padding=3)]
+    previous = channels[0]
+    for i, (size, width) in enumerate(zip(sizes, channels, strict=True)):
+        for block in range(params.blocks_per_stage):
+            layers.append(ResidualBlock(previous, width, stride=2 if i > 0 and block == 0 else 1))
+            previous = width
+        if size in params.attention_resolutions:
+            layers.append(SelfAttention(width))
+    layers += [group_norm(previous), nn.SiLU(), nn.Conv2d(previous, out_channels, 3, padding=1)]
+    return nn.Sequential(*layers)
+
+
+def residual_decoder(params: Model, image_shape: tuple[int, int, int], in_channels: int) -> nn.Sequential:
+    """Latents (B, in_channels, h, h) -> (B, C, S, S), before the sigmoid."""
+    sizes, channels = _stages(params, image_shape)
+    previous = channels[-1]
+    layers: list[nn.Module] = [nn.Conv2d(in_channels, previous, 3, padding=1)]
+    for i, (size, width) in enumerate(zip(reversed(sizes), reversed(channels), strict=True)):
+        if i > 0:
+            layers.append(Upsample())
+        for _ in range(params.blocks_per_stage):
+            layers.append(ResidualBlock(previous, width))
+            previous = width
+        if size in params.attention_resolutions:
+            layers.append(SelfAttention(width))
+    last = max(previous // 2, 8)
+    layers += [Upsample(), ResidualBlock(previous, last), group_norm(last), nn.SiLU()]
+    layers += [nn.Conv2d(last, image_shape[0], 3, padding=1)]
+    return nn.Sequential(*layers)
+
+
+def _stages(params: Model, image_shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+    """Grid sides S/2, S/4, …, h and the channels at each."""
+    sizes = stage_sizes(image_shape[1], spatial_latent(params, image_shape)[1])
+    return sizes, [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes))]

@@ -1,0 +1,80 @@
+"""VAE with a flat latent (system E: 224 px, 128 numbers), and the conditional one (system D).
+
+Encoder: strided convolutions with BatchNorm down to a grid of at most 7×7, one linear layer to a Gaussian over a
+vector. Decoder: one linear layer, transposed convolutions with BatchNorm, sigmoid.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medgen.config import Model
+from medgen.models.base import GenerativeModel, gaussian_latent, soft_bound
+from medgen.models.grids import flat_sizes
+from medgen.types import Latent
+
+NUM_LATENT = 128  # numbers of a latent where model.latent_channels says nothing
+
+
+class VAE(GenerativeModel):
+    """Images (B, C, S, S) <-> latents (B, D), D = `latent_channels` (Kingma & Welling 2014)."""
+
+    def __init__(
+        self, params: Model, image_shape: tuple[int, int, int], num_classes: int, embedding: int = 0
+    ) -> None:
+        super().__init__()
+        num_latent = params.latent_channels or NUM_LATENT
+        sizes = flat_sizes(image_shape[1], params.latent_size)  # S/2, …, h
+        channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes))]
+        self.latent_shape = (num_latent,)
+        self.logvar_bound = params.logvar_bound
+        self.grid = (channels[-1], sizes[-1], sizes[-1])
+        features = channels[-1] * sizes[-1] ** 2
+
+        encoder: list[nn.Module] = []
+        for before, after in zip([image_shape[0], *channels[:-1]], channels, strict=True):
+            encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+        self.encoder = nn.Sequential(*encoder, nn.Flatten())
+        self.to_latent = nn.Linear(features + embedding, 2 * num_latent)
+
+        self.from_latent = nn.Linear(num_latent + embedding, features)
+        decoder: list[nn.Module] = []
+        for before, after in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
+            decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 3, padding=1))
+
+    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+        """Images (B, C, S, S) -> a Gaussian over (B, D)."""
+        features = self._with_label(self.encoder(image), label)
+        mean, logvar = self.to_latent(features).chunk(2, dim=1)
+        return gaussian_latent(mean, soft_bound(logvar, self.logvar_bound), self.training)
+
+    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+        """Latents (B, D) -> images (B, C, S, S) in [0, 1]."""
+        grid = self.from_latent(self._with_label(latent, label)).unflatten(1, self.grid)
+        return torch.sigmoid(self.decoder(grid).float())
+
+    def _with_label(self, features: Tensor, label: Tensor | None) -> Tensor:
+        """Here the label is not looked at."""
+        return features
+
+
+class ConditionalVAE(VAE):
+    """A VAE whose encoder and decoder are also given the label (Sohn et al. 2015): one-hot, then an embedding.
+
+    A latent then holds what the label does not say, such as the slant of a digit. Unlabelled images (-1), and no
+    label at all, have an embedding of zeros.
+    """
+
+    conditional = True
+
+    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(params, image_shape, num_classes, embedding=params.label_channels)
+        self.num_classes = num_classes
+        self.embedding = nn.Linear(max(num_classes, 1), params.label_channels, bias=False)
+
+    def _with_label(self, features: Tensor, label: Tensor | None) -> Tensor:
+        if label is None:
+            label = torch.full((len(features),), -1, device=features.device)
+        hot = F.one_hot(label.clamp(min=0), max(self.num_classes, 1)).to(features.dtype)
+        return torch.cat([features, self.embedding(hot * (label >= 0)[:, None])], dim=1)

@@ -1,0 +1,135 @@
+"""VQ-VAE: a latent grid of codes from a learnt codebook (system B; van den Oord et al. 2017).
+
+The encoder's vector at each place of the grid is replaced by the nearest of K codes. The step has no gradient, so the
+decoder's is handed on to the encoder as it is (straight-through). Two more terms: the codebook loss pulls codes to the
+vectors they stand for, the commitment loss keeps vectors near their codes; `loss.commitment` weighs the second.
+"""
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medgen.config import Model
+from medgen.models.base import GenerativeModel
+from medgen.models.residual import residual_decoder, residual_encoder, spatial_latent
+from medgen.types import Latent, ModelOutput
+
+CODE_CHANNELS = 64  # of a code where model.latent_channels says nothing (van den Oord et al.)
+EMA_DECAY = 0.99
+DEAD_BELOW = 0.05  # a code used less than this share of an even use is put on a vector of the batch
+
+
+class VQVAE(GenerativeModel):
+    """Images (B, C, S, S) <-> latents (B, Z, h, h) that are codes at every place; `Latent.codes` numbers them."""
+
+    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        sized = params.model_copy(update={"latent_channels": params.latent_channels or CODE_CHANNELS})
+        self.latent_shape = spatial_latent(sized, image_shape)
+        self.encoder = residual_encoder(sized, image_shape, self.latent_shape[0])
+        self.decoder = residual_decoder(sized, image_shape, self.latent_shape[0])
+        self.quantizer = Quantizer(params.num_codes, self.latent_shape[0], params.codebook)
+
+    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+        """One pass for the objective, with the terms `codebook` (where codes learn by gradient) and `commitment`."""
+        vectors = self._vectors(image)
+        codes, nearest = self.quantizer(vectors)
+        terms = {"commitment": F.mse_loss(vectors, nearest.detach())}
+        if self.quantizer.learns_by_gradient:
+            terms["codebook"] = F.mse_loss(nearest, vectors.detach())
+        value = vectors + (nearest - vectors).detach()
+        output = ModelOutput(self._decode(value), Latent(value=value, mean=nearest, codes=codes), terms)
+        if self.training:
+            self.quantizer.adapt(vectors.detach(), codes)
+        return output
+
+    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+        """Images (B, C, S, S) -> the codes at each place, (B, Z, h, h), and their numbers (B, h, h)."""
+        codes, nearest = self.quantizer(self._vectors(image))
+        return Latent(value=nearest, mean=nearest, codes=codes)
+
+    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+        """Latents (B, Z, h, h), moved to their nearest codes -> images (B, C, S, S) in [0, 1]."""
+        return self._decode(self.quantizer(latent.float())[1])
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Numbers of codes (B, h, h) -> images (B, C, S, S) in [0, 1]."""
+        return self._decode(self.quantizer.look_up(codes))
+
+    def _vectors(self, image: Tensor) -> Tensor:
+        return self.encoder(image).float()  # type: ignore[no-any-return]  # distances of near codes need float32
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        return torch.sigmoid(self.decoder(latent).float())
+
+
+class Quantizer(nn.Module):
+    """A codebook of K vectors: nearest code by Euclidean distance, or by angle, in float32.
+
+    Args:
+        num_codes: K.
+        channels: Z, numbers of a code.
+        kind: "gradient", the codebook loss moves codes; "ema", codes follow the mean of their vectors (van den Oord
+            et al., appendix A.1); "cosine", as gradient with vectors and codes on the unit sphere (Yu et al. 2022).
+    """
+
+    codebook: Tensor
+    usage: Tensor
+    sums: Tensor
+
+    def __init__(self, num_codes: int, channels: int, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.num_codes = num_codes
+        initial = torch.randn(num_codes, channels) / channels**0.5
+        if kind == "ema":
+            self.register_buffer("codebook", initial)
+        else:
+            self.codebook = nn.Parameter(initial)
+        self.register_buffer("usage", torch.ones(num_codes))  # moving average of vectors a step, in shares of even use
+        self.register_buffer("sums", initial.clone())  # moving average of the sum of a code's vectors
+
+    @property
+    def learns_by_gradient(self) -> bool:
+        """Whether the codebook loss moves the codes."""
+        return self.kind != "ema"
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (B, Z, h, h) -> numbers of the nearest codes (B, h, h), and those codes (B, Z, h, h)."""
+        flat = self._place(vectors.movedim(1, -1))
+        with torch.no_grad():
+            codes = torch.cdist(flat.flatten(0, 2), self._place(self.codebook)).argmin(dim=1).view(flat.shape[:3])
+        return codes, self.look_up(codes)
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        """Numbers (B, h, h) -> codes (B, Z, h, h)."""
+        return F.embedding(codes, self._place(self.codebook)).movedim(-1, 1)
+
+    @torch.no_grad()
+    def adapt(self, vectors: Tensor, codes: Tensor) -> None:
+        """After a training step: usage, the moving averages of "ema", and new places for dead codes.
+
+        The same on all processes: sums are over all of them, new places are those of the first.
+        """
+        flat = self._place(vectors.movedim(1, -1)).flatten(0, 2)  # (N, Z)
+        counts = torch.bincount(codes.flatten(), minlength=self.num_codes).to(flat.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), flat)
+        chosen = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
+        if torch.distributed.is_initialized():
+            for tensor in (counts, sums):
+                torch.distributed.all_reduce(tensor)
+            torch.distributed.broadcast(chosen, 0)
+        even = counts.sum() / self.num_codes
+        self.usage.lerp_(counts / even, 1 - EMA_DECAY)
+        self.sums.lerp_(sums / even, 1 - EMA_DECAY)
+        if self.kind == "ema":
+            self.codebook.copy_(self.sums / self.usage.clamp(min=1e-5)[:, None])
+        dead = (self.usage < DEAD_BELOW)[:, None]
+        self.codebook.data.copy_(torch.where(dead, chosen, self.codebook))
+        self.sums.copy_(torch.where(dead, chosen, self.sums))
+        self.usage.copy_(torch.where(dead[:, 0], torch.ones_like(self.usage), self.usage))
+
+    def _place(self, vectors: Tensor) -> Tensor:
+        """On the unit sphere where angles decide: there the nearest by distance is the nearest by angle."""
+        return F.normalize(vectors.float(), dim=-1) if self.kind == "cosine" else vectors.float()
