@@ -136,6 +136,8 @@ class Weights(Section):
     bce: NonNegative = 0.0
     ssim: NonNegative = 0.0  # of 1 - SSIM
     perceptual: NonNegative = 0.0  # VGG16 features; needs `medgen weights fetch vgg16`
+    sigma: NonNegative = 0.0  # Gaussian likelihood with the best variance: nothing is left to tune (β = 1)
+    dice: NonNegative = 0.0  # of 1 - Dice, for masks
 
 
 class Loss(Section):
@@ -145,6 +147,7 @@ class Loss(Section):
     # elbo: β·KL/(C·H·W), so that β = 1 is the evidence lower bound; sum: β·KL; mean: β·KL/D
     kl_reduction: Literal["elbo", "sum", "mean"] = "elbo"
     free_bits: NonNegative = 0.0  # nats per latent channel that cost nothing
+    commitment: NonNegative = 0.25  # vqvae: keeps the encoder's vectors near their codes
 
 
 class Phase(Section):

@@ -42,16 +42,16 @@ class Objective(nn.Module):
         self.num_pixels = math.prod(image_shape)
         self.perceptual = None if vgg16 is None else PerceptualDistance(vgg16)
 
-    def forward(self, output: ModelOutput, image: Tensor, weights: Weights, beta: float) -> Losses:
-        """Total loss and its named terms for a batch (B, C, H, W)."""
+    def forward(self, output: ModelOutput, target: Tensor, weights: Weights, beta: float) -> Losses:
+        """Total loss and its named terms; `target` is the batch's images (B, C, H, W) or masks (B, K, H, W)."""
         terms: dict[str, Tensor] = {}
-        total = image.new_zeros(())
+        total = target.new_zeros(())
         for name, weight in weights.model_dump().items():
             if weight > 0:
-                term = self._image_term(name, output.reconstruction.float(), image)
-                terms["ssim_loss" if name == "ssim" else name] = term  # 1 - SSIM must not pass for SSIM
+                term = self._image_term(name, output.reconstruction.float(), target)
+                terms[f"{name}_loss" if name in ("ssim", "dice") else name] = term  # 1 - SSIM must not pass for SSIM
                 total = total + weight * term
-        if output.latent.logvar is not None:
+        if output.latent is not None and output.latent.logvar is not None:
             kl = kl_per_number(output.latent)
             terms["kl"] = kl.flatten(1).sum(dim=1).mean()
             # β = 0 leaves KL out of the graph: 0 · inf would be NaN, and it is cheaper
@@ -59,7 +59,7 @@ class Objective(nn.Module):
                 total = total + self.kl_weight(beta, kl[0].numel()) * free_bits(kl, self.loss.free_bits)
         for name, term in output.terms.items():
             terms[name] = term
-            total = total + term
+            total = total + (self.loss.commitment if name == "commitment" else 1.0) * term
         return Losses(total=total, terms={name: term.detach() for name, term in terms.items()})
 
     def kl_weight(self, beta: float, latent_numel: int) -> float:
@@ -89,11 +89,27 @@ def ssim_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
     return 1.0 - ssim(reconstruction, image, data_range=1.0)  # type: ignore[no-any-return]
 
 
+def sigma_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
+    """Negative log-likelihood a pixel, less a constant, under one Gaussian variance at its best value, the MSE.
+
+    σ-VAE (Rybkin et al. 2021, eq. 6): with β = 1 beside it the sum is an evidence lower bound, with no weight to tune.
+    """
+    return 0.5 * torch.log(F.mse_loss(reconstruction, image) + 1e-8)  # 1e-8: a perfect fit is not minus infinity
+
+
+def dice_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
+    """1 - Dice of flattened tensors, smoothing 1e-5 (system D; Milletari et al. 2016)."""
+    overlap = (probabilities * mask).sum()
+    return 1.0 - (2.0 * overlap + 1e-5) / (probabilities.sum() + mask.sum() + 1e-5)
+
+
 IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": F.l1_loss,
     "mse": F.mse_loss,
     "bce": F.binary_cross_entropy,
     "ssim": ssim_loss,
+    "sigma": sigma_loss,
+    "dice": dice_loss,
 }
 
 

@@ -78,11 +78,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's parameters, in step with skipped updates."""
+    """Exponential moving average of a model's parameters, in step with skipped updates.
+
+    Buffers that are averages themselves (BatchNorm's statistics, a codebook's) are averaged alike: those of the live
+    weights would not fit the averaged ones.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.live = list(model.parameters())
+        self.live = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
         self.average = [parameter.detach().clone() for parameter in self.live]
         self.num_updates = 0
 

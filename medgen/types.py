@@ -38,8 +38,8 @@ class Latent:
 class ModelOutput:
     """What every model's forward returns. Models never weigh losses: `terms` are plain scalars."""
 
-    reconstruction: Tensor  # (B, C, H, W) in [0, 1]
-    latent: Latent
+    reconstruction: Tensor  # (B, C, H, W) in [0, 1]; of a segmenter the mask's probabilities (B, K, H, W)
+    latent: Latent | None  # None where the model has no latent
     terms: dict[str, Tensor] = field(default_factory=dict)  # e.g. commitment, codebook
 
 

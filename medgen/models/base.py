@@ -1,6 +1,7 @@
-"""What every generative model is: encode, decode, reconstruct, sample, and one named output."""
+"""What every model is to the training loop, and what every generative one can do besides."""
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,21 @@ from torch import Tensor, nn
 from medgen.types import Latent, ModelOutput
 
 
-class GenerativeModel(nn.Module, ABC):
+class ImageModel(nn.Module, ABC):
+    """A network that is trained on images (B, C, H, W) in [0, 1] towards a target of the same batch."""
+
+    target: Literal["image", "mask"] = "image"  # what its output is compared with
+
+    @abstractmethod
+    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+        """One pass for the objective."""
+
+    @abstractmethod
+    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+        """One pass without randomness, for judging."""
+
+
+class GenerativeModel(ImageModel):
     """A model of images (B, C, H, W) in [0, 1] with latents of `latent_shape`.
 
     A new model implements `encode` and `decode` and sets `latent_shape`; the rest follows.
@@ -30,9 +45,14 @@ class GenerativeModel(nn.Module, ABC):
         latent = self.encode(image, label)
         return ModelOutput(reconstruction=self.decode(latent.value, label), latent=latent)
 
+    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+        """One pass without randomness: the posterior mean, decoded."""
+        latent = self.encode(image, label)
+        return ModelOutput(reconstruction=self.decode(latent.mean, label), latent=latent)
+
     def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         """Images through the posterior mean and back, without randomness: (B, C, H, W)."""
-        return self.decode(self.encode(image, label).mean, label)
+        return self.predict(image, label).reconstruction
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """`n` images decoded from N(0, I) latents; fitted priors do better (see medgen/priors)."""
