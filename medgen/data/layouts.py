@@ -73,6 +73,7 @@ def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> List
             foreign.append((path, reason))
     files.discard(MANIFEST)
     rows = read_manifest(folder, files)
+    foreign = [(path, reason) for path, reason in foreign if path not in (rows or ())]  # whoever lists it wants it
     found = _look_into(folder, files, rows or {}, preprocess)
     pairs = Pairs(list(found.contents), rows)
     foreign += [*found.foreign.items(), *pairs.foreign]
@@ -85,8 +86,6 @@ def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> List
         contents, row, place = found.contents[path], (rows or {}).get(path, Row()), places.of(path)
         patient = people.of_file(path, contents, row, place)
         mask = pairs.mask_of(path)
-        if not contents.indices:
-            foreign.append((path, "none of its pictures is asked for by preprocess.volume"))
         for at, index in enumerate(contents.indices):
             records.append(
                 Record(
@@ -117,9 +116,9 @@ def _look_into(folder: Path, files: Collection[str], listed: Collection[str], pr
     for path in sorted({*files, *listed}):
         if path in found.companions:
             continue
-        kind, reason = _kind(folder / path)
+        kind = images.kind_of(folder / path)
         if kind is None and path not in listed:
-            found.foreign[path] = reason
+            found.foreign[path] = images.describe(folder / path)
             continue
         found.contents[path] = _ONE
         if kind not in (None, "picture"):
@@ -128,6 +127,9 @@ def _look_into(folder: Path, files: Collection[str], listed: Collection[str], pr
             except UnreadableImage:
                 unreadable.add(path)  # one record all the same: reading it gives the reason
                 continue
+            if not contents.indices:
+                del found.contents[path]
+                found.foreign[path] = "none of its pictures is asked for by preprocess.volume"
             names = {companion.relative_to(folder).as_posix() for companion in contents.companions}
             found.companions |= {name for name in names if name in files and name not in listed}
     # A file that was met before the one it belongs to has been taken for something else.
@@ -136,15 +138,6 @@ def _look_into(folder: Path, files: Collection[str], listed: Collection[str], pr
         found.contents.pop(path, None)
     found.companions -= found.contents.keys()
     return found
-
-
-def _kind(file: Path) -> tuple[str | None, str]:
-    """Kind of image file, or None and what it is instead."""
-    try:
-        kind = images.kind_of(file)
-        return kind, "" if kind else images.describe(file)
-    except OSError as error:
-        return None, f"cannot be opened: {error.strerror or type(error).__name__}"
 
 
 def _at(values: Sequence[str | None] | None, at: int) -> str | None:

@@ -5,9 +5,12 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medgen.config import Data, Preprocess
 from medgen.data import images, layouts
@@ -268,8 +271,11 @@ def test_a_file_that_cannot_be_opened_is_one_record(tmp_path: Path, contents: di
 
 def test_a_volume_of_which_no_slice_is_asked_for_is_named(tmp_path: Path, contents: dict[str, Contents | str]) -> None:
     contents["a.nii"] = Contents(())
-    listing = list_all(make(tmp_path, "a.nii", "b.png"))
-    assert listing.foreign == [("a.nii", "none of its pictures is asked for by preprocess.volume")]
+    listing = list_all(make(tmp_path, "a.nii", "a_mask.png", "b.png"))
+    assert listing.foreign == [
+        ("a.nii", "none of its pictures is asked for by preprocess.volume"),
+        ("a_mask.png", "a mask without its image"),
+    ]
     assert [record.path for record in listing.records] == ["b.png"]
 
 
@@ -367,6 +373,14 @@ def test_what_the_manifest_does_not_list_is_named(tmp_path: Path) -> None:
         **dict.fromkeys(("2.png", "3_mask.png", "masks/2.png"), "not listed in manifest.csv"),
         "notes.txt": "empty file",
     }  # fmt: skip
+
+
+def test_a_manifest_may_list_what_is_hidden_and_what_cannot_be_read(tmp_path: Path) -> None:
+    folder = make(tmp_path, ".a/1.png", ".a/2.png", manifest="path\n.a/1.png\npipe\n.\n" + "x" * 999 + "\n")
+    os.mkfifo(folder / "pipe")
+    listing = list_all(folder)
+    assert [record.path for record in listing.records] == [".", ".a/1.png", "pipe", "x" * 999]
+    assert listing.foreign == [(".a/2.png", "hidden")]
 
 
 @pytest.mark.parametrize(
@@ -469,6 +483,47 @@ def test_many_files_need_little_memory_and_are_not_opened(tmp_path: Path, monkey
     assert len(listing.records) == len(names)
     assert held < 400 * len(names)
     assert peak < 600 * len(names)
+
+
+PARTS = (
+    "images",
+    "masks",
+    "train",
+    "test",
+    "A",
+    "sub-01",
+    "leftMask",
+    "slices_train",
+    "slices_seg_train",
+    "slices_test",
+)
+STEMS = ("a", "b", "a_mask", "a_mask_1", "a@", "b_seg", "case_1", "seg_1", "sub-01_T1w", "x_1_y")
+NAMES = st.builds(
+    lambda parts, stem, suffix: "/".join([*parts, stem + suffix]),
+    st.lists(st.sampled_from(PARTS), max_size=3), st.sampled_from(STEMS), st.sampled_from((".png", ".jpg", ".bmp")),
+)  # fmt: skip
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(st.lists(NAMES, min_size=1, max_size=12, unique=True), st.randoms(use_true_random=False))
+def test_whatever_the_names_each_file_is_in_one_place(names: list[str], random: Random) -> None:
+    def list_names() -> Listing | str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layouts, "walk", lambda folder: iter([(name, None) for name in names]))
+            try:
+                return list_all(Path(__file__).parent)
+            except UserError as error:
+                return str(error)
+
+    listing = list_names()
+    random.shuffle(names)
+    assert list_names() == listing
+    if isinstance(listing, Listing):
+        masks = {record.mask for record in listing.records if record.mask is not None}
+        places = [*(record.path for record in listing.records), *masks, *(path for path, _ in listing.foreign)]
+        assert sorted(places) == sorted(names)
+    else:
+        assert "no pictures found" in listing
 
 
 # real folders
