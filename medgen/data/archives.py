@@ -74,10 +74,10 @@ def unpack(archive: Path, folder: Path) -> int:
         swap(building, folder)
         return writer.num_files
     except _DAMAGE as error:
-        raise UserError(f"{archive}: {_reason(error)}. Download it again") from None
+        raise UserError(f"{archive}: {_reason(error)}. Remove it and download it again") from None
     except OSError as error:
         if error.errno is None:  # gzip's and bz2's own
-            raise UserError(f"{archive}: {_reason(error)}. Download it again") from None
+            raise UserError(f"{archive}: {_reason(error)}. Remove it and download it again") from None
         raise UserError(
             f"{error.filename or building}: {error.strerror}; expected to unpack {archive.name} there. "
             "Make room or give the right to write there"
