@@ -78,7 +78,7 @@ def _get(project: Project, name: str, dataset: Dataset, place: Path) -> Path:
     if isinstance(dataset.source, ByHand) and not by_hand:
         page, steps = dataset.source.page, dataset.source.steps
         raise UserError(f"{page}: {name!r} is given by hand only. {steps}. {_then(name, place)}")
-    _require_space(project, name, dataset, place, here=sum(path.stat().st_size for path in by_hand))
+    _require_space(project, name, dataset, place)
     match dataset.source:
         case Kaggle() if not by_hand:
             return _inside(_from_kaggle(name, dataset.source, place), inside)
@@ -102,10 +102,11 @@ def _whole_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and path.suffix != ".part" and path.name[0] != ".")
 
 
-def _require_space(project: Project, name: str, dataset: Dataset, place: Path, here: int) -> None:
+def _require_space(project: Project, name: str, dataset: Dataset, place: Path) -> None:
     """Refuses early: the download and its unpacked pictures in the cache, a copy in data/ and DVC's in the project."""
+    here = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     needed: dict[int, int] = {}
-    for folder, size in ((place, 2 * dataset.size - min(here, dataset.size)), (project.root, 2 * dataset.size)):
+    for folder, size in ((place, max(0, 2 * dataset.size - here)), (project.root, 2 * dataset.size)):
         device = folder.stat().st_dev
         needed[device] = needed.get(device, 0) + size
     for folder in (place, project.root):
