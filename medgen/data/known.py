@@ -104,7 +104,7 @@ _MEDMNIST = {
         ),
     ),
     "chestmnist": _MedMnist(
-        "ChestMNIST: chest X-rays, 14 findings, several at once",
+        "ChestMNIST: chest X-rays; several findings at once, so read as unlabelled",
         "atelectasis | cardiomegaly | effusion | infiltration | mass | nodule | pneumonia | pneumothorax "
         "| consolidation | edema | emphysema | fibrosis | pleural | hernia",
         (78_468, 11_219, 22_433),
