@@ -187,6 +187,18 @@ def test_an_array_that_lies_gives_a_reason(tmp_path: Path, content: bytes, reaso
     tracemalloc.stop()
 
 
+def test_a_size_that_the_bytes_cannot_reach_is_refused_unread(tmp_path: Path) -> None:
+    """npy header and zip directory agree on 3 GB, of which some 200 bytes are there."""
+    content = npy((1 << 20, 50, 60), bytes(100))
+    save_zip(tmp_path / "set.npz", train_images=content)
+    data = bytearray((tmp_path / "set.npz").read_bytes())
+    claimed = len(content) - 100 + (1 << 20) * 50 * 60
+    struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, claimed)
+    (tmp_path / "set.npz").write_bytes(data)
+    with pytest.raises(UnreadableImage, match=f"should take {claimed} bytes by its header, and does not"):
+        inspect(tmp_path / "set.npz", GREY)
+
+
 def test_a_zip_bomb_is_mapped_or_refused_but_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "set.npz"
     side = 8000  # 64 MB of zeros in 64 kB
