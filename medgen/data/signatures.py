@@ -5,6 +5,7 @@ describe_start(b"%PDF-1.7…")             # "a PDF document"
 """
 
 import codecs
+import re
 
 NUM_BYTES = 512  # as many as the tables below look at
 EMPTY = "empty file"
@@ -12,6 +13,8 @@ TEXT = "a text file"
 LFS_POINTER = "a Git LFS pointer, not the picture itself (run: git lfs pull)"
 
 _PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# DICOM without its preamble: group 2 or 8 with an explicit type, or group 8's length or character set without one
+_DATA_SET = re.compile(rb"[\x02\x08]\0..(?:UL|CS|UI|OB|DA|LO)|\x08\0(?:\0\0\x04|\x05\0.)\0\0\0", re.DOTALL)
 _KINDS = {"picture": "a PNG, JPEG, BMP or TIFF picture", "dicom": "a DICOM file", "volume": "a NIfTI volume"}
 _CONVERT = "convert it to PNG"
 _UNPACK = "unpack it"
@@ -60,11 +63,11 @@ _TEXT_CONTROLS = frozenset(b"\t\n\r\f\x1b")
 
 def kind_of_start(start: bytes) -> str | None:
     """`picture`, `dicom` or `volume`, as medgen/data/images.py names the kinds, or None."""
+    if start[128:132] == b"DICM" or _DATA_SET.match(start):  # what stands before may be a TIFF header (PS3.10, 7.1)
+        return "dicom"
     is_bmp = start.startswith(b"BM") and start[6:10] == bytes(4)  # with two letters texts begin too
     if is_bmp or start.startswith(_PICTURES):
         return "picture"
-    if start[128:132] == b"DICM":
-        return "dicom"
     # the magic words of NIfTI-1 and NIfTI-2 (nifti1.h, nifti2.h), each in one file or in two
     if start[344:348] in (b"n+1\0", b"ni1\0") or start[4:12] in (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"):
         return "volume"

@@ -19,6 +19,7 @@ from medgen.config import Preprocess
 from medgen.data.images import describe, inspect, kind_of, open_file, read_image
 from medgen.data.raw import UnreadableImage
 from medgen.data.signatures import NUM_BYTES, describe_start, kind_of_start
+from medgen.data.squares import to_square
 
 GREY = np.arange(30 * 40, dtype=np.uint16).reshape(40, 30).astype(np.uint8)
 SECRET = b"Jane Doe, born 1970-01-01"
@@ -58,6 +59,9 @@ KINDS = [  # name, content, kind
     ("IM-0001-0001.dicom", b"", "dicom"),
     ("1.2.840.113619.2.5", DICOM, "dicom"),  # scanners name files by their numbers
     ("IM000001", DICOM, "dicom"),
+    ("IM000001", b"II*\0" + DICOM[4:], "dicom"),  # a preamble that is a TIFF header too
+    ("IM000001", b"\x08\0\5\0CS\x0a\0ISO_IR 100", "dicom"),  # no preamble, explicit types
+    ("IM000001", b"\x08\0\5\0\x0a\0\0\0ISO_IR 100", "dicom"),  # and without them
     ("a.nii", b"", "volume"),
     ("sub-01_T1w.NII.GZ", b"", "volume"),
     ("orig.mgz", b"", "volume"),
@@ -191,6 +195,34 @@ def test_a_picture_is_read_through_the_door(channels: int, tmp_path: Path) -> No
 
 
 # real files
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "num_pictures"),
+    [
+        ("formats", "dicom/pydicom/CT_small.dcm", 1),
+        ("formats", "dicom/pydicom/SC_rgb_rle_2frame.dcm", 2),
+        ("formats", "nifti/nibabel/standard.nii.gz", 7),
+        ("formats", "torchxrayvision/16747_3_1.jpg", 1),
+        ("medmnist", "pneumoniamnist_balanced.npz", None),
+        ("mnist_idx", "t10k-images-idx3-ubyte.gz", 10_000),
+        ("cifar_format", "test_batch", None),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_format_is_read_through_the_door(
+    shared_data: Callable[[str], Path], folder: str, name: str, num_pictures: int | None, channels: int
+) -> None:
+    path, preprocess = shared_data(folder) / name, Preprocess(channels=channels)  # type: ignore[arg-type]
+    indices = inspect(path, preprocess).indices
+    assert num_pictures in (None, len(indices))
+    middle = read_image(path, preprocess)
+    with open_file(path, preprocess) as file:
+        assert (file.read(indices[len(indices) // 2]).pixels == middle.pixels).all()
+    assert middle.pixels.ndim == 2 or (channels == 3 and middle.pixels.shape[2] == 3)
+    assert to_square(middle.pixels, preprocess).shape == (channels, 64, 64)
+    with open_file(path, preprocess, mask=True) as file:
+        assert file.read(indices[0]).pixels.ndim == 2
 
 
 def test_every_real_file_has_a_kind_or_a_description(shared_data: Callable[[str], Path]) -> None:
