@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.data import unpickle
+from medgen.data import known, unpickle
 from medgen.data.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
 
 _SPLITS = ("train", "val", "test")
@@ -49,6 +49,7 @@ _NPY_HEADER = 1 << 16
 _CHUNK = 1 << 20
 _IDX_IMAGES, _IDX_LABELS = 0x803, 0x801  # unsigned bytes in three dimensions, in one
 _IDX_NAME = re.compile(r"((?:.*[-_. ])?)images([-.]idx)3(-ubyte(?:\.gz)?)", re.IGNORECASE)
+_IDX_LABELS_NAME = re.compile(r"(?:.*[-_. ])?labels[-.]idx1-ubyte(?:\.gz)?", re.IGNORECASE)
 _CIFAR_BATCH = re.compile(r"data_batch_\d+|test_batch")
 _CIFAR_SIDE = 32
 
@@ -56,6 +57,11 @@ _CIFAR_SIDE = 32
 def is_idx_images(name: str) -> bool:
     """True for the name of MNIST's pictures, such as t10k-images-idx3-ubyte.gz; False for that of its labels."""
     return _IDX_NAME.fullmatch(name) is not None
+
+
+def is_idx_labels(name: str) -> bool:
+    """True for the name of MNIST's labels, such as t10k-labels-idx1-ubyte.gz."""
+    return _IDX_LABELS_NAME.fullmatch(name) is not None
 
 
 def is_cifar_batch(path: Path) -> bool:
@@ -171,8 +177,11 @@ def _inspect_npz(path: Path) -> Contents:
         members = _image_members(archive)
         splits = [split for split, member in members for _ in range(member.shape[0])]
         numbers = [_npz_labels(archive, split, member.shape[0]) for split, member in members]
-        known = [part for part in numbers if part is not None]
-        names = _numbered(np.concatenate(known)) if len(known) == len(numbers) else None
+        present = [part for part in numbers if part is not None]
+        names: Sequence[str] | None = None
+        if len(present) == len(numbers):
+            labels, classes = np.concatenate(present), known.class_names(path.stem)
+            names = _numbered(labels) if classes is None else _named(labels, classes, path.name)
     return Contents(range(len(splits)), names, splits, independent=True)
 
 

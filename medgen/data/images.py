@@ -68,8 +68,12 @@ def kind_of(path: Path) -> str | None:
 
 def describe(path: Path) -> str:
     """What a file is that `kind_of` does not know, in a few words; never its text."""
+    from medgen.data.arrays import is_idx_labels
+
     if _is_special(path):
         return "not a regular file"
+    if is_idx_labels(path.name):
+        return "labels without their pictures (images-idx3-ubyte)"
     try:
         start = _start(path)
     except OSError as error:

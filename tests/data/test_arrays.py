@@ -58,6 +58,15 @@ def save_npz(path: Path, save: Callable[..., None] = np.savez_compressed, **chan
     return arrays
 
 
+def test_the_classes_of_a_published_set_have_names(tmp_path: Path) -> None:
+    stored = save_npz(tmp_path / "pneumoniamnist.npz", **{
+        f"{split}_labels": random_pixels(count, 1, top=2) for split, count in (("train", 5), ("val", 2), ("test", 3))
+    })  # fmt: skip
+    numbers = np.concatenate([stored[f"{split}_labels"] for split in ("train", "val", "test")]).ravel()
+    found = inspect(tmp_path / "pneumoniamnist.npz", GREY).labels
+    assert found == [("normal", "pneumonia")[number] for number in numbers]
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_medmnist_runs_through_train_val_and_test(tmp_path: Path, save: Callable[..., None]) -> None:
     path = tmp_path / "set.npz"

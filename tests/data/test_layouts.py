@@ -593,6 +593,7 @@ def test_labels_without_their_pictures_are_no_picture(shared_data: Callable[[str
     listing = list_all(shared_data("mnist_idx"))
     assert listing.companions == ["t10k-labels-idx1-ubyte.gz"]
     assert [path for path, _ in listing.foreign] == ["SOURCE.md", "train-labels-idx1-ubyte.gz"]
+    assert dict(listing.foreign)["train-labels-idx1-ubyte.gz"].startswith("labels without their pictures")
 
 
 def test_real_junk_is_left_out(shared_data: Callable[[str], Path]) -> None:
