@@ -45,7 +45,7 @@ def test_any_shape_becomes_a_square(
         square = to_square(pixels, settings(16, fit, channels=channels))
         assert square.shape == (channels, 16, 16)
         assert square.dtype == np.uint8
-        assert square.flags.c_contiguous
+        assert square.flags.c_contiguous and square.flags.writeable
 
 
 def test_16_bit_pictures_use_their_whole_range() -> None:
