@@ -175,9 +175,7 @@ def _drop(records: Sequence[Record], exact: Iterable[Sequence[int]]) -> Iterator
             yield from ((row, f"a duplicate of {records[first].name}") for row in rest)
 
 
-def _mask(
-    mask: RawImage, image: RawImage, record: Record, preprocess: config.Preprocess
-) -> NDArray[np.uint8]:
+def _mask(mask: RawImage, image: RawImage, record: Record, preprocess: config.Preprocess) -> NDArray[np.uint8]:
     (height, width), (image_height, image_width) = mask.pixels.shape[:2], image.pixels.shape[:2]
     if abs(width / height / (image_width / image_height) - 1) > _ASPECT_TOLERANCE:
         raise UnreadableImage(f"mask {record.mask} is {width} x {height}, the image {image.size[0]} x {image.size[1]}")
@@ -226,7 +224,8 @@ def _check_unreadable(project: Project, unreadable: Sequence[tuple[str, str]], n
     reasons = Counter(reason for _, reason in unreadable).most_common(3)
     raise UserError(
         f"{len(unreadable)} of {num_records} images are unreadable, more than preprocess.max_rejected = {most:g} "
-        "allows: " + "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        "allows: "
+        + "; ".join(f"{count} x {reason}" for reason, count in reasons)
         + f". Mend or remove the files listed in {listing}, or raise preprocess.max_rejected"
     )
 

@@ -76,7 +76,7 @@ KINDS = [  # name, content, kind
 ]
 OTHERS = [  # name, content, description
     ("a.img", NIFTI, "voxels without their header (.hdr)"),
-    ("t10k-labels-idx1-ubyte.gz", b"\x1f\x8b\x08\0", "a gzip archive: unpack it"),
+    ("t10k-labels-idx1-ubyte.gz", b"\x1f\x8b\x08\0", "labels without their pictures (images-idx3-ubyte)"),
     ("notes.txt", b"BMI 22, " + SECRET, "a text file"),
     ("notes.txt", TEXT, "a text file"),
     ("notes.txt", TEXT.decode().encode("latin-1"), "a text file"),
@@ -228,7 +228,7 @@ def test_every_format_is_read_through_the_door(
 def test_every_real_file_has_a_kind_or_a_description(shared_data: Callable[[str], Path]) -> None:
     for name, expected in {
         "quirks": {"picture": 30, "folder settings of macOS": 1, "a torch checkpoint": 1, "a text file": 1},
-        "mnist_idx": {"idx": 1, "a gzip archive: unpack it": 2, "a text file": 1},
+        "mnist_idx": {"idx": 1, "labels without their pictures (images-idx3-ubyte)": 2, "a text file": 1},
         "cifar_format": {"cifar": 6, "a text file": 1},
         "medmnist": {"npz": 1, "a text file": 1},
     }.items():
