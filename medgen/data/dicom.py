@@ -33,7 +33,7 @@ from medgen.config import Preprocess
 from medgen.data.codestreams import read_jpeg, read_jpeg_2000
 from medgen.data.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
 from medgen.data.shades import Shades, Stored, Table, Window, render
-from medgen.data.signatures import NUM_BYTES, describe_start
+from medgen.data.signatures import EMPTY, NUM_BYTES, describe_start
 
 T = TypeVar("T")
 
@@ -194,9 +194,13 @@ class _Bounded:
         there = max(0, self._size - self._file.tell())
         count = there if count < 0 else min(count, there)
         self._left -= count
-        if self._left < 0:
-            raise UnreadableImage(f"more than {_MAX_HEADER_BYTES >> 20} MB of header before any pixels")
+        if self.overrun:
+            raise EOFError
         return self._file.read(count)
+
+    @property
+    def overrun(self) -> bool:
+        return self._left < 0
 
 
 def _read_header(path: Path) -> _Header:
@@ -209,7 +213,11 @@ def _read_header(path: Path) -> _Header:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         bounded: Any = _Bounded(file, size)
-        dataset = pydicom.dcmread(bounded, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
+        try:
+            dataset = pydicom.dcmread(bounded, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
+        finally:  # whatever pydicom makes of it
+            if bounded.overrun:
+                raise UnreadableImage(f"more than {_MAX_HEADER_BYTES >> 20} MB of header before any pixels")
         element = _read_pixel_element(file)
         if element is None:
             raise UnreadableImage(_why_no_pixels(dataset, start))
@@ -280,7 +288,7 @@ def _why_no_pixels(dataset: Any, start: bytes) -> str:
     if start[128:132] == b"DICM" or dataset.get("Rows") is not None:
         return "no pixel data"
     words = describe_start(start)
-    return f"no DICOM file: {words}" if words else "no DICOM file"
+    return EMPTY if words == EMPTY else f"no DICOM file: {words}" if words else "no DICOM file"
 
 
 def _public_name(uid: Any) -> str | None:
@@ -307,7 +315,7 @@ def _fields(dataset: Any, **known: Any) -> _Header:
     if num_frames > _MAX_FRAMES:
         raise UnreadableImage(f"more than {_MAX_FRAMES:,} frames")
     if (allocated not in (1, 8, 16, 32) and not floats) or not 1 <= stored <= allocated:
-        raise UnreadableImage(f"values of {stored} bits in {allocated}; expected up to 8, 16 or 32")
+        raise UnreadableImage(f"values of {stored} bits stored in {allocated}; expected in 8, 16 or 32")
     photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2").strip()
     if photometric in _RETIRED:
         raise UnreadableImage(f"no decoder for {photometric} colours")
