@@ -407,16 +407,16 @@ def _read_frame(header: _Header, index: int) -> Stored:
     total = sum(length for _, length in parts)
     if total > 2 * header.rows * header.columns * header.samples * header.bits_allocated // 8 + _CHUNK:
         raise UnreadableImage("damaged: compressed data twice as long as the picture")
+    data = bytearray()
     with header.open() as file:
-        data = b""
         for start, length in parts:
             file.seek(start)
             data += file.read(length)
     if len(data) < total:
         raise UnreadableImage(_ENDS_EARLY)
     if header.syntax == _RLE:
-        return _placed(header, _decode_rle(header, data), header.photometric in _YCC)
-    return _guarded(lambda: _decode(header, data), "damaged: the compressed data cannot be decoded")
+        return _placed(header, _decode_rle(header, bytes(data)), header.photometric in _YCC)
+    return _guarded(lambda: _decode(header, bytes(data)), "damaged: the compressed data cannot be decoded")
 
 
 def _read_native(header: _Header, index: int) -> Stored:
