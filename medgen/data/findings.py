@@ -83,11 +83,14 @@ class Facts:
 
     @cached_property
     def near_pairs(self) -> list[Near]:
-        """Rows that show one picture without being identical; of identical ones the first stands for all."""
+        """Rows of different patients that show one picture; of identical files the first stands for all."""
         skip = likeness.is_blank(np.array(self._contrasts, np.float32))
         for group in self.exact_groups:
             skip[group[1:]] = True
-        return likeness.near_pairs(np.array(self._hashes, np.uint64), self._thumbnails(), skip)
+        numbers: dict[str, int] = {}
+        patients = np.array([numbers.setdefault(record.patient, len(numbers)) for record in self.records], np.int64)
+        hashes = np.array(self._hashes, np.uint64)
+        return likeness.near_pairs(hashes, self._thumbnails(), skip, patients, self.sizes.min(axis=1))
 
     @cached_property
     def blank(self) -> list[int]:
@@ -110,7 +113,7 @@ class Facts:
 class Group:
     """Pictures that are the same one."""
 
-    names: list[str]  # "path", or "path#index" in a file of several
+    names: list[str]  # "path", or "path#index" in a file of several; first one for each split and label
     labels: list[str]
     splits: list[str]
     correlation: float = 1.0  # below 1: near-duplicates
@@ -172,7 +175,7 @@ class Findings:
             for group in [*self.exact, *self.near]
             if group.is_across
         ]
-        return parted + same
+        return [printable(line) for line in parted + same]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the derived numbers."""
@@ -233,14 +236,21 @@ def summary_lines(found: Findings) -> list[str]:
     for kind, names in (("blank pictures", found.blank), ("pictures not of the others' kind", found.outliers)):
         if names:
             lines.append(f"{len(names)} {kind}, such as {names[0]}")
-    return lines
+    return [printable(line) for line in lines]
+
+
+def printable(name: str) -> str:
+    """A name on one line, without anything that a terminal would obey or that no file can hold."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 def _group(
     records: Sequence[Record], splits: Sequence[str | None], rows: Sequence[int], correlation: float = 1.0
 ) -> Group:
+    first_of = {(splits[row], records[row].label): row for row in reversed(rows)}
+    ordered = sorted(rows, key=lambda row: row not in first_of.values())
     return Group(
-        names=[records[row].name for row in rows],
+        names=[records[row].name for row in ordered],
         labels=sorted({label for row in rows if (label := records[row].label)}),
         splits=sorted({split for row in rows if (split := splits[row])}),
         correlation=correlation,
