@@ -161,12 +161,26 @@ def sample(
 
 @data_app.command("import")
 def import_data(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder of images; see docs/data.md for layouts.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A folder, zip or tar of images; see docs/data.md for layouts.")
+    ],
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Make a folder of images this project's dataset."""
+    """Make a folder or archive of images this project's dataset."""
     _call("data.importer", "import_folder", params, overrides, source=path)
+
+
+@data_app.command("list")
+def list_datasets() -> None:
+    """Show the known datasets: what is in them, their licences and where they come from."""
+    _module("data.known").show()
+
+
+@data_app.command("fetch")
+def fetch_dataset(name: str, params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Download a known dataset and make it this project's."""
+    _call("data.fetching", "fetch", params, overrides, name=name)
 
 
 @weights_app.command("list")

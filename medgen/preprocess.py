@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +118,7 @@ def _build(
         if "train" not in names:
             counts = dict(Counter(name for name in names if name))
             raise UserError(
-                f"{folder}: no training images among {len(facts)} {counts or ''}; expected some. Set data.splits=own to "
+                f"{folder}: no training images among {len(facts)} ({counts}); expected some. Set data.splits=own to "
                 "cut all splits anew, or lower preprocess.val_fraction and test_fraction"
             )
         rejected = sorted([*unreadable, *left_out, *dropped, *listing.foreign])
@@ -131,7 +130,7 @@ def _decide(
 ) -> tuple[list[str | None], list[tuple[str, str]]]:
     """Split of each picture that was read, None for one that is dropped; and the dropped with their reasons."""
     records = facts.records
-    exact = findings.exact_groups(facts)
+    exact = facts.exact_groups
     if exact and data.duplicates == "error":
         raise UserError(
             f"data.duplicates is error: {len(exact)} pictures stand in several files, such as "
@@ -140,7 +139,7 @@ def _decide(
         )
     dropped = dict(_drop(records, exact)) if data.duplicates == "drop" else {}
     pairs = [(group[0], row) for group in exact for row in group[1:]]
-    pairs += [(near.one, near.other) for near in facts.near_pairs()]
+    pairs += [(near.one, near.other) for near in facts.near_pairs]
     kept = [row for row in range(len(records)) if row not in dropped]
     place = {row: i for i, row in enumerate(kept)}
     chosen = [records[row] for row in kept]
@@ -157,7 +156,7 @@ def _decide(
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if found.leaks and data.leaks == "error":
         raise UserError(
-            f"data.leaks is error: {found.leaks[0]}, and {len(found.leaks) - 1} more like it; expected none. "
+            f"data.leaks is error: {found.leaks[0]}; {len(found.leaks)} such in all, expected none. "
             "`medgen data audit` lists them; set data.leaks to move, or mend the data's own split"
         )
     return names, [(records[row].name, reason) for row, reason in dropped.items()]
@@ -175,9 +174,7 @@ def _drop(records: Sequence[Record], exact: Iterable[Sequence[int]]) -> Iterator
             yield from ((row, f"a duplicate of {records[first].name}") for row in rest)
 
 
-def _mask(
-    mask: RawImage, image: RawImage, record: Record, preprocess: config.Preprocess
-) -> NDArray[np.uint8]:
+def _mask(mask: RawImage, image: RawImage, record: Record, preprocess: config.Preprocess) -> NDArray[np.uint8]:
     (height, width), (image_height, image_width) = mask.pixels.shape[:2], image.pixels.shape[:2]
     if abs(width / height / (image_width / image_height) - 1) > _ASPECT_TOLERANCE:
         raise UnreadableImage(f"mask {record.mask} is {width} x {height}, the image {image.size[0]} x {image.size[1]}")
@@ -226,7 +223,8 @@ def _check_unreadable(project: Project, unreadable: Sequence[tuple[str, str]], n
     reasons = Counter(reason for _, reason in unreadable).most_common(3)
     raise UserError(
         f"{len(unreadable)} of {num_records} images are unreadable, more than preprocess.max_rejected = {most:g} "
-        "allows: " + "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        "allows: "
+        + "; ".join(f"{count} x {reason}" for reason, count in reasons)
         + f". Mend or remove the files listed in {listing}, or raise preprocess.max_rejected"
     )
 

@@ -27,6 +27,8 @@ COMMANDS = {
     "sync": {"--params", "--set"},
     "data sample": {"--params", "--set", "--seed", "--n"},
     "data import": {"--params", "--set"},
+    "data list": set(),
+    "data fetch": {"--params", "--set"},
     "weights list": set(),
     "weights fetch": set(),
     "weights verify": set(),
@@ -107,6 +109,8 @@ MISTAKES = {  # words, text of params.yaml (None: no file), words of the one mes
     "no model to register": (["register"], "{}", ["model.json", "medgen train"]),
     "no tracking to register": (["register"], "tracking: {enabled: false}", ["tracking.enabled"]),
     "nothing to import": (["data", "import", "nowhere"], "{}", ["nowhere"]),
+    "unknown dataset": (["data", "fetch", "pneumoniamist"], "{}", ["pneumoniamist", "did you mean 'pneumoniamnist'"]),
+    "dataset by hand": (["data", "fetch", "oasis1-volumes"], "{}", ["oasisbrains", "medgen data fetch"]),
     "unknown recipe": (["recipe", "use", "chest-xray"], "{}", ["chest-xray", "Known:"]),
     "unknown weights": (["weights", "fetch", "vg16"], "{}", ["vg16", "did you mean 'vgg16'"]),
     "no such command": (["trian"], "{}", ["trian"]),
@@ -116,6 +120,7 @@ MISTAKES = {  # words, text of params.yaml (None: no file), words of the one mes
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_clear_message_and_exit_code_2(medgen, tmp_path, name, monkeypatch):
     monkeypatch.setenv("MEDGEN_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("MEDGEN_DATASETS", str(tmp_path / "datasets"))
     words, params, expected = MISTAKES[name]
     if params is not None:
         (tmp_path / "params.yaml").write_text(params)

@@ -68,8 +68,11 @@ def test_colour_stays_colour(tmp_path: Path) -> None:
     picture = torch.zeros(1, 3, 96, 96)
     picture[:, 0] = 1.0
     write_grid(tmp_path / "grid.png", picture)
+    write_pairs(tmp_path / "pairs.png", picture, picture.flip(1))
     drawn = np.asarray(Image.open(tmp_path / "grid.png"))
     np.testing.assert_array_equal(drawn[50, 50], [255, 0, 0])
+    drawn = np.asarray(Image.open(tmp_path / "pairs.png"))
+    np.testing.assert_array_equal(drawn[[50, 150], 60], [[255, 0, 0], [0, 0, 255]])
 
 
 def test_originals_stand_over_their_reconstructions(tmp_path: Path) -> None:

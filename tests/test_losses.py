@@ -60,6 +60,12 @@ def test_ssim_agrees_with_the_formula(batch):
     assert ssim_loss(image, image).item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_ssim_of_colour_is_the_mean_of_its_channels():
+    image, other = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    channels = [ssim_loss(other[:, i : i + 1], image[:, i : i + 1]) for i in range(3)]
+    assert ssim_loss(other, image).item() == pytest.approx(sum(channels).item() / 3, abs=1e-6)
+
+
 def test_ssim_knows_its_range(batch):
     """With the library's default data_range of 255 every pair in [0, 1] is alike."""
     image, output = batch
@@ -83,6 +89,12 @@ def test_kl_is_reported_in_nats_per_image_and_weighed_by_its_reduction(batch, re
     nats = kl_per_number(output.latent).sum(dim=(1, 2, 3)).mean()
     assert with_kl.terms["kl"].item() == pytest.approx(nats.item(), rel=1e-6)
     assert (with_kl.total - without.total).item() == pytest.approx(0.3 * scale * nats.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 16)])
+def test_kl_has_its_share_of_all_channels(shape):
+    """β = 1 is the evidence lower bound only where KL is divided by as many numbers as the image term averages."""
+    assert Objective(Loss(), shape).kl_weight(1.0, 8) == pytest.approx(1 / math.prod(shape))
 
 
 def test_effective_beta_of_system_a():
@@ -131,6 +143,9 @@ def test_perceptual_distance_reads_torchvision_weights(tmp_path):
     torch.save(features, tmp_path / "vgg16.pth")
     distance = PerceptualDistance(tmp_path / "vgg16.pth")
     a, b = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
+    grey = distance(a, b).item()
+    assert distance(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)).item() == pytest.approx(grey, rel=1e-5)
+    assert distance(torch.cat([a, b, a], 1), b.repeat(1, 3, 1, 1)).item() != pytest.approx(grey, rel=0.01)
 
     def slow(image):
         x = (image.repeat(1, 3, 1, 1) - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(

@@ -13,7 +13,9 @@ from PIL import Image
 from medgen import config
 from medgen.config import Project
 from medgen.data import store
+from medgen.data.patients import pseudonym, salt_of
 from medgen.errors import UserError
+from medgen.files import hash_file
 from medgen.preprocess import run
 
 SMALL = config.Preprocess(image_size=16)
@@ -58,9 +60,10 @@ def test_rows_are_their_files(tmp_path: Path) -> None:
             expected = cv2.resize(cv2.createCLAHE(2.0, (8, 8)).apply(grey), (16, 16), interpolation=cv2.INTER_AREA)
             assert (image[0] == expected).all(), row["path"]
             assert dataset.classes[label] == row["label"] == row["path"][0]
-            assert row["patient"] == Path(row["path"]).name.split("_")[0]
+            assert row["patient"] == pseudonym(salt_of(tmp_path / "data"), Path(row["path"]).name.split("_")[0])
+            assert row["index"] == "0"
             assert (row["width"], row["height"]) == (str(grey.shape[1]), str(grey.shape[0]))
-            assert row["sha256"] == store.hash_file(tmp_path / "data" / row["path"])
+            assert row["sha256"] == hash_file(tmp_path / "data" / row["path"])
 
 
 def test_masks_lie_as_their_images(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_masks_lie_as_their_images(tmp_path: Path) -> None:
     for image, mask, row in zip(train.images, train.masks, train.rows(), strict=True):
         assert (mask == (image > 127 if row["mask"] else 0)).all()
         assert bool(row["mask"]) is (row["path"] != "images/0.png")
-    rejected = store.read_csv(tmp_path / "artifacts" / "dataset" / "rejected.csv", store.REJECTED_COLUMNS)
+    rejected = list(store.read_csv(tmp_path / "artifacts" / "dataset" / "rejected.csv", store.REJECTED_COLUMNS))
     assert [row["path"] for row in rejected] == ["images/tall.png"]
     assert "40 x 20" in rejected[0]["reason"]
 
@@ -104,7 +107,7 @@ def test_too_many_bad_files_stop_the_run(tmp_path: Path) -> None:
     before = run(project, data=config.Data(), preprocess=SMALL).fingerprint
     for number in range(5):
         (tmp_path / "data" / "A" / f"bad{number}.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"5 of 45 files.*max_rejected = 0\.05.*5 x empty file") as caught:
+    with pytest.raises(UserError, match=r"5 of 45 images.*max_rejected = 0\.05.*5 x empty file") as caught:
         run(project, data=config.Data(), preprocess=SMALL)
     assert str(project.runs / "rejected.csv") in str(caught.value)
     assert (project.runs / "rejected.csv").read_text().count("empty file") == 5
@@ -117,7 +120,7 @@ def test_a_listed_file_that_is_missing_is_rejected(tmp_path: Path) -> None:
     paths = sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.*"))
     (tmp_path / "data" / "manifest.csv").write_text("\n".join(["path", *paths, "A/absent.png"]))
     dataset = run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
-    rejected = store.read_csv(dataset.folder / "rejected.csv", store.REJECTED_COLUMNS)
+    rejected = list(store.read_csv(dataset.folder / "rejected.csv", store.REJECTED_COLUMNS))
     assert rejected == [{"path": "A/absent.png", "reason": "No such file or directory"}]
 
 
@@ -127,7 +130,7 @@ def test_nothing_changed_means_nothing_is_read_anew(tmp_path: Path, monkeypatch:
     first = run(project, data=config.Data(), preprocess=SMALL)
     before = (project.dataset / "dataset.json").stat().st_ino
     with monkeypatch.context() as patch:
-        patch.setattr("medgen.preprocess.decode", lambda *_: pytest.fail("decoded"))
+        patch.setattr("medgen.data.reading.open_file", lambda *_: pytest.fail("read"))
         assert run(project, data=config.Data(), preprocess=SMALL) == first
     assert (project.dataset / "dataset.json").stat().st_ino == before
 
@@ -167,11 +170,147 @@ def test_no_training_images_is_said(tmp_path: Path) -> None:
         run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
 
 
+def test_own_splits_take_the_place_of_given_ones(tmp_path: Path) -> None:
+    make(tmp_path / "data" / "test")
+    dataset = run(Project(tmp_path), data=config.Data(splits="own"), preprocess=SMALL)
+    assert all(dataset.counts[name] > 0 for name in store.SPLITS)
+    assert dataset.classes == ("A", "B")
+
+
 def test_a_split_that_parts_a_patient_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "data" / "train")
     make(tmp_path / "data" / "test", num_patients=3)
     run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
-    assert "puts 3 patients into several splits, such as person0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "3 patients stand in several splits, such as test/A/person1_0.jpg's" in said
+    assert "6 exact duplicates across splits" in said
+
+
+def picture(path: Path, number: int, **options: object) -> Path:
+    """The same smooth picture for the same number, unlike that of any other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(number).normal(128, 900, (96, 96))
+    smooth = cv2.GaussianBlur(noise, (0, 0), 8).clip(0, 255).astype(np.uint8)
+    Image.fromarray(smooth).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def leaky(tmp_path: Path) -> Project:
+    """Given splits with a patient, a copy and a re-encoded copy on both sides, and one picture under two labels."""
+    folder = tmp_path / "data"
+    for number in range(12):
+        picture(folder / ("test" if number < 4 else "train") / "AB"[number % 2] / f"person{number}_0.png", number)
+    picture(folder / "train" / "A" / "person0_1.png", 100)  # person0 is in test
+    picture(folder / "train" / "B" / "copy.png", 1)  # of test/B/person1_0.png
+    picture(folder / "train" / "A" / "like.jpg", 2, quality=60)  # of test/A/person2_0.png
+    picture(folder / "train" / "B" / "other.png", 4)  # of train/A/person4_0.png
+    return Project(tmp_path)
+
+
+def places(dataset: store.Store) -> dict[str, str]:
+    return {row["path"]: name for name in store.SPLITS for row in dataset.split(name).rows()}
+
+
+NO_VAL = config.Preprocess(image_size=16, val_fraction=0.0)
+
+
+def test_leaks_are_said_and_kept(leaky: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    found = places(run(leaky, data=config.Data(), preprocess=NO_VAL))
+    assert all(path.startswith(name) for path, name in found.items())
+    said = capsys.readouterr().err
+    for line in (
+        "1 patients stand in several splits",
+        "1 exact duplicates across splits, such as test/B/person1_0.png and train/B/copy.png",
+        "1 exact duplicates within a split",
+        "1 near-duplicates across splits, such as test/A/person2_0.png and train/A/like.jpg",
+        "1 pictures under several labels, such as train/A/person4_0.png and train/B/other.png (A and B)",
+    ):
+        assert line in said
+
+
+def test_leaks_are_moved_to_the_side_that_judges(leaky: Project) -> None:
+    found = places(run(leaky, data=config.Data(leaks="move"), preprocess=NO_VAL))
+    moved = {path for path, name in found.items() if not path.startswith(name)}
+    assert moved == {"train/A/person0_1.png", "train/B/copy.png", "train/A/like.jpg"}
+    assert {found[path] for path in moved} == {"test"}
+
+
+def test_leaks_can_stop_the_run(leaky: Project) -> None:
+    with pytest.raises(UserError, match=r"data\.leaks is error: patient [0-9a-f]{16}.*3 such in all.*data audit"):
+        run(leaky, data=config.Data(leaks="error"), preprocess=NO_VAL)
+    assert not leaky.dataset.exists()
+
+
+def test_duplicates_are_dropped_with_their_reason(leaky: Project) -> None:
+    dataset = run(leaky, data=config.Data(duplicates="drop"), preprocess=NO_VAL)
+    rejected = {
+        row["path"]: row["reason"] for row in store.read_csv(dataset.folder / "rejected.csv", ("path", "reason"))
+    }
+    assert rejected == {
+        "train/B/copy.png": "a duplicate of test/B/person1_0.png",
+        "train/A/person4_0.png": "one picture under the labels A, B",
+        "train/B/other.png": "one picture under the labels A, B",
+    }
+    assert not rejected.keys() & places(dataset).keys()
+    assert sum(dataset.counts.values()) == 16 - 3
+
+
+def test_duplicates_can_stop_the_run(leaky: Project) -> None:
+    with pytest.raises(UserError, match=r"data\.duplicates is error: 2 pictures.*person1_0.png and train/B/copy.png"):
+        run(leaky, data=config.Data(duplicates="error"), preprocess=NO_VAL)
+
+
+def test_copies_are_never_parted_by_our_own_cut(tmp_path: Path) -> None:
+    for number in range(30):
+        picture(tmp_path / "data" / f"a{number}.png", number)
+        picture(tmp_path / "data" / f"b{number}.jpg", number, quality=70)
+    for seed in range(3):
+        options = config.Preprocess(image_size=16, val_fraction=0.2, test_fraction=0.3, seed=seed)
+        found = places(run(Project(tmp_path), data=config.Data(leaks="error"), preprocess=options))
+        assert all(found[f"a{number}.png"] == found[f"b{number}.jpg"] for number in range(30))
+
+
+def test_colour_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    red = np.zeros((40, 40, 3), np.uint8)
+    red[:, 20:] = (200, 30, 30)
+    for number in range(6):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(red + number).save(tmp_path / "data" / f"{number}.png")
+    options = config.Preprocess(image_size=16, channels=3, clahe_clip=0)
+    dataset = run(Project(tmp_path), data=config.Data(), preprocess=options)
+    assert dataset.image_shape == (3, 16, 16)
+    left, right = dataset.split("train").images[0, :, 8, [2, 13]]
+    assert left.max() < 10 and right[0] > 190 and right[1:].max() < 50
+
+
+def test_files_of_many_pictures_fill_the_store_in_order(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (80, 16, 16), np.uint8)
+    (tmp_path / "data").mkdir()
+    arrays = {"train_images": images[:60], "test_images": images[60:]}
+    np.savez_compressed(
+        tmp_path / "data" / "set.npz",
+        **arrays,
+        **{f"{name}_labels": np.arange(count)[:, None] % 3 for name, count in (("train", 60), ("test", 20))},
+    )
+    options = config.Preprocess(image_size=16, clahe_clip=0, val_fraction=0)
+    dataset = run(Project(tmp_path), data=config.Data(), preprocess=options, num_threads=3)
+    assert dataset.classes == ("0", "1", "2")
+    assert (dataset.split("train").images[:, 0] == images[:60]).all()
+    test = dataset.split("test")
+    assert (test.images[:, 0] == images[60:]).all()
+    assert [row["index"] for row in test.rows()] == [str(index) for index in range(60, 80)]
+    assert [row["label"] for row in test.rows()] == [str(index % 3) for index in range(20)]
+
+
+def test_files_that_are_no_pictures_are_listed_and_do_not_count(tmp_path: Path) -> None:
+    make(tmp_path / "data")
+    for name, content in {"notes.txt": b"hello", ".DS_Store": b"\0\0\0\1Bud1", "A/list.csv": b"a,b\n"}.items():
+        (tmp_path / "data" / name).write_bytes(content)
+    dataset = run(Project(tmp_path), data=config.Data(), preprocess=SMALL.model_copy(update={"max_rejected": 0.0}))
+    rejected = {row["path"] for row in store.read_csv(dataset.folder / "rejected.csv", store.REJECTED_COLUMNS)}
+    assert rejected == {"notes.txt", ".DS_Store", "A/list.csv"}
+    assert sum(dataset.counts.values()) == 40
 
 
 def test_reduced_decode_changes_little(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ The content decides the format, not the name. Shapes: H W height and width of th
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,10 +35,16 @@ _REDUCED = {
 }
 _REDUCED_SIDE = 512  # a picture is not reduced below this: CLAHE's tiles need their pixels (see benchmarks/README.md)
 _MAX_FILE_BYTES = 8 * MAX_PIXELS  # four 16-bit channels, uncompressed
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where orientation may stand
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 
-# The size is judged here, and a file over the limit is refused: no second opinion on the terminal.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_LARGE = MAX_PIXELS // 4
+_large_pictures = threading.BoundedSemaphore(2)  # of 2 GB each at worst, however many threads there are
+
+# What is wrong with a file is its reason in rejected.csv: no second opinion on the terminal.
+warnings.filterwarnings("ignore", module="PIL")
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
@@ -103,7 +111,13 @@ def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
-    mode, orientation = image.mode, _orientation(image)
+    mode = image.mode  # Pillow may change it on loading
+    with _large_pictures if width * height > _LARGE else nullcontext():
+        return RawImage(_decode_pixels(image, data, preprocess, mask), (width, height), mode)
+
+
+def _decode_pixels(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool) -> Any:
+    orientation = _orientation(image, data)
     colour = preprocess.channels == 3 and not mask
     reduce_to = preprocess.image_size if preprocess.reduced_decode and not mask else None
     opencv = _opencv_flags(image, data, colour, reduce_to)
@@ -114,7 +128,7 @@ def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool)
         pixels = _UPRIGHT.get(orientation, np.asarray)(pixels)
     if pixels.dtype == np.uint16 and not mask:  # a mask of 0 and 1 is no dark picture
         pixels = _fill_depth(pixels)
-    return RawImage(np.ascontiguousarray(pixels), (width, height), mode)
+    return np.ascontiguousarray(pixels)
 
 
 def _opencv_flags(image: Image.Image, data: bytes, colour: bool, reduce_to: int | None) -> int | None:
@@ -128,10 +142,18 @@ def _opencv_flags(image: Image.Image, data: bytes, colour: bool, reduce_to: int 
             scale *= 2
         return int(_REDUCED[scale][colour and image.mode == "RGB"]) | int(cv2.IMREAD_IGNORE_ORIENTATION)
     if image.format == "PNG" and image.mode in ("L", "LA", "RGB", "RGBA", "I;16") and "transparency" not in image.info:
-        return int(cv2.IMREAD_UNCHANGED)
+        return int(cv2.IMREAD_UNCHANGED) if _has_whole_chunks(data) else None
     if image.format == "TIFF":
         return _opencv_tiff_flags(image)
     return None
+
+
+def _has_whole_chunks(png: bytes) -> bool:
+    """False where a chunk is longer than the file: OpenCV takes that much memory, up to 4 GB, before it looks."""
+    at = len(_PNG_SIGNATURE)
+    while at + 12 <= len(png) and png[at + 4 : at + 8] != b"IEND":
+        at += 12 + int.from_bytes(png[at : at + 4], "big")  # length, name, content, checksum
+    return at + 12 <= len(png)
 
 
 def _opencv_tiff_flags(image: Any) -> int | None:
@@ -143,7 +165,9 @@ def _opencv_tiff_flags(image: Any) -> int | None:
     return int(cv2.IMREAD_UNCHANGED) if len(bits) > 1 and max(bits) == 16 else None
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, data: bytes) -> int:
+    if image.format == "PNG" and not any(mark in data for mark in _PNG_EXIF):
+        return 1  # to find none Pillow would decode the whole picture
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # EXIF is a guest in the file; a broken one does not make the picture unreadable

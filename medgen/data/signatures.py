@@ -5,12 +5,16 @@ describe_start(b"%PDF-1.7…")             # "a PDF document"
 """
 
 import codecs
+import re
 
 NUM_BYTES = 512  # as many as the tables below look at
 EMPTY = "empty file"
+TEXT = "a text file"
 LFS_POINTER = "a Git LFS pointer, not the picture itself (run: git lfs pull)"
 
-_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# DICOM without its preamble: group 2 or 8 with an explicit type, or group 8's length or character set without one
+_DATA_SET = re.compile(rb"[\x02\x08]\0..(?:UL|CS|UI|OB|DA|LO)|\x08\0(?:\0\0\x04|\x05\0.)\0\0\0", re.DOTALL)
 _KINDS = {"picture": "a PNG, JPEG, BMP or TIFF picture", "dicom": "a DICOM file", "volume": "a NIfTI volume"}
 _CONVERT = "convert it to PNG"
 _UNPACK = "unpack it"
@@ -48,7 +52,7 @@ _OTHERS = (  # where, what stands there, what it is; the first that fits decides
     (0, b"%PDF", "a PDF document"),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document"),
     (0, b"SQLite format 3\0", "an SQLite database"),
-    (0, b"\0\0\0\1Bud1", "macOS folder settings"),
+    (0, b"\0\0\0\1Bud1", "folder settings of macOS"),
     (0, b"\0\5\x16\7", "attributes of a macOS file"),
     (0, b"\x7fELF", "a program"),
 )
@@ -59,10 +63,11 @@ _TEXT_CONTROLS = frozenset(b"\t\n\r\f\x1b")
 
 def kind_of_start(start: bytes) -> str | None:
     """`picture`, `dicom` or `volume`, as medgen/data/images.py names the kinds, or None."""
-    if start.startswith(_PICTURES):
-        return "picture"
-    if start[128:132] == b"DICM":
+    if start[128:132] == b"DICM" or _DATA_SET.match(start):  # what stands before may be a TIFF header (PS3.10, 7.1)
         return "dicom"
+    is_bmp = start.startswith(b"BM") and start[6:10] == bytes(4)  # with two letters texts begin too
+    if is_bmp or start.startswith(_PICTURES):
+        return "picture"
     # the magic words of NIfTI-1 and NIfTI-2 (nifti1.h, nifti2.h), each in one file or in two
     if start[344:348] in (b"n+1\0", b"ni1\0") or start[4:12] in (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"):
         return "volume"
@@ -81,7 +86,7 @@ def describe_start(start: bytes) -> str | None:
     if start.lstrip().lower().startswith(_HTML):
         return "a web page (a failed download?)"
     if start.startswith(_UTF_16) or _is_text(start):
-        return "a text file"
+        return TEXT
     return None
 
 

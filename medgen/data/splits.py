@@ -46,9 +46,7 @@ def assign(
 
     # A group's unnamed images follow its named ones; named ones stay where the data put them.
     leading = {group: _leading(splits) for group, splits in given.items()}
-    return [
-        chosen.get(group) or record.split or leading[group] for group, record in zip(groups, records, strict=True)
-    ]
+    return [chosen.get(group) or record.split or leading[group] for group, record in zip(groups, records, strict=True)]
 
 
 def unite(records: Sequence[Record], groups: Sequence[str]) -> list[Record]:

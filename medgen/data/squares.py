@@ -33,7 +33,8 @@ def to_square(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
     if square.dtype == np.uint16:
         square = np.rint(square / np.float32(257)).astype(np.uint8)  # 65535 / 255
     square = square[None] if square.ndim == 2 else square.transpose(2, 0, 1)
-    return np.ascontiguousarray(np.broadcast_to(square, (preprocess.channels, *square.shape[1:])))
+    repeated: NDArray[np.uint8] = np.repeat(square, preprocess.channels // len(square), axis=0)
+    return repeated
 
 
 def mask_to_square(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:

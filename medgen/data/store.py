@@ -221,8 +221,9 @@ class StoreWriter:
         return read_csv(self._waiting / MANIFEST, COLUMNS)
 
     def _close(self) -> None:
-        for file in (*self._arrays.values(), self._rows):
-            file.close()
+        for array_file in self._arrays.values():
+            array_file.close()
+        self._rows.close()
 
 
 class _ArrayFile:

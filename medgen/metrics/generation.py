@@ -146,7 +146,7 @@ def ms_ssim_diversity(images: Tensor, num_pairs: int = 1000, seed: int = 0) -> f
     above 80, three above 40, two above 20), their weights rescaled to a sum of 1: compare at equal size only.
 
     Args:
-        images: (N, C, H, W) in [0, 1], N > 1.
+        images: (N, C, H, W) in [0, 1], N > 1; a pair's value is the mean over its channels.
         num_pairs: pairs of two different images, drawn with replacement.
         seed: of the draw.
 
@@ -161,10 +161,12 @@ def ms_ssim_diversity(images: Tensor, num_pairs: int = 1000, seed: int = 0) -> f
     num_scales = max(1, sum((_SSIM_WINDOW - 1) * 2**scale < side for scale in range(len(_MS_SSIM_WEIGHTS))))
     weights = _MS_SSIM_WEIGHTS[:num_scales]
     betas = tuple(weight / sum(weights) for weight in weights)
+    channels = images.float().transpose(0, 1).unsqueeze(2)  # (C, N, 1, H, W)
     values = [
         multiscale_structural_similarity_index_measure(
-            images[a].float(), images[b].float(), data_range=1.0, betas=betas, reduction="none"
+            channel[a], channel[b], data_range=1.0, betas=betas, reduction="none"
         ).reshape(-1)
+        for channel in channels
         for a, b in torch.split(torch.stack([first, second]), _PAIRS_PER_BATCH, dim=1)
     ]
     return float(torch.cat(values).double().mean())

@@ -1,7 +1,8 @@
 """How close a reconstruction is to its original, and the classical mark to beat.
 
 Every measure here is per image; a split's value is the mean over its images, so a ragged last batch
-counts by its images and no more. Images are (B, C, H, W) float32 in [0, 1].
+counts by its images and no more. Images are (B, C, H, W) float32 in [0, 1]; SSIM and MS-SSIM are means over the
+channels.
 """
 
 from collections.abc import Iterable, Sequence

@@ -79,9 +79,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                 self.end_headers()
                 return
             self.send_response(206 if start else 200)
+            self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             self.wfile.write(content[start:])
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             pass

@@ -1,289 +1,236 @@
-"""Every readable kind of file gives the pixels that an independent reader gives, and every other a reason."""
+"""The door: names and first bytes tell what a file is; what is no image is named, without a word of its content."""
 
 import io
-import shutil
+import os
+import pickle
 import struct
-import zlib
+import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from medgen.data import images
-from medgen.data.images import UnreadableImage, decode, looks_like_image, mask_to_square, read_image, to_square
+from medgen.config import Preprocess
+from medgen.data.images import describe, inspect, kind_of, open_file, read_image
+from medgen.data.raw import UnreadableImage
+from medgen.data.signatures import NUM_BYTES, describe_start, kind_of_start
+from medgen.data.squares import to_square
 
-HEIGHT, WIDTH = 40, 30
-ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
-GREY = ((ROWS * 5 + COLUMNS * 2) % 256).astype(np.uint8)
-DEEP = (GREY.astype(np.uint16) * 257) ^ 21  # 16 bits whose low byte is not the high one
-RGB = np.dstack([GREY, GREY[::-1], 255 - GREY])
-ALPHA = (COLUMNS * 8).astype(np.uint8)
+GREY = np.arange(30 * 40, dtype=np.uint16).reshape(40, 30).astype(np.uint8)
+SECRET = b"Jane Doe, born 1970-01-01"
 
 
-def encode(image: Image.Image, format: str, **options: object) -> bytes:
+def encoded(format: str) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, format, **options)
+    Image.fromarray(GREY).save(stream, format)
     return stream.getvalue()
 
 
-def encode_opencv(suffix: str, pixels: np.ndarray) -> bytes:
-    done, data = cv2.imencode(suffix, pixels)
-    assert done
-    return data.tobytes()
+def zipped(member: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(member, SECRET)
+    return stream.getvalue()
 
 
-def luma(rgb: np.ndarray) -> np.ndarray:
-    return rgb.astype(np.float64) @ [0.299, 0.587, 0.114]
+PNG = encoded("PNG")
+DICOM = bytes(128) + b"DICM" + b"\2\0\0\0UL\4\0" + SECRET
+NIFTI = struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(200)
+NIFTI_2 = struct.pack(">i", 540) + b"n+2\0\r\n\x1a\n" + bytes(600)
+TAR = b"resnet.pth".ljust(257, b"\0") + b"ustar\0" + bytes(300)
+TEXT = "Müller, Jörg: Röntgen".encode()
+
+KINDS = [  # name, content, kind
+    ("a.png", PNG, "picture"),
+    ("a.JPEG", b"", "picture"),
+    ("a.Tiff", SECRET, "picture"),  # a promise; its reader says why it is broken
+    ("case_001_slice_0.nii.png", b"", "picture"),
+    ("a", PNG, "picture"),
+    ("a.dat", PNG, "picture"),
+    ("a.webp-day10", encoded("JPEG"), "picture"),
+    ("a", encoded("BMP"), "picture"),
+    ("a", encoded("TIFF"), "picture"),
+    ("a.DCM", b"", "dicom"),
+    ("IM-0001-0001.dicom", b"", "dicom"),
+    ("1.2.840.113619.2.5", DICOM, "dicom"),  # scanners name files by their numbers
+    ("IM000001", DICOM, "dicom"),
+    ("IM000001", b"II*\0" + DICOM[4:], "dicom"),  # a preamble that is a TIFF header too
+    ("IM000001", b"\x08\0\5\0CS\x0a\0ISO_IR 100", "dicom"),  # no preamble, explicit types
+    ("IM000001", b"\x08\0\5\0\x0a\0\0\0ISO_IR 100", "dicom"),  # and without them
+    ("a.nii", b"", "volume"),
+    ("sub-01_T1w.NII.GZ", b"", "volume"),
+    ("orig.mgz", b"", "volume"),
+    ("orig.mgh", b"", "volume"),
+    ("a.hdr", b"", "volume"),
+    ("a.vol", NIFTI, "volume"),
+    ("a", NIFTI_2, "volume"),
+    ("pneumoniamnist.npz", b"", "npz"),
+    ("t10k-images-idx3-ubyte.gz", b"", "idx"),
+    ("data_batch_1", b"", "cifar"),
+    ("test_batch", b"", "cifar"),
+]
+OTHERS = [  # name, content, description
+    ("a.img", NIFTI, "voxels without their header (.hdr)"),
+    ("t10k-labels-idx1-ubyte.gz", b"\x1f\x8b\x08\0", "labels without their pictures (images-idx3-ubyte)"),
+    ("notes.txt", b"BMI 22, " + SECRET, "a text file"),
+    ("notes.txt", TEXT, "a text file"),
+    ("notes.txt", TEXT.decode().encode("latin-1"), "a text file"),
+    ("notes.txt", TEXT.decode().encode("utf-16"), "a text file"),
+    ("notes.txt", ("x" * (NUM_BYTES - 1) + "ü").encode(), "a text file"),  # its last letter is cut by the bounded look
+    ("README", SECRET, "a text file"),
+    ("README.md", SECRET, "a text file"),
+    ("patients.csv", SECRET, "a table"),
+    ("patients.json", b'{"name": "Jane Doe"}', "a JSON file"),
+    ("a.ipynb", b'{"cells": []}', "a notebook"),
+    ("figure.svg", b"<svg/>", "an SVG drawing: convert it to PNG"),
+    ("weights.pth", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the picture itself"),
+    ("weights.pth", b"<!DOCTYPE html><title>Sign in</title>", "a web page (a failed download?)"),
+    ("weights.pth", zipped("archive/data.pkl"), "a torch checkpoint"),
+    ("weights.pth", TAR, "a torch checkpoint"),
+    ("model.h5", b"\x89HDF\r\n\x1a\n\0", "HDF5, such as weights of Keras"),
+    ("model.bin", b"\x89HDF\r\n\x1a\n\0", "HDF5, such as weights of Keras or MINC 2 (convert MINC with mnc2nii)"),
+    ("minc2.mnc", b"\x89HDF\r\n\x1a\n\0", "MINC: convert it with mnc2nii"),
+    ("minc1", b"CDF\1\0\0\0\0", "NetCDF, such as MINC: convert MINC with mnc2nii"),
+    ("data.pkl", pickle.dumps({"name": "Jane Doe"}), "a Python pickle, which is never opened"),
+    ("a.npy", b"\x93NUMPY\1\0", "a NumPy array: save it as an .npz of the MedMNIST layout"),
+    ("a.mat", b"MATLAB 5.0 MAT-file, Platform: GLNXA64\0", "a MATLAB file"),
+    ("a.nrrd", b"NRRD0004\ntype: short", "an NRRD volume: convert it to NIfTI"),
+    ("a.mha", b"ObjectType = Image\nNDims = 3", "a MetaImage volume: convert it to NIfTI"),
+    ("a.gif", encoded("GIF"), "a GIF picture: convert it to PNG"),
+    ("a.webp", encoded("WEBP"), "a WebP picture: convert it to PNG"),
+    ("a.jp2", encoded("JPEG2000"), "a JPEG 2000 picture: convert it to PNG"),
+    ("a.heic", b"\0\0\0\x18ftypheic", "a HEIC picture: convert it to PNG"),
+    ("a.mp4", b"\0\0\0\x18ftypisom", "a video"),
+    ("zipMR.gz", b"\x1f\x8b\x08\0", "a gzip archive: unpack it"),
+    ("chest.zip", zipped("a.png"), "a zip archive: unpack it"),
+    ("chest.tar", TAR, "a tar archive: unpack it"),
+    ("chest.7z", b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
+    ("paper.pdf", b"%PDF-1.7\n%" + SECRET, "a PDF document"),
+    ("Thumbs.db", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0", "folder settings of Windows"),
+    (".DS_Store", b"\0\0\0\1Bud1" + SECRET, "folder settings of macOS"),
+    ("._a", b"\0\5\x16\7\0\2\0\0", "attributes of a macOS file"),
+    ("empty", b"", "empty file"),
+    ("empty.csv", b"", "empty file"),
+    ("a.bin", bytes(range(256)), "no image format that is read here"),
+]
 
 
-TRANSPARENT = Image.fromarray(np.dstack([RGB, ALPHA]))
-ONE_BIT = Image.fromarray((GREY > 127).astype(np.uint8) * 255).convert("1")
-PALETTE = Image.fromarray(RGB).convert("P", palette=Image.Palette.ADAPTIVE)
-PALETTE_RGB = np.asarray(PALETTE.convert("RGB"))
-RGBA = luma(RGB) * ALPHA / 255
-
-LOSSLESS = {
-    "png grey": (encode(Image.fromarray(GREY), "PNG"), GREY, np.uint8, "L"),
-    "png 1 bit": (encode(ONE_BIT, "PNG"), (GREY > 127) * 255, np.uint8, "1"),
-    "png colour": (encode(Image.fromarray(RGB), "PNG"), luma(RGB), np.uint8, "RGB"),
-    "png palette": (encode(PALETTE, "PNG"), luma(PALETTE_RGB), np.uint8, "P"),
-    "png RGBA": (encode(TRANSPARENT, "PNG"), RGBA, np.uint8, "RGBA"),
-    "png LA": (encode(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)]), "PNG"),
-               GREY * (ALPHA / 255), np.uint8, "LA"),
-    "png transparent grey": (encode(Image.fromarray(GREY), "PNG", transparency=90), np.where(GREY == 90, 0, GREY),
-                             np.uint8, "L"),
-    "png 16 bit": (encode(Image.fromarray(DEEP), "PNG"), DEEP, np.uint16, "I;16"),
-    "png 16 bit colour": (encode_opencv(".png", np.dstack([DEEP, DEEP[::-1], DEEP // 2])),
-                          luma(np.dstack([DEEP // 2, DEEP[::-1], DEEP])), np.uint16, "RGB"),
-    "bmp grey": (encode(Image.fromarray(GREY), "BMP"), GREY, np.uint8, "L"),
-    "bmp 1 bit": (encode(ONE_BIT, "BMP"), (GREY > 127) * 255, np.uint8, "1"),
-    "bmp colour": (encode(Image.fromarray(RGB), "BMP"), luma(RGB), np.uint8, "RGB"),
-    "bmp palette": (encode(PALETTE, "BMP"), luma(PALETTE_RGB), np.uint8, "P"),
-    "tiff grey": (encode(Image.fromarray(GREY), "TIFF"), GREY, np.uint8, "L"),
-    "tiff lzw": (encode(Image.fromarray(RGB), "TIFF", compression="tiff_lzw"), luma(RGB), np.uint8, "RGB"),
-    "tiff 1 bit": (encode(ONE_BIT, "TIFF", compression="group4"), (GREY > 127) * 255, np.uint8, "1"),
-    "tiff palette": (encode(PALETTE, "TIFF"), luma(PALETTE_RGB), np.uint8, "P"),
-    "tiff RGBA": (encode(TRANSPARENT, "TIFF"), RGBA, np.uint8, "RGBA"),
-    "tiff 16 bit": (encode(Image.fromarray(DEEP), "TIFF"), DEEP, np.uint16, "I;16"),
-    "tiff 16 bit, 0 is white": (encode(Image.fromarray(DEEP), "TIFF", tiffinfo={262: 0}), 65535 - DEEP, np.uint16,
-                                "I;16"),
-    "tiff 16 bit colour": (encode_opencv(".tiff", np.dstack([DEEP, DEEP[::-1], DEEP // 2])),
-                           luma(np.dstack([DEEP // 2, DEEP[::-1], DEEP])), np.uint16, "RGB"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LOSSLESS)
-def test_lossless_files_give_their_pixels(name: str) -> None:
-    data, expected, dtype, mode = LOSSLESS[name]
-    raw = decode(data)
-    assert raw.pixels.dtype == dtype
-    assert raw.mode == mode
-    assert raw.size == (WIDTH, HEIGHT)
-    assert np.abs(raw.pixels - np.asarray(expected, np.float64)).max() <= (
-        1.0 if dtype == np.uint8 else 2.0
-    )  # of the luma's rounding
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_jpeg_is_near_pillows_reading(mode: str) -> None:
-    smooth = Image.fromarray(cv2.GaussianBlur(RGB, (0, 0), 4)).convert(mode)
-    data = encode(smooth, "JPEG", quality=95)
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB").convert("L"), np.int32)
-    assert np.abs(decode(data).pixels - expected).max() <= 2
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_once(format: str, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(Image.fromarray(cv2.GaussianBlur(GREY, (0, 0), 4)), format, exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), np.int32)
-    raw = decode(data)
-    assert raw.pixels.shape == expected.shape
-    assert np.abs(raw.pixels - expected).max() <= 1
-
-
-def test_deep_colour_tiff_orientation_is_applied_once() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    deep = encode(Image.fromarray(DEEP), "TIFF", exif=exif)
-    assert (decode(deep).pixels == np.rot90(DEEP, -1)).all()
-
-
-def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
-    path = tmp_path / "scan.JPG"
-    path.write_bytes(encode(Image.fromarray(GREY), "PNG"))
-    assert (read_image(path).pixels == GREY).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.PNG", b"", True),
-        ("a.Tiff", b"", True),
-        ("a", LOSSLESS["png grey"][0], True),
-        ("a.dat", LOSSLESS["png grey"][0], True),
-        ("a.txt", b"BM is how this text begins", False),
-        ("a.csv", b"path,label", False),
-        ("a", b"", False),
-    ],
-)
-def test_what_looks_like_an_image(tmp_path: Path, name: str, content: bytes, expected: bool) -> None:
+@pytest.mark.parametrize(("name", "content", "kind"), KINDS)
+def test_names_and_first_bytes_tell_the_kind(name: str, content: bytes, kind: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    assert looks_like_image(tmp_path / name) is expected
+    assert kind_of(tmp_path / name) == kind
 
 
-def test_alpha_that_was_never_set_is_ignored() -> None:
-    unset = np.dstack([RGB, np.zeros_like(ALPHA)])
-    assert np.abs(decode(encode(Image.fromarray(unset), "PNG")).pixels - luma(RGB)).max() <= 1.0
+@pytest.mark.parametrize(("name", "content", "description"), OTHERS)
+def test_what_is_no_image_is_named(name: str, content: bytes, description: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert kind_of(path) is None
+    assert describe(path).startswith(description)
+    for refused in (inspect, open_file, read_image):
+        with pytest.raises(UnreadableImage) as caught:
+            refused(path, Preprocess())  # type: ignore[operator]
+        assert str(caught.value) == describe(path)
 
 
-JPEG = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200), np.uint8)), "JPEG")
+def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
+    for name in ("pipe", "pipe.png", "pipe.dcm", "data_batch_1", "train"):
+        os.mkfifo(tmp_path / name)  # to open it would wait for its writer for ever
+    (tmp_path / "folder.nii").mkdir()
+    (tmp_path / "link.png").symlink_to("pipe")
+    for path in tmp_path.iterdir():
+        assert kind_of(path) is None, path
+        assert describe(path) == "not a regular file", path
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
-        (b"hello", "no PNG, JPEG, BMP or TIFF"),
-        (encode(Image.fromarray(GREY), "GIF"), "no PNG, JPEG, BMP or TIFF"),
-        (JPEG[: len(JPEG) // 2], "truncated"),
-        (LOSSLESS["png grey"][0][:60], "damaged|truncated"),
-        (LOSSLESS["tiff grey"][0][:600], "damaged"),
-        (LOSSLESS["bmp grey"][0][:1500], "truncated"),
-        (encode(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "pixels of kind 'F'"),
-        (encode(Image.fromarray(GREY.astype(np.int32) * 1000), "TIFF"), "expected 8 or 16 bits"),
-    ],
+def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    expected = {"gone": "a link that leads nowhere", "loop": "a link that leads nowhere"}
+    expected |= {"absent": "No such file or directory", "a" * 300: "File name too long"}
+    for name, reason in expected.items():
+        assert kind_of(tmp_path / name) is None
+        assert describe(tmp_path / name) == reason
+    for name in ("absent.png", "absent.txt"):  # one by its reader, one by the door
+        with pytest.raises(UnreadableImage, match=r"^No such file or directory$"):
+            read_image(tmp_path / name, Preprocess())
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "größe 図", "a\udcff", " ", "-rf", "%s{0}"])
+def test_any_name_has_a_kind_and_a_description(name: str, tmp_path: Path) -> None:
+    for suffix, content in ((".png", PNG), ("", PNG), (".txt", SECRET)):
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(content)
+        assert kind_of(path) == (None if suffix == ".txt" else "picture")
+        assert describe(path) in ("a text file", "a PNG, JPEG, BMP or TIFF picture")
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=200)
+@given(
+    mark=st.sampled_from([b"", *(content[:64] for _, content, _ in OTHERS if SECRET not in content)]),
+    rest=st.binary(max_size=NUM_BYTES),
 )
-def test_unreadable_files_give_a_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(UnreadableImage, match=reason):
-        decode(data)
+def test_a_description_never_repeats_content(mark: bytes, rest: bytes) -> None:
+    start = (mark + rest)[:NUM_BYTES]
+    assert kind_of_start(start) in (None, "picture", "dicom", "volume")
+    words = {describe_start(content[:NUM_BYTES]) for _, content, _ in OTHERS + KINDS}
+    found = describe_start(start)
+    assert found in words or found in KNOWN_WORDS
 
 
-def test_a_jpeg_that_lacks_only_its_end_marker_is_judged_by_its_pixels() -> None:
-    """Never a picture silently filled up with grey: whole, or a reason."""
-    try:
-        pixels = decode(JPEG[:-2]).pixels
-    except UnreadableImage:
-        return
-    assert (pixels == decode(JPEG).pixels).all()
+KNOWN_WORDS = {describe_start(mark) for mark in (b"BZh", b"\xff\x4f\xff\x51", PNG, DICOM, NIFTI)}
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [10_001, 100_000])
-def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
-    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    data = LOSSLESS["png grey"][0][:12] + header + struct.pack(">I", zlib.crc32(header)) + LOSSLESS["png grey"][0][33:]
-    with pytest.raises(UnreadableImage, match="more than 100 megapixels"):
-        decode(data)
-
-
-def test_a_missing_file_gives_a_reason(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableImage, match="No such file"):
-        read_image(tmp_path / "absent.png")
-
-
-@pytest.mark.parametrize(("side", "scale"), [(1023, 1), (1024, 2), (2047, 2), (2048, 4), (4096, 8)])
-def test_reduced_decode_keeps_enough_pixels(side: int, scale: int) -> None:
-    smooth = cv2.resize(GREY, (side, side), interpolation=cv2.INTER_CUBIC)
-    data = encode(Image.fromarray(smooth), "JPEG")
-    raw = decode(data, reduce_to=128)
-    assert raw.pixels.shape == (-(-side // scale), -(-side // scale))
-    assert raw.size == (side, side)  # of the file
-    assert (
-        np.abs(raw.pixels.astype(float) - cv2.resize(smooth, raw.pixels.shape, interpolation=cv2.INTER_AREA)).mean() < 1
-    )
-
-
-# squares
-
-
-def test_square_is_clahe_then_area_resize() -> None:
-    picture = np.asarray(np.random.default_rng(0).integers(0, 255, (96, 96)), np.uint8)
-    equalised = cv2.createCLAHE(2.0, (8, 8)).apply(picture)
-    expected = equalised.reshape(32, 3, 32, 3).mean(axis=(1, 3))  # what area resampling means
-    found = to_square(picture, 32, "squash", 2.0, 8)
-    assert found.dtype == np.uint8
-    assert np.abs(found - expected).max() <= 0.5 + 1e-9
-
-
-def test_pad_keeps_the_aspect_between_black_borders() -> None:
-    square = to_square(np.full((40, 80), 200, np.uint8), 32, "pad", 0.0, 8)
-    assert (square[:8] == 0).all()
-    assert (square[-8:] == 0).all()
-    assert (square[8:24] == 200).all()
-    assert (to_square(np.full((40, 80), 200, np.uint8), 32, "squash", 0.0, 8) == 200).all()
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (7, 5), (2, 2)])
-@pytest.mark.parametrize("fit", ["pad", "squash"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_any_shape_becomes_a_square(shape: tuple[int, int], fit: str, dtype: type) -> None:
-    square = to_square(np.full(shape, 100, dtype), 16, fit, 2.0, 8)  # type: ignore[arg-type]
-    assert square.shape == (16, 16)
-    assert square.dtype == np.uint8
-
-
-def test_16_bit_pictures_use_their_whole_range() -> None:
-    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    assert np.abs(to_square(ramp, 64, "pad", 0.0, 8) - ramp / 257).max() <= 0.5 + 1e-6
-    twelve_bits = ramp >> 4
-    assert np.abs(to_square(twelve_bits, 64, "pad", 0.0, 8) - ramp / 257.0).max() <= 1.0
-
-
-def test_clahe_means_the_same_at_16_bits_as_at_8() -> None:
-    """A contrast limit counts pixels a bin; with 65,536 bins it would be no limit and amplify noise."""
-    generator = np.random.default_rng(0)
-    smooth = cv2.GaussianBlur(generator.normal(0.5, 3.0, (512, 512)), (0, 0), 20).clip(0, 1)
-    noisy = (smooth * 60000 + generator.normal(0, 200, smooth.shape)).clip(0, 65535).astype(np.uint16)
-    at_16 = to_square(noisy, 64, "pad", 2.0, 8).astype(float)
-    at_8 = to_square((noisy >> 8).astype(np.uint8), 64, "pad", 2.0, 8)
-    assert np.abs(at_16 - at_8).mean() < 3.0
-
-
-@pytest.mark.parametrize("bright", [1, 255])
-def test_masks_are_0_and_1_and_lie_as_their_image(bright: int) -> None:
-    mask = np.zeros((40, 80), np.uint8)
-    mask[:, 40:] = bright
-    square = mask_to_square(mask, 32, "pad")
-    expected = np.zeros((32, 32), np.uint8)
-    expected[8:24, 16:] = 1
-    assert (square == expected).all()
-
-
-def test_smoothed_masks_are_cut_at_the_middle() -> None:
-    assert (mask_to_square(np.array([[0, 127, 128, 255]] * 4, np.uint8), 4, "pad") == [0, 0, 1, 1]).all()
-
-
-def test_a_mask_of_class_numbers_is_refused() -> None:
-    with pytest.raises(UnreadableImage, match="reach 3"):
-        mask_to_square(np.array([[0, 1, 2, 3]], np.uint8), 16, "pad")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_is_read_through_the_door(channels: int, tmp_path: Path) -> None:
+    (tmp_path / "a.JPG").write_bytes(PNG)  # the content decides how it is read
+    preprocess = Preprocess(channels=channels)  # type: ignore[arg-type]
+    assert list(inspect(tmp_path / "a.JPG", preprocess).indices) == [0]
+    assert (read_image(tmp_path / "a.JPG", preprocess).pixels == GREY).all()
 
 
 # real files
 
 
-def test_real_odd_files(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = shared_data("quirks")
-    for path in sorted(folder.rglob("*.*")):
-        if not path.is_file() or path.suffix.lower() not in images.SUFFIXES or path.parent.name == "lfs_pointer":
-            continue
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "P"):
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright)
-            expected = np.asarray(upright.convert("RGB").convert("L"), np.int32)
-        found = read_image(path).pixels
-        assert found.shape == expected.shape, path
-        assert np.abs(found - expected).mean() < 1.0, path
-    with pytest.raises(UnreadableImage, match="Git LFS"):
-        read_image(folder / "lfs_pointer" / "case_001_slice_0.nii.png")
-    shutil.copy(folder / "truncated_weights" / "resnet18-5c106cde.pth", tmp_path / "weights.png")
-    with pytest.raises(UnreadableImage):
-        read_image(tmp_path / "weights.png")
+@pytest.mark.parametrize(
+    ("folder", "name", "num_pictures"),
+    [
+        ("formats", "dicom/pydicom/CT_small.dcm", 1),
+        ("formats", "dicom/pydicom/SC_rgb_rle_2frame.dcm", 2),
+        ("formats", "nifti/nibabel/standard.nii.gz", 7),
+        ("formats", "torchxrayvision/16747_3_1.jpg", 1),
+        ("medmnist", "pneumoniamnist_balanced.npz", None),
+        ("mnist_idx", "t10k-images-idx3-ubyte.gz", 10_000),
+        ("cifar_format", "test_batch", None),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_format_is_read_through_the_door(
+    shared_data: Callable[[str], Path], folder: str, name: str, num_pictures: int | None, channels: int
+) -> None:
+    path, preprocess = shared_data(folder) / name, Preprocess(channels=channels)  # type: ignore[arg-type]
+    indices = inspect(path, preprocess).indices
+    assert num_pictures in (None, len(indices))
+    middle = read_image(path, preprocess)
+    with open_file(path, preprocess) as file:
+        assert (file.read(indices[len(indices) // 2]).pixels == middle.pixels).all()
+    assert middle.pixels.ndim == 2 or (channels == 3 and middle.pixels.shape[2] == 3)
+    assert to_square(middle.pixels, preprocess).shape == (channels, 64, 64)
+    with open_file(path, preprocess, mask=True) as file:
+        assert file.read(indices[0]).pixels.ndim == 2
+
+
+def test_every_real_file_has_a_kind_or_a_description(shared_data: Callable[[str], Path]) -> None:
+    for name, expected in {
+        "quirks": {"picture": 30, "folder settings of macOS": 1, "a torch checkpoint": 1, "a text file": 1},
+        "mnist_idx": {"idx": 1, "labels without their pictures (images-idx3-ubyte)": 2, "a text file": 1},
+        "cifar_format": {"cifar": 6, "a text file": 1},
+        "medmnist": {"npz": 1, "a text file": 1},
+    }.items():
+        files = [path for path in sorted(shared_data(name).rglob("*")) if path.is_file()]
+        assert Counter(kind_of(path) or describe(path) for path in files) == expected

@@ -23,8 +23,9 @@ def write(folder: Path, with_masks: bool = True) -> Path:
     with StoreWriter(folder, (1, SIZE, SIZE), with_masks) as writer:
         for split, label in ROWS:
             i = 0 if split is None else next(pictures)
-            row = {"path": f"{i}.png", "index": "0", "sha256": hashlib.sha256(bytes([i])).hexdigest(), "label": label,
-                   "patient": f"p{i}", "width": "20", "height": "30", "mode": "L", "mask": "" if i else "m.png"}  # fmt: skip
+            row = {"path": f"{i}.png", "index": "0", "sha256": hashlib.sha256(bytes([i])).hexdigest(),
+                   "label": label, "patient": f"p{i}", "width": "20", "height": "30", "mode": "L",
+                   "mask": "" if i else "m.png"}  # fmt: skip
             writer.add(IMAGES[i], None if i else MASK, row)
         writer.commit([split for split, _ in ROWS], REJECTED, {"image_size": SIZE}, "source")
     return folder

@@ -175,6 +175,14 @@ def test_diversity_uses_the_scales_that_fit(size: int, num_scales: int) -> None:
     assert generation.ms_ssim_diversity(images, num_pairs=3) == pytest.approx(float(expected), abs=1e-5)
 
 
+def test_diversity_of_colour_is_the_mean_of_its_channels() -> None:
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images[1:] = (images[1:] + images[:1]) / 2
+    images[:, 1] = images[:, 1] ** 2
+    channels = [generation.ms_ssim_diversity(images[:, channel : channel + 1], 20) for channel in range(3)]
+    assert generation.ms_ssim_diversity(images, 20) == pytest.approx(sum(channels) / 3, abs=1e-6)
+
+
 def test_diversity_tells_a_collapsed_set_from_a_varied_one() -> None:
     varied = torch.rand(30, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     collapsed = 0.1 * varied + 0.9 * varied[:1]

@@ -10,11 +10,13 @@ from torch import Tensor
 from medgen.metrics import latent, reconstruction
 
 
-def smooth(count: int, size: int, seed: int = 0) -> Tensor:
-    """Random images with structure at several scales, (count, 1, size, size) in [0, 1]."""
+def smooth(count: int, size: int, seed: int = 0, channels: int = 1) -> Tensor:
+    """Random images with structure at several scales, (count, channels, size, size) in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     layers = [
-        torch.nn.functional.interpolate(torch.rand(count, 1, side, side, generator=generator), size, mode="bilinear")
+        torch.nn.functional.interpolate(
+            torch.rand(count, channels, side, side, generator=generator), size, mode="bilinear"
+        )
         for side in (3, 8, size)
     ]
     return torch.stack(layers).mean(dim=0)
@@ -56,6 +58,18 @@ def test_ssim_is_the_papers() -> None:
     assert reconstruction.ssim(original, changed).item() == pytest.approx(np.mean(values), abs=1e-5)
 
 
+@pytest.mark.parametrize("measure", ["l1", "mse", "ssim", "ms_ssim"])
+def test_measures_of_colour_are_means_over_the_channels(measure: str) -> None:
+    original = smooth(2, 100, channels=3)
+    changed = noisy(original)
+    changed[:, 1] = changed[:, 1] ** 2
+    compare = getattr(reconstruction, measure)
+    channels = [compare(original[:, i : i + 1], changed[:, i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(compare(original, changed), torch.stack(channels).mean(dim=0))
+    together = reconstruction.compare([(original, changed)])
+    assert together[measure] == pytest.approx(torch.stack(channels).mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize(("size", "window"), [(176, 11), (161, 11), (128, 7), (97, 7), (96, None), (64, None)])
 def test_ms_ssim_takes_the_largest_window_that_fits(size: int, window: int | None) -> None:
     assert reconstruction.ms_ssim_window(size) == window
@@ -95,16 +109,20 @@ def test_no_images_is_an_error() -> None:
         reconstruction.compare([])
 
 
-@pytest.mark.parametrize(("num_train", "size"), [(40, 16), (300, 16)], ids=["fewer images", "more images than pixels"])
-def test_pca_mark_agrees_with_sklearn(num_train: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_train", "size", "channels"),
+    [(40, 16, 1), (300, 16, 1), (40, 16, 3)],
+    ids=["fewer images", "more images than pixels", "colour"],
+)
+def test_pca_mark_agrees_with_sklearn(num_train: int, size: int, channels: int) -> None:
     from sklearn.decomposition import PCA
 
-    train, test = (smooth(num_train, size), smooth(9, size, seed=1))
+    train, test = (smooth(num_train, size, 0, channels), smooth(9, size, 1, channels))
     train, test = (train * 255).round().to(torch.uint8), (test * 255).round().to(torch.uint8)
     scores = reconstruction.pca_ssim(train, test, [1, 5, 20, 10_000])
     flat_train, flat_test = (images.flatten(1).double().numpy() / 255 for images in (train, test))
     for count in (1, 5, 20, 10_000):
-        pca = PCA(min(count, num_train - 1, size * size), svd_solver="full").fit(flat_train)
+        pca = PCA(min(count, num_train - 1, channels * size * size), svd_solver="full").fit(flat_train)
         rebuilt = torch.from_numpy(pca.inverse_transform(pca.transform(flat_test))).clamp(0, 1).reshape(test.shape)
         expected = reconstruction.ssim(test.double() / 255, rebuilt).double().mean().item()
         assert scores[count] == pytest.approx(expected, abs=1e-5)
