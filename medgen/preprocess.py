@@ -15,7 +15,6 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medgen import config
 from medgen.config import Project
@@ -27,6 +26,7 @@ from medgen.data.raw import RawImage, UnreadableImage
 from medgen.data.reading import Read, hash_sources, read_all
 from medgen.data.squares import mask_to_square, to_square
 from medgen.errors import UserError
+from medgen.progress import counting_bar
 
 _ASPECT_TOLERANCE = 0.02  # a mask of another resolution may be rounded; one of another shape belongs elsewhere
 
@@ -102,7 +102,7 @@ def _build(
     with (
         store.StoreWriter(project.dataset, shape, with_masks) as writer,
         Facts(writer.building) as facts,
-        _progress(console) as progress,
+        counting_bar(console) as progress,
     ):
         task = progress.add_task("preprocess", total=len(records))
         for read in read_all(folder, records, preprocess, use, num_threads):
@@ -238,8 +238,3 @@ def _summary(current: store.Store, state: str) -> str:
     rejected = current.folder / store.REJECTED
     num_rejected = sum(1 for _ in store.read_csv(rejected, store.REJECTED_COLUMNS))
     return f"dataset {current.fingerprint} {state}: {' · '.join(parts)} · rejected {num_rejected}, see {rejected}"
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
