@@ -20,9 +20,9 @@ from medgen import config
 from medgen.config import Project
 from medgen.data import findings, layouts, splits, store
 from medgen.data.findings import Facts
+from medgen.data.formats.raw import RawImage, UnreadableImage
 from medgen.data.layouts import Listing, Record
 from medgen.data.likeness import thumbnail
-from medgen.data.raw import RawImage, UnreadableImage
 from medgen.data.reading import Read, hash_sources, read_all
 from medgen.data.squares import mask_to_square, to_square
 from medgen.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.data.raw import Pixels, UnreadableImage
+from medgen.data.formats.raw import Pixels, UnreadableImage
 
 _LIMITED_BIN = 16  # CLAHE's limit is a whole number of pixels a bin; below this its rounding would show
 
