@@ -23,9 +23,9 @@ from medgen.audit_report import Audit, make_page, print_tables, shown_records
 from medgen.config import Project
 from medgen.data import findings, images, layouts
 from medgen.data.findings import Facts, Findings
+from medgen.data.formats.raw import RawImage
 from medgen.data.layouts import Record
 from medgen.data.likeness import thumbnail
-from medgen.data.raw import RawImage
 from medgen.data.reading import read_all
 from medgen.errors import UserError
 from medgen.files import write_atomic

@@ -118,7 +118,7 @@ def print_tables(audit: Audit) -> None:
         shown.add_row(row.name, row.value, Text(row.detail))
     console.print(shown)
     for sentence in verdict(audit):
-        console.print(f"- {sentence}", markup=False)
+        console.print(f"- {sentence}", markup=False, soft_wrap=True)
 
 
 def shown_records(audit: Audit) -> list[Record]:
