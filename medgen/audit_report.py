@@ -92,7 +92,7 @@ def verdict(audit: Audit) -> list[str]:
     if found.outliers:
         said.append(f"{_count(found.outliers, 'image')} unlike the others: look below and remove what does not belong.")
     if found.blank:
-        said.append(f"{_count(found.blank, 'image')} with nothing on it.")
+        said.append(f"{_count(found.blank, 'image')} showing nothing.")
     if audit.unreadable:
         said.append(f"{_count(audit.unreadable, 'image')} that cannot be read; the reasons are below.")
     if found.imbalance is not None and found.imbalance >= _IMBALANCE:

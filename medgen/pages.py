@@ -14,7 +14,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
 table { border-collapse: collapse } td, th { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top }
-td { overflow-wrap: anywhere } td:first-child { min-width: 13rem }
+td { overflow-wrap: anywhere } td:first-child { min-width: 15rem }
 tr + tr td { border-top: 1px solid #ddd } .number { text-align: right; font-variant-numeric: tabular-nums }
 td.number { white-space: nowrap }
 img { max-width: 100%; height: auto } figure { margin: 1.5rem 0 }

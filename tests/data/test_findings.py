@@ -1,12 +1,9 @@
 """Findings: what is planted is found, each in its own list, and nothing else."""
 
-import csv
-import gzip
 import hashlib
 import json
 import tracemalloc
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from medgen.config import Data, Preprocess
-from medgen.data import layouts
 from medgen.data.findings import Facts, Findings, find, printable, summary_lines
 from medgen.data.layouts import Record
 from medgen.data.likeness import thumbnail
-from medgen.data.reading import Read, read_all
-
-Picture = tuple[str, NDArray[np.uint8]]
+from medgen.data.reading import Read
 
 
 def film(seed: int) -> NDArray[np.uint8]:
@@ -79,7 +72,7 @@ PLANTED = {
         {"near": [["004.png", "x.png"]], "leaks": 1},
     ),
     "brighter, under another label": (
-        (new(), (film(5) * 1.15).clip(0, 255).astype(np.uint8)),
+        (new(), (film(5) * 1.05).clip(0, 255).astype(np.uint8)),
         {"near": [["005.png", "x.png"]], "conflicts": [["005.png", "x.png"]]},
     ),
     "one patient's films alike": ((new(patient="patient5"), jpeg(film(5))), {}),
@@ -126,6 +119,20 @@ def test_several_copies_are_one_group(tmp_path: Path) -> None:
     assert found.near == []
 
 
+def test_one_of_each_split_and_label_stands_first_in_a_group(tmp_path: Path) -> None:
+    copies = [("a", "A", "train"), ("b", "A", "train"), ("c", "B", "train"), ("d", "B", "test")]
+    pictures = [(new(path=path, patient=path, label=label, split=split), film(60)) for path, label, split in copies]
+    assert [group.names for group in collect(tmp_path, pictures).exact] == [["a", "c", "d", "b"]]
+
+
+def test_leaks_are_said_in_words(tmp_path: Path) -> None:
+    planted = [(new(path="x.png"), film(4)), (new(path="y.png", patient="patient4"), film(60))]
+    assert collect(tmp_path, [*clean(), *planted]).leaks == [
+        "patient patient4, as 004.png, is in test (1) and train (1)",
+        "004.png and x.png are one picture, in test and train",
+    ]
+
+
 def test_findings_are_json_and_no_pictures_are_none(tmp_path: Path) -> None:
     for pictures in ([], [*clean(8), (new(), film(4))]):
         found = collect(tmp_path, pictures)
@@ -158,14 +165,3 @@ def test_a_picture_costs_few_bytes_of_memory_and_none_of_disk_in_the_end(tmp_pat
         assert sum(file.stat().st_size for file in (tmp_path / "scratch").iterdir()) <= len(records) * 64 * 64
     assert used < 200 * len(records)
     assert list((tmp_path / "scratch").iterdir()) == []
-
-
-def audit(folder: Path) -> tuple[Findings, layouts.Listing]:
-    preprocess = Preprocess(channels=3)
-    listing = layouts.scan(folder, Data(), preprocess)
-    pictures = read_all(folder, listing.records, preprocess, lambda _record, raw, _mask: thumbnail(raw.pixels))
-    with Facts(folder.parent / "nowhere") if False else Facts(_scratch(folder)) as facts:
-        for read in pictures:
-            if read.value is not None:
-                facts.add(read, read.value)
-        return find(facts, [record.split for record in facts.records]), listing
