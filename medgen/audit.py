@@ -27,6 +27,7 @@ from medgen.data.formats.raw import RawImage
 from medgen.data.layouts import Record
 from medgen.data.likeness import thumbnail
 from medgen.data.reading import read_all
+from medgen.data.squares import square_of_mask
 from medgen.errors import UserError
 from medgen.files import write_atomic
 from medgen.progress import counting_bar
@@ -72,15 +73,19 @@ def run(
 
 def _look(scratch: Path, folder: Path, data: config.Data, preprocess: config.Preprocess, console: Console) -> Audit:
     listing = layouts.scan(folder, data, preprocess)
-    records = [
-        replace(record, mask=None, split=record.split if data.splits == "given" else None) for record in listing.records
-    ]
+    records = [replace(record, split=record.split if data.splits == "given" else None) for record in listing.records]
+
+    def use(record: Record, raw: RawImage, mask: RawImage | None) -> NDArray[np.uint8]:
+        if mask is not None:
+            square_of_mask(mask, raw, str(record.mask), preprocess)  # for the reason, where it does not fit
+        return thumbnail(raw.pixels)
+
     unreadable: list[tuple[str, str]] = []
     left_out: list[tuple[str, str]] = []
     try:
         with Facts(scratch) as facts, counting_bar(console) as progress:
             task = progress.add_task("audit", total=len(records))
-            for read in read_all(folder, records, preprocess, lambda _record, raw, _mask: thumbnail(raw.pixels)):
+            for read in read_all(folder, records, preprocess, use):
                 if read.value is None:
                     (left_out if read.left_out else unreadable).append((read.record.name, read.reason))
                 else:
