@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen.config import Preprocess
-from medgen.data.pictures import PictureFile
+from medgen.data.formats.pictures import PictureFile
 from medgen.data.squares import to_square
 
 Squares = NDArray[np.uint8]  # (N, S, S)

@@ -171,6 +171,19 @@ def import_data(
     _call("data.importer", "import_folder", params, overrides, source=path)
 
 
+@data_app.command()
+def audit(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="A folder; without it, the project's data.")
+    ] = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look through images for leaks, duplicates, wrong labels, odd and broken files."""
+    _call("audit", "run", params, overrides, path=path, as_json=as_json)
+
+
 @data_app.command("list")
 def list_datasets() -> None:
     """Show the known datasets: what is in them, their licences and where they come from."""

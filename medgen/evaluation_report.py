@@ -1,15 +1,14 @@
 """What an evaluation leaves to read: a table in the terminal, and reports/index.html with the pictures in it."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from medgen.files import write_atomic
+from medgen.pages import bullets, figure, page, table
 
 PICTURES = {
     "samples.png": "New images, drawn through the prior",
@@ -18,14 +17,6 @@ PICTURES = {
     "loss.png": "Loss by epoch, linear and logarithmic",
     "ssim.png": "SSIM of the validation split by epoch",
 }
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
-table { border-collapse: collapse } td, th { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top }
-tr + tr td { border-top: 1px solid #ddd } .number { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100%; height: auto } figure { margin: 1.5rem 0 } figcaption { color: #666 }
-code { background: #f3f3f3; padding: .1rem .3rem }
-"""
 
 
 @dataclass(frozen=True)
@@ -100,13 +91,13 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
 
 def print_table(rows: Sequence[Row]) -> None:
     """The key numbers, for the terminal."""
-    table = Table(title="Evaluation on the test split", title_justify="left")
-    table.add_column("measure", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("beside it", overflow="fold")
+    shown = Table(title="Evaluation on the test split", title_justify="left")
+    shown.add_column("measure", no_wrap=True)
+    shown.add_column("value", justify="right", no_wrap=True)
+    shown.add_column("beside it", overflow="fold")
     for row in rows:
-        table.add_row(row.name, row.value, row.beside)
-    Console(highlight=False).print(table)
+        shown.add_row(row.name, row.value, row.beside)
+    Console(highlight=False).print(shown)
 
 
 def write_page(path: Path, facts: Mapping[str, str], rows: Sequence[Row], findings: Sequence[str]) -> None:
@@ -118,40 +109,22 @@ def write_page(path: Path, facts: Mapping[str, str], rows: Sequence[Row], findin
         rows: the key numbers.
         findings: sentences.
     """
-    trained = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in facts.items())
-    numbers = "".join(
-        f'<tr><td>{escape(row.name)}</td><td class="number">{escape(row.value)}</td>'
-        f"<td>{escape(row.beside)}</td><td>{escape(row.reading)}</td></tr>"
-        for row in rows
-    )
     pictures = "".join(
-        _figure(path.parent / "figures" / name, caption)
+        figure((path.parent / "figures" / name).read_bytes(), Path(name).suffix.removeprefix("."), caption)
         for name, caption in PICTURES.items()
         if (path.parent / "figures" / name).is_file()
     )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>medgen: evaluation</title><style>{_STYLE}</style></head><body>
-<h1>How good is the model?</h1>
-<ul>{"".join(f"<li>{escape(text)}</li>" for text in findings)}</ul>
+    head = ("measure", "value", "beside it", "how to read it")
+    numbers = table(head, [(row.name, row.value, row.beside, row.reading) for row in rows], numeric={1})
+    body = f"""<h1>How good is the model?</h1>
+{bullets(findings)}
 <h2>Key numbers, on the test split</h2>
-<table><tr><th>measure</th><th class="number">value</th><th>beside it</th><th>how to read it</th></tr>{numbers}</table>
+{numbers}
 <h2>Pictures</h2>{pictures}
-<h2>What was trained</h2><table>{trained}</table>
+<h2>What was trained</h2>{table((), facts.items())}
 <h2>What to look at next</h2>
 <ul><li><code>medgen ui</code> shows this run and the others, with curves and samples by epoch.</li>
 <li><code>medgen compare</code> puts runs side by side.</li>
 <li><code>medgen generate --n 25 --out outputs/new</code> makes more images.</li>
-<li><code>reports/metrics.json</code> has every number, <code>reports/provenance.json</code> their origin.</li></ul>
-</body></html>
-"""
-    write_atomic(path, page.encode())
-
-
-def _figure(path: Path, caption: str) -> str:
-    kind = path.suffix.removeprefix(".")
-    content = base64.b64encode(path.read_bytes()).decode()
-    text = escape(caption)
-    return (
-        f'<figure><img src="data:image/{kind};base64,{content}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-    )
+<li><code>reports/metrics.json</code> has every number, <code>reports/provenance.json</code> their origin.</li></ul>"""
+    write_atomic(path, page("medgen: evaluation", body))

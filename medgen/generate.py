@@ -18,8 +18,8 @@ from torch import Tensor
 
 from medgen import bundle
 from medgen.config import Preprocess, Project
+from medgen.data.formats.raw import UnreadableImage
 from medgen.data.images import read_image
-from medgen.data.raw import UnreadableImage
 from medgen.data.squares import to_square
 from medgen.distributed import pick_device
 from medgen.errors import UserError

@@ -15,20 +15,18 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medgen import config
 from medgen.config import Project
 from medgen.data import findings, layouts, splits, store
 from medgen.data.findings import Facts
+from medgen.data.formats.raw import RawImage
 from medgen.data.layouts import Listing, Record
 from medgen.data.likeness import thumbnail
-from medgen.data.raw import RawImage, UnreadableImage
 from medgen.data.reading import Read, hash_sources, read_all
-from medgen.data.squares import mask_to_square, to_square
+from medgen.data.squares import square_of_mask, to_square
 from medgen.errors import UserError
-
-_ASPECT_TOLERANCE = 0.02  # a mask of another resolution may be rounded; one of another shape belongs elsewhere
+from medgen.progress import counting_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +93,14 @@ def _build(
     def use(record: Record, raw: RawImage, mask: RawImage | None) -> _Picture:
         return _Picture(
             image=to_square(raw.pixels, preprocess),
-            mask=None if mask is None else _mask(mask, raw, record, preprocess),
+            mask=None if mask is None else square_of_mask(mask, raw, str(record.mask), preprocess),
             thumb=thumbnail(raw.pixels),
         )
 
     with (
         store.StoreWriter(project.dataset, shape, with_masks) as writer,
         Facts(writer.building) as facts,
-        _progress(console) as progress,
+        counting_bar(console) as progress,
     ):
         task = progress.add_task("preprocess", total=len(records))
         for read in read_all(folder, records, preprocess, use, num_threads):
@@ -151,7 +149,7 @@ def _decide(
     names: list[str | None] = [None] * len(records)
     for row, name in zip(kept, assigned, strict=True):
         names[row] = name
-    found = findings.find(facts, names)
+    found = findings.find(facts, names, dropped)
     for line in findings.summary_lines(found):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if found.leaks and data.leaks == "error":
@@ -172,16 +170,6 @@ def _drop(records: Sequence[Record], exact: Iterable[Sequence[int]]) -> Iterator
         else:
             first, *rest = sorted(group, key=lambda row: (order[records[row].split], row))
             yield from ((row, f"a duplicate of {records[first].name}") for row in rest)
-
-
-def _mask(mask: RawImage, image: RawImage, record: Record, preprocess: config.Preprocess) -> NDArray[np.uint8]:
-    (height, width), (image_height, image_width) = mask.pixels.shape[:2], image.pixels.shape[:2]
-    if abs(width / height / (image_width / image_height) - 1) > _ASPECT_TOLERANCE:
-        raise UnreadableImage(f"mask {record.mask} is {width} x {height}, the image {image.size[0]} x {image.size[1]}")
-    try:
-        return mask_to_square(mask.pixels, preprocess)
-    except UnreadableImage as error:
-        raise UnreadableImage(f"{record.mask}: {error}") from None
 
 
 class _Source:
@@ -238,8 +226,3 @@ def _summary(current: store.Store, state: str) -> str:
     rejected = current.folder / store.REJECTED
     num_rejected = sum(1 for _ in store.read_csv(rejected, store.REJECTED_COLUMNS))
     return f"dataset {current.fingerprint} {state}: {' · '.join(parts)} · rejected {num_rejected}, see {rejected}"
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)

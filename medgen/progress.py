@@ -1,16 +1,27 @@
-"""What a person sees while a model trains: a bar at a terminal, a line an epoch elsewhere."""
+"""What a person sees while they wait: pictures counted, or a model's training, epoch by epoch."""
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def counting_bar(console: Console) -> Progress:
+    """So many of so many, and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
 
 
 class Display:
-    """Loss terms, images per second and time left of a run of `total_epochs`, `epochs_done` of them behind it."""
+    """A training of `total_epochs`, `epochs_done` of them behind it: a bar at a terminal, a line an epoch elsewhere.
+
+    Both show loss terms and images per second; the bar also the time left.
+    """
 
     def __init__(self, epochs_done: int, total_epochs: int, is_main: bool) -> None:
         self.console = Console(quiet=not is_main)
@@ -43,7 +54,7 @@ class Display:
         """Of this epoch so far."""
         return self.num_images / max(time.monotonic() - self.started, 1e-9)
 
-    def step(self, epoch_fraction: float, num_images: int, terms: dict[str, Tensor]) -> None:
+    def step(self, epoch_fraction: float, num_images: int, terms: dict[str, "Tensor"]) -> None:
         """After each step; draws at most four times a second, as reading the terms waits for the device."""
         self.num_images += num_images
         now = time.monotonic()

@@ -27,6 +27,7 @@ COMMANDS = {
     "sync": {"--params", "--set"},
     "data sample": {"--params", "--set", "--seed", "--n"},
     "data import": {"--params", "--set"},
+    "data audit": {"--params", "--set", "--json"},
     "data list": set(),
     "data fetch": {"--params", "--set"},
     "weights list": set(),

@@ -155,12 +155,11 @@ def test_an_unconditional_prior_gets_no_captions(
 def test_unlabelled_images_are_judged_too(tmp_path: Path) -> None:
     project = Project(tmp_path)
     project.dataset.parent.mkdir()
-    images = (torch.rand(30, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8).numpy()
-    with StoreWriter(project.dataset, 32, with_masks=False) as writer:
+    images = (torch.rand(30, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8).numpy()
+    with StoreWriter(project.dataset, (1, 32, 32), with_masks=False) as writer:
         for i, image in enumerate(images):
-            split = "train" if i < 20 else "test"
-            writer.add(split, image, None, None, {"path": f"{i}.png", "patient": ""})
-        writer.commit([], {}, "")
+            writer.add(image, None, {"path": f"{i}.png", "patient": ""})
+        writer.commit(["train"] * 20 + ["test"] * 10, [], {}, "")
     metrics = evaluate.run(trained(project), evaluate=SMALL, tracking=OFF)
     assert set(metrics) == KEYS
 

@@ -30,12 +30,13 @@ def project(folder: Path, labels: list[str | None], num_val: int = 16) -> Projec
     random = np.random.default_rng(0)
     made = Project(folder)
     made.dataset.parent.mkdir(parents=True)
-    with StoreWriter(made.dataset, SIZE, with_masks=False) as writer:
-        for split, count in (("train", 64), ("val", num_val), ("test", 4)):
-            for i in range(count):
-                label = labels[i % len(labels)]
-                writer.add(split, tube(label, random), label, None, {"path": f"{split}/{i}.png", "patient": str(i)})
-        writer.commit([], {}, "")
+    splits = ["train"] * 64 + ["val"] * num_val + ["test"] * 4
+    with StoreWriter(made.dataset, (1, SIZE, SIZE), with_masks=False) as writer:
+        for i, split in enumerate(splits):
+            label = labels[i % len(labels)]
+            row = {"path": f"{split}/{i}.png", "patient": str(i), "label": label or ""}
+            writer.add(tube(label, random)[None], None, row)
+        writer.commit(splits, [], {}, "")
     return made
 
 

@@ -10,7 +10,7 @@ Rows are numbers of pictures in the order they were added.
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,16 +75,16 @@ class Facts:
 
     @cached_property
     def exact_groups(self) -> list[list[int]]:
-        """Rows of identical content, groups of two and more, by their first row."""
+        """Rows of identical content, groups of two and more, by their first row; blank ones are copies of nothing."""
         groups: dict[bytes, list[int]] = {}
-        for row in range(len(self)):
+        for row in np.flatnonzero(~self._is_blank).tolist():
             groups.setdefault(bytes(self._digests[32 * row : 32 * row + 32]), []).append(row)
         return [rows for rows in groups.values() if len(rows) > 1]
 
     @cached_property
     def near_pairs(self) -> list[Near]:
         """Rows of different patients that show one picture; of identical files the first stands for all."""
-        skip = likeness.is_blank(np.array(self._contrasts, np.float32))
+        skip = self._is_blank
         for group in self.exact_groups:
             skip[group[1:]] = True
         numbers: dict[str, int] = {}
@@ -95,12 +95,16 @@ class Facts:
     @cached_property
     def blank(self) -> list[int]:
         """Rows of pictures that show nothing."""
-        return [int(row) for row in np.flatnonzero(likeness.is_blank(np.array(self._contrasts, np.float32)))]
+        return [int(row) for row in np.flatnonzero(self._is_blank)]
 
     @cached_property
     def outliers(self) -> list[int]:
         """Rows of pictures that are not of the others' kind."""
         return likeness.outliers(self._thumbnails(), np.array(self._saturations, np.float32))
+
+    @property
+    def _is_blank(self) -> NDArray[np.bool_]:
+        return likeness.is_blank(np.array(self._contrasts, np.float32))
 
     def _thumbnails(self) -> NDArray[np.uint8]:
         self._file.flush()
@@ -135,7 +139,7 @@ class Parted:
 
 @dataclass(frozen=True)
 class Findings:
-    """What an audit found; every list is complete."""
+    """What an audit found; every list is complete but `near`, which ends at likeness.MAX_PAIRS."""
 
     num_images: int
     num_patients: int
@@ -179,16 +183,19 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the derived numbers."""
-        return asdict(self) | {"num_duplicates": self.num_duplicates, "imbalance": self.imbalance, "leaks": self.leaks}
+        derived = {"num_duplicates": self.num_duplicates, "imbalance": self.imbalance, "leaks": self.leaks}
+        return asdict(self) | derived | {"near_is_complete": len(self.near) < likeness.MAX_PAIRS}
 
 
-def find(facts: Facts, splits: Sequence[str | None]) -> Findings:
-    """All findings; `splits` is the split of each row, None where it has none."""
+def find(facts: Facts, splits: Sequence[str | None], dropped: Container[int] = ()) -> Findings:
+    """All findings; `splits` is the split of each row, None where it has none. `dropped` rows are in no group."""
     records, sizes = facts.records, facts.sizes
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     patients: dict[str, Counter[str]] = defaultdict(Counter)
     first: dict[str, str] = {}
-    for record, split in zip(records, splits, strict=True):
+    for row, (record, split) in enumerate(zip(records, splits, strict=True)):
+        if row in dropped:
+            continue
         counts[record.label or ""][split or ""] += 1
         patients[record.patient][split or ""] += 1
         first.setdefault(record.patient, record.name)
@@ -197,8 +204,10 @@ def find(facts: Facts, splits: Sequence[str | None]) -> Findings:
         for patient, where in sorted(patients.items())
         if len(where.keys() - {""}) > 1
     ]
-    exact = [_group(records, splits, rows) for rows in facts.exact_groups]
-    near = [_group(records, splits, pair[:2], pair.correlation) for pair in facts.near_pairs]
+    kept = [[row for row in rows if row not in dropped] for rows in facts.exact_groups]
+    exact = [_group(records, splits, rows) for rows in kept if len(rows) > 1]
+    pairs = [pair for pair in facts.near_pairs if pair.one not in dropped and pair.other not in dropped]
+    near = [_group(records, splits, pair[:2], pair.correlation) for pair in pairs]
     return Findings(
         num_images=len(facts),
         num_patients=len(patients),

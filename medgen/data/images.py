@@ -5,7 +5,7 @@ with open_file(path, preprocess) as file:
     raw = file.read(contents.indices[0])
 
 A format's module is imported when its first file comes. A new format is one module beside the others (see
-medgen/data/raw.py) and its lines here.
+medgen/data/formats/raw.py) and its lines here.
 """
 
 import os
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medgen.config import Preprocess
-from medgen.data.pictures import SUFFIXES
-from medgen.data.raw import Contents, ImageFile, RawImage, UnreadableImage
-from medgen.data.signatures import NUM_BYTES, TEXT, describe_start, kind_of_start
+from medgen.data.formats.pictures import SUFFIXES
+from medgen.data.formats.raw import Contents, ImageFile, RawImage, UnreadableImage
+from medgen.data.formats.signatures import NUM_BYTES, TEXT, describe_start, kind_of_start
 
 _KINDS = {
     **dict.fromkeys(SUFFIXES, "picture"),
@@ -55,7 +55,7 @@ def kind_of(path: Path) -> str | None:
         return kind
     if path.suffix.lower() == _VOXELS:
         return None
-    from medgen.data.arrays import is_cifar_batch
+    from medgen.data.formats.arrays import is_cifar_batch
 
     try:
         if is_cifar_batch(path):
@@ -68,7 +68,7 @@ def kind_of(path: Path) -> str | None:
 
 def describe(path: Path) -> str:
     """What a file is that `kind_of` does not know, in a few words; never its text."""
-    from medgen.data.arrays import is_idx_labels
+    from medgen.data.formats.arrays import is_idx_labels
 
     if _is_special(path):
         return "not a regular file"
@@ -126,28 +126,28 @@ class _Format:
 def _format_of(path: Path) -> _Format:
     match kind_of(path):
         case "picture":
-            from medgen.data import pictures
+            from medgen.data.formats import pictures
 
             return _Format(pictures.inspect, pictures.PictureFile)
         case "dicom":
-            from medgen.data import dicom
+            from medgen.data.formats import dicom
 
             return _Format(dicom.inspect, dicom.DicomFile)
         case "volume":
-            from medgen.data import nifti
+            from medgen.data.formats import nifti
 
             return _Format(nifti.inspect, nifti.VolumeFile)
         case None:
             raise UnreadableImage(describe(path))
         case kind:
-            from medgen.data import arrays
+            from medgen.data.formats import arrays
 
             files = {"npz": arrays.NpzFile, "idx": arrays.IdxFile, "cifar": arrays.CifarFile}
             return _Format(arrays.inspect, files[kind])
 
 
 def _kind_of_name(name: str) -> str | None:
-    from medgen.data.arrays import is_idx_images
+    from medgen.data.formats.arrays import is_idx_images
 
     if is_idx_images(name):
         return "idx"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from medgen import config
 from medgen.data import images, patients
+from medgen.data.formats.raw import Contents, UnreadableImage
 from medgen.data.manifest import MANIFEST, Row, read_manifest
 from medgen.data.masks import Pairs, folder_of
 from medgen.data.places import Place, Places
-from medgen.data.raw import Contents, UnreadableImage
 from medgen.data.walk import walk
 from medgen.errors import UserError
 

@@ -21,9 +21,9 @@ import cv2
 import numpy as np
 
 from medgen.config import Preprocess
+from medgen.data.formats.raw import ImageFile, LeftOut, RawImage, UnreadableImage
 from medgen.data.images import open_file
 from medgen.data.layouts import Record
-from medgen.data.raw import ImageFile, LeftOut, RawImage, UnreadableImage
 from medgen.files import hash_file
 from medgen.machine import num_cores
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.data.raw import Pixels, UnreadableImage
+from medgen.data.formats.raw import Pixels, RawImage, UnreadableImage
 
+_ASPECT_TOLERANCE = 0.02  # a mask of another resolution may be rounded; one of another shape belongs elsewhere
 _LIMITED_BIN = 16  # CLAHE's limit is a whole number of pixels a bin; below this its rounding would show
 
 
@@ -52,6 +53,21 @@ def mask_to_square(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
     binary = pixels > (0 if top <= 1 else full // 2)  # published masks are smoothed at the edge
     square: Any = _fit(binary.astype(np.uint8) * np.uint8(255), preprocess.image_size, preprocess.fit)
     return np.where(square > 127, np.uint8(1), np.uint8(0))[None]
+
+
+def square_of_mask(mask: RawImage, image: RawImage, name: str, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """As `mask_to_square`, of the mask file `name` that belongs to `image`.
+
+    Raises:
+        UnreadableImage: the mask has another shape than its image, or is none; `name` is in the reason.
+    """
+    (height, width), (image_height, image_width) = mask.pixels.shape[:2], image.pixels.shape[:2]
+    if abs(width / height / (image_width / image_height) - 1) > _ASPECT_TOLERANCE:
+        raise UnreadableImage(f"mask {name} is {width} x {height}, the image {image.size[0]} x {image.size[1]}")
+    try:
+        return mask_to_square(mask.pixels, preprocess)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{name}: {error}") from None
 
 
 def _equalise_luma(pixels: Any, clip: float, tiles: int) -> Any:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medgen.config import Preprocess
+from medgen.data.formats.raw import UnreadableImage
+from medgen.data.formats.signatures import NUM_BYTES, describe_start, kind_of_start
 from medgen.data.images import describe, inspect, kind_of, open_file, read_image
-from medgen.data.raw import UnreadableImage
-from medgen.data.signatures import NUM_BYTES, describe_start, kind_of_start
 from medgen.data.squares import to_square
 
 GREY = np.arange(30 * 40, dtype=np.uint16).reshape(40, 30).astype(np.uint8)

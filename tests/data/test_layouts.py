@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from medgen.config import Data, Preprocess
 from medgen.data import images, layouts
+from medgen.data.formats.raw import Contents, UnreadableImage
 from medgen.data.layouts import Listing, Record
-from medgen.data.raw import Contents, UnreadableImage
 from medgen.errors import UserError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medgen.config import Preprocess
-from medgen.data.raw import UnreadableImage
+from medgen.data.formats.raw import UnreadableImage
 from medgen.data.squares import mask_to_square, to_square
 
 

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medgen.config import Preprocess
-from medgen.data.codestreams import read_jpeg, read_jpeg_2000
-from medgen.data.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
-from medgen.data.shades import Shades, Stored, Table, Window, render
-from medgen.data.signatures import EMPTY, NUM_BYTES, describe_start
+from medgen.data.formats.codestreams import read_jpeg, read_jpeg_2000
+from medgen.data.formats.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
+from medgen.data.formats.shades import Shades, Stored, Table, Window, render
+from medgen.data.formats.signatures import EMPTY, NUM_BYTES, describe_start
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
 
 
 class DicomFile:
-    """A DICOM file, as `medgen.data.raw.ImageFile`.
+    """A DICOM file, as `medgen.data.formats.raw.ImageFile`.
 
     Grey values go through the file's modality and VOI transformations (PS3.3 C.11.1, C.11.2): the ends of its window
     become black and white; without a window the frame's smallest and largest value do. Padding is black. With `mask`,

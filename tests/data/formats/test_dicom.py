@@ -38,9 +38,9 @@ from pydicom.uid import (
 )
 
 from medgen.config import Preprocess
-from medgen.data import dicom
-from medgen.data.dicom import DicomFile, inspect
-from medgen.data.raw import RawImage, UnreadableImage
+from medgen.data.formats import dicom
+from medgen.data.formats.dicom import DicomFile, inspect
+from medgen.data.formats.raw import RawImage, UnreadableImage
 
 GREY, COLOUR = Preprocess(), Preprocess(channels=3)
 
@@ -622,9 +622,9 @@ BOMBS = """
 import resource, sys
 from pathlib import Path
 from medgen.config import Preprocess
-from medgen.data import dicom
-from medgen.data.dicom import DicomFile, inspect
-from medgen.data.raw import UnreadableImage
+from medgen.data.formats import dicom
+from medgen.data.formats.dicom import DicomFile, inspect
+from medgen.data.formats.raw import UnreadableImage
 DicomFile(Path(sys.argv[1]), Preprocess()).read(0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[2:]:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.data.raw import MAX_PIXELS, Contents, LeftOut, RawImage, UnreadableImage
+from medgen.data.formats.raw import MAX_PIXELS, Contents, LeftOut, RawImage, UnreadableImage
 
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # in X Y Z
 _MAX_VOXELS = 1 << 28  # of a frame: 512 x 512 x 1024, a long CT

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from medgen.config import Preprocess, Volume
-from medgen.data.nifti import VolumeFile, inspect
-from medgen.data.raw import LeftOut, RawImage, UnreadableImage
+from medgen.data.formats.nifti import VolumeFile, inspect
+from medgen.data.formats.raw import LeftOut, RawImage, UnreadableImage
 
 AXES = ("sagittal", "coronal", "axial")
 RANDOM = np.random.default_rng(0)

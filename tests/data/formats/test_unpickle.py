@@ -16,8 +16,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from medgen.data.raw import UnreadableImage
-from medgen.data.unpickle import load
+from medgen.data.formats.raw import UnreadableImage
+from medgen.data.formats.unpickle import load
 
 LIMIT = 2 << 20
 BATCH = {

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from medgen.data.raw import UnreadableImage
+from medgen.data.formats.raw import UnreadableImage
 
 _MAX_STEPS = 1 << 20  # a CIFAR-100 batch takes a fifth of it; each step makes at most one small object
 _MAX_LINE = 4096  # of a number or a name in protocol 0

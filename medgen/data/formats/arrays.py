@@ -36,8 +36,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.data import known, unpickle
-from medgen.data.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
+from medgen.data import known
+from medgen.data.formats import unpickle
+from medgen.data.formats.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
 
 _SPLITS = ("train", "val", "test")
 _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "t10k": "test", "test": "test"}

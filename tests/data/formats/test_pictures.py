@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from medgen.config import Preprocess
-from medgen.data.pictures import SUFFIXES, PictureFile, decode, inspect
-from medgen.data.raw import RawImage, UnreadableImage
+from medgen.data.formats.pictures import SUFFIXES, PictureFile, decode, inspect
+from medgen.data.formats.raw import RawImage, UnreadableImage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what Pillow says of damaged files; pytest resets our own filter
 

@@ -9,7 +9,7 @@ A decoder reserves memory for the size that the data claims, whatever the file a
 import struct
 from dataclasses import dataclass
 
-from medgen.data.raw import UnreadableImage
+from medgen.data.formats.raw import UnreadableImage
 
 _START, _END, _SCAN, _LS_PARAMETERS = 0xD8, 0xD9, 0xDA, 0xF8
 _FRAMES = {0xC0, 0xC1, 0xC3, 0xF7}  # baseline, extended sequential, lossless; JPEG-LS. DICOM allows no other

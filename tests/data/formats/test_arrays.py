@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medgen.config import Preprocess
-from medgen.data import arrays
-from medgen.data.arrays import CifarFile, IdxFile, NpzFile, inspect, is_cifar_batch, is_idx_images
-from medgen.data.raw import ImageFile, RawImage, UnreadableImage
+from medgen.data.formats import arrays
+from medgen.data.formats.arrays import CifarFile, IdxFile, NpzFile, inspect, is_cifar_batch, is_idx_images
+from medgen.data.formats.raw import ImageFile, RawImage, UnreadableImage
 
 GREY, COLOUR = Preprocess(), Preprocess(channels=3)
 RANDOM = np.random.default_rng(0)

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from medgen.config import Preprocess
-from medgen.data.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
-from medgen.data.signatures import EMPTY, LFS_POINTER, NUM_BYTES, describe_start, kind_of_start
+from medgen.data.formats.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
+from medgen.data.formats.signatures import EMPTY, LFS_POINTER, NUM_BYTES, describe_start, kind_of_start
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff"})
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "TIFF")  # Pillow knows dozens more, some of which start programs
@@ -53,7 +53,7 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
 
 
 class PictureFile:
-    """A file of one picture, as `medgen.data.raw.ImageFile`; of a mask with `mask`: grey, its values as they are."""
+    """A file of one picture, see `formats.raw.ImageFile`; of a mask with `mask`: grey, its values as they are."""
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self.path, self.preprocess, self.mask = path, preprocess, mask

@@ -1,0 +1,1 @@
+"""One module a file format; data/images.py chooses between them."""

@@ -1,0 +1,117 @@
+"""Nothing that names a patient leaves the raw files: not into the store, a log, a report or MLflow."""
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+from medgen import config, preprocess, train
+from medgen.config import Project
+from medgen.data import store
+from medgen.data.patients import write_salt
+
+PLANTED = {
+    "PatientName": "Bartholomew^Quizzical",
+    "PatientID": "MRN7734501",
+    "PatientBirthDate": "19520229",
+    "OtherPatientNames": "Quincy^Zanzibar",
+    "PatientAddress": "17 Elderberry Crescent",
+    "PatientComments": "afraid of lifts",
+    "StudyDescription": "follow-up for Quizzical",
+    "ReferringPhysicianName": "Doctor^Featherstonehaugh",
+    "InstitutionName": "Saint Swithin",
+    "AccessionNumber": "ACC90210",
+    "RequestedProcedureDescription": "whole body of evidence",
+}
+
+
+def write_dicom(path: Path, number: int, patient: int) -> None:
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    data = pydicom.Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    for name, value in PLANTED.items():
+        setattr(data, name, value)
+    data.PatientID = f"{PLANTED['PatientID']}{patient}"
+    data.Rows = data.Columns = 40
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
+    data.PixelData = np.random.default_rng(number).integers(0, 4096, (40, 40), np.uint16).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+@pytest.fixture
+def scanned(tmp_path: Path) -> Project:
+    """Twenty films of ten patients, and one that cannot be read."""
+    for number in range(20):
+        write_dicom(tmp_path / "data" / "AB"[number % 2] / f"film{number}.dcm", number, patient=number // 2)
+    broken = tmp_path / "data" / "A" / "broken.dcm"
+    write_dicom(broken, 20, patient=11)
+    broken.write_bytes(broken.read_bytes()[:-900])
+    return Project(tmp_path)
+
+
+def leaked(folder: Path, said: str) -> set[str]:
+    """The planted words that are anywhere outside data/: in a file's bytes or name, or on the terminal."""
+    words = {part for value in PLANTED.values() for part in value.replace("^", " ").split(" ") if len(part) > 5}
+    found = {word for word in words if word.lower() in said.lower()}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_relative_to(folder / "data"):
+            content = path.read_bytes().lower() + str(path).lower().encode()
+            forms = ("utf-8", "utf-16-le")
+            found |= {word for word in words if any(word.lower().encode(form) in content for form in forms)}
+    return found
+
+
+@pytest.mark.slow
+def test_no_identifier_reaches_an_output(scanned: Project, capfd: pytest.CaptureFixture[str]) -> None:
+    options = config.Preprocess(image_size=16, clahe_tiles=2, max_rejected=0.1, val_fraction=0.3)
+    dataset = preprocess.run(scanned, data=config.Data(leaks="error"), preprocess=options)
+    train.run(
+        scanned,
+        model=config.Model(base_channels=4, latent_size=8, latent_channels=2),
+        loss=config.Loss(weights=config.Weights(l1=1.0)),
+        train=config.Train(batch_size=4),
+        tracking=config.Tracking(system_metrics=False),
+    )
+    assert (scanned.root / "mlflow.db").stat().st_size > 0
+    rejected = list(store.read_csv(dataset.folder / store.REJECTED, store.REJECTED_COLUMNS))
+    assert [(row["path"], row["reason"]) for row in rejected] == [
+        ("A/broken.dcm", "damaged: the pixel data ends early")
+    ]
+    said = capfd.readouterr()
+    assert leaked(scanned.root, said.out + said.err) == set()
+
+
+def test_the_search_itself_finds_what_is_planted(scanned: Project) -> None:
+    (scanned.root / "note.bin").write_bytes(b"\0\1" + "afraid of LIFTS, Zanzibar".encode("utf-16-le"))
+    assert leaked(scanned.root, "Saint Swithin says") == {"afraid", "Zanzibar", "Swithin"}
+
+
+@pytest.mark.parametrize("salted", [False, True])
+def test_patients_are_told_apart_by_pseudonyms(scanned: Project, salted: bool) -> None:
+    if salted:
+        write_salt(scanned.root / "data")
+    options = config.Preprocess(image_size=16, clahe_tiles=2, max_rejected=0.1)
+    rows = [
+        row
+        for name in store.SPLITS
+        for row in preprocess.run(scanned, data=config.Data(), preprocess=options).split(name).rows()
+    ]
+    by_film = {int("".join(filter(str.isdigit, row["path"]))): row["patient"] for row in rows}
+    assert all((by_film[a] == by_film[b]) is (a // 2 == b // 2) for a in by_film for b in by_film)
+    assert all(len(patient) == 16 and int(patient, 16) >= 0 for patient in by_film.values())
+
+
+def test_ids_are_kept_only_where_that_is_asked_for(scanned: Project) -> None:
+    options = config.Preprocess(image_size=16, clahe_tiles=2, max_rejected=0.1)
+    dataset = preprocess.run(scanned, data=config.Data(keep_patient_ids=True), preprocess=options)
+    patients = {row["patient"] for name in store.SPLITS for row in dataset.split(name).rows()}
+    assert patients == {f"MRN7734501{patient}" for patient in range(10)}
