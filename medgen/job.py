@@ -81,13 +81,19 @@ class Job:
                 f"{project.dataset}: the val split is empty, and training is watched on it; "
                 "raise preprocess.val_fraction or bring more images"
             )
-        self.loader = Loader(
-            train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
-            train.horizontal_flip, train.subset,
-        )  # fmt: skip
-        self.validation = Loader(val_split, 2 * train.batch_size, world.device)
         torch.manual_seed(train.seed)
         self.model = build_model(model, self.store.image_shape, len(self.store.classes)).to(world.device)
+        with_masks = self.model.target == "mask"
+        if with_masks and train_split.masks is None:
+            raise UserError(
+                f"model.name: {model.name} learns masks, and {project.dataset} has none; expected masks beside the "
+                "images (docs/data.md), or another model"
+            )
+        self.loader = Loader(
+            train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
+            train.horizontal_flip, train.subset, with_masks,
+        )  # fmt: skip
+        self.validation = Loader(val_split, 2 * train.batch_size, world.device, with_masks=with_masks)
         self.model.to(memory_format=torch.channels_last)
         self.latent_numel = int(torch.Size(self.model.latent_shape).numel())
         self.objective = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
@@ -134,6 +140,13 @@ class Job:
         with self.autocast():
             output: ModelOutput = network(batch.image.contiguous(memory_format=torch.channels_last), batch.label)
         return output
+
+    def target(self, batch: Batch) -> Tensor:
+        """What the network's output is compared with: the images (B, C, H, W), or the masks (B, 1, H, W)."""
+        if self.model.target == "image":
+            return batch.image
+        assert batch.mask is not None, "the loader brings masks for a model that learns them"
+        return batch.mask
 
     def autocast(self) -> torch.autocast:
         """bf16 where the run uses it; a no-op in float32."""

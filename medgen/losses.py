@@ -113,6 +113,13 @@ IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+# what validation tells beside the loss, by what the model is trained towards; higher is better but for l1
+SCORES: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "image": {"l1": F.l1_loss, "ssim": lambda result, image: 1.0 - ssim_loss(result, image)},
+    "mask": {"dice": lambda result, mask: 1.0 - dice_loss((result > 0.5).float(), mask)},
+}
+
+
 def kl_per_number(latent: Latent) -> Tensor:
     """KL(q(z|x) ‖ N(0, I)) of every latent number, in nats: shape of the latent (Kingma & Welling 2014, B)."""
     assert latent.logvar is not None

@@ -7,13 +7,15 @@ torchrun --nproc-per-node 2 -m medgen train
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from medgen import guard, optim
 from medgen.config import Loss, Model, Phase, Project, Tracking, Train, Weights, seed_of
 from medgen.distributed import join
 from medgen.errors import NonFiniteError
 from medgen.job import Job, Meter
-from medgen.losses import IMAGE_TERMS
+from medgen.losses import SCORES
+from medgen.metrics.latent import codebook_use
 from medgen.progress import Display
 from medgen.tracking import Tracker, history
 from medgen.training_report import draw_epoch, write_report
@@ -52,7 +54,7 @@ def train_epoch(job: Job, phase: Phase, display: Display) -> bool:
         torch.manual_seed(seed_of(job.train.seed, state.position, job.world.rank))
         batch = job.loader.batch(state.position)
         output = job.forward(job.network, batch)
-        losses = job.objective(output, batch.image, weights, job.beta(phase))
+        losses = job.objective(output, job.target(batch), weights, job.beta(phase))
         job.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         norm = optim.clip_gradients(job.network.parameters(), job.train.clip_norm)
@@ -109,19 +111,21 @@ def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Displ
 
 @torch.no_grad()
 def validate(job: Job, weights: Weights) -> dict[str, float]:
-    """Mean over the whole validation split of deterministic reconstructions: loss (image terms), l1, ssim."""
+    """Over the whole validation split, without randomness: loss (image terms), and the scores of what was learnt."""
     job.model.eval()
-    sums = {"loss": 0.0, "l1": 0.0, "ssim": 0.0}
+    scores = {name: 0.0 for name in ("loss", *SCORES[job.model.target])}
+    codes: list[Tensor] = []
     for batch in job.validation.sequential():
         with job.autocast():
-            latent = job.model.encode(batch.image, batch.label)
-            reconstruction = job.model.decode(latent.mean, batch.label).float()
-        output = ModelOutput(reconstruction=reconstruction, latent=latent)
-        size = len(batch.image)
-        sums["loss"] += size * float(job.objective(output, batch.image, weights, 0.0).total)
-        sums["l1"] += size * float(IMAGE_TERMS["l1"](reconstruction, batch.image))
-        sums["ssim"] += size * (1.0 - float(IMAGE_TERMS["ssim"](reconstruction, batch.image)))
-    return {name: total / len(job.validation.images) for name, total in sums.items()}
+            output = job.model.predict(batch.image, batch.label)
+        result, target, size = output.reconstruction.float(), job.target(batch), len(batch.image)
+        scores["loss"] += size * float(job.objective(ModelOutput(result, output.latent), target, weights, 0.0).total)
+        for name, score in SCORES[job.model.target].items():
+            scores[name] += size * float(score(result, target))
+        if output.latent is not None and output.latent.codes is not None:
+            codes.append(output.latent.codes.cpu())
+    means = {name: total / len(job.validation.images) for name, total in scores.items()}
+    return means | (codebook_use(torch.cat(codes), job.params.num_codes) if codes else {})
 
 
 def recover(job: Job, phase: Phase, weights: Weights, bad: int) -> None:
@@ -132,7 +136,7 @@ def recover(job: Job, phase: Phase, weights: Weights, bad: int) -> None:
     batch = job.loader.batch(bad)
     job.model.train()
     # the guard skipped every update since: these are the weights that met the batch
-    losses = job.objective(job.forward(job.model, batch), batch.image, weights, job.beta(phase))
+    losses = job.objective(job.forward(job.model, batch), job.target(batch), weights, job.beta(phase))
     job.model.zero_grad(set_to_none=True)
     losses.total.backward()
     norms = guard.gradient_norms(job.model)

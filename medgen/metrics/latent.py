@@ -1,5 +1,6 @@
 """What the encoder makes of the data: how much it says, and in how many of its numbers."""
 
+import torch
 from torch import Tensor
 
 ACTIVE_VARIANCE = 0.01  # Burda et al.'s threshold
@@ -22,3 +23,15 @@ def active_units(means: Tensor) -> int:
     """
     variance = means.double().flatten(1).var(dim=0, correction=0)
     return int((variance > ACTIVE_VARIANCE).sum())
+
+
+def codebook_use(codes: Tensor, num_codes: int) -> dict[str, float]:
+    """How a split uses a codebook of K: code numbers (N, h, w) -> `codebook_usage`, the share of codes that occur, and
+    `codebook_perplexity`, the number of evenly used codes with as much entropy (1 to K).
+
+    Source: van den Oord et al.: Neural discrete representation learning, 2017.
+    """
+    counts = torch.bincount(codes.flatten(), minlength=num_codes).double()
+    shares = counts[counts > 0] / counts.sum()
+    entropy = -(shares * shares.log()).sum()
+    return {"codebook_usage": len(shares) / num_codes, "codebook_perplexity": float(entropy.exp())}

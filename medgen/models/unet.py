@@ -9,15 +9,21 @@ from torch import Tensor, nn
 
 from medgen.config import Model
 from medgen.errors import UserError
+from medgen.models.base import ImageModel
 from medgen.models.blocks import DoubleConv, double, halve
+from medgen.types import ModelOutput
 
 NUM_STAGES = 4  # halvings (Ronneberger et al.), fewer where the image has no more factors of two
 
 
-class UNet(nn.Module):
+class UNet(ImageModel):
     """Images (B, C, S, S) -> probabilities (B, K, S, S); K = 1 for a mask of 0 and 1, else the number of classes."""
 
-    def __init__(self, params: Model, image_shape: tuple[int, int, int], mask_classes: int = 2) -> None:
+    target = "mask"
+
+    def __init__(
+        self, params: Model, image_shape: tuple[int, int, int], num_classes: int, mask_classes: int = 2
+    ) -> None:
         super().__init__()
         num_stages = next((n for n in range(NUM_STAGES, 0, -1) if image_shape[1] % 2**n == 0), 0)
         if num_stages == 0:
@@ -31,8 +37,8 @@ class UNet(nn.Module):
         self.ups = nn.ModuleList(DoubleConv(2 * width, width) for width in channels[:-1])
         self.last = nn.Conv2d(channels[0], 1 if mask_classes == 2 else mask_classes, 1)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Images (B, C, S, S) -> probabilities (B, K, S, S), float32."""
+    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+        """Images (B, C, S, S) -> probabilities (B, K, S, S), float32, in the place of a reconstruction."""
         skips = [self.first(image)]
         for half, down in zip(self.halves, self.downs, strict=True):
             skips.append(down(half(skips[-1])))
@@ -40,4 +46,9 @@ class UNet(nn.Module):
         for doubled, up in zip(reversed(self.doubles), reversed(self.ups), strict=True):
             x = up(torch.cat([skips.pop(), doubled(x)], dim=1))
         logits = self.last(x).float()
-        return torch.sigmoid(logits) if self.mask_classes == 2 else torch.softmax(logits, dim=1)
+        probabilities = torch.sigmoid(logits) if self.mask_classes == 2 else torch.softmax(logits, dim=1)
+        return ModelOutput(reconstruction=probabilities, latent=None)
+
+    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+        """As forward: nothing in it is random."""
+        return self(image, label)  # type: ignore[no-any-return]
