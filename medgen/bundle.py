@@ -14,7 +14,7 @@ from medgen.config import Model, Preprocess
 from medgen.data.store import Store
 from medgen.errors import UserError
 from medgen.files import hash_file, write_folder
-from medgen.models import GenerativeModel, build_model
+from medgen.models import GenerativeModel, ImageModel, build_model
 from medgen.priors import Prior, load_prior
 
 SCHEMA = 1
@@ -39,7 +39,7 @@ class BundleInfo:
     schema: int = SCHEMA
 
 
-def save(folder: Path, model: GenerativeModel, info: BundleInfo) -> None:
+def save(folder: Path, model: ImageModel, info: BundleInfo) -> None:
     """Writes the bundle; it is whole or absent."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     text = json.dumps(TypeAdapter(BundleInfo).dump_python(info, mode="json"), indent=2) + "\n"
@@ -70,7 +70,7 @@ def load_info(folder: Path) -> BundleInfo:
     return info
 
 
-def load_for(store: Store, folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, BundleInfo]:
+def load_for(store: Store, folder: Path, device: torch.device | str = "cpu") -> tuple[ImageModel, BundleInfo]:
     """As `load`, for a model that must have been trained on this very store.
 
     Raises:
@@ -85,14 +85,14 @@ def load_for(store: Store, folder: Path, device: torch.device | str = "cpu") -> 
     return model, info
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, BundleInfo]:
+def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ImageModel, BundleInfo]:
     """The model in evaluation mode and its description.
 
     Raises:
         UserError: there is no bundle, or it is damaged.
     """
     info = load_info(folder)
-    model = build_model(info.model, info.image_shape, len(info.classes))
+    model = build_model(info.model, info.image_shape, len(info.classes), info.preprocess.mask_classes)
     path = folder / WEIGHTS
     try:
         model.load_state_dict(load_file(path))
@@ -103,6 +103,21 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeMo
     return model.to(device).eval(), info
 
 
+def load_generative(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, BundleInfo]:
+    """As `load`, for what only a model with a latent can do.
+
+    Raises:
+        UserError: there is no bundle, it is damaged, or its model makes no images.
+    """
+    model, info = load(folder, device)
+    if not isinstance(model, GenerativeModel):
+        raise UserError(
+            f"{folder / DESCRIPTION}: model.name {info.model.name} finds masks and makes no images; expected a model "
+            "with a latent, such as spatial_vae"
+        )
+    return model, info
+
+
 def load_with_prior(
     model_folder: Path, prior_folder: Path, device: torch.device | str = "cpu"
 ) -> tuple[GenerativeModel, BundleInfo, Prior]:
@@ -111,5 +126,5 @@ def load_with_prior(
     Raises:
         UserError: one of them is missing or damaged, or the prior was fitted to another model.
     """
-    model, info = load(model_folder, device)
+    model, info = load_generative(model_folder, device)
     return model, info, load_prior(prior_folder, digest(model_folder))

@@ -22,6 +22,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Grey = Annotated[int, Field(ge=0, le=65535)]
 Percentile = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
@@ -73,11 +74,23 @@ class Preprocess(Section):
     fit: Literal["pad", "squash"] = "pad"  # keep the aspect with black borders, or stretch
     clahe_clip: NonNegative = 2.0  # contrast limit of CLAHE; 0 leaves it out
     clahe_tiles: Count = 8  # CLAHE works on tiles x tiles regions
+    # grey value of each class in the mask files, class 0 first, such as [0, 85, 170, 255]; None: masks are on or off
+    mask_values: Annotated[tuple[Grey, ...], Field(min_length=2, max_length=256)] | None = None
     reduced_decode: bool = False  # decode JPEGs at 1/2, 1/4, 1/8 where the output is that much smaller
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.2  # only where the data brings no split of its own
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05  # a larger share of unreadable images stops the run
     seed: int = 0
+
+    @property
+    def mask_classes(self) -> int:
+        return 2 if self.mask_values is None else len(self.mask_values)
+
+    @model_validator(mode="after")
+    def _mask_values_differ(self) -> Self:
+        if self.mask_values is not None and len(set(self.mask_values)) != len(self.mask_values):
+            raise ValueError(f"mask_values must differ, found {list(self.mask_values)}")
+        return self
 
 
 class Features(Section):

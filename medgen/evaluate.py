@@ -1,4 +1,4 @@
-"""Judges the model on the test split: reconstructions, and new images drawn through the prior.
+"""Judges the model on the test split: reconstructions and new images drawn through the prior, or the masks it finds.
 
 medgen evaluate
 """
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medgen import bundle
+from medgen import bundle, segmentation_report
 from medgen.bundle import BundleInfo
 from medgen.config import Evaluate, Project, Tracking, seed_of
 from medgen.data.loader import Loader
 from medgen.data.store import Split, Store, open_store
 from medgen.distributed import pick_device
 from medgen.errors import UserError
-from medgen.evaluation_report import findings, key_numbers, print_table, write_page
+from medgen.evaluation_report import Row, findings, key_numbers, print_table, write_page
 from medgen.figures import write_grid, write_pairs
 from medgen.files import write_atomic
 from medgen.metrics import generation, latent, reconstruction
 from medgen.metrics.features import DomainExtractor, load_extractor
-from medgen.models import GenerativeModel
+from medgen.models import GenerativeModel, ImageModel
 from medgen.priors import Prior, load_prior, sample_images, tells_classes_apart
 from medgen.tracking import Tracker, history, lineage
 
@@ -69,30 +69,54 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     Raises:
         UserError: a part is missing or damaged, parts do not belong together, or a set is too small.
     """
-    subject = load(project, evaluate)
+    store, device = open_store(project.dataset), pick_device("auto")
+    model, info = bundle.load_for(store, project.model, device)
+    if not isinstance(model, GenerativeModel):
+        return judge_masks(project, store, model, info, evaluate, tracking)
+    subject = load(project, store, model, info, evaluate)
     metrics, reconstructions, pca = judge_reconstructions(subject)
     metrics |= judge_samples(subject)
     counts = subject.store.counts
     metrics |= {"run/num_train": counts["train"], "run/num_test": counts["test"]}
     metrics["run/num_generated"] = evaluate.num_generated
-    if broken := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
-        raise UserError(f"{project.model}: gives {', '.join(broken)} that are not finite; train the model again")
-    metrics = {name: float(f"{metrics[name]:.{SIGNIFICANT_DIGITS}g}") for name in sorted(metrics)}
+    metrics = rounded(project, metrics)
     write_json(project, "metrics.json", metrics)
-    write_json(project, "provenance.json", provenance(project, subject))
+    own = {"extractors": {"domain": {"sha256": subject.extractor_sha256}}, "prior": subject.prior.name}
+    write_json(project, "provenance.json", provenance(project, info, evaluate, device) | own)
     draw(project, subject, reconstructions)
     rows = key_numbers(metrics, pca, subject.num_latent)
     write_page(project.reports / "index.html", facts(subject), rows, findings(metrics))
-    record(project, subject, tracking, metrics)
+    record(project, info, evaluate, tracking, metrics)
     print_table(rows)
     return metrics
 
 
-def load(project: Project, evaluate: Evaluate) -> Subject:
-    """Opens all parts and refuses those that do not belong together."""
-    store = open_store(project.dataset)
-    device = pick_device("auto")
-    model, info = bundle.load_for(store, project.model, device)
+def judge_masks(
+    project: Project, store: Store, model: ImageModel, info: BundleInfo, params: Evaluate, tracking: Tracking
+) -> dict[str, float]:
+    """As `run`, for a model that finds masks."""
+    device = next(model.parameters()).device
+    found = segmentation_report.judge(store, model, device, params.batch_size)
+    metrics = rounded(project, found.metrics)
+    write_json(project, "metrics.json", metrics)
+    write_json(project, "provenance.json", provenance(project, info, params, device))
+    segmentation_report.draw(project.figures, found, params.grid_images)
+    rows = [Row(*cells) for cells in segmentation_report.key_numbers(metrics)]
+    write_page(
+        project.reports / "index.html",
+        described(store, info),
+        rows,
+        segmentation_report.findings(metrics),
+        segmentation_report.PICTURES,
+    )
+    record(project, info, params, tracking, metrics)
+    print_table(rows)
+    return metrics
+
+
+def load(project: Project, store: Store, model: GenerativeModel, info: BundleInfo, evaluate: Evaluate) -> Subject:
+    """Opens the other parts and refuses those that do not belong together."""
+    device = next(model.parameters()).device
     prior = load_prior(project.prior, bundle.digest(project.model))
     extractor, digest = load_extractor(project.features, store.fingerprint)
     for name in ("train", "test"):
@@ -186,6 +210,13 @@ def proportional_labels(frequencies: Tensor, n: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
 
+def rounded(project: Project, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics as they are written: sorted, of six digits, all finite."""
+    if broken := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
+        raise UserError(f"{project.model}: gives {', '.join(broken)} that are not finite; train the model again")
+    return {name: float(f"{metrics[name]:.{SIGNIFICANT_DIGITS}g}") for name in sorted(metrics)}
+
+
 def draw(project: Project, subject: Subject, reconstructions: Tensor) -> None:
     """Writes samples.png, as many of each class where there are classes, and reconstructions.png."""
     num_images, seed = subject.params.grid_images, seed_of(subject.params.seed, 1)
@@ -207,7 +238,15 @@ def draw(project: Project, subject: Subject, reconstructions: Tensor) -> None:
 
 def facts(subject: Subject) -> dict[str, str]:
     """What was trained, for the page: nothing in it changes from one identical run to the next."""
-    store, info = subject.store, subject.info
+    return described(subject.store, subject.info) | {
+        "latent": " x ".join(map(str, subject.model.latent_shape)),
+        "prior": subject.prior.name,
+        "extractor": f"domain, {subject.extractor_sha256[:12]}",
+    }
+
+
+def described(store: Store, info: BundleInfo) -> dict[str, str]:
+    """What is to be said of any model: data, run and settings."""
     counts = ", ".join(f"{count:,} {name}" for name, count in store.counts.items())
     sections = {"model": info.model, "preprocess": info.preprocess}
     settings = {f"{section}.{name}": str(value) for section, values in sections.items() for name, value in values}
@@ -216,23 +255,18 @@ def facts(subject: Subject) -> dict[str, str]:
         "classes": ", ".join(store.classes) or "none",
         "dataset": store.fingerprint,
         "run": info.run,
-        "latent": " x ".join(map(str, subject.model.latent_shape)),
-        "prior": subject.prior.name,
-        "extractor": f"domain, {subject.extractor_sha256[:12]}",
         **settings,
     }
 
 
-def provenance(project: Project, subject: Subject) -> dict[str, object]:
+def provenance(project: Project, info: BundleInfo, params: Evaluate, device: torch.device) -> dict[str, object]:
     """Where the numbers come from; unlike metrics.json it differs from machine to machine."""
     return {
-        "extractors": {"domain": {"sha256": subject.extractor_sha256}},
         "model": bundle.digest(project.model),
-        "dataset": subject.store.fingerprint,
-        "run": subject.info.run,
-        "prior": subject.prior.name,
-        "evaluate": subject.params.model_dump(mode="json"),
-        "lineage": lineage(project, subject.params, device=str(subject.device), precision="fp32"),
+        "dataset": info.dataset,
+        "run": info.run,
+        "evaluate": params.model_dump(mode="json"),
+        "lineage": lineage(project, params, device=str(device), precision="fp32"),
     }
 
 
@@ -242,12 +276,12 @@ def write_json(project: Project, name: str, content: Mapping[str, object]) -> No
     write_atomic(project.reports / name, f"{text}\n".encode())
 
 
-def record(project: Project, subject: Subject, tracking: Tracking, metrics: dict[str, float]) -> None:
+def record(project: Project, info: BundleInfo, params: Evaluate, tracking: Tracking, metrics: dict[str, float]) -> None:
     """Adds parameters, metrics, figures and reports to the record of the run that trained the model."""
-    scratch = project.runs / subject.info.run
-    with Tracker.open(scratch, tracking, project, subject.info.model.name) as tracker:
+    scratch = project.runs / info.run
+    with Tracker.open(scratch, tracking, project, info.model.name) as tracker:
         records = history(scratch)
-        tracker.params({"evaluate": subject.params})
+        tracker.params({"evaluate": params})
         tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
         for name in ("samples.png", "reconstructions.png"):
             tracker.artifact(project.figures / name, "figures")

@@ -100,7 +100,13 @@ def print_table(rows: Sequence[Row]) -> None:
     Console(highlight=False).print(shown)
 
 
-def write_page(path: Path, facts: Mapping[str, str], rows: Sequence[Row], findings: Sequence[str]) -> None:
+def write_page(
+    path: Path,
+    facts: Mapping[str, str],
+    rows: Sequence[Row],
+    findings: Sequence[str],
+    pictures: Mapping[str, str] = PICTURES,
+) -> None:
     """Writes one HTML page that needs no other file.
 
     Args:
@@ -108,10 +114,11 @@ def write_page(path: Path, facts: Mapping[str, str], rows: Sequence[Row], findin
         facts: what was trained, name -> text.
         rows: the key numbers.
         findings: sentences.
+        pictures: file name -> caption.
     """
-    pictures = "".join(
+    shown = "".join(
         figure((path.parent / "figures" / name).read_bytes(), Path(name).suffix.removeprefix("."), caption)
-        for name, caption in PICTURES.items()
+        for name, caption in pictures.items()
         if (path.parent / "figures" / name).is_file()
     )
     head = ("measure", "value", "beside it", "how to read it")
@@ -120,7 +127,7 @@ def write_page(path: Path, facts: Mapping[str, str], rows: Sequence[Row], findin
 {bullets(findings)}
 <h2>Key numbers, on the test split</h2>
 {numbers}
-<h2>Pictures</h2>{pictures}
+<h2>Pictures</h2>{shown}
 <h2>What was trained</h2>{table((), facts.items())}
 <h2>What to look at next</h2>
 <ul><li><code>medgen ui</code> shows this run and the others, with curves and samples by epoch.</li>

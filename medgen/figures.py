@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -96,22 +97,58 @@ def write_pairs(
     Raises:
         ValueError: the two differ in shape.
     """
-    above, below = _tiles(originals, scale), _tiles(reconstructions, scale)
-    if above.shape != below.shape:
-        raise ValueError(f"reconstructions: expected shape {above.shape}, found {below.shape}")
-    num_rows = math.ceil(len(above) / columns)
-    columns = math.ceil(len(above) / num_rows)  # rows of pairs about equally long
-    height, width = above.shape[1:3]
+    write_stacks(path, {"original": originals, "reconstruction": reconstructions}, columns, scale)
+
+
+def write_stacks(
+    path: Path, lines: Mapping[str, Tensor | npt.NDArray[Any]], columns: int = 8, scale: int | None = None
+) -> None:
+    """Writes pictures that belong together one under the other, `columns` stacks side by side, as one PNG.
+
+    Args:
+        path: the PNG; its folder is made.
+        lines: name -> images (N, C, H, W), from top to bottom, as `write_grid` takes them.
+        columns: stacks per row of stacks.
+        scale: whole factor of enlargement, as in `write_grid`.
+
+    Raises:
+        ValueError: the lines differ in shape.
+    """
+    tiled = {name: _tiles(images, scale) for name, images in lines.items()}
+    first = next(iter(tiled.values()))
+    for name, tiles in tiled.items():
+        if tiles.shape != first.shape:
+            raise ValueError(f"{name}s: expected shape {first.shape}, found {tiles.shape}")
+    num_rows = math.ceil(len(first) / columns)
+    columns = math.ceil(len(first) / num_rows)  # rows of stacks about equally long
+    height, width = first.shape[1:3]
     margin = _CAPTION_HEIGHT + _GAP
-    pitch = 2 * (height + _GAP) + 3 * _GAP  # rows of pairs stand a little apart
+    pitch = len(tiled) * (height + _GAP) + 3 * _GAP  # rows of stacks stand a little apart
     canvas = Image.new("RGB", (margin + columns * (width + _GAP), num_rows * pitch - 2 * _GAP), _PAPER)
     for row in range(num_rows):
-        for line, (name, tiles) in enumerate((("original", above), ("reconstruction", below))):
+        for line, (name, tiles) in enumerate(tiled.items()):
             top = _GAP + row * pitch + line * (height + _GAP)
             canvas.paste(_vertical_caption(name, height), (0, top))
             for column, tile in enumerate(tiles[row * columns : (row + 1) * columns]):
                 canvas.paste(Image.fromarray(tile), (margin + column * (width + _GAP), top))
     _write_png(path, canvas)
+
+
+def overlay(images: Tensor, true: Tensor, found: Tensor) -> Tensor:
+    """Images (N, C, H, W) uint8 tinted by masks of class numbers (N, H, W) -> (N, 3, H, W) floats in [0, 1].
+
+    Blue where the two agree on a class other than 0, red where `found` misses it, yellow where it has one that
+    `true` has not.
+    """
+    picture = images.float().expand(-1, 3, -1, -1) / 255.0
+    for chosen, colour in (
+        ((true > 0) & (found == true), (0, 114, 178)),
+        ((true > 0) & (found != true), (213, 94, 0)),
+        ((true == 0) & (found > 0), (240, 228, 66)),
+    ):
+        tinted = 0.55 * picture + 0.45 * torch.tensor(colour)[:, None, None] / 255.0
+        picture = torch.where(chosen[:, None], tinted, picture)
+    return picture
 
 
 def write_curves(

@@ -78,7 +78,7 @@ def reconstruct(project: Project, *, files: Sequence[Path], model: Path | None, 
     Raises:
         UserError: the model is missing, or files are unreadable; the others are done all the same.
     """
-    network, info = bundle.load((model or project.model.parent) / "model", pick_device("auto"))
+    network, info = bundle.load_generative((model or project.model.parent) / "model", pick_device("auto"))
     device = next(network.parameters()).device
     console = Console(highlight=False)
     rows: list[dict[str, str]] = []

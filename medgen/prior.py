@@ -3,6 +3,7 @@
 medgen prior
 """
 
+import json
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from medgen.config import Project, Tracking, unknown_name
 from medgen.data.loader import Loader
 from medgen.data.store import Split, open_store
 from medgen.distributed import pick_device
+from medgen.files import write_folder
 from medgen.models import GenerativeModel
 from medgen.priors import PRIORS, Prior, save_prior
 from medgen.priors.gmm import RARE
@@ -24,8 +26,10 @@ BATCH_SIZE = 64
 MAX_LATENT_NUMBERS = 1 << 28  # held at once, 1 GiB; of more, images spread over the split are used
 
 
-def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior:
+def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior | None:
     """Encodes the train split, fits the prior, writes artifacts/prior and records the fit in the model's run.
+
+    None for a model without a latent: what is written then says so, as DVC wants the folder.
 
     Raises:
         UserError: the store or the model is missing or damaged, they do not belong together, or the
@@ -35,6 +39,9 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior:
         raise unknown_name("prior.name", prior.name, PRIORS)
     store = open_store(project.dataset)
     model, info = bundle.load_for(store, project.model, pick_device("auto"))
+    if not isinstance(model, GenerativeModel):
+        write_none(project, info)
+        return None
     means, labels, variance = encode(model, store.split("train"))
     fitted = PRIORS[prior.name].fit(means, labels, len(store.classes), prior, variance)
     metrics = {"prior/train_log_likelihood": mean_log_likelihood(fitted, means, labels)}
@@ -45,6 +52,14 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior:
     record(project, info, prior, tracking, metrics)
     report(fitted, store.classes, metrics)
     return fitted
+
+
+def write_none(project: Project, info: BundleInfo) -> None:
+    """Writes a prior.json that says why there is no prior."""
+    reason = f"model.name {info.model.name} finds masks: it has no latent to draw from"
+    plain = {"name": None, "reason": reason, "model": bundle.digest(project.model)}
+    write_folder(project.prior, {"prior.json": (json.dumps(plain, indent=2) + "\n").encode()})
+    Console(highlight=False).print(f"no prior: {reason}", markup=False)
 
 
 @torch.no_grad()

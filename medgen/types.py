@@ -17,7 +17,7 @@ class Batch:
     image: Tensor  # (B, C, H, W) float32 in [0, 1]
     label: Tensor  # (B,) int64
     index: Tensor  # (B,) int64 on the CPU, row in the split, and so in its manifest
-    mask: Tensor | None = None  # (B, 1, H, W) float32, 0 or 1
+    mask: Tensor | None = None  # (B, 1, H, W) float32: class numbers, 0 or 1 where there are two
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class Loader:
     """Serves a split as batches on `device`.
 
     The images stay on the device where they fit into a quarter of its free memory; else they stay
-    in main memory and each batch travels. `subset` serves only that many, spread over the split.
+    in main memory and each batch travels. `subset` serves only that many, spread over the split; `with_masks`
+    those that have a mask, together with it.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class Loader:
         with_masks: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        total = len(split.images)
-        self.rows = np.unique(np.linspace(0, total - 1, min(subset or total, total)).astype(np.int64))
+        rows = split.masked_rows if with_masks else np.arange(len(split.images))
+        total = len(rows)
+        self.rows = rows[np.unique(np.linspace(0, total - 1, min(subset or total, total)).astype(np.int64))]
         self.images = _resident(split.images[self.rows], self.device)  # (N, C, H, W) uint8
         self.labels = torch.from_numpy(split.labels[self.rows]).to(self.images.device)
-        masks = split.masks if with_masks else None
+        masks = split.masks if with_masks else None  # (N, 1, H, W) uint8
         self.masks = None if masks is None else _resident(masks[self.rows], self.device)
         self.batch_size = min(batch_size, len(self.images))
         self.num_batches = len(self.images) // self.batch_size  # the ragged rest differs every epoch

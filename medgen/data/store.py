@@ -1,7 +1,7 @@
 """The preprocessed dataset on disk: uint8 arrays a program maps into memory, and what stands behind each row.
 
 artifacts/dataset/
-  train/ val/ test/   images.npy (N, C, H, W) uint8 · labels.npy (N,) int64 · masks.npy (N, 1, H, W) uint8 of 0/1
+  train/ val/ test/   images.npy (N, C, H, W) uint8 · labels.npy (N,) int64 · masks.npy (N, 1, H, W) uint8 of classes
   manifest.csv        row i of a split = array row i: source file, which picture of it, sha256, label, patient,
                       original size and mode
   rejected.csv        files and pictures that are not in it, and why
@@ -45,12 +45,19 @@ class Split:
     name: str
     images: NDArray[np.uint8]  # (N, C, H, W)
     labels: NDArray[np.int64]  # (N,), -1 where unlabelled
-    masks: NDArray[np.uint8] | None  # (N, 1, H, W) of 0 and 1; 0 throughout where manifest.csv names no mask
+    masks: NDArray[np.uint8] | None  # (N, 1, H, W) of class numbers, 0 and 1 for on and off; see `masked_rows`
     manifest: Path
 
     def rows(self) -> Iterator[dict[str, str]]:
         """manifest.csv's rows of this split, in the order of the arrays."""
         return (row for row in read_csv(self.manifest, COLUMNS) if row["split"] == self.name)
+
+    @property
+    def masked_rows(self) -> NDArray[np.int64]:
+        """Positions of the images that have a mask."""
+        if self.masks is None:
+            return np.zeros(0, np.int64)
+        return np.array([i for i, row in enumerate(self.rows()) if row["mask"]], dtype=np.int64)
 
     @property
     def paths(self) -> list[str]:
@@ -152,7 +159,7 @@ class StoreWriter:
         shutil.rmtree(self.building, ignore_errors=True)  # gone already after commit
 
     def add(self, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None, row: Mapping[str, str]) -> None:
-        """Appends an image (C, H, W), and a mask (1, H, W) of 0/1; `row` holds the manifest's columns but split."""
+        """Appends an image (C, H, W), and a mask (1, H, W) of classes; `row` holds the manifest's columns but split."""
         self._arrays["images"].append(image)
         if "masks" in self.shapes:
             self._arrays["masks"].append(np.zeros(self.shapes["masks"], np.uint8) if mask is None else mask)

@@ -1,31 +1,38 @@
 """The model zoo. A new family is one file, one line in MODELS, one recipe and one row in tests/models."""
 
-from collections.abc import Callable
+from typing import Any
 
 from medgen.config import Model, unknown_name
-from medgen.models.base import GenerativeModel
 from medgen.models.autoencoder import Autoencoder
+from medgen.models.base import GenerativeModel, ImageModel
 from medgen.models.spatial_vae import SpatialVAE
+from medgen.models.unet import UNet
 from medgen.models.vae import VAE, ConditionalVAE
 from medgen.models.vqvae import VQVAE
 
-__all__ = ["MODELS", "GenerativeModel", "build_model"]
+__all__ = ["MODELS", "GenerativeModel", "ImageModel", "build_model"]
 
-MODELS: dict[str, Callable[[Model, tuple[int, int, int], int], GenerativeModel]] = {
+MODELS: dict[str, type[ImageModel]] = {
     "autoencoder": Autoencoder,
     "vae": VAE,
     "cvae": ConditionalVAE,
     "spatial_vae": SpatialVAE,
     "vqvae": VQVAE,
+    "unet": UNet,
 }
 
 
-def build_model(params: Model, image_shape: tuple[int, int, int], num_classes: int) -> GenerativeModel:
-    """The model that `params.name` names, for images of `image_shape` (C, H, W).
+def build_model(
+    params: Model, image_shape: tuple[int, int, int], num_classes: int, mask_classes: int = 2
+) -> ImageModel:
+    """The model that `params.name` names, for images of `image_shape` (C, H, W) and masks of `mask_classes`.
 
     Raises:
         UserError: the name is unknown, or a size does not fit the images.
     """
     if params.name not in MODELS:
         raise unknown_name("model.name", params.name, MODELS)
-    return MODELS[params.name](params, image_shape, num_classes)
+    family: Any = MODELS[params.name]  # ImageModel, which is abstract, says nothing of how one is built
+    if family.target == "mask":
+        return family(params, image_shape, num_classes, mask_classes)  # type: ignore[no-any-return]
+    return family(params, image_shape, num_classes)  # type: ignore[no-any-return]

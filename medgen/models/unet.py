@@ -4,6 +4,8 @@ Down by max-pooling or strided convolution, up by transposed convolution or upsa
 connection at every size: `model.down` and `model.up`.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +34,8 @@ class UNet(ImageModel):
         self.mask_classes = mask_classes
         self.first = DoubleConv(image_shape[0], channels[0])
         self.halves = nn.ModuleList(halve(before, params.down) for before in channels[:-1])
-        self.downs = nn.ModuleList(DoubleConv(a, b) for a, b in zip(channels, channels[1:], strict=False))
-        self.doubles = nn.ModuleList(double(b, a, params.up) for a, b in zip(channels, channels[1:], strict=False))
+        self.downs = nn.ModuleList(DoubleConv(a, b) for a, b in pairwise(channels))
+        self.doubles = nn.ModuleList(double(b, a, params.up) for a, b in pairwise(channels))
         self.ups = nn.ModuleList(DoubleConv(2 * width, width) for width in channels[:-1])
         self.last = nn.Conv2d(channels[0], 1 if mask_classes == 2 else mask_classes, 1)
 

@@ -1,0 +1,35 @@
+"""How well predicted masks lie on true ones.
+
+Shapes: B images, K classes (2 for a mask of 0 and 1), H W height and width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def decide(probabilities: Tensor) -> Tensor:
+    """Probabilities (B, 1, H, W) of 1, or (B, K, H, W) of each class -> class numbers (B, H, W) int64."""
+    return (probabilities[:, 0] > 0.5).long() if probabilities.shape[1] == 1 else probabilities.argmax(dim=1)
+
+
+def dice_and_iou(predicted: Tensor, true: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Dice (B, K) and intersection over union (B, K) of class numbers (B, H, W), each image for itself.
+
+    2·|A ∩ B| / (|A| + |B|) (Dice 1945) and |A ∩ B| / |A ∪ B| (Jaccard 1901). NaN where an image has the class in
+    neither mask: there is nothing to find, and to call that perfect would lift the mean.
+    """
+    a, b = (F.one_hot(mask, num_classes).flatten(1, 2).double() for mask in (predicted, true))  # (B, H·W, K)
+    overlap, total = (a * b).sum(1), (a + b).sum(1)
+    return 2.0 * overlap / total, overlap / (total - overlap)  # 0 / 0 is NaN
+
+
+def class_means(scores: Tensor) -> Tensor:
+    """Scores (N, K) -> mean over the images that have the class (K,); NaN where none has it."""
+    return torch.nanmean(scores, dim=0)
+
+
+def commonest_class(masks: Tensor, num_classes: int) -> Tensor:
+    """The class (H, W) that most of the masks (N, H, W) have at each place: the best guess without the image."""
+    counts = torch.stack([(masks == number).sum(0) for number in range(num_classes)])
+    return counts.argmax(dim=0)
