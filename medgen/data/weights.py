@@ -39,6 +39,12 @@ WEIGHTS = {
         size=553_433_881,
         use="perceptual loss (torchvision, ImageNet, BSD-3-Clause)",
     ),
+    "inception": Weight(
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        size=95_628_359,
+        use="Inception Score, FID (torch-fidelity, ImageNet, Apache-2.0)",
+    ),
 }
 
 
@@ -68,14 +74,24 @@ def weights_path(name: str) -> Path:
     return path
 
 
-def verify_weights(name: str) -> Path:
-    """Checks weights against their SHA-256, prints the outcome and returns the file.
+def checked_weights(name: str) -> Path:
+    """The file of known weights on this machine, after a look at its SHA-256. Never downloads.
 
     Raises:
         UserError: as `weights_path`, or the hash differs.
     """
     path = weights_path(name)
     check(path, WEIGHTS[name].sha256)
+    return path
+
+
+def verify_weights(name: str) -> Path:
+    """Checks weights against their SHA-256, prints the outcome and returns the file.
+
+    Raises:
+        UserError: as `checked_weights`.
+    """
+    path = checked_weights(name)
     Console().print(f"{name}: {path} is whole (SHA-256 {WEIGHTS[name].sha256[:12]}…)", soft_wrap=True, highlight=False)
     return path
 

@@ -51,8 +51,21 @@ def test_damaged_weights_are_noticed(known: Path) -> None:
     with pytest.raises(UserError, match="307199 bytes; expected 307200"):
         weights.weights_path("small")
     known.write_bytes(CONTENT[:-1] + b"x")
-    with pytest.raises(UserError, match="SHA-256"):
-        weights.verify_weights("small")
+    for look in (weights.checked_weights, weights.verify_weights):
+        with pytest.raises(UserError, match="SHA-256"):
+            look("small")
+
+
+@pytest.mark.parametrize("name", sorted(weights.WEIGHTS))
+def test_a_machine_without_network_is_told_what_to_bring_and_where(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MEDGEN_WEIGHTS", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        weights.checked_weights(name)
+    weight = weights.WEIGHTS[name]
+    for hint in (f"medgen weights fetch {name}", weight.url, str(tmp_path / weight.file), "MEDGEN_WEIGHTS"):
+        assert hint in str(error.value)
 
 
 def test_an_unknown_name_lists_the_known() -> None:
