@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medgen.errors import NonFiniteError, UserError
+from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 
 if TYPE_CHECKING:
     from medgen.config import Project
@@ -46,7 +46,7 @@ def main() -> None:
     """Runs the command line; see docs/contract.md for the exit codes."""
     try:
         app()
-    except (UserError, NonFiniteError) as error:
+    except (UserError, NonFiniteError, TrainingInterrupted) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -1,6 +1,8 @@
 """One process or many: `torchrun --nproc-per-node 2 -m medgen train`, the same under Slurm."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +45,37 @@ class World:
         """Waits for the others."""
         if self.size > 1:
             dist.barrier()
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop; it is noticed between two steps, so that nothing is left half done.
+
+    SIGTERM and SIGUSR1 come from a cluster that takes its machine back. Ctrl-C asks too; a second one stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None  # the one that asked
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes these signals instead of dying of them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python hands signals to the main thread alone
+            return
+        numbers = [signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            numbers.append(signal.SIGINT)  # a shell's background job ignores Ctrl-C and goes on doing so
+        earlier = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
 
 
 @contextmanager

@@ -27,3 +27,9 @@ class NonFiniteError(Exception):
         self.phase = phase
         self.term = term
         self.forensics = forensics
+
+
+class TrainingInterrupted(Exception):
+    """A signal asked the training to stop, and it did with all it has saved: exit code 5, the same command goes on."""
+
+    exit_code = 5

@@ -1,6 +1,7 @@
 """A training's whole state: built from the parameters, saved, resumed, rolled back, exported."""
 
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,8 @@ from medgen.config import Loss, Model, Phase, Project, Tracking, Train, fingerpr
 from medgen.data.loader import Loader
 from medgen.data.store import open_store
 from medgen.data.weights import weights_path
-from medgen.distributed import World, pick_precision
-from medgen.errors import UserError
+from medgen.distributed import StopRequest, World, pick_precision
+from medgen.errors import TrainingInterrupted, UserError
 from medgen.guard import Guard
 from medgen.losses import Objective, beta_at
 from medgen.models import build_model
@@ -101,6 +102,7 @@ class Job:
         self.precision = pick_precision(train.precision, world.device)
         self.average = optim.AveragedWeights(self.model, train.ema_decay) if train.ema_decay else None
         self.guard = Guard(world.device, world.any)
+        self.stop = StopRequest()
         self.fingerprint = run_fingerprint(self.store.fingerprint, model, loss, train)
         self.scratch = project.runs / self.fingerprint
         self.state = State()
@@ -176,6 +178,26 @@ class Job:
     def save_is_due(self) -> bool:
         """Whether the last checkpoint is old enough; only asked of a single process, whose clock is its own."""
         return self.world.size == 1 and time.monotonic() - self._saved_at > self.train.checkpoint_seconds
+
+    def stop_is_due(self) -> bool:
+        """Whether a signal asked to stop, the same answer in all processes: one that stopped alone would leave the
+        others waiting. They agree as often as the guard looks, since this too waits for the device.
+        """
+        asked = self.stop.signal is not None
+        if self.world.size == 1:
+            return asked
+        if self.state.position % self.guard.read_every:
+            return False
+        return bool(self.world.any(torch.tensor(float(asked), device=self.world.device)))
+
+    def interruption(self) -> BaseException:
+        """What ends a training that was asked to stop and has saved: Ctrl-C is the interrupt it always was."""
+        if self.stop.signal == signal.SIGINT:
+            return KeyboardInterrupt()
+        asked = "another process" if self.stop.signal is None else signal.Signals(self.stop.signal).name
+        return TrainingInterrupted(
+            f"training stopped by {asked} after step {self.state.position} and saved; the same command goes on"
+        )
 
     def save(self) -> None:
         """Replaces the checkpoint."""

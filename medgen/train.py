@@ -28,10 +28,11 @@ def run(project: Project, *, model: Model, loss: Loss, train: Train, tracking: T
     Raises:
         UserError: the store, a parameter or the weights of the perceptual term are missing or wrong.
         NonFiniteError: a loss or gradient was not finite and the policy gives up.
+        TrainingInterrupted: SIGTERM or SIGUSR1 asked to stop; the checkpoint holds all that was done.
     """
     with join(train.device) as world:
         job = Job(project, world, model, loss, train)
-        with job.record(tracking) as tracker:
+        with job.record(tracking) as tracker, job.stop.listening():
             job.resume()
             with Display(job.epochs_done, job.total_epochs, world.is_main) as display:
                 while (phase := job.phase()) is not None:
@@ -68,14 +69,17 @@ def train_epoch(job: Job, phase: Phase, display: Display) -> bool:
         state.step += 1
         state.position += 1
 
-        save_now = job.save_is_due()
+        stop = job.stop_is_due()
+        save_now = stop or job.save_is_due()
         bad = job.guard.read(state.position, force=save_now or state.step == job.loader.num_batches)
         if bad is not None:
             recover(job, phase, weights, bad)
             return False
         if save_now:
-            state.sums = meter.sums()
+            state.sums = job.world.mean_of(meter.sums())  # all processes will take up the main one's
             job.save()
+        if stop:
+            raise job.interruption()
         display.step(state.step / job.loader.num_batches, len(batch.image) * job.world.size, losses.terms)
     state.sums = meter.sums()
     return True

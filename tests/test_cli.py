@@ -9,7 +9,7 @@ import typer
 
 from medgen import cli
 from medgen.config import Params
-from medgen.errors import NonFiniteError, UserError
+from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 
 # Frozen on purpose: a new option needs a reason why `--set key=value` does not serve.
 COMMANDS = {
@@ -137,6 +137,7 @@ def test_a_mistake_is_one_clear_message_and_exit_code_2(medgen, tmp_path, name, 
     [
         (UserError("a: b"), 2),
         (NonFiniteError("stopped", step=3, phase="a", term="kl", forensics=None), 4),
+        (TrainingInterrupted("stopped"), 5),
     ],
 )
 def test_errors_become_exit_codes(monkeypatch, medgen, error, code):

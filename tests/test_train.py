@@ -16,10 +16,11 @@ from medgen import bundle, checkpoint, train
 from medgen.config import Beta, Loss, Model, Phase, Schedule, Tracking, Train, Weights
 from medgen.data.loader import Loader
 from medgen.data.store import open_store
-from medgen.errors import NonFiniteError, UserError
+from medgen.distributed import StopRequest
+from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 from medgen.job import run_fingerprint
 from medgen.models.spatial_vae import SpatialVAE
-from medgen.tracking import history
+from medgen.tracking import history, read_run
 
 SMALL = Model(base_channels=8, latent_size=8, latent_channels=4)
 OFF = Tracking(enabled=False)
@@ -131,6 +132,41 @@ def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_project, f
     ).read_bytes()
     assert (tiny_project.reports / "curves.csv").read_bytes() == (reference.reports / "curves.csv").read_bytes()
     assert strip(history(tiny_project.runs / scratch.name)) == strip(history(scratch))
+
+
+def test_a_training_asked_to_stop_saves_its_last_step_and_ends_as_if_it_had_not_been(
+    tiny_project, finished, monkeypatch
+):
+    """By signals of a cluster and by Ctrl-C, in the middle of epochs and at one's last step."""
+    reference, scratch = finished
+    last_of_epoch = open_store(tiny_project.dataset).counts["train"] // TRAIN.batch_size - 1
+    asked = {1: signal.SIGUSR1, last_of_epoch: signal.SIGTERM, 2 * last_of_epoch: signal.SIGINT}
+    before = [signal.getsignal(number) for number in asked.values()]
+    batch = Loader.batch
+
+    def asking(self, position):
+        if position in asked:
+            os.kill(os.getpid(), asked[position])
+        return batch(self, position)
+
+    monkeypatch.setattr(Loader, "batch", asking)
+    for position, error in zip(asked, (TrainingInterrupted, TrainingInterrupted, KeyboardInterrupt), strict=True):
+        with pytest.raises(error):
+            run(tiny_project)
+        assert checkpoint.load(tiny_project.runs / scratch.name)["state"]["position"] == position + 1
+        assert not tiny_project.model.exists()
+    assert read_run(tiny_project.runs / scratch.name).status == "KILLED"
+    assert [signal.getsignal(number) for number in asked.values()] == before
+    run(tiny_project)
+    for name in ("artifacts/model/model.safetensors", "reports/curves.csv"):
+        assert (tiny_project.root / name).read_bytes() == (reference.root / name).read_bytes(), name
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    with StopRequest().listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def strip(records):

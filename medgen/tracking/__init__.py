@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from medgen.config import Project, Section, Tracking
-from medgen.errors import UserError
+from medgen.errors import TrainingInterrupted, UserError
 from medgen.files import hash_file
 from medgen.tracking.history import HISTORY, LOCK, History, RunRecord, encode, history, read_run
 from medgen.tracking.lineage import lineage
@@ -74,7 +74,7 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         ended_well = kind is None or (isinstance(error, SystemExit) and not error.code)
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt | TrainingInterrupted)
         self.finish("FINISHED" if ended_well else "KILLED" if interrupted else "FAILED")
 
     def params(self, values: Mapping[str, object]) -> None:
