@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import medgen
 from medgen import bundle, checkpoint, optim
 from medgen.config import Loss, Model, Phase, Project, Tracking, Train, fingerprint
 from medgen.data.loader import Loader
-from medgen.data.store import open_store
+from medgen.data.store import Split, open_store
 from medgen.data.weights import weights_path
 from medgen.distributed import StopRequest, World, pick_precision
 from medgen.errors import TrainingInterrupted, UserError
 from medgen.guard import Guard
 from medgen.losses import Objective, beta_at
-from medgen.models import build_model
+from medgen.models import GenerativeModel, build_model
 from medgen.tracking import Tracker, lineage
 from medgen.types import Batch, ModelOutput
 
@@ -83,20 +84,20 @@ class Job:
                 "raise preprocess.val_fraction or bring more images"
             )
         torch.manual_seed(train.seed)
-        self.model = build_model(model, self.store.image_shape, len(self.store.classes)).to(world.device)
+        self.mask_classes = self.store.preprocess.mask_classes
+        classes = len(self.store.classes)
+        self.model = build_model(model, self.store.image_shape, classes, self.mask_classes).to(world.device)
         with_masks = self.model.target == "mask"
-        if with_masks and train_split.masks is None:
-            raise UserError(
-                f"model.name: {model.name} learns masks, and {project.dataset} has none; expected masks beside the "
-                "images (docs/data.md), or another model"
-            )
+        if with_masks:
+            self._check_masks(train_split, val_split)
         self.loader = Loader(
             train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
             train.horizontal_flip, train.subset, with_masks,
         )  # fmt: skip
         self.validation = Loader(val_split, 2 * train.batch_size, world.device, with_masks=with_masks)
         self.model.to(memory_format=torch.channels_last)
-        self.latent_numel = int(torch.Size(self.model.latent_shape).numel())
+        latent_shape = self.model.latent_shape if isinstance(self.model, GenerativeModel) else ()
+        self.latent_numel = int(torch.Size(latent_shape).numel())
         self.objective = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
         self.network = self._wrap(self.model)
         self.precision = pick_precision(train.precision, world.device)
@@ -144,11 +145,17 @@ class Job:
         return output
 
     def target(self, batch: Batch) -> Tensor:
-        """What the network's output is compared with: the images (B, C, H, W), or the masks (B, 1, H, W)."""
+        """What the network's output is compared with: the images (B, C, H, W), or the masks.
+
+        A mask of 0 and 1 is (B, 1, H, W), one of K classes (B, K, H, W): 1 in the channel of its class.
+        """
         if self.model.target == "image":
             return batch.image
         assert batch.mask is not None, "the loader brings masks for a model that learns them"
-        return batch.mask
+        if self.mask_classes == 2:
+            return batch.mask
+        one_hot = F.one_hot(batch.mask[:, 0].long(), self.mask_classes)  # (B, H, W, K)
+        return one_hot.permute(0, 3, 1, 2).float()
 
     def autocast(self) -> torch.autocast:
         """bf16 where the run uses it; a no-op in float32."""
@@ -275,14 +282,30 @@ class Job:
     def _describe(self) -> str:
         """The run in a few words of Markdown, for its page."""
         channels, height, width = self.store.image_shape
-        latent = "×".join(map(str, self.model.latent_shape))
+        makes = f"masks of {self.mask_classes} classes"
+        if isinstance(self.model, GenerativeModel):
+            makes = f"a latent of {'×'.join(map(str, self.model.latent_shape))}"
         phases = ", ".join(f"{phase.name} ({phase.epochs} epochs)" for phase in self.train.phases)
         counts = ", ".join(f"{count} {name}" for name, count in self.store.counts.items())
         return (
-            f"**{self.params.name}** of {channels}×{height}×{width} images with a latent of {latent}. "
+            f"**{self.params.name}** of {channels}×{height}×{width} images with {makes}. "
             f"Data: {self.store.name} {self.store.fingerprint} ({counts}; "
             f"classes: {', '.join(self.store.classes) or 'none'}). Phases: {phases}."
         )
+
+    def _check_masks(self, train: Split, val: Split) -> None:
+        if not len(train.masked_rows) or not len(val.masked_rows):
+            raise UserError(
+                f"model.name: {self.params.name} learns masks; {self.project.dataset} has {len(train.masked_rows)} in "
+                f"train and {len(val.masked_rows)} in val; expected masks beside the images (docs/data.md), or another "
+                "model"
+            )
+        weights = [self.loss.weights, *(phase.weights for phase in self.train.phases if phase.weights)]
+        if any(getattr(each, name) > 0 for each in weights for name in ("ssim", "perceptual", "sigma")):
+            raise UserError(
+                f"loss.weights: ssim, perceptual and sigma compare pictures, and {self.params.name} learns masks; "
+                "expected bce, dice or both, such as {bce: 1.0, dice: 1.0}"
+            )
 
     def _vgg16(self) -> Path | None:
         phases = [phase.weights for phase in self.train.phases if phase.weights]

@@ -98,9 +98,18 @@ def sigma_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 
 def dice_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
-    """1 - Dice of flattened tensors, smoothing 1e-5 (system D; Milletari et al. 2016)."""
-    overlap = (probabilities * mask).sum()
-    return 1.0 - (2.0 * overlap + 1e-5) / (probabilities.sum() + mask.sum() + 1e-5)
+    """1 - Dice of flattened tensors, smoothing 1e-5 (system D; Milletari et al. 2016); (B, K, H, W): mean over K."""
+    overlap, total = (part.sum(dim=(0, 2, 3)) for part in (probabilities * mask, probabilities + mask))
+    return (1.0 - (2.0 * overlap + 1e-5) / (total + 1e-5)).mean()
+
+
+def dice_score(probabilities: Tensor, mask: Tensor) -> Tensor:
+    """Dice of a batch's decided masks, mean over K: (B, 1, H, W) cut at a half, (B, K, H, W) the likeliest class."""
+    if probabilities.shape[1] == 1:
+        decided = probabilities > 0.5
+    else:
+        decided = torch.zeros_like(probabilities).scatter_(1, probabilities.argmax(dim=1, keepdim=True), 1.0)
+    return 1.0 - dice_loss(decided.float(), mask)
 
 
 IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -116,7 +125,7 @@ IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 # what validation tells beside the loss, by what the model is trained towards; higher is better but for l1
 SCORES: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "image": {"l1": F.l1_loss, "ssim": lambda result, image: 1.0 - ssim_loss(result, image)},
-    "mask": {"dice": lambda result, mask: 1.0 - dice_loss((result > 0.5).float(), mask)},
+    "mask": {"dice": dice_score},
 }
 
 

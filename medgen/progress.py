@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from torch import Tensor
 
+SCORES = ("val/ssim", "val/dice")  # of pictures, of masks
+
 
 def counting_bar(console: Console) -> Progress:
     """So many of so many, and the time left."""
@@ -70,12 +72,12 @@ class Display:
         if not self.console.is_terminal and (
             epoch % max(1, self.total_epochs // 50) == 0 or epoch == self.total_epochs
         ):
-            chosen = {name: record[name] for name in ("train/loss", "val/l1", "val/ssim", "train/kl") if name in record}
+            chosen = {name: record[name] for name in ("train/loss", "val/l1", *SCORES, "train/kl") if name in record}
             text = "  ".join(f"{name} {value:.4g}" for name, value in chosen.items())
             rate = f"{self.images_per_second:.0f} images/s"
             self.console.print(
                 f"{phase} epoch {epoch}/{self.total_epochs}  {text}  {rate}", highlight=False, soft_wrap=True
             )
         self._epoch = epoch
-        self._validation = f"val/ssim {record['val/ssim']:.4f}"
+        self._validation = " ".join(f"{name} {record[name]:.4f}" for name in SCORES if name in record)
         self.num_images, self.started = 0, time.monotonic()

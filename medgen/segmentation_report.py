@@ -19,6 +19,7 @@ from medgen.metrics.segmentation import class_means, commonest_class, decide, di
 from medgen.models import ImageModel
 
 NUM_TRIPLES = 16
+MAX_COLUMNS = 8
 PICTURES = {
     "reconstructions.png": "Test images, their masks, and the masks the model finds",
     "samples.png": "The worst, middle and best test images by Dice. Blue: found; red: missed; yellow: not in the mask",
@@ -89,12 +90,12 @@ def draw(figures: Path, found: Found, num_images: int) -> None:
     }
     write_stacks(figures / "reconstructions.png", stacks)
     order = found.dice.argsort(stable=True)
-    a_third = min(max(1, num_images // 3), max(1, len(order) // 3))
+    a_third = max(1, min(num_images // 3, len(order) // 3, MAX_COLUMNS))
     middle = (len(order) - a_third) // 2
     chosen = torch.cat([order[:a_third], order[middle : middle + a_third], order[len(order) - a_third :]])
     overlays = overlay(found.images[chosen], found.true[chosen], found.predicted[chosen])
     captions = [f"Dice {score:.3f}" for score in found.dice[chosen].tolist()]
-    write_grid(figures / "samples.png", overlays, columns=min(a_third, 8), captions=captions)
+    write_grid(figures / "samples.png", overlays, columns=a_third, captions=captions)
 
 
 def shades(masks: Tensor, num_classes: int) -> Tensor:

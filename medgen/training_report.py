@@ -10,9 +10,9 @@ import torch
 
 from medgen.config import Prior
 from medgen.data.loader import Loader
-from medgen.figures import write_curves, write_gif, write_grid, write_pairs
+from medgen.figures import write_curves, write_gif, write_grid, write_pairs, write_stacks
 from medgen.files import write_atomic
-from medgen.models import GenerativeModel
+from medgen.models import GenerativeModel, ImageModel
 from medgen.priors import PRIORS, sample_images
 
 NUM_RECONSTRUCTIONS = 8
@@ -22,19 +22,45 @@ CURVES = (  # figure, its axis, what it shows; KL is thousands of nats and has a
     ("loss", "loss", ("train/loss", "val/loss", "train/l1", "val/l1")),
     ("kl", "nats per image", ("train/kl",)),
     ("ssim", "SSIM", ("val/ssim",)),
+    ("ssim", "Dice", ("val/dice",)),  # DVC wants one file of scores, whatever the model is scored by
 )
 
 
-@torch.no_grad()
 def draw_epoch(
+    model: ImageModel, train: Loader, validation: Loader, scratch: Path, epoch: int, seed: int
+) -> dict[str, Path]:
+    """Writes the grids of an epoch below `scratch`, samples/ and reconstructions/ or masks/; returns paths by name."""
+    model.eval()
+    if isinstance(model, GenerativeModel):
+        return _draw_images(model, train, validation, scratch, epoch, seed)
+    return _draw_masks(model, validation, scratch, epoch)
+
+
+@torch.no_grad()
+def _draw_masks(model: ImageModel, validation: Loader, scratch: Path, epoch: int) -> dict[str, Path]:
+    """Validation images over their masks and the likeliest classes the model finds."""
+    batch = next(validation.sequential())
+    image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
+    assert batch.mask is not None
+    probabilities = model.predict(image, label).reconstruction.float().cpu()  # (B, K, H, W), K = 1 for 0 and 1
+    num_classes = max(2, probabilities.shape[1])
+    # a mask of 0 and 1 is shown as unsure as it is
+    found = probabilities if num_classes == 2 else probabilities.argmax(dim=1, keepdim=True) / (num_classes - 1)
+    mask = batch.mask[:NUM_RECONSTRUCTIONS].cpu() / (num_classes - 1)
+    path = _grid(scratch, "masks", epoch)
+    write_stacks(path, {"image": image.cpu().mean(dim=1, keepdim=True), "mask": mask, "found": found})
+    return {"masks": path}
+
+
+@torch.no_grad()
+def _draw_images(
     model: GenerativeModel, train: Loader, validation: Loader, scratch: Path, epoch: int, seed: int
 ) -> dict[str, Path]:
-    """Writes samples/ and reconstructions/ of an epoch below `scratch`; returns their paths by name.
+    """Samples and reconstructions.
 
     Samples come from a Gaussian fitted to train latents: N(0, I) would tell nothing of a model
     whose β is still 0.
     """
-    model.eval()
     paths = {name: _grid(scratch, name, epoch) for name in ("samples", "reconstructions")}
     batch = next(validation.sequential())
     image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
@@ -62,16 +88,18 @@ def write_report(
     writer.writerows([i, *(format(r[n], ".6g") if n in r else "" for n in names)] for i, r in enumerate(records, 1))
     write_atomic(reports / "curves.csv", table.getvalue().encode())
 
+    for name in {name for name, _, _ in CURVES}:
+        (figures / f"{name}.png").unlink(missing_ok=True)  # an earlier model's KL is not this one's
     series = {name: [record.get(name, float("nan")) for record in records] for name in names}
     written = [reports / "curves.csv"]
     for name, label, shown in CURVES:
         path = figures / f"{name}.png"
-        path.unlink(missing_ok=True)  # an earlier model's KL is not this one's
         if drawn := {key: series[key] for key in shown if key in series}:
             write_curves(path, drawn, log=name != "ssim", y_label=label)
             written.append(path)
     # not all that lie there: an earlier, shorter run left its own last grid
-    frames = [frame for epoch in drawn_epochs if (frame := _grid(scratch, "samples", epoch)).exists()]
+    grids = [_grid(scratch, name, epoch) for name in ("samples", "masks") for epoch in drawn_epochs]
+    frames = [grid for grid in grids if grid.exists()]
     write_gif(figures / "progress.gif", frames, seconds_per_frame=0.5)
     return [*written, figures / "progress.gif"]
 

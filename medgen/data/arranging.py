@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medgen.errors import UserError
 
 _Row = tuple[str, str, str, str]  # path, label, patient, split
@@ -61,7 +63,7 @@ def _arrange_tuberculosis(folder: Path) -> None:
 
 
 def _arrange_pets(folder: Path) -> None:
-    """Oxford-IIIT Pet: the photographs of its two lists; trimaps as masks of the pet."""
+    """Oxford-IIIT Pet: the photographs of its two lists; trimaps as masks: 0 ground, 127 border, 255 pet."""
     files = {path.name: path for path in _files(folder) if not path.name.startswith(".")}
     new = _begin(folder, files.keys() & {"trainval.txt"}, "annotations/trainval.txt and test.txt")
     rows: list[_Row] = []
@@ -134,8 +136,10 @@ def _join_masks(halves: list[Path], target: Path) -> None:
 
 
 def _write_pet_mask(trimap: Path, target: Path) -> None:
-    """1 is the pet, 2 the ground, 3 the border, which belongs to neither."""
-    _write_mask(_read_grey(trimap) == 1, target)
+    """1 is the pet, 2 the ground, 3 the border: greys that are on or off too, and three by preprocess.mask_values."""
+    greys = np.zeros(256, np.uint8)
+    greys[1], greys[3] = 255, 127
+    _write_grey(greys[_read_grey(trimap)], target)
 
 
 def _read_grey(path: Path) -> Any:
@@ -148,7 +152,11 @@ def _read_grey(path: Path) -> Any:
 
 
 def _write_mask(mask: Any, target: Path) -> None:
+    _write_grey(mask.astype("uint8") * 255, target)
+
+
+def _write_grey(pixels: Any, target: Path) -> None:
     import cv2
 
     target.parent.mkdir(exist_ok=True)
-    cv2.imwrite(str(target), mask.astype("uint8") * 255)
+    cv2.imwrite(str(target), pixels)

@@ -385,7 +385,7 @@ KNOWN: dict[str, Dataset] = {
     ),
     "oxford-pet": Dataset(
         title="cats and dogs of 37 breeds with outlines as masks, colour",
-        layout="images/BREED_N.jpg, trimaps as masks (pet white; its border and the ground black), manifest.csv",
+        layout="images/BREED_N.jpg, trimaps as masks (ground 0, border 127, pet 255), manifest.csv",
         classes=_names(
             "Abyssinian | american_bulldog | american_pit_bull_terrier | basset_hound | beagle | Bengal | "
             "Birman | Bombay | boxer | British_Shorthair | chihuahua | Egyptian_Mau | "

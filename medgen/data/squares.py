@@ -39,20 +39,38 @@ def to_square(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 
 def mask_to_square(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Mask (H, W) of 0/1 or 0..255 -> (1, S, S) uint8 of 0 and 1, laid out as `to_square` lays out its image.
+    """Mask (H, W) -> (1, S, S) uint8 of class numbers, laid out as `to_square` lays out its image.
 
-    A pixel of the square is 1 where at least half of what it covers is.
+    Without `preprocess.mask_values` masks are on or off, 0/1 or 0..255, and a pixel of the square is 1 where at least
+    half of what it covers is. With them it has the class that most of what it covers has; borders are of class 0.
 
     Raises:
-        UnreadableImage: the values are neither 0/1 nor dark and bright.
+        UnreadableImage: the values are neither 0/1 nor dark and bright, or not among `preprocess.mask_values`.
     """
+    if preprocess.mask_values is not None:
+        return _square_of_classes(pixels, preprocess.mask_values, preprocess)
     top = int(pixels.max())
     full = int(np.iinfo(pixels.dtype).max)
     if 1 < top <= full // 2:
-        raise UnreadableImage(f"mask values reach {top}; expected 0 and 1, or 0 to {full}")
+        raise UnreadableImage(
+            f"mask values reach {top}; expected 0 and 1, or 0 to {full}. A mask of more classes needs "
+            "preprocess.mask_values, the grey value of each"
+        )
     binary = pixels > (0 if top <= 1 else full // 2)  # published masks are smoothed at the edge
     square: Any = _fit(binary.astype(np.uint8) * np.uint8(255), preprocess.image_size, preprocess.fit)
     return np.where(square > 127, np.uint8(1), np.uint8(0))[None]
+
+
+def _square_of_classes(pixels: Pixels, values: tuple[int, ...], preprocess: Preprocess) -> NDArray[np.uint8]:
+    if strange := sorted(set(np.unique(pixels).tolist()) - set(values)):
+        shown = ", ".join(map(str, strange[:4]))
+        raise UnreadableImage(f"mask values {shown}; expected those of preprocess.mask_values, {list(values)}")
+    shares = [
+        _fit(np.where(pixels == value, np.float32(1), np.float32(0)), preprocess.image_size, preprocess.fit)
+        for value in values
+    ]
+    numbers: NDArray[np.uint8] = np.argmax(shares, axis=0).astype(np.uint8)[None]  # of a tie the first
+    return numbers
 
 
 def square_of_mask(mask: RawImage, image: RawImage, name: str, preprocess: Preprocess) -> NDArray[np.uint8]:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from medgen import config
-from medgen.config import Project
+from medgen.config import Preprocess, Project
 from medgen.data import fetching, known
 from medgen.data.known import KNOWN, Kaggle, Torchvision, Web
+from medgen.data.squares import mask_to_square
 from medgen.errors import UserError
 
 DATA, PREPROCESS = config.Data(), config.Preprocess()
@@ -331,7 +332,11 @@ def test_pets_get_breed_split_and_outline(server: Any, project: Project, monkeyp
         "images/pug_3.jpg,pug,,test",
     ]
     outline = cv2.imread(str(data / "masks" / "pug_2.png"), cv2.IMREAD_GRAYSCALE)
-    assert np.count_nonzero(outline == 255) == 36 and np.count_nonzero(outline) == 36
+    assert [np.count_nonzero(outline == grey) for grey in (0, 127, 255)] == [300, 64, 36]
+    on_or_off = mask_to_square(outline, Preprocess(image_size=20))
+    three = mask_to_square(outline, Preprocess(image_size=20, mask_values=(0, 127, 255)))
+    assert np.bincount(on_or_off.ravel()).tolist() == [364, 36]
+    assert np.bincount(three.ravel()).tolist() == [300, 64, 36]
 
 
 def test_torchvision_still_says_where_its_datasets_are() -> None:

@@ -125,3 +125,36 @@ def test_borders_of_colour_are_black() -> None:
     square = to_square(np.full((40, 80, 3), (200, 100, 50), np.uint8), settings(32, "pad", 0.0, channels=3))
     assert (square[:, :8] == 0).all()
     assert (square[:, 8:24] == np.array([200, 100, 50])[:, None, None]).all()
+
+
+# masks of more classes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [(np.uint8, (0, 85, 170, 255)), (np.uint8, (2, 1, 3, 0)), (np.uint16, (0, 9, 700, 65535))],
+)
+def test_classes_are_numbered_by_their_values_whatever_a_picture_holds(dtype: type, values: tuple[int, ...]) -> None:
+    options = Preprocess(image_size=32, mask_values=values)
+    assert options.mask_classes == 4
+    mask = np.repeat(np.array([values] * 64, dtype), 16, axis=1)
+    assert (mask_to_square(mask, options)[0] == np.repeat(range(4), 8)).all()
+    for number, value in enumerate(values):
+        assert (mask_to_square(np.full((40, 40), value, dtype), options) == number).all()
+
+
+def test_the_commonest_class_under_a_pixel_wins_and_none_is_between() -> None:
+    mask = np.random.default_rng(0).integers(0, 3, (96, 96)).astype(np.uint8)
+    blocks = mask.reshape(32, 3, 32, 3).transpose(0, 2, 1, 3).reshape(32, 32, 9)
+    expected = np.apply_along_axis(lambda block: np.bincount(block, minlength=3).argmax(), 2, blocks)
+    assert (mask_to_square(mask, Preprocess(image_size=32, mask_values=(0, 1, 2)))[0] == expected).all()
+
+
+def test_borders_are_of_the_first_class() -> None:
+    square = mask_to_square(np.full((40, 80), 3, np.uint8), Preprocess(image_size=32, mask_values=(2, 1, 3)))[0]
+    assert (square[8:24] == 2).all() and (square[:8] == 0).all()
+
+
+def test_a_value_of_no_class_is_named() -> None:
+    with pytest.raises(UnreadableImage, match=r"mask values 84, 90; expected .* \[0, 85, 170, 255\]"):
+        mask_to_square(np.array([[0, 84, 90]], np.uint8), Preprocess(image_size=16, mask_values=(0, 85, 170, 255)))

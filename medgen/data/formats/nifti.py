@@ -63,7 +63,7 @@ class VolumeFile:
     """
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        self._volume, self._mask = preprocess.volume, mask
+        self._volume, self._mask, self._keeps_values = preprocess.volume, mask, preprocess.mask_values is not None
         self._axis = _AXES[preprocess.volume.axis]
         self._header = _read_header(path, preprocess)
         self._voxels: NDArray[Any] | None = None  # (X, Y, Z) as stored, unscaled
@@ -71,7 +71,8 @@ class VolumeFile:
         self._lock = threading.Lock()
 
     def read(self, index: int) -> RawImage:
-        """That slice: uint16, the volume's window stretched over it; of a mask uint8, 255 where it is not zero.
+        """That slice: uint16, the volume's window stretched over it; of a mask uint8, 255 where it is not zero,
+        or uint16, its values, where `preprocess.mask_values` tells them apart.
 
         Raises:
             UnreadableImage: the volume is damaged.
@@ -83,6 +84,9 @@ class VolumeFile:
         plane = voxels[(slice(None),) * self._axis + (index,)]
         upright = self._header.scale(plane[::-1, ::-1].T)  # Z or Y downwards, X or Y to the left
         finite = np.isfinite(upright)
+        if self._mask and self._keeps_values:
+            whole = np.where(finite, upright, 0).clip(0, 65535).round().astype(np.uint16)
+            return self._picture(whole, cv2.INTER_NEAREST)
         if self._mask:
             return self._picture(np.where((upright != 0) & finite, np.uint8(255), np.uint8(0)), cv2.INTER_NEAREST)
         share = float(np.mean(finite & (upright > self._window.foreground)))

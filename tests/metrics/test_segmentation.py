@@ -1,0 +1,46 @@
+"""Dice and IoU: held to torchmetrics' confusion matrix, scikit-learn and sets of pixels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, jaccard_score
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from medgen.metrics.segmentation import class_means, commonest_class, decide, dice_and_iou
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_scores_are_scikit_learns_and_torchmetrics(num_classes: int) -> None:
+    generator = torch.Generator().manual_seed(num_classes)
+    true, predicted = (torch.randint(num_classes, (3, 9, 11), generator=generator) for _ in range(2))
+    dice, iou = dice_and_iou(predicted, true, num_classes)
+    for image in range(3):
+        a, b = true[image].ravel().numpy(), predicted[image].ravel().numpy()
+        np.testing.assert_allclose(dice[image], f1_score(a, b, average=None), rtol=1e-12)
+        np.testing.assert_allclose(iou[image], jaccard_score(a, b, average=None), rtol=1e-12)
+        independent = MulticlassJaccardIndex(num_classes, average=None)(predicted[image][None], true[image][None])
+        torch.testing.assert_close(iou[image].float(), independent)
+
+
+def test_a_class_in_neither_mask_counts_for_nothing() -> None:
+    true, predicted = torch.zeros(2, 4, 4, dtype=torch.long), torch.zeros(2, 4, 4, dtype=torch.long)
+    true[0, 0, :2], predicted[0, 0, 1:3] = 1, 1
+    dice, iou = dice_and_iou(predicted, true, 3)
+    assert dice[0, 1] == pytest.approx(2 * 1 / (2 + 2)) and iou[0, 1] == pytest.approx(1 / 3)
+    assert math.isnan(dice[1, 1]) and math.isnan(iou[1, 1])
+    means = class_means(dice)
+    assert means[1] == dice[0, 1] and math.isnan(means[2])
+    missed, _ = dice_and_iou(predicted[1:], true[:1], 3)
+    assert missed[0, 1] == 0.0
+
+
+def test_decisions() -> None:
+    assert decide(torch.tensor([0.2, 0.5, 0.6]).reshape(1, 1, 1, 3)).tolist() == [[[0, 0, 1]]]
+    assert decide(torch.tensor([0.2, 0.5, 0.3]).reshape(1, 3, 1, 1)).tolist() == [[[1]]]
+
+
+def test_the_commonest_class_of_each_place() -> None:
+    masks = torch.tensor([[[0, 1, 2]], [[0, 2, 2]], [[1, 2, 0]]])
+    assert commonest_class(masks, 3).tolist() == [[0, 2, 2]]
