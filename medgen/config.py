@@ -222,6 +222,15 @@ class Evaluate(Section):
     batch_size: Count = 64
     seed: int = 0
     grid_images: Count = 36
+    # what samples are looked at through; inception adds IS, FID and KID and needs `medgen weights fetch inception`
+    extractors: tuple[Literal["domain", "inception"], ...] = ("domain",)
+    save_images: bool = False  # what is compared, as PNG files: reports/images/generated and reports/images/real
+
+    @model_validator(mode="after")
+    def _domain_is_among_the_extractors(self) -> Self:
+        if "domain" not in self.extractors:
+            raise ValueError(f"extractors must hold domain, found {list(self.extractors)}")
+        return self
 
 
 class Tracking(Section):
@@ -289,6 +298,10 @@ class Project:
     @property
     def figures(self) -> Path:
         return self.root / "reports" / "figures"
+
+    @property
+    def images(self) -> Path:
+        return self.root / "reports" / "images"
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:

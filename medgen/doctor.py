@@ -24,7 +24,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from medgen.config import Data, Loss, Project, Tracking, Train
+from medgen.config import Data, Evaluate, Loss, Project, Tracking, Train
 from medgen.data.weights import list_weights
 from medgen.machine import num_cores
 from medgen.tracking.mirror import store_uri
@@ -45,7 +45,9 @@ class Finding:
     mend: str = ""
 
 
-def run(project: Project, *, data: Data, loss: Loss, train: Train, tracking: Tracking) -> list[Finding]:
+def run(
+    project: Project, *, data: Data, loss: Loss, train: Train, evaluate: Evaluate, tracking: Tracking
+) -> list[Finding]:
     """Looks at everything a run leans on; changes nothing, imports no MLflow, needs no network but the tracking server.
 
     A failure means that the pipeline cannot run as the parameters stand, a warning that something will be missing.
@@ -57,7 +59,7 @@ def run(project: Project, *, data: Data, loss: Loss, train: Train, tracking: Tra
         *_gpus(train),
         _memory(),
         _disk(project),
-        *_weights(loss, train),
+        *_weights(loss, train, evaluate),
         _data(project, data),
         _dvc(project),
         _tracking(project, tracking),
@@ -172,13 +174,16 @@ def _disk(project: Project) -> Finding:
     return Finding("disk", "ok", found)
 
 
-def _weights(loss: Loss, train: Train) -> list[Finding]:
+def _weights(loss: Loss, train: Train, evaluate: Evaluate) -> list[Finding]:
     phases = [phase.weights for phase in train.phases if phase.weights]
     needed = {"vgg16"} if any(weights.perceptual > 0 for weights in [loss.weights, *phases]) else set()
     findings = []
     for name, path in list_weights().items():
         if path:
             findings.append(Finding(f"weights {name}", "ok", str(path)))
+        elif name in evaluate.extractors:
+            mend = f"`medgen weights fetch {name}`, or take it out of evaluate.extractors"
+            findings.append(Finding(f"weights {name}", "warn", "not here: no Inception Score and no FID", mend))
         elif name in needed:
             mend = f"`medgen weights fetch {name}`, or set loss.weights.perceptual to 0"
             findings.append(Finding(f"weights {name}", "fail", "not here, and the perceptual loss needs them", mend))

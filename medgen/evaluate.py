@@ -10,20 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from medgen import bundle, segmentation_report
+from medgen import bundle, label_report, segmentation_report
 from medgen.bundle import BundleInfo
 from medgen.config import Evaluate, Project, Tracking, seed_of
 from medgen.data.loader import Loader
 from medgen.data.store import Split, Store, open_store
+from medgen.data.weights import WEIGHTS, checked_weights
 from medgen.distributed import pick_device
 from medgen.errors import UserError
-from medgen.evaluation_report import Row, findings, key_numbers, print_table, write_page
-from medgen.figures import write_grid, write_pairs
+from medgen.evaluation_report import NO_INCEPTION, Row, findings, key_numbers, print_table, write_page
+from medgen.figures import write_grid, write_images, write_pairs
 from medgen.files import write_atomic
 from medgen.metrics import generation, latent, reconstruction
 from medgen.metrics.features import DomainExtractor, load_extractor
+from medgen.metrics.inception import Inception, Seen, fid, inception_score, load_inception
 from medgen.models import GenerativeModel, ImageModel
 from medgen.priors import Prior, load_prior, sample_images, tells_classes_apart
 from medgen.tracking import Tracker, history, lineage
@@ -46,6 +49,7 @@ class Subject:
     prior: Prior
     extractor: DomainExtractor
     extractor_sha256: str
+    inception: Inception | None  # not asked for, or its weights are not here
     device: torch.device
     params: Evaluate
 
@@ -58,6 +62,19 @@ class Subject:
     def conditional(self) -> bool:
         """Whether a label changes what is generated."""
         return tells_classes_apart(self.prior, self.model)
+
+    @property
+    def asked_labels(self) -> Tensor | None:
+        """The label (num_generated,) that each judged sample is made for, in the train split's mix."""
+        if not self.conditional:
+            return None
+        return proportional_labels(self.prior.frequencies, self.params.num_generated)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the weights of each network that samples are looked at through."""
+        known = {"domain": self.extractor_sha256}
+        return known if self.inception is None else known | {"inception": WEIGHTS["inception"].sha256}
 
 
 def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
@@ -75,17 +92,28 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
         return judge_masks(project, store, model, info, evaluate, tracking)
     subject = load(project, store, model, info, evaluate)
     metrics, reconstructions, pca = judge_reconstructions(subject)
-    metrics |= judge_samples(subject)
+    samples = draw_samples(subject)
+    metrics |= judge_samples(subject, samples)
+    swapped = swap_labels(subject)
+    metrics |= judge_labels(subject, samples, swapped)
     counts = subject.store.counts
     metrics |= {"run/num_train": counts["train"], "run/num_test": counts["test"]}
     metrics["run/num_generated"] = evaluate.num_generated
     metrics = rounded(project, metrics)
     write_json(project, "metrics.json", metrics)
-    own = {"extractors": {"domain": {"sha256": subject.extractor_sha256}}, "prior": subject.prior.name}
+    extractors = {name: {"sha256": digest} for name, digest in subject.hashes.items()}
+    own = {"extractors": extractors, "prior": subject.prior.name}
     write_json(project, "provenance.json", provenance(project, info, evaluate, device) | own)
     draw(project, subject, reconstructions)
+    label_report.draw(project.figures, swapped, store.classes)
+    if evaluate.save_images:
+        write_images(project.images / "generated", samples)
+        write_images(project.images / "real", pixels(subject.test))
     rows = key_numbers(metrics, pca, subject.num_latent)
-    write_page(project.reports / "index.html", facts(subject), rows, findings(metrics))
+    lines = findings(metrics)
+    if "inception" in evaluate.extractors and subject.inception is None:
+        lines.append(NO_INCEPTION)
+    write_page(project.reports / "index.html", facts(subject), rows, lines)
     record(project, info, evaluate, tracking, metrics)
     print_table(rows)
     return metrics
@@ -127,13 +155,26 @@ def load(project: Project, store: Store, model: GenerativeModel, info: BundleInf
             )
     if evaluate.num_generated < MIN_IMAGES:
         raise UserError(f"evaluate.num_generated: found {evaluate.num_generated}, expected at least {MIN_IMAGES}")
-    return Subject(store, store.split("test"), model, info, prior, extractor.to(device), digest, device, evaluate)
+    test, inception = store.split("test"), find_inception(evaluate, device)
+    return Subject(store, test, model, info, prior, extractor.to(device), digest, inception, device, evaluate)
+
+
+def find_inception(params: Evaluate, device: torch.device) -> Inception | None:
+    """The Inception network, where it is asked for; without its weights, a line that says how to get them."""
+    if "inception" not in params.extractors:
+        return None
+    try:
+        return load_inception(checked_weights("inception")).to(device)
+    except UserError as error:
+        warning = f"warning: no Inception Score and no FID: {error}"
+        Console(stderr=True, highlight=False).print(warning, style="yellow", markup=False, soft_wrap=True)
+        return None
 
 
 @torch.no_grad()
 def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor, dict[int, float]]:
     """Metrics of the whole test split, its reconstructions (N, C, H, W), and PCA's SSIM by number of components."""
-    originals, results, means, divergences = [], [], [], []
+    originals, results, means, divergences, codes = [], [], [], [], []
     for batch in Loader(subject.test, subject.params.batch_size, subject.device).sequential():
         encoded = subject.model.encode(batch.image, batch.label)
         originals.append(batch.image.cpu())
@@ -141,6 +182,8 @@ def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor, d
         means.append(encoded.mean.cpu())
         if encoded.logvar is not None:
             divergences.append(latent.kl_nats(encoded.mean, encoded.logvar).cpu())
+        if encoded.codes is not None:
+            codes.append(encoded.codes.cpu())
     scores = reconstruction.compare(zip(originals, results, strict=True))
     train, test = pixels(subject.store.split("train")), pixels(subject.test)
     most = min(len(train) - 1, test[0].numel())
@@ -150,15 +193,24 @@ def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor, d
     metrics["latent/active_units"] = latent.active_units(torch.cat(means))
     if divergences:
         metrics["latent/kl_nats"] = float(torch.cat(divergences).mean())
+    if codes:
+        used = latent.codebook_use(torch.cat(codes), subject.info.model.num_codes)
+        metrics |= {f"latent/{name}": value for name, value in used.items()}
     return metrics, torch.cat(results), pca
 
 
 @torch.no_grad()
-def judge_samples(subject: Subject) -> dict[str, float]:
+def draw_samples(subject: Subject) -> Tensor:
+    """The images that are judged, (N, C, H, W) in [0, 1], in the train split's mix of classes."""
+    params = subject.params
+    labels = subject.asked_labels
+    return sample_images(subject.prior, subject.model, params.num_generated, labels, params.seed, params.batch_size)
+
+
+@torch.no_grad()
+def judge_samples(subject: Subject, images: Tensor) -> dict[str, float]:
     """Generated against test images, and beside it as many train images, or all, against the same test images."""
     params, seed = subject.params, seed_of(subject.params.seed)
-    labels = proportional_labels(subject.prior.frequencies, params.num_generated) if subject.conditional else None
-    images = sample_images(subject.prior, subject.model, params.num_generated, labels, params.seed, params.batch_size)
     train = pixels(subject.store.split("train"))
     train = generation.thin(train, min(len(train), params.num_generated))
     test = pixels(subject.test)
@@ -177,7 +229,51 @@ def judge_samples(subject: Subject) -> dict[str, float]:
     metrics |= generation.manifold(test_features, generated_features)._asdict()
     real = generation.manifold(test_features, train_features)._asdict()
     metrics |= {f"{name}_real": value for name, value in real.items()}
+    if subject.inception:
+        seen, train_seen, test_seen = (subject.inception(part) for part in (images, train, test))
+        metrics |= judge_through_inception(seen, train_seen, test_seen, patients(subject.test), seed)
     return {f"generation/{name}": value for name, value in metrics.items()}
+
+
+def judge_through_inception(
+    generated: Seen, train: Seen, test: Seen, groups: list[str] | None, seed: int
+) -> dict[str, float]:
+    """The metrics of published systems: Inception Score, FID and KID."""
+    kid = generation.kid(test.features, generated.features, groups)
+    return {
+        "inception_score": inception_score(generated.logits, seed),
+        "inception_score_real": inception_score(test.logits, seed),
+        "fd_inception": fid(test.features, generated.features),
+        "fd_inception_floor": fid(test.features, train.features),
+        "kid_inception": kid.value,
+        "kid_inception_ci_low": kid.low,
+        "kid_inception_ci_high": kid.high,
+        "kid_inception_floor": generation.kid(test.features, train.features).value,
+    }
+
+
+def swap_labels(subject: Subject) -> label_report.Swapped | None:
+    """Test images decoded with a wrong label, where the model looks at labels and the data has some."""
+    if not subject.model.conditional or len(subject.prior.frequencies) == 0:
+        return None
+    known, seed = subject.prior.frequencies > 0, seed_of(subject.params.seed, 2)
+    return label_report.swap_labels(subject.model, subject.test, known, subject.params.batch_size, seed)
+
+
+def judge_labels(subject: Subject, samples: Tensor, swapped: label_report.Swapped | None) -> dict[str, float]:
+    """How often the domain classifier sees the label asked for, in samples, wrongly labelled and real images."""
+    asked, labels = subject.asked_labels, torch.from_numpy(subject.test.labels.copy())
+    if asked is None or len(subject.store.classes) < 2 or not bool((labels >= 0).any()):
+        return {}  # one class alone: the extractor has learnt quarter turns
+    shown = {"": (samples, asked), "_real": (pixels(subject.test), labels)}
+    if swapped:
+        shown["_wrong"] = (swapped.decoded, swapped.given)
+    return {
+        f"generation/label_agreement{of}": label_report.agreement(
+            subject.extractor, images, wanted, subject.params.batch_size
+        )
+        for of, (images, wanted) in shown.items()
+    }
 
 
 def features(subject: Subject, images: Tensor) -> Tensor:
@@ -241,7 +337,7 @@ def facts(subject: Subject) -> dict[str, str]:
     return described(subject.store, subject.info) | {
         "latent": " x ".join(map(str, subject.model.latent_shape)),
         "prior": subject.prior.name,
-        "extractor": f"domain, {subject.extractor_sha256[:12]}",
+        "extractor": "; ".join(f"{name}, {digest[:12]}" for name, digest in subject.hashes.items()),
     }
 
 

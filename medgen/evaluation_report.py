@@ -13,10 +13,20 @@ from medgen.pages import bullets, figure, page, table
 PICTURES = {
     "samples.png": "New images, drawn through the prior",
     "reconstructions.png": "Test images over their reconstructions",
+    "wrong_labels.png": "Test images over what the model makes of them with a wrong label",
     "progress.gif": "Samples from the first epoch to the last",
     "loss.png": "Loss by epoch, linear and logarithmic",
     "ssim.png": "SSIM of the validation split by epoch",
 }
+
+NO_INCEPTION = (
+    "Inception Score and FID were asked for (evaluate.extractors) and are absent: the machine did not have the "
+    "weights of the Inception network. Run `medgen weights fetch inception`, and `medgen evaluate` again."
+)
+
+
+LOW_USAGE = 0.5  # of a codebook
+LABEL_TOLERANCE = 0.05  # by which samples may agree less with their label than real images do
 
 
 @dataclass(frozen=True)
@@ -58,10 +68,47 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
     }
     for key, (name, real, reading) in names.items():
         rows.append(Row(name, m[f"generation/{key}"], f"{m[f'generation/{real}']} real against real", reading))
+    if "generation/fd_inception" in m:
+        rows += _inception_numbers(metrics)
     if "latent/kl_nats" in m:
         rows.append(Row("KL of the posterior", f"{m['latent/kl_nats']} nats", "", "what an image tells the latent"))
+    rows += _label_numbers(metrics)
+    if "latent/codebook_usage" in m:
+        usage, perplexity = f"{metrics['latent/codebook_usage']:.1%}", m["latent/codebook_perplexity"]
+        rows.append(Row("Codebook usage", usage, "", "share of all codes that occur in the test split"))
+        rows.append(Row("Codebook perplexity", perplexity, "", "as many codes, evenly used, would say as much"))
     active = f"{metrics['latent/active_units']:.0f}"
     rows.append(Row("Active latent numbers", active, "", "vary with the image (variance above 0.01)"))
+    return rows
+
+
+def _inception_numbers(metrics: Mapping[str, float]) -> list[Row]:
+    """What published systems are compared by, with the numbers of images it hangs on."""
+    m = {name: f"{value:.4g}" for name, value in metrics.items()}
+    sizes = f"{metrics['run/num_generated']:,.0f} samples against all {metrics['run/num_test']:,.0f} test images"
+    fid, kid = (f"{m[f'generation/{name}_inception_floor']} real against real" for name in ("fd", "kid"))
+    return [
+        Row("FID (Inception)", m["generation/fd_inception"], fid, f"{sizes}; higher with fewer, lower is better"),
+        Row("KID (Inception)", m["generation/kid_inception"], kid, "the same sets; not biased by their sizes"),
+        Row(
+            "Inception Score",
+            m["generation/inception_score"],
+            f"{m['generation/inception_score_real']} of the test images",
+            "classes of photographs that samples spread over; says little of medical images",
+        ),
+    ]
+
+
+def _label_numbers(metrics: Mapping[str, float]) -> list[Row]:
+    """How often the classifier sees the label that an image was made for."""
+    if "generation/label_agreement" not in metrics:
+        return []
+    real = f"{metrics['generation/label_agreement_real']:.1%} of real test images"
+    reading = "share in which the domain classifier sees the label asked for"
+    rows = [Row("Label agreement of samples", f"{metrics['generation/label_agreement']:.1%}", real, reading)]
+    if "generation/label_agreement_wrong" in metrics:
+        wrong, reading = f"{metrics['generation/label_agreement_wrong']:.1%}", "test images decoded with a wrong label"
+        rows.append(Row("  with a wrong label", wrong, real, f"{reading}: the wrong one is seen"))
     return rows
 
 
@@ -86,6 +133,27 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
         found.append("KID does not tell samples from test images: its interval reaches the real-against-real floor.")
     if metrics["generation/ms_ssim_diversity"] > metrics["generation/ms_ssim_diversity_real"] + 0.05:
         found.append("Samples are more alike than real images are: look for a collapse in the grid below.")
+    if metrics.get("latent/codebook_usage", 1.0) < LOW_USAGE:
+        found.append(
+            f"Only {metrics['latent/codebook_usage']:.0%} of the codes are used: take fewer (model.num_codes), or let "
+            "them follow the encoder (model.codebook: ema)."
+        )
+    return found + _label_findings(metrics)
+
+
+def _label_findings(metrics: Mapping[str, float]) -> list[str]:
+    found = []
+    real = metrics.get("generation/label_agreement_real", 0.0)
+    if (agreement := metrics.get("generation/label_agreement", 1.0)) < real - LABEL_TOLERANCE:
+        found.append(
+            f"Samples show the class they were asked for less often than real images show theirs ({agreement:.0%} "
+            f"against {real:.0%} by the domain classifier): the classes are blurred in what is generated."
+        )
+    if (agreement := metrics.get("generation/label_agreement_wrong", 1.0)) < real - LABEL_TOLERANCE:
+        found.append(
+            f"Decoded with a wrong label, test images show it in {agreement:.0%} only: the latent still says the "
+            "class. Raise the KL weight (beta.end in train.phases) or take a smaller latent (model.latent_channels)."
+        )
     return found
 
 

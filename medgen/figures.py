@@ -6,6 +6,7 @@ compared and cached by hash. Files appear whole or not at all.
 
 import io
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from medgen.files import write_atomic
+from medgen.files import swap, write_atomic
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -38,6 +39,25 @@ _STYLE: dict[Any, Any] = {  # over matplotlib's defaults, whatever the user's ow
     # Okabe and Ito's colours: told apart by colour-blind readers too.
     "axes.prop_cycle": "cycler('color', ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'])",
 }
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """Writes one image (1 or 3, H, W), uint8 or floats in [0, 1], as PNG, pixel by pixel."""
+    if image.is_floating_point():
+        image = (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def write_images(folder: Path, images: Tensor) -> None:
+    """Writes images (N, 1 or 3, H, W) as 00000.png and on; the folder takes the place of an earlier one."""
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    for number, image in enumerate(images):
+        write_image(building / f"{number:05d}.png", image)
+    swap(building, folder)
 
 
 def write_grid(
@@ -101,7 +121,11 @@ def write_pairs(
 
 
 def write_stacks(
-    path: Path, lines: Mapping[str, Tensor | npt.NDArray[Any]], columns: int = 8, scale: int | None = None
+    path: Path,
+    lines: Mapping[str, Tensor | npt.NDArray[Any]],
+    columns: int = 8,
+    scale: int | None = None,
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Writes pictures that belong together one under the other, `columns` stacks side by side, as one PNG.
 
@@ -110,20 +134,25 @@ def write_stacks(
         lines: name -> images (N, C, H, W), from top to bottom, as `write_grid` takes them.
         columns: stacks per row of stacks.
         scale: whole factor of enlargement, as in `write_grid`.
+        captions: text under each stack, of as many lines each.
 
     Raises:
-        ValueError: the lines differ in shape.
+        ValueError: the lines differ in shape, or captions do not match them.
     """
     tiled = {name: _tiles(images, scale) for name, images in lines.items()}
     first = next(iter(tiled.values()))
     for name, tiles in tiled.items():
         if tiles.shape != first.shape:
             raise ValueError(f"{name}s: expected shape {first.shape}, found {tiles.shape}")
+    if captions is not None and len(captions) != len(first):
+        raise ValueError(f"captions: found {len(captions)} for {len(first)} stacks")
+    texts = [caption.split("\n") for caption in captions or ()]
     num_rows = math.ceil(len(first) / columns)
     columns = math.ceil(len(first) / num_rows)  # rows of stacks about equally long
     height, width = first.shape[1:3]
     margin = _CAPTION_HEIGHT + _GAP
-    pitch = len(tiled) * (height + _GAP) + 3 * _GAP  # rows of stacks stand a little apart
+    pictures = len(tiled) * (height + _GAP)
+    pitch = pictures + (len(texts[0]) if texts else 0) * _CAPTION_HEIGHT + 3 * _GAP  # rows stand a little apart
     canvas = Image.new("RGB", (margin + columns * (width + _GAP), num_rows * pitch - 2 * _GAP), _PAPER)
     for row in range(num_rows):
         for line, (name, tiles) in enumerate(tiled.items()):
@@ -131,6 +160,13 @@ def write_stacks(
             canvas.paste(_vertical_caption(name, height), (0, top))
             for column, tile in enumerate(tiles[row * columns : (row + 1) * columns]):
                 canvas.paste(Image.fromarray(tile), (margin + column * (width + _GAP), top))
+    draw = ImageDraw.Draw(canvas)
+    for position, text in enumerate(texts):
+        row, column = divmod(position, columns)
+        centre = margin + column * (width + _GAP) + width // 2
+        for line, words in enumerate(text):
+            middle = _GAP + row * pitch + pictures + line * _CAPTION_HEIGHT + _CAPTION_HEIGHT // 2
+            draw.text((centre, middle), _shorten(draw, words, width), _INK, _font(), anchor="mm")
     _write_png(path, canvas)
 
 

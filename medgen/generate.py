@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -23,7 +22,7 @@ from medgen.data.images import read_image
 from medgen.data.squares import to_square
 from medgen.distributed import pick_device
 from medgen.errors import UserError
-from medgen.figures import write_grid
+from medgen.figures import write_grid, write_image
 from medgen.files import write_atomic
 from medgen.metrics.reconstruction import psnr, ssim
 from medgen.priors import find_label, iterate_samples, tells_classes_apart
@@ -114,15 +113,6 @@ def load_image(path: Path, preprocess: Preprocess) -> Tensor:
     """
     square = to_square(read_image(path, preprocess).pixels, preprocess)
     return torch.from_numpy(square)[None].float() / 255.0
-
-
-def write_image(path: Path, image: Tensor) -> None:
-    """Writes one image (1 or 3, H, W) in [0, 1] as PNG, pixel by pixel."""
-    pixels = (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
-    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
 
 
 def file_name(text: str) -> str:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from medgen import doctor
-from medgen.config import Data, Loss, Phase, Project, Tracking, Train, Weights
+from medgen.config import Data, Evaluate, Loss, Phase, Project, Tracking, Train, Weights
 from medgen.data import weights
 
 Usage = namedtuple("Usage", "total used free")
@@ -43,6 +43,7 @@ def test_every_finding_that_is_not_ok_says_what_to_do(project: Project, monkeypa
         data=Data(),
         loss=Loss(weights=Weights(perceptual=0.1)),
         train=Train(),
+        evaluate=Evaluate(),
         tracking=Tracking(uri="file:./mlruns"),
     )
     names = [finding.name for finding in findings]
@@ -138,15 +139,21 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, free: float, level: str) -> Non
     assert doctor._memory().level == level
 
 
-def test_weights_are_only_missed_where_a_loss_needs_them(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_only_missed_where_parameters_need_them(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     phase = Phase(name="late", epochs=1, weights=Weights(perceptual=0.1))
-    assert [f.level for f in doctor._weights(Loss(), Train())] == ["ok"]
-    assert [f.level for f in doctor._weights(Loss(), Train(phases=(phase,)))] == ["fail"]
+    seen = Evaluate(extractors=("domain", "inception"))
+
+    def levels(train: Train, evaluate: Evaluate) -> dict[str, str]:
+        return {f.name.split()[1]: f.level for f in doctor._weights(Loss(), train, evaluate)}
+
+    assert levels(Train(), Evaluate()) == {"vgg16": "ok", "inception": "ok"}
+    assert levels(Train(phases=(phase,)), Evaluate()) == {"vgg16": "fail", "inception": "ok"}
+    assert levels(Train(), seen) == {"vgg16": "ok", "inception": "warn"}
     weight = weights.Weight(url="https://example.invalid/vgg16.pth", sha256="", size=3, use="")
     monkeypatch.setitem(weights.WEIGHTS, "vgg16", weight)
     (project.root / "weights").mkdir()
     (project.root / "weights" / "vgg16.pth").write_bytes(b"abc")
-    assert [f.level for f in doctor._weights(Loss(), Train(phases=(phase,)))] == ["ok"]
+    assert levels(Train(phases=(phase,)), Evaluate())["vgg16"] == "ok"
 
 
 def test_data(project: Project) -> None:

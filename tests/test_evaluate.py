@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from medgen import bundle, evaluate, features
 from medgen.config import Evaluate, Features, Model, Preprocess, Prior, Project, Tracking
@@ -15,7 +17,7 @@ from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
 from medgen.evaluation_report import findings
 from medgen.figures import write_grid
-from medgen.metrics import reconstruction
+from medgen.metrics import generation, inception, reconstruction
 from medgen.models import build_model
 from medgen.priors import PRIORS, save_prior
 from medgen.tracking import history, read_run
@@ -162,6 +164,76 @@ def test_unlabelled_images_are_judged_too(tmp_path: Path) -> None:
         writer.commit(["train"] * 20 + ["test"] * 10, [], {}, "")
     metrics = evaluate.run(trained(project), evaluate=SMALL, tracking=OFF)
     assert set(metrics) == KEYS
+
+
+class SmallInception(nn.Module):
+    """Stands in for the network: 6 features of the bytes, which are its logits too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3 * 32 * 32, 6)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layer(images.flatten(1).float() / 255)
+        return features, features
+
+
+def bytes_of(folder: Path) -> Tensor:
+    pictures = [torch.tensor(list(Image.open(path).get_flattened_data())) for path in sorted(folder.iterdir())]
+    return torch.stack(pictures).reshape(-1, 1, 32, 32).to(torch.uint8)
+
+
+def test_inception_metrics_are_those_of_the_saved_images(
+    judged: tuple[Project, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(judged[0].root / "artifacts", tmp_path / "artifacts")
+    torch.manual_seed(0)
+    network = inception.Inception(SmallInception())
+    monkeypatch.setattr(evaluate, "checked_weights", Path)
+    monkeypatch.setattr(evaluate, "load_inception", lambda path: network if path == Path("inception") else None)
+    (project.images / "generated").mkdir(parents=True)
+    (project.images / "generated" / "99999.png").touch()  # of an earlier evaluation
+    params = SMALL.model_copy(update={"extractors": ("domain", "inception"), "save_images": True})
+    metrics = evaluate.run(project, evaluate=params, tracking=OFF)
+
+    more = {f"generation/{name}" for name in ("inception_score", "inception_score_real", "fd_inception_floor")}
+    more |= {f"generation/{kind}" for kind in ("fd_inception", "kid_inception", "kid_inception_floor")}
+    more |= {f"generation/kid_inception_ci_{end}" for end in ("low", "high")}
+    assert set(metrics) == KEYS | more
+    assert {name: metrics[name] for name in KEYS} == judged[1]
+    generated, real = (bytes_of(project.images / name) for name in ("generated", "real"))
+    assert real.equal(torch.from_numpy(open_store(project.dataset).split("test").images.copy()))
+    assert len(generated) == 20
+    seen, other = network(generated).features, network(real).features
+    expected = generation.frechet_distance(other, seen)
+    assert metrics["generation/fd_inception"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["generation/kid_inception"] == pytest.approx(generation.kid(other, seen).value, rel=1e-4)
+    found = json.loads((project.reports / "provenance.json").read_text())["extractors"]
+    assert found["inception"]["sha256"].startswith("6726825d") and found["domain"]["sha256"]
+    page = (project.reports / "index.html").read_text()
+    assert f"20 samples against all {len(real)} test images" in page and "inception, 6726825d" in page
+
+
+def test_without_weights_the_inception_metrics_are_absent_and_it_is_said_how_to_get_them(
+    judged: tuple[Project, dict[str, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(judged[0].root / "artifacts", tmp_path / "artifacts")
+    monkeypatch.setenv("MEDGEN_WEIGHTS", str(tmp_path / "weights"))
+    params = SMALL.model_copy(update={"extractors": ("domain", "inception")})
+    assert evaluate.run(project, evaluate=params, tracking=OFF) == judged[1]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    for word in ("no Inception Score and no FID", "medgen weights fetch inception", "MEDGEN_WEIGHTS", "https://"):
+        assert word in warnings[0]
+    page = (project.reports / "index.html").read_text()
+    assert "medgen weights fetch inception" in page and str(tmp_path) not in page
+    assert list(json.loads((project.reports / "provenance.json").read_text())["extractors"]) == ["domain"]
+    assert not project.images.exists()
 
 
 def test_labels_follow_the_train_splits_mix() -> None:
