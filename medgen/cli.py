@@ -233,6 +233,15 @@ def use_recipe(name: str) -> None:
     _module("recipes").use(name, _project())
 
 
+@recipe_app.command("run")
+def run_recipes(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    overrides: Overrides = None,
+) -> None:
+    """Train and judge recipes one after another, and print their metrics in one table."""
+    _module("recipes").run(_project(), names, overrides or ())
+
+
 def _call(verb: str, function: str, params_file: Path, overrides: list[str] | None, **words: Any) -> Any:
     """Calls a verb with the project, the params sections its signature names, and the command's own words."""
     from medgen.config import Params, load

@@ -36,6 +36,7 @@ COMMANDS = {
     "recipe list": set(),
     "recipe show": set(),
     "recipe use": set(),
+    "recipe run": {"--set"},
 }
 
 
@@ -113,6 +114,10 @@ MISTAKES = {  # words, text of params.yaml (None: no file), words of the one mes
     "unknown dataset": (["data", "fetch", "pneumoniamist"], "{}", ["pneumoniamist", "did you mean 'pneumoniamnist'"]),
     "dataset by hand": (["data", "fetch", "oasis1-volumes"], "{}", ["oasisbrains", "medgen data fetch"]),
     "unknown recipe": (["recipe", "use", "chest-xray"], "{}", ["chest-xray", "Known:"]),
+    "unknown recipe to run": (["recipe", "run", "unet"], None, ["recipe", "'unet'", "Known:"]),
+    "unknown key to run": (
+        ["recipe", "run", "chest-xray-64", "--set", "train.sed=1"], None, ["train.sed", "did you mean 'seed'"]
+    ),
     "unknown weights": (["weights", "fetch", "vg16"], "{}", ["vg16", "did you mean 'vgg16'"]),
     "no such command": (["trian"], "{}", ["trian"]),
 }  # fmt: skip
