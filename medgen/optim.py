@@ -38,7 +38,7 @@ def rate_factor(phase: Phase, epoch: float, step: int) -> float:
 
 @dataclass
 class Plateau:
-    """Lowers the rate when the validation loss stops falling, as torch's ReduceLROnPlateau does by default.
+    """Lowers the rate when the validation loss stops falling, as torch's ReduceLROnPlateau does.
 
     Kept apart from the optimizer so that schedules multiply and the state is three numbers.
     """
@@ -51,7 +51,7 @@ class Plateau:
         """Takes an epoch's validation loss; better means by more than 0.01 %."""
         if schedule.name != "plateau":
             return
-        if loss < self.best * (1.0 - 1e-4):
+        if loss + 1e-4 * abs(loss) < self.best:  # a likelihood's loss may be negative, where torch's rule is wrong
             self.best, self.bad_epochs = loss, 0
             return
         self.bad_epochs += 1

@@ -3,6 +3,8 @@
 With skips a U-Net copies its input past the latent, which then says nothing: there would be nothing to sample from.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -24,12 +26,12 @@ class Autoencoder(GenerativeModel):
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes) + 1)]
 
         encoder: list[nn.Module] = [DoubleConv(image_shape[0], channels[0])]
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in pairwise(channels):
             encoder += [halve(before, params.down), DoubleConv(before, after)]
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(channels[-1], self.latent_shape[0], 1))
 
         decoder: list[nn.Module] = [nn.Conv2d(self.latent_shape[0], channels[-1], 1)]
-        for before, after in zip(reversed(channels), reversed(channels[:-1]), strict=False):
+        for before, after in pairwise(reversed(channels)):
             decoder += [double(before, after, params.up), DoubleConv(after, after)]
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 1))
 

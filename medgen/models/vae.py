@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medgen.config import Model
+from medgen.errors import UserError
 from medgen.models.base import GenerativeModel, gaussian_latent, soft_bound
 from medgen.models.grids import flat_sizes
 from medgen.types import Latent
@@ -19,9 +20,7 @@ NUM_LATENT = 128  # numbers of a latent where model.latent_channels says nothing
 class VAE(GenerativeModel):
     """Images (B, C, S, S) <-> latents (B, D), D = `latent_channels` (Kingma & Welling 2014)."""
 
-    def __init__(
-        self, params: Model, image_shape: tuple[int, int, int], num_classes: int, embedding: int = 0
-    ) -> None:
+    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int, embedding: int = 0) -> None:
         super().__init__()
         num_latent = params.latent_channels or NUM_LATENT
         sizes = flat_sizes(image_shape[1], params.latent_size)  # S/2, …, h
@@ -69,12 +68,17 @@ class ConditionalVAE(VAE):
     conditional = True
 
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        if num_classes == 0:
+            raise UserError(
+                "model.name: cvae is given labels, and the data has none; expected class folders or a manifest with "
+                "labels (docs/data.md), or model.name: vae"
+            )
         super().__init__(params, image_shape, num_classes, embedding=params.label_channels)
         self.num_classes = num_classes
-        self.embedding = nn.Linear(max(num_classes, 1), params.label_channels, bias=False)
+        self.embedding = nn.Linear(num_classes, params.label_channels, bias=False)  # of a one-hot vector
 
     def _with_label(self, features: Tensor, label: Tensor | None) -> Tensor:
         if label is None:
             label = torch.full((len(features),), -1, device=features.device)
-        hot = F.one_hot(label.clamp(min=0), max(self.num_classes, 1)).to(features.dtype)
+        hot = F.one_hot(label.clamp(min=0), self.num_classes).to(features.dtype)
         return torch.cat([features, self.embedding(hot * (label >= 0)[:, None])], dim=1)

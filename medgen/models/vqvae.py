@@ -17,7 +17,8 @@ from medgen.types import Latent, ModelOutput
 
 CODE_CHANNELS = 64  # of a code where model.latent_channels says nothing (van den Oord et al.)
 EMA_DECAY = 0.99
-DEAD_BELOW = 0.05  # a code used less than this share of an even use is put on a vector of the batch
+DEAD_BELOW = 0.05  # a code with less than this share of an even use is dead
+MAX_COMPARED = 1 << 15  # vectors compared with all codes at once: 64 MB of distances for 512 codes
 
 
 class VQVAE(GenerativeModel):
@@ -34,15 +35,16 @@ class VQVAE(GenerativeModel):
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
         """One pass for the objective, with the terms `codebook` (where codes learn by gradient) and `commitment`."""
         vectors = self._vectors(image)
+        if self.training:
+            self.quantizer.revive(vectors.detach())
         codes, nearest = self.quantizer(vectors)
+        if self.training:
+            self.quantizer.follow(vectors.detach(), codes)
         terms = {"commitment": F.mse_loss(vectors, nearest.detach())}
         if self.quantizer.learns_by_gradient:
             terms["codebook"] = F.mse_loss(nearest, vectors.detach())
         value = vectors + (nearest - vectors).detach()
-        output = ModelOutput(self._decode(value), Latent(value=value, mean=nearest, codes=codes), terms)
-        if self.training:
-            self.quantizer.adapt(vectors.detach(), codes)
-        return output
+        return ModelOutput(self._decode(value), Latent(value=value, mean=nearest, codes=codes), terms)
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
         """Images (B, C, S, S) -> the codes at each place, (B, Z, h, h), and their numbers (B, h, h)."""
@@ -58,7 +60,7 @@ class VQVAE(GenerativeModel):
         return self._decode(self.quantizer.look_up(codes))
 
     def _vectors(self, image: Tensor) -> Tensor:
-        return self.encoder(image).float()  # type: ignore[no-any-return]  # distances of near codes need float32
+        return self.quantizer.place(self.encoder(image).float())  # distances of near codes need float32
 
     def _decode(self, latent: Tensor) -> Tensor:
         return torch.sigmoid(self.decoder(latent).float())
@@ -66,6 +68,8 @@ class VQVAE(GenerativeModel):
 
 class Quantizer(nn.Module):
     """A codebook of K vectors: nearest code by Euclidean distance, or by angle, in float32.
+
+    At the first training step every code is put on a vector of the batch; later those that hardly anyone uses are.
 
     Args:
         num_codes: K.
@@ -87,8 +91,9 @@ class Quantizer(nn.Module):
             self.register_buffer("codebook", initial)
         else:
             self.codebook = nn.Parameter(initial)
-        self.register_buffer("usage", torch.ones(num_codes))  # moving average of vectors a step, in shares of even use
-        self.register_buffer("sums", initial.clone())  # moving average of the sum of a code's vectors
+        # moving averages: how many vectors a code has in shares of an even use, and their sum in the same unit
+        self.register_buffer("usage", torch.zeros(num_codes))
+        self.register_buffer("sums", torch.zeros(num_codes, channels))
 
     @property
     def learns_by_gradient(self) -> bool:
@@ -97,39 +102,59 @@ class Quantizer(nn.Module):
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors (B, Z, h, h) -> numbers of the nearest codes (B, h, h), and those codes (B, Z, h, h)."""
-        flat = self._place(vectors.movedim(1, -1))
         with torch.no_grad():
-            codes = torch.cdist(flat.flatten(0, 2), self._place(self.codebook)).argmin(dim=1).view(flat.shape[:3])
+            codebook = self.place(self.codebook)
+            parts = torch.split(_flatten(vectors), MAX_COMPARED)
+            codes = torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in parts])
+        codes = codes.view(len(vectors), *vectors.shape[2:])
         return codes, self.look_up(codes)
 
     def look_up(self, codes: Tensor) -> Tensor:
         """Numbers (B, h, h) -> codes (B, Z, h, h)."""
-        return F.embedding(codes, self._place(self.codebook)).movedim(-1, 1)
+        return F.embedding(codes, self.place(self.codebook)).movedim(-1, 1)
+
+    def place(self, vectors: Tensor) -> Tensor:
+        """Vectors (B, Z, h, h) or codes (K, Z) where they are compared: for "cosine" on the unit sphere, where the
+        nearest by distance is the nearest by angle.
+        """
+        return F.normalize(vectors, dim=1) if self.kind == "cosine" else vectors
 
     @torch.no_grad()
-    def adapt(self, vectors: Tensor, codes: Tensor) -> None:
-        """After a training step: usage, the moving averages of "ema", and new places for dead codes.
+    def revive(self, vectors: Tensor) -> None:
+        """Before a training step's look-up: puts dead codes on vectors (B, Z, h, h) drawn from its batch.
 
-        The same on all processes: sums are over all of them, new places are those of the first.
+        The same on all processes: the draws are those of the first.
         """
-        flat = self._place(vectors.movedim(1, -1)).flatten(0, 2)  # (N, Z)
-        counts = torch.bincount(codes.flatten(), minlength=self.num_codes).to(flat.dtype)
-        sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), flat)
-        chosen = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
+        flat = _flatten(vectors)
+        drawn = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(drawn, 0)
+        # a batch that is not finite is reported and skipped: the codes must outlive it
+        dead = (self.usage < DEAD_BELOW) & torch.isfinite(drawn).all(dim=1)
+        self.codebook.data.copy_(torch.where(dead[:, None], drawn, self.codebook))
+        self.sums.copy_(torch.where(dead[:, None], drawn, self.sums))
+        self.usage.masked_fill_(dead, 1.0)
+
+    @torch.no_grad()
+    def follow(self, vectors: Tensor, codes: Tensor) -> None:
+        """After a training step's look-up: counts who uses which code; with "ema" moves codes to their vectors' mean.
+
+        The same on all processes: sums are over all of them.
+        """
+        flat, numbers = _flatten(vectors), codes.flatten()
+        counts = torch.zeros_like(self.usage).index_add_(0, numbers, torch.ones_like(flat[:, 0]))
+        sums = torch.zeros_like(self.sums).index_add_(0, numbers, flat)
         if torch.distributed.is_initialized():
             for tensor in (counts, sums):
                 torch.distributed.all_reduce(tensor)
-            torch.distributed.broadcast(chosen, 0)
         even = counts.sum() / self.num_codes
-        self.usage.lerp_(counts / even, 1 - EMA_DECAY)
-        self.sums.lerp_(sums / even, 1 - EMA_DECAY)
+        finite = torch.isfinite(sums).all()
+        self.usage.copy_(torch.where(finite, self.usage.lerp(counts / even, 1 - EMA_DECAY), self.usage))
+        self.sums.copy_(torch.where(finite, self.sums.lerp(sums / even, 1 - EMA_DECAY), self.sums))
         if self.kind == "ema":
             self.codebook.copy_(self.sums / self.usage.clamp(min=1e-5)[:, None])
-        dead = (self.usage < DEAD_BELOW)[:, None]
-        self.codebook.data.copy_(torch.where(dead, chosen, self.codebook))
-        self.sums.copy_(torch.where(dead, chosen, self.sums))
-        self.usage.copy_(torch.where(dead[:, 0], torch.ones_like(self.usage), self.usage))
 
-    def _place(self, vectors: Tensor) -> Tensor:
-        """On the unit sphere where angles decide: there the nearest by distance is the nearest by angle."""
-        return F.normalize(vectors.float(), dim=-1) if self.kind == "cosine" else vectors.float()
+
+def _flatten(vectors: Tensor) -> Tensor:
+    """(B, Z, h, h) -> (B·h·h, Z) float32."""
+    return vectors.movedim(1, -1).flatten(0, 2).float()

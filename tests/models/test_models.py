@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from medgen.config import Model
+from medgen import bundle
+from medgen.bundle import BundleInfo
+from medgen.config import Loss, Model, Preprocess, Weights
 from medgen.errors import UserError
+from medgen.losses import Objective
 from medgen.models import MODELS, build_model
 from medgen.models.base import soft_bound
 
-ROWS = [  # name and sizes, image shape, latent shape
+ROWS = [  # name and sizes, image shape, latent shape (None: the model has none)
     ({"name": "spatial_vae", "base_channels": 8, "latent_channels": 4, "latent_size": 4}, (1, 32, 32), (4, 4, 4)),
     ({"name": "spatial_vae", "base_channels": 8, "latent_channels": 6, "latent_size": 8}, (1, 64, 64), (6, 8, 8)),
     ({"name": "spatial_vae", "base_channels": 4, "latent_channels": 2, "latent_size": 7}, (3, 56, 56), (2, 7, 7)),
@@ -16,33 +19,107 @@ ROWS = [  # name and sizes, image shape, latent shape
     (
         {"name": "spatial_vae", "base_channels": 4, "max_channels": 8, "blocks_per_stage": 2, "latent_size": 16,
          "latent_channels": 2, "attention_resolutions": [16, 32]},
-        (1, 512, 512),
+        (1, 256, 256),
         (2, 16, 16),
     ),
+    ({"name": "autoencoder", "base_channels": 4, "latent_channels": 4}, (1, 32, 32), (4, 8, 8)),
+    (
+        {"name": "autoencoder", "base_channels": 4, "latent_channels": 2, "latent_size": 5, "down": "strided",
+         "up": "upsample"},
+        (3, 20, 20),
+        (2, 5, 5),
+    ),
+    ({"name": "vae", "base_channels": 4, "max_channels": 16}, (1, 32, 32), (128,)),
+    ({"name": "vae", "base_channels": 2, "max_channels": 8, "latent_channels": 6}, (3, 224, 224), (6,)),
+    ({"name": "vae", "base_channels": 4, "latent_channels": 6, "latent_size": 14}, (1, 28, 28), (6,)),
+    ({"name": "cvae", "base_channels": 4, "latent_channels": 6, "label_channels": 3}, (1, 28, 28), (6,)),
+    ({"name": "cvae", "base_channels": 4, "latent_channels": 6}, (3, 32, 32), (6,)),
+    ({"name": "vqvae", "base_channels": 8, "num_codes": 16}, (1, 32, 32), (64, 8, 8)),
+    ({"name": "vqvae", "base_channels": 4, "num_codes": 7, "latent_channels": 5, "latent_size": 9,
+      "codebook": "gradient"}, (3, 36, 36), (5, 9, 9)),
+    ({"name": "vqvae", "base_channels": 4, "num_codes": 16, "latent_channels": 5, "latent_size": 16,
+      "codebook": "cosine"}, (1, 32, 32), (5, 16, 16)),
+    ({"name": "unet", "base_channels": 4}, (1, 32, 32), None),
+    ({"name": "unet", "base_channels": 4, "down": "strided", "up": "upsample"}, (3, 20, 20), None),
 ]  # fmt: skip
+NUM_CLASSES = 3
 
 
-@pytest.fixture(params=ROWS, ids=[f"{row[0]['name']}-{row[1][1]}px" for row in ROWS])
+def build(kwargs, image_shape, mask_classes=2):
+    torch.manual_seed(0)
+    return build_model(Model(**kwargs), image_shape, NUM_CLASSES, mask_classes)
+
+
+def name_of(row):
+    return "-".join(
+        [row[0]["name"], f"{row[1][1]}px", *(str(row[0][key]) for key in ("codebook", "up") if key in row[0])]
+    )
+
+
+@pytest.fixture(params=ROWS, ids=name_of)
+def any_row(request):
+    kwargs, image_shape, latent_shape = request.param
+    return build(kwargs, image_shape), image_shape, latent_shape
+
+
+@pytest.fixture(params=[row for row in ROWS if row[2]], ids=name_of)
 def row(request):
     kwargs, image_shape, latent_shape = request.param
-    torch.manual_seed(0)
-    return build_model(Model(**kwargs), image_shape, num_classes=3), image_shape, latent_shape
+    return build(kwargs, image_shape), image_shape, latent_shape
+
+
+@pytest.fixture(params=[row for row in ROWS if row[1][1] <= 56], ids=name_of)
+def small(request):
+    kwargs, image_shape, _ = request.param
+    return build(kwargs, image_shape), image_shape
+
+
+def objective_of(model, image_shape):
+    mask = Weights(bce=1.0, dice=1.0)
+    return Objective(Loss(), image_shape), mask if model.target == "mask" else Weights(l1=1.0, ssim=0.5)
 
 
 def test_every_family_is_in_the_table():
     assert {row[0]["name"] for row in ROWS} == set(MODELS)
 
 
-def test_shapes_of_every_verb(row):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_shapes_of_every_verb(row, precision):
+    """Images, latents and their spread are float32 whatever the network computes in."""
     model, image_shape, latent_shape = row
     image, label = torch.rand(2, *image_shape), torch.tensor([0, 2])
-    output = model(image, label)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16), torch.no_grad():
+        output, latent = model(image, label), model.encode(image, label)
+        images = [
+            output.reconstruction,
+            model.predict(image, label).reconstruction,
+            model.decode(torch.randn(2, *latent_shape), label),
+            model.reconstruct(image, label),
+            model.sample(2, label),
+        ]
     assert model.latent_shape == latent_shape
-    assert output.reconstruction.shape == image.shape
-    assert model.encode(image, label).mean.shape == (2, *latent_shape)
-    assert model.decode(torch.randn(2, *latent_shape), label).shape == image.shape
-    assert model.reconstruct(image, label).shape == image.shape
-    assert model.sample(2, label).shape == image.shape
+    assert all(made.shape == image.shape and made.dtype == torch.float32 for made in images)
+    latents = [output.latent.value, latent.value, latent.mean]
+    assert all(made.shape == (2, *latent_shape) and made.dtype == torch.float32 for made in latents)
+    assert latent.logvar is None or (latent.logvar.shape == latent.mean.shape and latent.logvar.dtype == torch.float32)
+    assert latent.codes is None or (latent.codes.shape == (2, *latent_shape[1:]) and latent.codes.dtype == torch.int64)
+    assert all(bool(torch.isfinite(made).all()) for made in images + latents)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kwargs", [row[0] for row in ROWS if row[2] is None], ids=["maxpool", "strided"])
+@pytest.mark.parametrize("mask_classes", [2, 3])
+def test_a_segmenter_gives_probabilities_for_every_class(kwargs, mask_classes, precision):
+    model, image = build(kwargs, (1, 32, 32), mask_classes), torch.rand(2, 1, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16), torch.no_grad():
+        output, again = model(image), model.predict(image)
+    assert output.latent is None
+    assert output.reconstruction.shape == (2, 1 if mask_classes == 2 else mask_classes, 32, 32)
+    assert output.reconstruction.dtype == torch.float32
+    assert torch.equal(output.reconstruction, again.reconstruction)
+    assert output.reconstruction.min() >= 0 and output.reconstruction.max() <= 1
+    if mask_classes > 2:
+        torch.testing.assert_close(output.reconstruction.sum(dim=1), torch.ones(2, 32, 32))
 
 
 def test_images_are_in_unit_range(row):
@@ -51,16 +128,67 @@ def test_images_are_in_unit_range(row):
     assert image.min() >= 0 and image.max() <= 1
 
 
-def test_every_parameter_gets_a_finite_gradient(row):
-    model, image_shape, _ = row
+def test_every_parameter_gets_a_finite_gradient(any_row):
+    model, image_shape, _ = any_row
     # blocks that start as their shortcut give no gradient before their last layer: move them off it
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    output = model(torch.rand(2, *image_shape))
-    (output.reconstruction.mean() + output.latent.value.square().mean()).backward()
+    output = model(torch.rand(2, *image_shape), torch.tensor([0, 2]))
+    latent = 0 if output.latent is None else output.latent.value.square().mean()
+    (output.reconstruction.square().mean() + latent + sum(output.terms.values())).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_one_step_of_training_lowers_the_loss_on_its_batch(small, precision):
+    model, image_shape = small
+    objective, weights = objective_of(model, image_shape)
+    smooth = torch.nn.functional.interpolate(torch.rand(4, image_shape[0], 4, 4), size=image_shape[1:], mode="bilinear")
+    target = (smooth[:, :1] > 0.5).float() if model.target == "mask" else smooth
+    label = torch.tensor([0, 1, 2, -1])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def loss():
+        torch.manual_seed(1)  # the same draws of the posterior
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            output = model(smooth, label)
+        return objective(output, target, weights, beta=0.01).total
+
+    loss()  # of a codebook the first step puts every code on a vector of the batch
+    before = loss()
+    before.backward()
+    optimizer.step()
+    assert loss() < before
+
+
+@pytest.mark.parametrize(("kwargs", "image_shape"), [row[:2] for row in ROWS], ids=map(name_of, ROWS))
+def test_a_saved_model_is_the_same_model(kwargs, image_shape, tmp_path):
+    """Batch statistics and codebooks too, after a training step that moved them."""
+    model = build(kwargs, image_shape)
+    info = BundleInfo(
+        model=Model(**kwargs),
+        preprocess=Preprocess(image_size=image_shape[1]),
+        image_shape=image_shape,
+        classes=("a", "b", "c"),
+        dataset="d" * 12,
+        run="r" * 12,
+        torch=torch.__version__,
+    )
+    with torch.no_grad():
+        model.train()(torch.rand(2, *image_shape), torch.tensor([0, 2]))
+    bundle.save(tmp_path, model, info)
+    loaded, found = bundle.load(tmp_path)
+    assert found == info
+    state = model.state_dict()
+    assert state.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in loaded.state_dict().items())
+    image, label = torch.rand(2, *image_shape), torch.tensor([1, 2])
+    with torch.no_grad():
+        assert torch.equal(
+            model.eval().predict(image, label).reconstruction, loaded.predict(image, label).reconstruction
+        )
 
 
 @pytest.mark.parametrize("width", [1, 9, 18, 28])
@@ -69,22 +197,52 @@ def test_odd_widths_work(width):
     assert model.reconstruct(torch.rand(1, 1, 64, 64)).shape == (1, 1, 64, 64)
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("image_size", [16, 20, 28, 36, 44, 100])
+def test_every_image_size_that_preprocess_allows_is_handled(name, image_size):
+    """Multiples of four, powers of two or not."""
+    model = build({"name": name, "base_channels": 2, "max_channels": 4}, (1, image_size, image_size)).eval()
+    image = torch.rand(1, 1, image_size, image_size)
+    assert model.predict(image, torch.tensor([0])).reconstruction.shape == image.shape
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("image_size", [17, 33, 65])
+def test_odd_image_sizes_are_refused_by_name(name, image_size):
+    with pytest.raises(
+        UserError, match=rf"(?s)preprocess\.image_size.*{image_size}|{image_size}.*preprocess\.image_size"
+    ):
+        build({"name": name}, (1, image_size, image_size))
+
+
 @pytest.mark.parametrize(
     ("image_size", "latent_shape"),
     [(16, (1, 8, 8)), (28, (4, 7, 7)), (32, (4, 8, 8)), (64, (16, 8, 8)), (128, (16, 16, 16)), (224, (16, 28, 28))],
 )
-def test_the_default_latent_follows_the_image_size(image_size, latent_shape):
-    model = build_model(Model(base_channels=4, max_channels=8), (1, image_size, image_size), 0)
+@pytest.mark.parametrize("name", ["spatial_vae", "autoencoder"])
+def test_the_default_latent_follows_the_image_size(name, image_size, latent_shape):
+    model = build_model(Model(name=name, base_channels=4, max_channels=8), (1, image_size, image_size), 0)
     assert model.latent_shape == latent_shape
+
+
+def test_the_flat_vae_at_224_px_has_five_convolutions_down_to_7_and_128_numbers():
+    """As system E."""
+    model = build({"name": "vae", "base_channels": 2, "max_channels": 32}, (1, 224, 224))
+    assert model.grid == (32, 7, 7)
+    assert model.latent_shape == (128,)
+    assert sum(isinstance(layer, torch.nn.ConvTranspose2d) for layer in model.decoder) == 5
 
 
 def test_reconstruct_has_no_randomness_and_forward_in_training_has(row):
     model, image_shape, _ = row
-    image = torch.rand(2, *image_shape)
-    assert torch.equal(model.train().reconstruct(image), model.reconstruct(image))
-    assert not torch.equal(model(image).latent.value, model(image).latent.value)
-    latent = model.eval()(image).latent
-    assert torch.equal(latent.value, latent.mean)
+    image, label = torch.rand(2, *image_shape), torch.tensor([0, 2])
+    model.eval()
+    assert torch.equal(model.reconstruct(image, label), model.reconstruct(image, label))
+    latent = model(image, label).latent
+    torch.testing.assert_close(latent.value, latent.mean)
+    if latent.logvar is not None:
+        model.train()
+        assert not torch.equal(model(image, label).latent.value, model(image, label).latent.value)
 
 
 def test_sample_is_reproduced_by_its_generator(row):
@@ -93,8 +251,38 @@ def test_sample_is_reproduced_by_its_generator(row):
     assert torch.equal(first, second)
 
 
-def test_log_variance_stays_bounded_whatever_the_input():
-    model = build_model(Model(base_channels=8, latent_channels=4, logvar_bound=6.0), (1, 64, 64), 0)
+def test_a_label_changes_what_the_conditional_vae_makes_and_nothing_else_does():
+    for name in sorted(MODELS):
+        model = build({"name": name, "base_channels": 4, "latent_channels": 6}, (1, 32, 32)).eval()
+        image = torch.rand(2, 1, 32, 32)
+        plain, again, other = (
+            model.predict(image, torch.tensor(label)).reconstruction for label in ([0, 0], [0, 0], [1, 2])
+        )
+        assert torch.equal(plain, again), name
+        assert torch.equal(plain, other) == (name != "cvae"), name
+        assert name == "unet" or model.conditional == (name == "cvae")
+
+
+def test_the_conditional_vae_takes_an_image_without_a_label():
+    """-1, as the store has it, is no class; so is no label at all."""
+    model = build({"name": "cvae", "base_channels": 4}, (1, 28, 28)).eval()
+    image, latent = torch.rand(2, 1, 28, 28), torch.randn(2, 128)
+    none = torch.tensor([-1, -1])
+    assert torch.equal(model.reconstruct(image), model.reconstruct(image, none))
+    assert torch.equal(model.decode(latent), model.decode(latent, none))
+    mixed = model.decode(latent, torch.tensor([-1, 1]))
+    torch.testing.assert_close(mixed[0], model.decode(latent)[0])
+    assert not torch.allclose(mixed[1], model.decode(latent)[1])
+
+
+def test_the_conditional_vae_refuses_data_without_labels():
+    with pytest.raises(UserError, match=r"model\.name: cvae.*labels"):
+        build_model(Model(name="cvae"), (1, 28, 28), 0)
+
+
+@pytest.mark.parametrize("name", ["spatial_vae", "vae", "cvae"])
+def test_log_variance_stays_bounded_whatever_the_input(name):
+    model = build({"name": name, "base_channels": 8, "latent_channels": 4, "logvar_bound": 6.0}, (1, 64, 64))
     logvar = model.encode(1e12 * torch.rand(2, 1, 64, 64)).logvar
     assert logvar.abs().max() <= 6.0
     assert torch.isfinite(logvar.exp()).all()
