@@ -88,6 +88,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     """
     store, device = open_store(project.dataset), pick_device("auto")
     model, info = bundle.load_for(store, project.model, device)
+    (project.figures / label_report.PICTURE).unlink(missing_ok=True)  # an earlier model's: this one may have none
     if not isinstance(model, GenerativeModel):
         return judge_masks(project, store, model, info, evaluate, tracking)
     subject = load(project, store, model, info, evaluate)
@@ -105,7 +106,8 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     own = {"extractors": extractors, "prior": subject.prior.name}
     write_json(project, "provenance.json", provenance(project, info, evaluate, device) | own)
     draw(project, subject, reconstructions)
-    label_report.draw(project.figures, swapped, store.classes)
+    if swapped:
+        label_report.draw(project.figures, swapped, store.classes)
     if evaluate.save_images:
         write_images(project.images / "generated", samples)
         write_images(project.images / "real", pixels(subject.test))
@@ -379,7 +381,8 @@ def record(project: Project, info: BundleInfo, params: Evaluate, tracking: Track
         records = history(scratch)
         tracker.params({"evaluate": params})
         tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
-        for name in ("samples.png", "reconstructions.png"):
-            tracker.artifact(project.figures / name, "figures")
+        for name in ("samples.png", "reconstructions.png", label_report.PICTURE):
+            if (project.figures / name).exists():
+                tracker.artifact(project.figures / name, "figures")
         for name in ("metrics.json", "provenance.json", "index.html"):
             tracker.artifact(project.reports / name, "reports")
