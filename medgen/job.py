@@ -1,5 +1,6 @@
 """A training's whole state: built from the parameters, saved, resumed, rolled back, exported."""
 
+import json
 import shutil
 import signal
 import time
@@ -21,6 +22,7 @@ from medgen.data.store import Split, open_store
 from medgen.data.weights import weights_path
 from medgen.distributed import StopRequest, World, pick_precision
 from medgen.errors import TrainingInterrupted, UserError
+from medgen.files import write_atomic
 from medgen.guard import Guard
 from medgen.losses import Objective, beta_at
 from medgen.models import GenerativeModel, build_model
@@ -232,7 +234,10 @@ class Job:
         name = f"{self.params.name}-{self.store.image_shape[1]}-{self.fingerprint[:6]}"
         with Tracker.open(self.scratch, tracking, self.project, name) as tracker:
             sections = {"model": self.params, "loss": self.loss, "train": self.train}
-            tracker.params({**sections, "preprocess": self.store.preprocess})
+            everything = {**sections, "preprocess": self.store.preprocess}
+            tracker.params(everything)
+            plain = {name: section.model_dump(mode="json") for name, section in everything.items()}
+            write_atomic(self.scratch / "params.json", f"{json.dumps(plain, indent=2)}\n".encode())
             precision = "bf16" if self.precision == torch.bfloat16 else "fp32"
             tracker.tags(lineage(self.project, *sections.values(), device=str(self.world.device), precision=precision))
             tracker.tags({"medgen.run": self.fingerprint})

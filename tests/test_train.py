@@ -62,6 +62,7 @@ def test_leaves_a_bundle_curves_grids_and_a_record_of_every_epoch(finished):
     for name in ("curves.csv", "figures/loss.png", "figures/ssim.png", "figures/progress.gif"):
         assert (project.reports / name).stat().st_size > 0
     assert len(list((scratch / "samples").iterdir())) == 3  # epochs 1, 2 and 4
+    assert Train.model_validate(json.loads((scratch / "params.json").read_text())["train"]) == TRAIN
     records = history(scratch)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert {"train/loss", "train/l1", "train/ssim_loss", "train/kl", "val/ssim", "train/beta_effective"} <= set(
