@@ -26,6 +26,7 @@ from medgen import bundle
 from medgen.bundle import BundleInfo
 from medgen.config import Project, Registry, Tracking
 from medgen.errors import UserError
+from medgen.models import MODELS
 from medgen.tracking import RunRecord, Tracker, lineage, mirror_run, read_run
 from medgen.tracking.mirror import REFUSALS, connect, first_line, load_mlflow, store_uri, unreachable, without_password
 
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 ALIAS = "candidate"
-PYFUNC = Path(__file__).with_name("pyfunc.py")  # MLflow wants the file, not a module
+# by what the model is trained towards; MLflow wants the file, not a module
+PYFUNC = {"image": Path(__file__).with_name("pyfunc.py"), "mask": Path(__file__).with_name("pyfunc_masks.py")}
 CONTENT_TAG = "medgen.content"
 # What the code imports that loads and generates (tests/test_registry.py holds it to that).
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic", "ruamel.yaml")
+MASK_REQUIREMENTS = ("opencv-python-headless",)  # besides: what turns a picture into the model's input
 
 
 @dataclass(frozen=True)
@@ -215,17 +218,20 @@ def _register(
     """Logs the model with code, model/ and prior/ to its run, and makes it a version."""
     import mlflow
 
+    makes = MODELS[info.model.name].target
+    requirements = REQUIREMENTS if makes == "image" else (*REQUIREMENTS, *MASK_REQUIREMENTS)
     mlflow.set_tracking_uri(store_uri(project, tracking))
     try:
         with mlflow.start_run(run_id=run_id, log_system_metrics=False):
             logged = mlflow.pyfunc.log_model(
                 name="model",
-                python_model=str(PYFUNC),
+                python_model=str(PYFUNC[makes]),
                 artifacts={"model": str(project.model), "prior": str(project.prior)},
-                code_paths=[str(PYFUNC.parent)],  # the whole package: a version loads where medgen is not installed
-                signature=_signature(info),
-                input_example=_example(info),
-                pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+                # the whole package: a version loads where medgen is not installed
+                code_paths=[str(Path(__file__).parent)],
+                signature=_signature(info) if makes == "image" else _mask_signature(info),
+                input_example=_example(info) if makes == "image" else _mask_example(info),
+                pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
                 registered_model_name=registry.model_name,
                 tags={CONTENT_TAG: content},
             )
@@ -262,6 +268,25 @@ def _example(info: BundleInfo) -> Any:
     return pd.DataFrame(columns)
 
 
+def _mask_signature(info: BundleInfo) -> "ModelSignature":
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    channels, height, width = info.image_shape
+    return ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, channels))]),
+        outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, height, width, 1))]),
+    )
+
+
+def _mask_example(info: BundleInfo) -> Any:
+    import numpy as np
+
+    channels, height, width = info.image_shape
+    return np.zeros((1, height, width, channels), np.uint8)
+
+
 def _describe(
     client: "MlflowClient", name: str, number: int, project: Project, record: RunRecord, info: BundleInfo
 ) -> None:
@@ -273,12 +298,16 @@ def _describe(
         client.set_model_version_tag(name, str(number), key, value)
     classes = ", ".join(info.classes) or "none"
     channels, height, width = info.image_shape
-    client.update_model_version(
-        name,
-        str(number),
+    about = (
         f"{info.model.name}, images {height}x{width}x{channels} uint8, classes: {classes}. "
-        "Input: n, label (optional), seed (optional).",
+        "Input: n, label (optional), seed (optional)."
     )
+    if MODELS[info.model.name].target == "mask":
+        about = (
+            f"{info.model.name}, masks {height}x{width} uint8 of {info.preprocess.mask_classes} classes. "
+            f"Input: images uint8 of any size, N x H x W x {channels}."
+        )
+    client.update_model_version(name, str(number), about)
 
 
 def _metrics(project: Project) -> dict[str, float]:

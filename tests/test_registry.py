@@ -152,7 +152,9 @@ def test_requirements_cover_what_the_code_imports(project: Project, fresh: tuple
     lines = listed.read_text().split()
     assert all("==" in line and "+" not in line for line in lines)
     distributions = packages_distributions()
-    imported = {name for file in [*fresh[0]["files"], registry.PYFUNC] for name in top_level_imports(Path(file))}
+    imported = {
+        name for file in [*fresh[0]["files"], registry.PYFUNC["image"]] for name in top_level_imports(Path(file))
+    }
     needed = imported - sys.stdlib_module_names - {"medgen"}
     assert {"torch", "safetensors", "mlflow", "ruamel"} <= needed
     listed_names = {line.partition("==")[0] for line in lines}
