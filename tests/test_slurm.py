@@ -1,0 +1,80 @@
+"""slurm/train.sbatch without Slurm: warned in mid-training, two processes stop together, save, and go on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from medgen import bundle, checkpoint
+from medgen.tracking import history
+
+SRUN = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+tasks = []
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+for rank in "01":
+    ranks = dict(SLURM_NTASKS="2", SLURM_PROCID=rank, SLURM_LOCALID=rank, SCRIPT=str(os.getppid()))
+    tasks.append(subprocess.Popen(sys.argv[1:], env=os.environ | ranks))
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+[ "$1" = show ] && echo localhost || echo "$@" >> scontrol.log
+"""
+MEDGEN = f"""#!{sys.executable}
+# the first task warns the script, once, and waits there until the warning has come back to it
+import os, pathlib, signal, time
+from medgen import cli
+from medgen.data.loader import Loader
+from medgen.distributed import StopRequest
+heard, batch, note = [], Loader.batch, StopRequest._note
+def warning(self, position):
+    if position == 3 and os.environ["SLURM_PROCID"] == "0" and not pathlib.Path("warned").exists():
+        pathlib.Path("warned").touch()
+        os.kill(int(os.environ["SCRIPT"]), signal.SIGUSR1)
+        while not heard:
+            time.sleep(0.01)
+    return batch(self, position)
+Loader.batch = warning
+StopRequest._note = lambda self, number, frame: (heard.append(number), note(self, number, frame))
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_warned_job_saves_in_all_processes_is_requeued_and_goes_on(tiny_project, root):
+    folder = tiny_project.root
+    for name, text in {"bin/srun": SRUN, "bin/scontrol": SCONTROL, ".venv/bin/medgen": MEDGEN}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    params = {
+        "model": {"base_channels": 8, "latent_size": 8, "latent_channels": 4},
+        "train": {"batch_size": 8, "phases": [{"name": "a", "epochs": 2, "learning_rate": 1e-3}]},
+        "tracking": {"enabled": False},
+    }
+    (folder / "params.yaml").write_text(json.dumps(params))
+    environment = {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": str(os.getpid()),  # a port of its own
+        "SLURM_JOB_NODELIST": "localhost",
+    }
+    command = ["bash", str(root / "slurm" / "train.sbatch")]
+
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.count("after step 4 and saved") == 2
+    assert (folder / "scontrol.log").read_text() == f"requeue {os.getpid()}\n"
+    (scratch,) = tiny_project.runs.iterdir()
+    assert checkpoint.load(scratch)["state"]["position"] == 4
+    assert not tiny_project.model.exists()
+
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in history(scratch)] == [1, 2]
+    assert bundle.load_info(tiny_project.model).run == scratch.name
+    assert (folder / "scontrol.log").read_text().count("\n") == 1
