@@ -93,18 +93,32 @@ def evaluate(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 @app.command()
 def generate(
     out: OutFolder,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many.")] = 25,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many (25); with --traverse, along each axis (9).")
+    ] = None,
     label: Annotated[
         str | None, typer.Option(help="Class by name or index; without it, as in the train split.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    interpolate: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Instead: the way from image A to image B.")
+    ] = None,
+    traverse: Annotated[bool, typer.Option("--traverse", help="Instead: what the latent's main axes do.")] = False,
     model: ModelPlace = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Make new images, one PNG each and one grid."""
+    """Make new images, one PNG each and one grid; or follow the latents between two images or along their axes."""
+    if interpolate and traverse:
+        raise typer.BadParameter("--interpolate and --traverse are two things to do; give one of them")
     folder = _call("registry", "find_model", params, overrides, place=model)
-    _call("generate", "run", params, overrides, n=n, label=label, seed=seed, model=folder, out=out)
+    words = {"label": label, "model": folder, "out": out} | ({} if n is None else {"n": n})
+    if interpolate:
+        _call("generate", "interpolate", params, overrides, ends=interpolate, **words)
+    elif traverse:
+        _call("generate", "traverse", params, overrides, **words)
+    else:
+        _call("generate", "run", params, overrides, seed=seed, **words)
 
 
 @app.command()

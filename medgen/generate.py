@@ -1,12 +1,15 @@
 """Uses of a trained model: new images, and images through the model and back.
 
 medgen generate --n 25 --label NORMAL --out outputs/new
+medgen generate --interpolate chest.png other.png --out outputs/path
+medgen generate --traverse --out outputs/axes
 medgen reconstruct chest.png --out outputs/through
 """
 
 import csv
 import io
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,23 +19,33 @@ from rich.progress import track
 from torch import Tensor
 
 from medgen import bundle
-from medgen.config import Preprocess, Project
+from medgen.bundle import BundleInfo
+from medgen.config import Preprocess, Project, unknown_name
 from medgen.data.formats.raw import UnreadableImage
 from medgen.data.images import read_image
 from medgen.data.squares import to_square
 from medgen.distributed import pick_device
 from medgen.errors import UserError
-from medgen.figures import write_grid, write_image
+from medgen.figures import write_gif, write_grid, write_image
 from medgen.files import write_atomic
 from medgen.metrics.reconstruction import psnr, ssim
-from medgen.priors import find_label, iterate_samples, tells_classes_apart
+from medgen.models import GenerativeModel
+from medgen.priors import Prior, find_label, iterate_samples, tells_classes_apart
+from medgen.priors.axes import PrincipalAxes
 
 BATCH_SIZE = 64
+NUM_IMAGES = 25
 MAX_GRID_IMAGES = 100
+NUM_AXES = 8
+AXIS_STEPS = 9
+MAX_DEVIATIONS = 3.0  # of an axis, either way
+SECONDS_PER_FRAME = 0.15
 PAIR_SIDE = 192  # pixels at least of each picture of a pair, so that its caption has room
 
 
-def run(project: Project, *, n: int, label: str | None, seed: int, model: Path | None, out: Path) -> list[Path]:
+def run(
+    project: Project, *, n: int = NUM_IMAGES, label: str | None, seed: int, model: Path | None, out: Path
+) -> list[Path]:
     """Writes `n` new images as PNG files and the first hundred as grid.png; returns the images' paths.
 
     Args:
@@ -66,6 +79,163 @@ def run(project: Project, *, n: int, label: str | None, seed: int, model: Path |
     write_grid(out / "grid.png", torch.cat(shown), captions=captions if tells_classes_apart(prior, network) else None)
     console.print(f"{n} images and grid.png in {out}", markup=False)
     return paths
+
+
+@torch.no_grad()
+def interpolate(
+    project: Project, *, ends: tuple[Path, Path], n: int = NUM_IMAGES, label: str | None, model: Path | None, out: Path
+) -> Tensor:
+    """Writes the way from one image file to another through the latents: `n` pictures, interpolation.png and .gif.
+
+    A model that looks at labels is given `label`, or without one each file's own class, which is the name of a folder
+    it stands in: the first file's up to the middle of the way, the second's from there.
+
+    Args:
+        project: where artifacts/ is.
+        ends: the two files.
+        n: pictures on the way, both ends with them.
+        label: class by name or index, for a model that looks at labels.
+        model: folder with model/; None is artifacts/.
+        out: folder for the pictures; made where it is absent.
+
+    Returns:
+        The pictures (n, C, H, W) in [0, 1].
+
+    Raises:
+        UserError: the model is missing, a file is unreadable, or a label is missing, unknown or of no use.
+    """
+    if n < 2:
+        raise UserError(f"--n: found {n}, expected at least 2, the two ends")
+    network, info = bundle.load_generative((model or project.model.parent) / "model", pick_device("auto"))
+    device = next(network.parameters()).device
+    labels = [_label_for(network, info, label, end) for end in ends]
+    try:
+        originals = torch.cat([load_image(end, info.preprocess) for end in ends])
+    except UnreadableImage as error:
+        raise UserError(f"--interpolate {ends[0]} {ends[1]}: not readable as an image: {error}") from None
+    given = None if labels[0] is None else torch.tensor(labels, device=device)
+    latent = network.encode(originals.to(device), given)
+    # N(0, I) in many dimensions is a shell, which a straight line leaves; a grid's posterior is far narrower than that
+    spherical = latent.logvar is not None and latent.mean.dim() == 2
+    shares = torch.linspace(0.0, 1.0, n, device=device)
+    path = (slerp if spherical else lerp)(latent.mean[0], latent.mean[1], shares)
+    along = None if given is None else given[(shares > 0.5).long()]
+    images = _decode(network, path, along)
+    captions = [f"{share:.2f}" for share in shares.tolist()]
+    if along is not None:
+        captions = [f"{info.classes[c]} {text}" for c, text in zip(along.tolist(), captions, strict=True)]
+    for number, image in enumerate(images):
+        write_image(out / f"path_{number:05d}.png", image)
+    shown = torch.cat([originals[:1], images, originals[1:]])
+    write_grid(out / "interpolation.png", shown, captions=["first file", *captions, "second file"])
+    _write_film(out / "interpolation.gif", [image[None] for image in images], columns=1)
+    Console(highlight=False).print(f"{n} images, interpolation.png and .gif in {out}", markup=False)
+    return images
+
+
+@torch.no_grad()
+def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model: Path | None, out: Path) -> Tensor:
+    """Writes what the latent's main axes do: traversal.png, an axis a row, and traversal.gif, all axes at once.
+
+    From the train split's mean latent each axis is followed from -3 to 3 of its standard deviations; axes are the
+    principal ones of the train split's latents, as the prior holds them, most variance first.
+
+    Args:
+        project: where artifacts/ is.
+        n: pictures along each axis.
+        label: class by name or index, for a model that looks at labels.
+        model: folder with model/ and prior/; None is artifacts/.
+        out: folder for the pictures; made where it is absent.
+
+    Returns:
+        The pictures (axes, n, C, H, W) in [0, 1].
+
+    Raises:
+        UserError: model or prior is missing, the prior knows no axes, or a label is missing, unknown or of no use.
+    """
+    if n < 2:
+        raise UserError(f"--n: found {n}, expected at least 2, the two ends of an axis")
+    folder = model or project.model.parent
+    network, info, prior = bundle.load_with_prior(folder / "model", folder / "prior", pick_device("auto"))
+    chosen = _label_for(network, info, label, None)
+    axes = _axes(prior)
+    num_axes = min(NUM_AXES, len(axes.scales))
+    steps = torch.linspace(-MAX_DEVIATIONS, MAX_DEVIATIONS, n)
+    white = torch.zeros(num_axes, n, len(axes.scales))
+    white[torch.arange(num_axes), :, torch.arange(num_axes)] = steps
+    path = axes.colour(white.flatten(0, 1)).view(-1, *network.latent_shape).to(next(network.parameters()).device)
+    given = None if chosen is None else torch.full((len(path),), chosen, device=path.device)
+    images = _decode(network, path, given)
+    captions = [f"axis {axis + 1}: {step:+.1f} σ" for axis in range(num_axes) for step in steps.tolist()]
+    write_grid(out / "traversal.png", images, columns=n, captions=captions)
+    images = images.view(num_axes, n, *images.shape[1:])
+    _write_film(out / "traversal.gif", [*images.unbind(1), *images.flip(1)[:, 1:].unbind(1)], columns=4)
+    Console(highlight=False).print(f"{num_axes} axes: traversal.png and .gif in {out}", markup=False)
+    return images
+
+
+def lerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
+    """Latents (n, ...) on the straight line between two (...), at `shares` (n,) of the way."""
+    shares = shares.view(-1, *[1] * first.dim())
+    return (1.0 - shares) * first + shares * second
+
+
+def slerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
+    """Latents (n, D) on the arc between two (D,), at `shares` (n,) of the way; of nearly one direction: on the line.
+
+    Source: Shoemake: Animating rotation with quaternion curves, 1985; for latents White: Sampling generative networks,
+    2016.
+    """
+    cosine = torch.dot(first, second) / (first.norm() * second.norm()).clamp_min(1e-12)
+    angle = torch.acos(cosine.clamp(-1.0, 1.0))
+    if float(angle.sin()) < 1e-3:
+        return lerp(first, second, shares)
+    shares = shares[:, None]
+    return (((1.0 - shares) * angle).sin() * first + (shares * angle).sin() * second) / angle.sin()
+
+
+def _decode(network: GenerativeModel, latents: Tensor, labels: Tensor | None) -> Tensor:
+    parts = torch.split(torch.arange(len(latents)), BATCH_SIZE)
+    decoded = [network.decode(latents[rows], None if labels is None else labels[rows]) for rows in parts]
+    return torch.cat([images.float().cpu() for images in decoded])
+
+
+def _label_for(network: GenerativeModel, info: BundleInfo, label: str | None, file: Path | None) -> int | None:
+    """The label that a model which looks at labels is given; None for other models."""
+    if not network.conditional or not info.classes:
+        if label is not None:
+            raise UserError(f"label: found {label!r}, but {info.model.name} does not look at labels; leave it out")
+        return None
+    if label is None and file is not None:
+        label = next((part for part in reversed(file.absolute().parts[:-1]) if part in info.classes), None)
+    known = ", ".join(info.classes)
+    if label is None:
+        where = f" and {file} stands in no folder of a class's name" if file else ""
+        raise UserError(f"label: {info.model.name} looks at labels{where}; give --label. Known: {known}")
+    if label in info.classes:
+        return info.classes.index(label)
+    if label.isdigit() and int(label) < len(info.classes):
+        return int(label)
+    raise unknown_name("label", label, info.classes)
+
+
+def _axes(prior: Prior) -> PrincipalAxes:
+    """The principal axes of the train split's latents."""
+    axes = getattr(prior, "axes", None)
+    if not isinstance(axes, PrincipalAxes) or len(axes.scales) == 0:
+        raise UserError(
+            f"--traverse: prior {prior.name!r} knows no axes of the latents; run `medgen prior --set prior.name=gmm`"
+        )
+    return axes
+
+
+def _write_film(path: Path, frames: Sequence[Tensor], columns: int) -> None:
+    """A GIF whose frames are grids of images (N, C, H, W)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        places = [Path(scratch) / f"{number:05d}.png" for number in range(len(frames))]
+        for place, frame in zip(places, frames, strict=True):
+            write_grid(place, frame, columns)
+        write_gif(path, places, SECONDS_PER_FRAME)
 
 
 def reconstruct(project: Project, *, files: Sequence[Path], model: Path | None, out: Path) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ COMMANDS = {
     "train": {"--params", "--set"},
     "prior": {"--params", "--set"},
     "evaluate": {"--params", "--set"},
-    "generate": {"--out", "--n", "--label", "--seed", "--model", "--params", "--set"},
+    "generate": {"--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--model", "--params", "--set"},
     "reconstruct": {"--out", "--model", "--params", "--set"},
     "compare": {"--json"},
     "register": {"--params", "--set"},
@@ -108,6 +108,11 @@ MISTAKES = {  # words, text of params.yaml (None: no file), words of the one mes
     "no store for evaluate": (["evaluate"], "{}", [NO_STORE, "medgen preprocess"]),
     "unknown prior": (["prior"], "prior: {name: gm}", ["prior.name", "did you mean 'gmm'"]),
     "no model to generate": (["generate", "--out", "o"], "{}", ["artifacts/model", "dvc repro"]),
+    "no model to traverse": (["generate", "--traverse", "--out", "o"], "{}", ["artifacts/model", "dvc repro"]),
+    "half a way": (["generate", "--out", "o", "--interpolate", "a.png"], "{}", ["--interpolate"]),
+    "two things at once": (
+        ["generate", "--traverse", "--interpolate", "a.png", "b.png", "--out", "o"], "{}", ["give one"]
+    ),
     "no model to register": (["register"], "{}", ["model.json", "medgen train"]),
     "no tracking to register": (["register"], "tracking: {enabled: false}", ["tracking.enabled"]),
     "nothing to import": (["data", "import", "nowhere"], "{}", ["nowhere"]),

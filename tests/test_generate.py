@@ -17,6 +17,7 @@ from medgen.data.squares import to_square
 from medgen.errors import UserError
 from medgen.models import build_model
 from medgen.priors import PRIORS, save_prior
+from medgen.types import Latent
 
 MODEL = Model(base_channels=8, max_channels=16, latent_channels=4, latent_size=4, attention_resolutions=())
 CLASSES = ("COVID19", "NORMAL", "PNEU/../MONIA")
@@ -152,3 +153,126 @@ def test_an_unreadable_file_is_named_after_the_others_are_done(project, files, t
 def test_images_of_a_prior_that_knows_no_classes_are_not_named_after_one(tmp_path, prior):
     paths = generate.run(build(tmp_path, prior=prior), n=2, label=None, seed=0, model=None, out=tmp_path / "new")
     assert [path.name for path in paths] == ["image_00000.png", "image_00001.png"]
+
+
+CVAE = Model(name="cvae", base_channels=4, latent_channels=6)
+VAE = CVAE.model_copy(update={"name": "vae"})
+
+
+def build_flat(root, sizes, prior="gaussian"):
+    """A project with an untrained model of a flat latent and a prior fitted to its latents of drawn noise."""
+    project = Project(root)
+    torch.manual_seed(0)
+    model = build_model(sizes, (1, 32, 32), 3).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)  # as built, all latents give nearly one picture
+    bundle.save(project.model, model, dataclasses.replace(INFO, model=sizes))
+    latents = torch.randn(90, 6) * torch.tensor([0.1, 3.0, 0.5, 1.0, 0.2, 2.0]) + 1.0
+    fitted = PRIORS[prior].fit(latents, torch.arange(90) % 3, 3, Prior(components=(1,)))
+    save_prior(project.prior, fitted, bundle.digest(project.model))
+    return project, model, latents
+
+
+def two_images(folder):
+    rng = np.random.default_rng(0)
+    paths = [folder / "COVID19" / "a.png", folder / "NORMAL" / "new" / "b.png"]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(path)
+    return paths
+
+
+def num_frames(path):
+    with Image.open(path) as film:
+        return film.n_frames
+
+
+@pytest.mark.parametrize("sizes", [MODEL, VAE], ids=["grid", "vector"])
+def test_a_way_through_the_latents_starts_and_ends_at_the_files_reconstructions(tmp_path, sizes):
+    project = build(tmp_path) if sizes is MODEL else build_flat(tmp_path, sizes)[0]
+    ends, out = two_images(tmp_path), tmp_path / "path"
+    images = generate.interpolate(project, ends=tuple(ends), n=5, label=None, model=None, out=out)
+    model, info = bundle.load(project.model)
+    with torch.no_grad():
+        rebuilt = [model.reconstruct(generate.load_image(end, info.preprocess)) for end in ends]
+    # in batches of another size convolutions round otherwise
+    torch.testing.assert_close(images[:1], rebuilt[0], atol=3e-4, rtol=0)
+    torch.testing.assert_close(images[-1:], rebuilt[1], atol=3e-4, rtol=0)
+    assert min((images[2] - images[i]).abs().max() for i in (0, 4)) > 3e-3
+    assert set(pixels(out)) == {"interpolation.png", *(f"path_{i:05d}.png" for i in range(5))}
+    assert num_frames(out / "interpolation.gif") == 5
+
+
+def test_latents_on_an_arc_turn_evenly_and_those_on_a_line_do_not():
+    first, second, shares = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0]), torch.linspace(0, 1, 5)
+    arc = generate.slerp(first, second, shares)
+    torch.testing.assert_close(arc.norm(dim=1), torch.full((5,), 2.0))
+    torch.testing.assert_close(torch.atan2(arc[:, 1], arc[:, 0]), shares * torch.pi / 2)
+    torch.testing.assert_close(generate.lerp(first, second, shares)[2], torch.tensor([1.0, 1.0]))
+    for second in (3 * first, -first, torch.zeros(2)):  # no arc, or none before others
+        points = generate.slerp(first, second, shares)
+        assert torch.isfinite(points).all()
+        torch.testing.assert_close(points[-1], second, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("label", "expected"), [(None, [0, 0, 0, 1, 1]), ("2", [2] * 5)])
+def test_on_the_way_a_model_that_looks_at_labels_is_given_the_folders_classes_or_the_one_named(
+    tmp_path, monkeypatch, label, expected
+):
+    project, model, _ = build_flat(tmp_path, CVAE)
+    given = {}
+    zeros = Latent(value=torch.zeros(2, 6), mean=torch.zeros(2, 6))
+    monkeypatch.setattr(type(model), "encode", lambda self, image, labels: given.update(encode=labels) or zeros)
+    monkeypatch.setattr(
+        type(model), "decode", lambda self, z, labels: given.update(decode=labels) or torch.zeros(len(z), 1, 32, 32)
+    )
+    ends = tuple(two_images(tmp_path))
+    generate.interpolate(project, ends=ends, n=5, label=label, model=None, out=tmp_path / "path")
+    assert given["encode"].tolist() == [expected[0], expected[-1]]
+    assert given["decode"].tolist() == expected
+
+
+def test_axes_are_followed_from_the_mean_latent_by_their_own_deviations(tmp_path):
+    """Against a singular value decomposition of the latents that the prior was fitted to."""
+    project, model, latents = build_flat(tmp_path, VAE)
+    images = generate.traverse(project, n=7, label=None, model=None, out=tmp_path / "axes")
+    assert images.shape == (6, 7, 1, 32, 32)
+    assert (images[:3, 0] - images[:3, -1]).abs().amax(dim=(1, 2, 3)).min() > 0.1, "the comparison needs differences"
+    _, values, directions = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
+    deviations = values / (len(latents) - 1) ** 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(images[4, 3], model.decode(latents.mean(0)[None])[0], atol=1e-4, rtol=0)
+        for axis in range(6):
+            ends = [latents.mean(0) + sign * 3 * deviations[axis] * directions[axis] for sign in (-1, 1)]
+            wanted = model.decode(torch.stack(ends))
+            found = images[axis, [0, -1]]
+            error = min((found - wanted).abs().max(), (found - wanted.flip(0)).abs().max())  # an axis has no sign
+            assert error < 1e-4, axis
+    assert set(pixels(tmp_path / "axes")) == {"traversal.png"}
+    assert num_frames(tmp_path / "axes" / "traversal.gif") == 13  # there and back
+
+
+@pytest.mark.parametrize(
+    ("sizes", "prior", "call", "words", "message"),
+    [
+        (CVAE, "gaussian", "traverse", {}, "cvae looks at labels; give --label. Known: COVID19"),
+        (CVAE, "gaussian", "traverse", {"label": "NORMA"}, "did you mean 'NORMAL'"),
+        (VAE, "gaussian", "traverse", {"label": "NORMAL"}, "vae does not look at labels"),
+        (VAE, "normal", "traverse", {}, "knows no axes.*prior.name=gmm"),
+        (VAE, "gaussian", "traverse", {"n": 1}, "--n: found 1"),
+        (VAE, "gaussian", "interpolate", {"n": 1}, "--n: found 1"),
+        (VAE, "gaussian", "interpolate", {"ends": 2}, r"note\.png"),
+        (CVAE, "gaussian", "interpolate", {"ends": 1}, r"c\.png stands in no folder.*Known"),
+    ],
+)
+def test_a_way_that_cannot_be_gone_is_refused(tmp_path, sizes, prior, call, words, message):
+    project, _, _ = build_flat(tmp_path, sizes, prior)
+    (tmp_path / "note.png").write_text("no picture")
+    shutil.copy(two_images(tmp_path)[0], tmp_path / "c.png")
+    others = {1: (tmp_path / "c.png",) * 2, 2: (tmp_path / "note.png",) * 2}
+    words = {"label": None, "n": 3, **words}
+    if call == "interpolate":
+        words["ends"] = others[words.get("ends", 1)]
+    with pytest.raises(UserError, match=message):
+        getattr(generate, call)(project, model=None, out=tmp_path / "new", **words)
+    assert not (tmp_path / "new").exists()
