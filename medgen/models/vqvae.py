@@ -152,7 +152,8 @@ class Quantizer(nn.Module):
         self.usage.copy_(torch.where(finite, self.usage.lerp(counts / even, 1 - EMA_DECAY), self.usage))
         self.sums.copy_(torch.where(finite, self.sums.lerp(sums / even, 1 - EMA_DECAY), self.sums))
         if self.kind == "ema":
-            self.codebook.copy_(self.sums / self.usage.clamp(min=1e-5)[:, None])
+            means = self.sums / self.usage.clamp(min=1e-5)[:, None]
+            self.codebook.copy_(torch.where(finite, means, self.codebook))
 
 
 def _flatten(vectors: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""Every recipe is whole: it is read, says where it comes from, builds its model, and trains."""
+
+import math
+
+import pytest
+import torch
+
+from medgen import preprocess, train
+from medgen.config import Project, load
+from medgen.data.known import KNOWN
+from medgen.data.phantom import draw
+from medgen.models import MODELS, build_model
+from medgen.recipes import known, read
+from medgen.tracking import history
+
+NAMES = sorted(known())
+TINY = [  # what makes any of them small; the rest is the recipe's own
+    "preprocess.clahe_tiles=2",
+    "preprocess.max_rejected=0",
+    "model.base_channels=2",
+    "model.max_channels=8",
+    "model.num_codes=8",
+    "model.latent_channels=4",
+    "train.subset=8",
+    "train.batch_size=4",
+    "train.sample_every=1000",
+    "tracking.enabled=false",
+]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Drawn films with masks."""
+    folder = tmp_path_factory.mktemp("films")
+    draw(folder, num_images=24, size=48, seed=0)
+    return folder
+
+
+def path_of(name, root):
+    return root / "recipes" / f"{name}.yaml"
+
+
+def head_of(name):
+    """The comment a recipe starts with, on one line."""
+    lines = read(name).splitlines()
+    return " ".join(line.lstrip("# ") for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")])
+
+
+def test_every_family_and_system_has_a_recipe(root):
+    assert {load(path_of(name, root)).model.name for name in NAMES} == set(MODELS)
+    heads = " ".join(map(head_of, NAMES))
+    assert all(f"System {system}" in heads for system in "ABCDE")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_is_where_it_comes_from_and_which_data_it_wants(name):
+    head = head_of(name)
+    assert len(known()[name]) <= 117
+    assert any(f"medgen data fetch {dataset}" in head for dataset in KNOWN), head
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_builds_the_model_it_describes_at_its_own_size(name, root):
+    params = load(path_of(name, root))
+    shape = (params.preprocess.channels, params.preprocess.image_size, params.preprocess.image_size)
+    with torch.device("meta"):  # sizes without the numbers
+        model = build_model(params.model, shape, 10, params.preprocess.mask_classes)
+        made = model(torch.rand(2, *shape), torch.zeros(2, dtype=torch.int64)).reconstruction
+    assert made.shape[2:] == shape[1:]
+    last = params.train.phases[-1]
+    assert last.beta.epochs <= last.epochs, "β never reaches its end"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_trains(name, root, films, tmp_path):
+    """Two steps of each phase, from files to a model, with its loss as it is but for VGG's weights."""
+    tree = load(path_of(name, root))
+    size = 16 if tree.loss.weights.ssim == 0 else 32
+    side = None if tree.model.latent_size is None else size // (tree.preprocess.image_size // tree.model.latent_size)
+    phases = [
+        part for i in range(len(tree.train.phases))
+        for part in (f"train.phases.{i}.epochs=1", f"train.phases.{i}.schedule.period=1")
+    ]  # fmt: skip
+    fitting = [f"preprocess.image_size={size}", f"model.latent_size={'null' if side is None else max(side, 4)}"]
+    params = load(path_of(name, root), [*TINY, *fitting, *phases, f"data.path={films}", "loss.weights.perceptual=0"])
+    project = Project(tmp_path)
+    preprocess.run(project, data=params.data, preprocess=params.preprocess)
+    scratch = train.run(project, model=params.model, loss=params.loss, train=params.train, tracking=params.tracking)
+    records = history(scratch)
+    assert len(records) == len(tree.train.phases)
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    assert project.model.exists()
