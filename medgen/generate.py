@@ -123,7 +123,7 @@ def interpolate(
     images = _decode(network, path, along)
     captions = [f"{share:.2f}" for share in shares.tolist()]
     if along is not None:
-        captions = [f"{info.classes[c]} {text}" for c, text in zip(along.tolist(), captions, strict=True)]
+        captions = [f"{text} as {info.classes[c]}" for c, text in zip(along.tolist(), captions, strict=True)]
     for number, image in enumerate(images):
         write_image(out / f"path_{number:05d}.png", image)
     shown = torch.cat([originals[:1], images, originals[1:]])
@@ -166,7 +166,7 @@ def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model:
     path = axes.colour(white.flatten(0, 1)).view(-1, *network.latent_shape).to(next(network.parameters()).device)
     given = None if chosen is None else torch.full((len(path),), chosen, device=path.device)
     images = _decode(network, path, given)
-    captions = [f"axis {axis + 1}: {step:+.1f} σ" for axis in range(num_axes) for step in steps.tolist()]
+    captions = [f"axis {axis + 1}: {step:+.2f}" for axis in range(num_axes) for step in steps.tolist()]
     write_grid(out / "traversal.png", images, columns=n, captions=captions)
     images = images.view(num_axes, n, *images.shape[1:])
     _write_film(out / "traversal.gif", [*images.unbind(1), *images.flip(1)[:, 1:].unbind(1)], columns=4)

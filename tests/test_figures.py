@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medgen.figures import write_curves, write_gif, write_grid, write_pairs
+from medgen.figures import write_curves, write_gif, write_grid, write_pairs, write_stacks
 
 
 def images(count: int, size: int = 32, channels: int = 1) -> torch.Tensor:
@@ -25,6 +25,7 @@ def frames(folder: Path) -> list[Path]:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "grid.png": lambda path: write_grid(path, images(5), captions=["NORMAL", "COVID19", "", "x" * 80, "ü"]),
     "pairs.png": lambda path: write_pairs(path, images(9), images(9)),
+    "stacks.png": lambda path: write_stacks(path, {"a": images(3), "b": images(3)}, captions=["true: x\ngiven: y"] * 3),
     "curves.png": lambda path: write_curves(path, {"train": [1.0, 0.1], "val": [2.0, float("nan")]}, log=True),
     "progress.gif": lambda path: write_gif(path, frames(path.parent / "frames"), 0.2),
 }
@@ -82,6 +83,20 @@ def test_originals_stand_over_their_reconstructions(tmp_path: Path) -> None:
     assert (drawn[104:204, 22:120] == 0).all()
 
 
+def test_the_lines_of_a_caption_stand_under_its_stack_and_nowhere_else(tmp_path: Path) -> None:
+    lines = {"a": torch.ones(3, 1, 100, 100), "b": torch.ones(3, 1, 100, 100)}
+    write_stacks(tmp_path / "plain.png", lines, columns=2)
+    write_stacks(tmp_path / "stacks.png", lines, columns=2, captions=["one\ntwo", "", "three\n"])
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "stacks.png") as stacks:
+        assert stacks.height == plain.height + 4 * 18  # two rows of stacks, two lines each
+        dark = np.asarray(stacks.convert("L")) < 128
+    left, right = dark[:, 20:120].any(axis=1), dark[:, 122:].any(axis=1)
+    assert not right.any()
+    found = [left[top : top + 18].any() for top in (206, 224, 452, 470)]
+    assert found == [True, True, True, False]
+    assert not left[:206].any() and not left[242:452].any()
+
+
 def test_gif_has_every_frame_and_rests_on_the_last(tmp_path: Path) -> None:
     write_gif(tmp_path / "a.gif", frames(tmp_path / "frames"), 0.2)
     with Image.open(tmp_path / "a.gif") as gif:
@@ -107,6 +122,7 @@ def test_curves_draw_a_second_panel_for_the_logarithm(tmp_path: Path) -> None:
         (lambda path: write_grid(path, torch.zeros(2, 2, 8, 8)), "1 or 3"),
         (lambda path: write_grid(path, images(2), captions=["one"]), "1 for 2"),
         (lambda path: write_pairs(path, images(2), images(3)), "reconstructions"),
+        (lambda path: write_stacks(path, {"a": images(2)}, captions=["one"]), "1 for 2"),
         (lambda path: write_curves(path, {}), "found none"),
         (lambda path: write_gif(path, []), "found none"),
     ],
