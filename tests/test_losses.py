@@ -7,7 +7,18 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from medgen.config import Beta, Loss, Weights
-from medgen.losses import Objective, PerceptualDistance, beta_at, free_bits, kl_per_number, ssim_loss
+from medgen.losses import (
+    IMAGE_TERMS,
+    Objective,
+    PerceptualDistance,
+    beta_at,
+    dice_loss,
+    dice_score,
+    free_bits,
+    kl_per_number,
+    sigma_loss,
+    ssim_loss,
+)
 from medgen.types import Latent, ModelOutput
 
 SHAPE = (1, 16, 16)
@@ -28,6 +39,7 @@ def batch():
     [
         ("l1", lambda r, x: (r - x).abs().mean()),
         ("mse", lambda r, x: ((r - x) ** 2).mean()),
+        ("sigma", lambda r, x: 0.5 * ((r - x) ** 2).mean().log()),
         ("bce", lambda r, x: -(x * r.log() + (1 - x) * (1 - r).log()).mean()),
     ],
 )
@@ -72,6 +84,84 @@ def test_ssim_knows_its_range(batch):
     assert ssim_loss(output.reconstruction, image) > 0.5
 
 
+def test_every_weight_has_its_term():
+    assert Weights.model_fields.keys() == IMAGE_TERMS.keys() | {"perceptual"}
+
+
+def test_sigma_is_the_likelihood_of_the_best_variance(batch):
+    """Against torch.distributions, over a grid of variances: none does better (Rybkin et al. 2021, eq. 6)."""
+    image, output = batch
+    found = sigma_loss(output.reconstruction, image).item()
+    deviations = torch.linspace(0.01, 2.0, 2000)
+    nats = [-Normal(output.reconstruction, s).log_prob(image).mean().item() for s in deviations]
+    best = min(nats)
+    assert found == pytest.approx(best - 0.5 * (1 + math.log(2 * math.pi)), abs=1e-5)
+    at_best = deviations[nats.index(best)].item()
+    assert at_best**2 == pytest.approx((output.reconstruction - image).square().mean().item(), rel=1e-2)
+
+
+def test_sigma_of_a_perfect_fit_is_finite_with_a_finite_gradient(batch):
+    image = batch[0]
+    reconstruction = image.clone().requires_grad_()
+    loss = sigma_loss(reconstruction, image)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(reconstruction.grad).all()
+
+
+def slow_dice(probabilities, mask):
+    """Class by class on lists, smoothing 1e-5."""
+    values = []
+    for k in range(mask.shape[1]):
+        p, m = probabilities[:, k].flatten().tolist(), mask[:, k].flatten().tolist()
+        overlap = sum(a * b for a, b in zip(p, m, strict=True))
+        values.append((2 * overlap + 1e-5) / (sum(p) + sum(m) + 1e-5))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_dice_agrees_with_the_formula(num_classes):
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(2, num_classes, 8, 8, generator=generator)
+    mask = (torch.rand(2, num_classes, 8, 8, generator=generator) > 0.6).float()
+    assert dice_loss(probabilities, mask).item() == pytest.approx(1 - slow_dice(probabilities, mask), rel=1e-5)
+    if num_classes == 1:
+        decided = (probabilities > 0.5).float()
+    else:
+        decided = (probabilities == probabilities.max(dim=1, keepdim=True).values).float()
+    assert dice_score(probabilities, mask).item() == pytest.approx(slow_dice(decided, mask), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "mask", "loss"),
+    [(1.0, 1.0, 0.0), (0.0, 0.0, 0.0), (1.0, 0.0, 1.0), (0.5, 1.0, 1 / 3)],
+    ids=["right", "rightly nothing", "wrong", "unsure"],
+)
+def test_dice_of_known_cases(probabilities, mask, loss):
+    """Nothing found where there is nothing is right: the smoothing decides that."""
+    shape = (2, 1, 16, 16)
+    assert dice_loss(torch.full(shape, probabilities), torch.full(shape, mask)).item() == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_models_own_terms_are_added_and_commitment_is_weighed(batch):
+    image, output = batch
+    terms = {"commitment": torch.tensor(2.0), "codebook": torch.tensor(3.0)}
+    latent = Latent(output.latent.mean, output.latent.mean)
+    losses = Objective(Loss(commitment=0.25), SHAPE)(
+        ModelOutput(output.reconstruction, latent, terms), image, Weights(l1=1.0), beta=1.0
+    )
+    assert losses.total.item() == pytest.approx(losses.terms["l1"].item() + 0.25 * 2.0 + 3.0)
+    assert {"commitment", "codebook"} <= losses.terms.keys()
+    assert "kl" not in losses.terms
+
+
+def test_a_loss_without_a_latent_has_no_kl():
+    mask = torch.ones(1, *SHAPE)
+    losses = Objective(Loss(), SHAPE)(ModelOutput(0.5 * mask, None), mask, Weights(bce=1.0, dice=1.0), beta=1.0)
+    assert losses.terms.keys() == {"bce", "dice_loss"}
+    assert losses.total.item() == pytest.approx(math.log(2) + 1 / 3, rel=1e-4)
+
+
 def test_kl_agrees_with_torch_distributions(batch):
     latent = batch[1].latent
     theirs = kl_divergence(Normal(latent.mean, (0.5 * latent.logvar).exp()), Normal(0.0, 1.0))
@@ -102,6 +192,17 @@ def test_effective_beta_of_system_a():
     for size, expected in ((128, 49), (224, 151)):
         objective = Objective(Loss(kl_reduction="sum"), (1, size, size))
         assert objective.effective_beta(0.003, 128) == pytest.approx(expected, abs=0.6)
+
+
+def test_system_es_summed_loss_is_ours_times_the_pixels():
+    """BCE + β·KL, both summed over an image, is a mean BCE beside kl_reduction: elbo with the same β."""
+    generator = torch.Generator().manual_seed(0)
+    image, made = torch.rand(2, 4, *SHAPE, generator=generator)
+    mean, logvar = torch.randn(2, 4, 8, generator=generator)
+    ours = Objective(Loss(), SHAPE)(ModelOutput(made, Latent(mean, mean, logvar)), image, Weights(bce=1.0), beta=1.0)
+    bce = torch.nn.functional.binary_cross_entropy(made, image, reduction="sum")
+    kl = -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum()
+    assert ours.total.item() * math.prod(SHAPE) == pytest.approx((bce + kl).item() / 4, rel=1e-5)
 
 
 def test_infinite_kl_with_beta_zero_leaves_the_loss_finite():
