@@ -67,11 +67,7 @@ def test_a_conditional_model_is_held_to_its_labels(tiny_store: Path, tmp_path: P
     page = (project.reports / "index.html").read_text()
     assert "Label agreement of samples" in page and "with a wrong label" in page and page.count("<img") == 3
     with Image.open(project.figures / "wrong_labels.png") as picture:
-        before = np.asarray(picture)
-
-    evaluate.run(project, evaluate=SMALL, tracking=OFF)
-    with Image.open(project.figures / "wrong_labels.png") as picture:
-        assert (np.asarray(picture) == before).all()
+        assert picture.height > 2 * 96
 
 
 def test_a_codebook_is_judged_and_a_picture_of_an_earlier_model_goes(tiny_store: Path, tmp_path: Path) -> None:
@@ -135,8 +131,9 @@ def test_images_are_encoded_with_their_label_and_decoded_with_another() -> None:
     """Class 3 has no training image, and one picture has no label: neither is asked for."""
     model, test = Painter(), Labelled([0, 1, 2, 4, -1, 3] * 30)
     swapped = label_report.swap_labels(model, test, torch.tensor([1, 1, 1, 0, 1]).bool(), 7, seed=3)  # type: ignore[arg-type]
-    assert swapped is not None
-    assert model.shown == swapped.true.tolist() == [0, 1, 2, 4, 3] * 30
+    again = label_report.swap_labels(model, test, torch.tensor([1, 1, 1, 0, 1]).bool(), 7, seed=3)  # type: ignore[arg-type]
+    assert swapped is not None and again is not None and torch.equal(again.given, swapped.given)
+    assert model.shown[: len(swapped.true)] == swapped.true.tolist() == [0, 1, 2, 4, 3] * 30
     assert (swapped.given != swapped.true).all() and set(swapped.given.tolist()) == {0, 1, 2, 4}
     assert torch.equal(swapped.decoded[:, 0, 0, 0], swapped.given / 10)
     assert label_report.agreement(Reader(), swapped.decoded, swapped.given, 7) == 1.0  # type: ignore[arg-type]
