@@ -42,15 +42,15 @@ _PAIR = re.compile(r"(.+)\.(hdr|img)((?:\.gz)?)", re.IGNORECASE)
 _SQUARE = 1.01  # pixels of sides nearer than this are square
 
 
-def inspect(path: Path, preprocess: Preprocess, mask: bool = False) -> Contents:
+def inspect(path: Path, preprocess: Preprocess) -> Contents:
     """Numbers of the slices along `preprocess.volume.axis`, counted from left, back and foot.
 
-    Volumes of one shape in patient's axes have the same numbers. With `mask`, one volume may be that of a whole series.
+    Volumes as long as each other along the axis have the same numbers.
 
     Raises:
         UnreadableImage: it is no volume, is damaged or too large, or is the .img of a .hdr, which is the file to read.
     """
-    header = _read_header(path, preprocess, mask)
+    header = _read_header(path, preprocess, mask=False)
     volume, length = preprocess.volume, header.num_slices(_AXES[preprocess.volume.axis])
     start = min(round(volume.first * length), length - 1)
     stop = max(round(volume.last * length), start + 1)
@@ -78,7 +78,7 @@ class VolumeFile:
 
     @property
     def num_pictures(self) -> int:
-        """All slices along the axis, also those that are not asked for."""
+        """All slices along the axis: a mask must have as many as its image."""
         return self._header.num_slices(self._axis)
 
     def read(self, index: int) -> RawImage:
