@@ -96,6 +96,15 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
 class _ArrayFile:
     """What the three have in common: `_picture` gives (H, W) or (H, W, 3) and how many bits are unused."""
 
+    @property
+    def num_pictures(self) -> int:
+        """Of the file.
+
+        Raises:
+            UnreadableImage: it is damaged.
+        """
+        raise NotImplementedError
+
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self._path, self._mask = path, mask
         self._keeps_colour = preprocess.channels == 3 and not mask
@@ -172,6 +181,11 @@ class NpzFile(_ArrayFile):
         with _reasons(), _open_npz(path) as archive:
             self._members = [member for _, member in _image_members(archive)]
         self._ends = list(accumulate(member.shape[0] for member in self._members))
+
+    @property
+    def num_pictures(self) -> int:
+        """Of train, val and test together."""
+        return self._ends[-1]
 
     def _picture(self, index: int) -> tuple[NDArray[Any], int]:
         if not 0 <= index < self._ends[-1]:
@@ -301,6 +315,11 @@ class IdxFile(_ArrayFile):
             self._shape = _idx_images_shape(path)
         self._is_turned = path.name.lower().startswith("emnist")  # written column by column, unlike all others
 
+    @property
+    def num_pictures(self) -> int:
+        """As the header says."""
+        return self._shape[0]
+
     def _picture(self, index: int) -> tuple[NDArray[Any], int]:
         if not 0 <= index < self._shape[0]:
             raise UnreadableImage(f"picture {index} of {self._shape[0]}")
@@ -386,8 +405,16 @@ def _idx_labels(path: Path, num_pictures: int) -> NDArray[np.uint8]:
 class CifarFile(_ArrayFile):
     """The pictures of one batch of CIFAR-10 or CIFAR-100."""
 
+    @property
+    def num_pictures(self) -> int:
+        """Of the batch, which is read for it."""
+        return len(self._rows())
+
+    def _rows(self) -> NDArray[np.uint8]:
+        return self._load_once("rows", lambda: _read_batch(self._path)[0])
+
     def _picture(self, index: int) -> tuple[NDArray[Any], int]:
-        rows, _ = self._load_once("rows", lambda: _read_batch(self._path))
+        rows = self._rows()
         if not 0 <= index < len(rows):
             raise UnreadableImage(f"picture {index} of {len(rows)}")
         planes = rows[index].reshape(3, _CIFAR_SIDE, _CIFAR_SIDE)  # red, green, blue

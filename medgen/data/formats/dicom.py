@@ -99,6 +99,11 @@ class DicomFile:
         self._mask = mask
         self._lock = threading.Lock()  # pydicom converts an element in place when it is first asked for
 
+    @property
+    def num_pictures(self) -> int:
+        """All frames."""
+        return self._header.num_frames
+
     def read(self, index: int) -> RawImage:
         """The frame of that number, from 0; safe to call from several threads.
 

@@ -464,6 +464,7 @@ def test_threads_share_a_file(tmp_path: Path) -> None:
         expected = [raw.pixels for raw in read_all(path)]
         found: list[list[np.ndarray]] = []
         with open_file(path) as file:
+            assert file.num_pictures == len(expected)
             run = lambda: found.append([file.read(index).pixels for index in range(len(expected))])  # noqa: E731, B023
             threads = [threading.Thread(target=run) for _ in range(4)]
             for thread in threads:

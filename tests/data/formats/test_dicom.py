@@ -236,6 +236,7 @@ def test_frames_come_one_by_one_in_any_order(tmp_path: Path, syntax: str, fragme
     path = write_dicom(tmp_path / "a", frames, syntax, fragments, has_table, WindowCenter=450.5, WindowWidth=901)
     assert inspect(path, GREY).indices == range(3)
     with DicomFile(path, GREY) as file:
+        assert file.num_pictures == 3
         for index in (2, 0, 1):
             np.testing.assert_allclose(file.read(index).pixels, frames[index] / 900 * 65535, atol=0.51)
         with pytest.raises(UnreadableImage, match="no frame 3"):
