@@ -22,7 +22,7 @@ import numpy as np
 
 from medgen.config import Preprocess
 from medgen.data.formats.raw import ImageFile, LeftOut, RawImage, UnreadableImage
-from medgen.data.images import bytes_of, inspect, kind_of, open_file
+from medgen.data.images import bytes_of, open_file
 from medgen.data.layouts import Record
 from medgen.files import hash_file
 from medgen.machine import num_cores
@@ -141,13 +141,17 @@ class _Shared:
             if place is not None:
                 _check_file(place)
         self.several = self.several or len(bytes_of(path, self._preprocess)) > 1
-        if mask_path is not None:
-            _check_slices(path, mask_path, self._preprocess)
         image = open_file(path, self._preprocess).__enter__()
+        mask: ImageFile | None = None
         try:
-            mask = None if mask_path is None else open_file(mask_path, self._preprocess, mask=True).__enter__()
+            if mask_path is not None:
+                mask = open_file(mask_path, self._preprocess, mask=True).__enter__()
+                if mask.num_pictures != image.num_pictures:
+                    raise UnreadableImage(f"{mask.num_pictures} slices, and the image has {image.num_pictures}")
         except UnreadableImage as error:
-            image.__exit__(None, None, None)
+            for file in (mask, image):
+                if file is not None:
+                    file.__exit__(None, None, None)
             raise type(error)(f"mask {self._record.mask}: {error}") from None
         return image, mask
 
@@ -197,15 +201,6 @@ def _hash_pixels(raw: RawImage) -> str:
     digest = hashlib.sha256(f"{raw.pixels.dtype}{raw.pixels.shape}".encode())
     digest.update(np.ascontiguousarray(raw.pixels).data)
     return digest.hexdigest()
-
-
-def _check_slices(path: Path, mask_path: Path, preprocess: Preprocess) -> None:
-    """A picture and its mask have the same index: so their files must hold the same ones."""
-    if kind_of(path) == kind_of(mask_path) == "picture":
-        return
-    have, expected = (len(inspect(place, preprocess).indices) for place in (mask_path, path))
-    if list(inspect(mask_path, preprocess).indices) != list(inspect(path, preprocess).indices):
-        raise UnreadableImage(f"mask {mask_path.name} has {have} slices, the image {expected}, or not the same ones")
 
 
 def _digest(folder: Path, record: Record, preprocess: Preprocess) -> str:

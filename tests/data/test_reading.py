@@ -160,11 +160,11 @@ def test_a_mask_of_other_slices_is_refused(tmp_path: Path, depth: int) -> None:
     reads = read_folder(tmp_path)
     assert len(reads) == 16
     reasons = {read.reason for read in reads.values()}
-    assert reasons == ({""} if depth == 16 else {"mask v.nii has 8 slices, the image 16, or not the same ones"})
+    assert reasons == ({""} if depth == 16 else {"mask masks/v.nii: 8 slices, and the image has 16"})
 
 
 def test_one_picture_is_no_mask_of_a_volume(tmp_path: Path) -> None:
     write_volume(tmp_path / "scan.nii", np.random.default_rng(0).integers(1, 255, (16, 16, 5)).astype(np.uint8))
     Image.fromarray(np.full((16, 16), 255, np.uint8)).save(tmp_path / "scan_mask.png")
     reasons = {read.reason for read in read_folder(tmp_path).values()}
-    assert reasons == {"mask scan_mask.png has 1 slices, the image 5, or not the same ones"}
+    assert reasons == {"mask scan_mask.png: 1 slices, and the image has 5"}
