@@ -6,7 +6,6 @@ No store is needed. Every picture is read once, in colour; those that the page s
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,7 +56,7 @@ def run(
     data = data.model_copy(update={"keep_patient_ids": False})  # a report is passed on
     preprocess = preprocess.model_copy(update={"channels": 3})  # colour among grey is a finding
     console = Console(stderr=True)
-    audit = _look(project.runs / "audit", folder, data, preprocess, console)
+    audit = _look(project.runs, folder, data, preprocess, console)
     text = json.dumps(audit.to_json(), indent=2) + "\n"
     shown = make_page(audit, _thumbnails(folder, shown_records(audit), preprocess))
     write_atomic(project.reports / "audit.json", text.encode())
@@ -82,18 +81,15 @@ def _look(scratch: Path, folder: Path, data: config.Data, preprocess: config.Pre
 
     unreadable: list[tuple[str, str]] = []
     left_out: list[tuple[str, str]] = []
-    try:
-        with Facts(scratch) as facts, counting_bar(console) as progress:
-            task = progress.add_task("audit", total=len(records))
-            for read in read_all(folder, records, preprocess, use):
-                if read.value is None:
-                    (left_out if read.left_out else unreadable).append((read.record.name, read.reason))
-                else:
-                    facts.add(read, read.value)
-                progress.advance(task)
-            found = findings.find(facts, [record.split for record in facts.records])
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with Facts(scratch) as facts, counting_bar(console) as progress:
+        task = progress.add_task("audit", total=len(records))
+        for read in read_all(folder, records, preprocess, use):
+            if read.value is None:
+                (left_out if read.left_out else unreadable).append((read.record.name, read.reason))
+            else:
+                facts.add(read, read.value)
+            progress.advance(task)
+        found = findings.find(facts, [record.split for record in facts.records])
     masks = {record.mask for record in listing.records if record.mask}
     images_of = Counter(record.path for record in records)
     return Audit(

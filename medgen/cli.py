@@ -47,7 +47,9 @@ def main() -> None:
     try:
         app()
     except (UserError, NonFiniteError, TrainingInterrupted) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # names of files come from anywhere: nothing in them may steer the terminal
+        text = "".join(letter for letter in str(error) if letter == "\n" or letter.isprintable())
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -19,8 +19,8 @@ from ruamel.yaml.error import YAMLError
 from medgen.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Grey = Annotated[int, Field(ge=0, le=65535)]
 Percentile = Annotated[float, Field(ge=0.0, le=100.0)]

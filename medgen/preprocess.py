@@ -8,9 +8,11 @@ picture with whom decides which side it may stand on.
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +20,11 @@ from rich.console import Console
 
 from medgen import config
 from medgen.config import Project
-from medgen.data import findings, layouts, splits, store
+from medgen.data import findings, layouts, patients, splits, store
 from medgen.data.findings import Facts
 from medgen.data.formats.raw import RawImage
 from medgen.data.layouts import Listing, Record
-from medgen.data.likeness import thumbnail
+from medgen.data.likeness import THUMB, thumbnail
 from medgen.data.reading import Read, hash_sources, read_all
 from medgen.data.squares import square_of_mask, to_square
 from medgen.errors import UserError
@@ -46,13 +48,23 @@ def run(
             duplicates or leaks that `data.duplicates` or `data.leaks` forbid.
     """
     console = Console(stderr=True)
-    listing = layouts.scan(project.root / data.path, data, preprocess)
+    folder = project.root / data.path
+    listing = layouts.scan(folder, data, preprocess)
     if data.splits == "own":
         listing = replace(listing, records=[replace(record, split=None) for record in listing.records])
     current = _current(project, data, listing, preprocess, num_threads)
     state = "unchanged"
     if current is None:
-        current, state = _build(project, data, listing, preprocess, num_threads, console), "written"
+        if listing.identified and not data.keep_patient_ids and not patients.has_salt(folder):
+            _warn(console, f"{folder}: patients' identifiers are hashed with a public salt; docs/data.md, Patients")
+        _check_space(project, len(listing.records), preprocess)
+        try:
+            current, state = _build(project, data, listing, preprocess, num_threads, console), "written"
+        except OSError as error:
+            raise UserError(
+                f"{project.dataset}: cannot be written: {error.strerror or error}; expected a folder with room for "
+                f"{_num_bytes(len(listing.records), preprocess) / 1e6:.0f} MB. Make room or mend its rights"
+            ) from error
     console.print(_summary(current, state), highlight=False, markup=False, soft_wrap=True)
     return current
 
@@ -69,7 +81,7 @@ def _current(
         return None  # damaged: made anew
     source = _Source(data, listing, preprocess)
     for record, digest in zip(
-        listing.records, hash_sources(project.root / data.path, listing.records, num_threads), strict=True
+        listing.records, hash_sources(project.root / data.path, listing.records, preprocess, num_threads), strict=True
     ):
         source.add(record, digest)
     return found if found.name == data.name and found.source == source.digest() else None
@@ -99,7 +111,7 @@ def _build(
 
     with (
         store.StoreWriter(project.dataset, shape, with_masks) as writer,
-        Facts(writer.building) as facts,
+        Facts(project.runs) as facts,
         counting_bar(console) as progress,
     ):
         task = progress.add_task("preprocess", total=len(records))
@@ -113,12 +125,7 @@ def _build(
             progress.advance(task)
         _check_unreadable(project, unreadable, len(records), preprocess.max_rejected)
         names, dropped = _decide(facts, data, preprocess, console)
-        if "train" not in names:
-            counts = dict(Counter(name for name in names if name))
-            raise UserError(
-                f"{folder}: no training images among {len(facts)} ({counts}); expected some. Set data.splits=own to "
-                "cut all splits anew, or lower preprocess.val_fraction and test_fraction"
-            )
+        _check_splits(folder, names, [*unreadable, *left_out, *dropped], console)
         rejected = sorted([*unreadable, *left_out, *dropped, *listing.foreign])
         return writer.commit(names, rejected, preprocess.model_dump(mode="json"), source.digest(), data.name)
 
@@ -138,10 +145,9 @@ def _decide(
     dropped = dict(_drop(records, exact)) if data.duplicates == "drop" else {}
     pairs = [(group[0], row) for group in exact for row in group[1:]]
     pairs += [(near.one, near.other) for near in facts.near_pairs]
+    joined = splits.join(records, pairs)  # a dropped copy still says who belongs together
     kept = [row for row in range(len(records)) if row not in dropped]
-    place = {row: i for i, row in enumerate(kept)}
-    chosen = [records[row] for row in kept]
-    groups = splits.join(chosen, [(place[a], place[b]) for a, b in pairs if a in place and b in place])
+    chosen, groups = [records[row] for row in kept], [joined[row] for row in kept]
     if data.leaks == "move":
         chosen = splits.unite(chosen, groups)
     assigned = splits.assign(chosen, preprocess.val_fraction, preprocess.test_fraction, preprocess.seed, groups)
@@ -151,7 +157,7 @@ def _decide(
         names[row] = name
     found = findings.find(facts, names, dropped)
     for line in findings.summary_lines(found):
-        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        _warn(console, line)
     if found.leaks and data.leaks == "error":
         raise UserError(
             f"data.leaks is error: {found.leaks[0]}; {len(found.leaks)} such in all, expected none. "
@@ -164,11 +170,11 @@ def _drop(records: Sequence[Record], exact: Iterable[Sequence[int]]) -> Iterator
     """Rows of duplicates that go, and why. One stays: on the side that judges where they stand on several."""
     order = {"test": 0, "val": 1, "train": 2, None: 3}
     for group in exact:
-        labels = sorted({records[row].label or "" for row in group})
+        labels = sorted({label for row in group if (label := records[row].label)})
         if len(labels) > 1:  # nobody knows which is true
             yield from ((row, f"one picture under the labels {', '.join(labels)}") for row in group)
         else:
-            first, *rest = sorted(group, key=lambda row: (order[records[row].split], row))
+            first, *rest = sorted(group, key=lambda row: (order[records[row].split], not records[row].label, row))
             yield from ((row, f"a duplicate of {records[first].name}") for row in rest)
 
 
@@ -200,6 +206,48 @@ def _row(read: Read[_Picture]) -> dict[str, str]:
         "mode": read.mode,
         "mask": record.mask or "",
     }
+
+
+def _check_splits(
+    folder: Path, names: Sequence[str | None], missing: Sequence[tuple[str, str]], console: Console
+) -> None:
+    """Refuses a dataset without training images, and says which other split is empty."""
+    counts = Counter(name for name in names if name is not None)
+    if not counts:
+        reason, number = Counter(reason for _, reason in missing).most_common(1)[0]
+        raise UserError(
+            f"{folder}: none of {len(missing)} pictures is left; {number} x {reason}. Expected some: mend the files, "
+            "or change preprocess.volume, preprocess.max_rejected or data.duplicates"
+        )
+    if not counts["train"]:
+        raise UserError(
+            f"{folder}: no training images among {counts.total()} ({dict(counts)}); expected some. Set data.splits=own "
+            "to cut all splits anew, or lower preprocess.val_fraction and test_fraction"
+        )
+    if empty := [name for name in store.SPLITS if not counts[name]]:
+        _warn(
+            console,
+            f"no images in {' and '.join(empty)}: too few patients, or all of them one (see data.patient_pattern), or "
+            "preprocess.val_fraction and test_fraction are 0",
+        )
+
+
+def _num_bytes(num_records: int, preprocess: config.Preprocess) -> int:
+    """What is on the disk before the old store goes: pictures as read, dealt to splits, and their thumbnails."""
+    return num_records * (2 * preprocess.channels * preprocess.image_size**2 + THUMB**2)
+
+
+def _check_space(project: Project, num_records: int, preprocess: config.Preprocess) -> None:
+    needed, free = _num_bytes(num_records, preprocess), shutil.disk_usage(project.root).free
+    if free < needed:
+        raise UserError(
+            f"{project.dataset}: {free / 1e6:.0f} MB free; expected {needed / 1e6:.0f} MB for {num_records} images. "
+            "Make room, or lower preprocess.image_size"
+        )
+
+
+def _warn(console: Console, line: str) -> None:
+    console.print(findings.printable(line), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_unreadable(project: Project, unreadable: Sequence[tuple[str, str]], num_records: int, most: float) -> None:

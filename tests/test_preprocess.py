@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -259,6 +260,87 @@ def test_duplicates_are_dropped_with_their_reason(leaky: Project) -> None:
 def test_duplicates_can_stop_the_run(leaky: Project) -> None:
     with pytest.raises(UserError, match=r"data\.duplicates is error: 2 pictures.*person1_0.png and train/B/copy.png"):
         run(leaky, data=config.Data(duplicates="error"), preprocess=NO_VAL)
+
+
+@pytest.mark.parametrize(("leaks", "place"), [("move", "val"), ("warn", "train")])
+def test_a_dropped_copy_still_says_who_belongs_together(
+    tmp_path: Path, leaks: str, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """near.jpg is like aaa.png, which is dropped for its copy in val: so it leaks into val."""
+    folder = tmp_path / "data"
+    for number in range(4):
+        picture(folder / "train" / "A" / f"other{number}.png", 10 + number)
+    picture(folder / "train" / "A" / "aaa.png", 1)
+    picture(folder / "val" / "A" / "zzz.png", 1)
+    picture(folder / "train" / "A" / "near.jpg", 1, quality=70)
+    options = config.Preprocess(image_size=16, test_fraction=0.0)
+    found = places(run(Project(tmp_path), data=config.Data(duplicates="drop", leaks=leaks), preprocess=options))
+    assert "train/A/aaa.png" not in found
+    assert found["train/A/near.jpg"] == place
+    assert ("1 near-duplicates across splits" in capsys.readouterr().err) is (leaks == "warn")
+    with pytest.raises(UserError, match=r"data\.leaks is error"):
+        run(Project(tmp_path), data=config.Data(duplicates="drop", leaks="error"), preprocess=options)
+
+
+def test_an_unlabelled_copy_contradicts_nobody(tmp_path: Path) -> None:
+    for number in range(4):
+        picture(tmp_path / "data" / "train" / "AB"[number % 2] / f"{number}.png", number)
+    picture(tmp_path / "data" / "train" / "copy.png", 0)
+    found = places(run(Project(tmp_path), data=config.Data(duplicates="drop"), preprocess=NO_VAL))
+    assert "train/copy.png" not in found
+    assert "train/A/0.png" in found
+
+
+def test_the_store_holds_just_these_files(tmp_path: Path) -> None:
+    make(tmp_path / "data")
+    run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
+    arrays = {f"{split}/{kind}.npy" for split in store.SPLITS for kind in ("images", "labels")}
+    assert content(tmp_path / "artifacts").keys() == {
+        f"dataset/{name}" for name in arrays | {"manifest.csv", "rejected.csv", "dataset.json"}
+    }
+    assert not content(tmp_path / "runs")
+
+
+def test_names_of_any_kind_come_back(tmp_path: Path) -> None:
+    names = {"line\nbreak.png", "carriage\rreturn.png", 'quo"te, comma.png', "Röntgen 胸部.png", "\x1b[31mred.png"}
+    for number, name in enumerate(sorted(names)):
+        picture(tmp_path / "data" / name, number)
+    (tmp_path / "data" / "bro\rken.png").write_bytes(b"")
+    options = config.Preprocess(image_size=16, max_rejected=0.5)
+    dataset = run(Project(tmp_path), data=config.Data(), preprocess=options)
+    assert set(places(dataset)) == names
+    rejected = list(store.read_csv(dataset.folder / "rejected.csv", store.REJECTED_COLUMNS))
+    assert rejected == [{"path": "bro\rken.png", "reason": "empty file"}]
+
+
+def test_a_split_without_images_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(6):
+        picture(tmp_path / "data" / f"person1_{number}.png", number)
+    run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
+    assert "no images in val and test: too few patients, or all of them one (see data.patient_pattern)" in (
+        capsys.readouterr().err
+    )
+
+
+def test_nothing_left_says_why(tmp_path: Path) -> None:
+    picture(tmp_path / "data" / "A" / "1.png", 0)
+    picture(tmp_path / "data" / "B" / "1.png", 0)
+    with pytest.raises(UserError, match="none of 2 pictures is left; 2 x one picture under the labels A, B"):
+        run(Project(tmp_path), data=config.Data(duplicates="drop"), preprocess=SMALL)
+
+
+@pytest.mark.parametrize("trouble", ["no folder", "full"])
+def test_a_disk_that_takes_nothing_is_one_message(
+    tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "data")
+    if trouble == "no folder":
+        (tmp_path / "artifacts").write_text("a file")
+    else:
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"artifacts/dataset: .*[Mm]ake room"):
+        run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
 
 
 def test_copies_are_never_parted_by_our_own_cut(tmp_path: Path) -> None:

@@ -96,7 +96,9 @@ def test_the_search_itself_finds_what_is_planted(scanned: Project) -> None:
 
 
 @pytest.mark.parametrize("salted", [False, True])
-def test_patients_are_told_apart_by_pseudonyms(scanned: Project, salted: bool) -> None:
+def test_patients_are_told_apart_by_pseudonyms(
+    scanned: Project, salted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     if salted:
         write_salt(scanned.root / "data")
     options = config.Preprocess(image_size=16, clahe_tiles=2, max_rejected=0.1)
@@ -108,6 +110,7 @@ def test_patients_are_told_apart_by_pseudonyms(scanned: Project, salted: bool) -
     by_film = {int("".join(filter(str.isdigit, row["path"]))): row["patient"] for row in rows}
     assert all((by_film[a] == by_film[b]) is (a // 2 == b // 2) for a in by_film for b in by_film)
     assert all(len(patient) == 16 and int(patient, 16) >= 0 for patient in by_film.values())
+    assert ("hashed with a public salt" in capsys.readouterr().err) is not salted
 
 
 def test_ids_are_kept_only_where_that_is_asked_for(scanned: Project) -> None:

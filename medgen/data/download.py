@@ -120,6 +120,9 @@ def _transfer(url: str, part: Path, timeout: float) -> None:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             if answer.status != http.client.PARTIAL_CONTENT:
                 have = 0  # the server sends all of it
+            elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                part.unlink()
+                raise _TryAgain(f"the server sent another part than the one from byte {have}")
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else None
             _need_space(part, (total or have) - have)

@@ -185,7 +185,7 @@ def _from_kaggle(name: str, source: Kaggle, place: Path) -> Path:
             for half in _kagglehub_folder(place).glob(f"datasets/{source.handle.partition('/versions')[0]}/*.archive"):
                 half.unlink()
             if last or type(error) is ValueError:  # it also says that of a kaggle.json that is no JSON
-                reason = str(error).strip().splitlines()[0]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError(f"{source.page}: {reason}. Run the command again. {_by_hand(name, place)}") from None
         time.sleep(2.0**attempt)
     raise AssertionError("every try returns or raises in the end")

@@ -8,9 +8,10 @@ with Facts(scratch) as facts:
 Rows are numbers of pictures in the order they were added.
 """
 
+import tempfile
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ class Facts:
     """One row for each picture that could be read; thumbnails are in a file, so a row takes about 150 bytes."""
 
     def __init__(self, scratch: Path) -> None:
+        """`scratch` is a folder on a disk with room for 4 kB a picture; nothing stays in it."""
         self.records: list[Record] = []
         self._digests = bytearray()
         self._hashes = array("Q")
@@ -37,8 +39,7 @@ class Facts:
         self._contrasts, self._saturations = array("f"), array("f")
         self._modes: Counter[str] = Counter()
         scratch.mkdir(parents=True, exist_ok=True)
-        self._path = scratch / "thumbnails"
-        self._file = self._path.open("wb")
+        self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  # closed on leaving
 
     def __enter__(self) -> Self:
         return self
@@ -47,7 +48,6 @@ class Facts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -110,7 +110,7 @@ class Facts:
         self._file.flush()
         if not self.records:
             return np.empty((0, THUMB, THUMB), np.uint8)
-        return np.memmap(self._path, np.uint8, "r", shape=(len(self), THUMB, THUMB))
+        return np.memmap(self._file, np.uint8, "r", shape=(len(self), THUMB, THUMB))
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Findings:
         return asdict(self) | derived | {"near_is_complete": len(self.near) < likeness.MAX_PAIRS}
 
 
-def find(facts: Facts, splits: Sequence[str | None], dropped: Container[int] = ()) -> Findings:
+def find(facts: Facts, splits: Sequence[str | None], dropped: Collection[int] = ()) -> Findings:
     """All findings; `splits` is the split of each row, None where it has none. `dropped` rows are in no group."""
     records, sizes = facts.records, facts.sizes
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -204,10 +204,17 @@ def find(facts: Facts, splits: Sequence[str | None], dropped: Container[int] = (
         for patient, where in sorted(patients.items())
         if len(where.keys() - {""}) > 1
     ]
-    kept = [[row for row in rows if row not in dropped] for rows in facts.exact_groups]
+    stands_for: dict[int, int | None] = {}  # of a dropped row its copy that is kept
+    kept = []
+    for rows in facts.exact_groups:
+        kept.append([row for row in rows if row not in dropped])
+        stands_for |= dict.fromkeys(set(rows) & set(dropped), kept[-1][0] if kept[-1] else None)
     exact = [_group(records, splits, rows) for rows in kept if len(rows) > 1]
-    pairs = [pair for pair in facts.near_pairs if pair.one not in dropped and pair.other not in dropped]
-    near = [_group(records, splits, pair[:2], pair.correlation) for pair in pairs]
+    near = []
+    for pair in facts.near_pairs:
+        one, other = (stands_for.get(row, row) for row in pair[:2])
+        if one is not None and other is not None:
+            near.append(_group(records, splits, (one, other), pair.correlation))
     return Findings(
         num_images=len(facts),
         num_patients=len(patients),

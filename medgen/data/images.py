@@ -95,6 +95,16 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
     return _format_of(path).inspect(path, preprocess)
 
 
+def bytes_of(path: Path, preprocess: Preprocess) -> tuple[Path, ...]:
+    """The files whose bytes make its pictures: itself, and the voxels of an Analyze or NIfTI header."""
+    if path.suffix.lower() != ".hdr":
+        return (path,)
+    try:
+        return (path, *inspect(path, preprocess).companions)
+    except UnreadableImage:
+        return (path,)
+
+
 def open_file(path: Path, preprocess: Preprocess, mask: bool = False) -> ImageFile:
     """The file, for reading; `mask` says that its pictures are masks, whose values mean more than their brightness.
 

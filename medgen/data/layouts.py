@@ -50,6 +50,7 @@ class Listing:
     records: list[Record]  # by path and index
     foreign: list[tuple[str, str]]  # path, and why it is neither picture nor mask
     companions: list[str]  # files that belong to a record's: labels, or a volume's second half
+    identified: bool = False  # whether a file says who its patient is
 
 
 def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> Listing:
@@ -97,7 +98,8 @@ def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> List
                     index=index,
                 )
             )
-    return Listing(records, sorted(foreign), sorted(found.companions))
+    identified = any(contents.patient for contents in found.contents.values())
+    return Listing(records, sorted(foreign), sorted(found.companions), identified)
 
 
 @dataclass(slots=True)
@@ -163,8 +165,9 @@ class _People:
 
     def _named(self, path: str, contents: Contents, place: Place) -> str | None:
         name = path[len(folder_of(path)) :]
-        if self._pattern is not None:  # the user's word goes before the file's, which may be "ANONYMOUS" throughout
-            return patients.named_in_file(name, self._pattern) or contents.patient
+        # the user's word goes before the file's, which may be "ANONYMOUS" throughout
+        if self._pattern is not None and (named := patients.named_in_file(name, self._pattern)):
+            return named
         return contents.patient or patients.named_in_file(name) or place.patient
 
     def _hide(self, identifier: str) -> str:

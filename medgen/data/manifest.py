@@ -49,7 +49,8 @@ def read_manifest(folder: Path, present: Container[str]) -> dict[str, Row] | Non
             names = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
             if "path" not in names:
                 raise UserError(
-                    f"{file}: columns are {', '.join(names) or 'none'}; expected path, and any of label, patient, split"
+                    f"{file}: no column named path among {len(names)}; expected a first line with path, and any of "
+                    "label, patient, split"
                 )
             patient = "patient" if "patient" in names else "group"
             for line in reader:

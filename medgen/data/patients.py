@@ -30,12 +30,21 @@ _IN_NAMES = tuple(
         r"^(COVID-\d+)[a-z]?(?:\D|$)",  # Figure 1: COVID-00015a, COVID-00015b
         r"^((?:MCUCXR|CHNCXR)_\d+_[01])",  # Montgomery and Shenzhen: one film each
         r"^(sub-[0-9a-z]+)_",  # BIDS
+        r"^(TCGA_\w{2}_\w{4})_",  # the LGG segmentation set
+        r"^(BraTS\w*?_\d+)(?:_|$)",
         r"^(patient[_-]?\d+)(?:[_.-]|$)",
     )
 )
 _IN_FOLDERS = tuple(
     re.compile(pattern, re.IGNORECASE)
-    for pattern in (r"^(OAS\d_\d{4})(?:_|$)", r"^(sub-[0-9a-z]+)$", r"^(case[_-]\d+)$", r"^(patient[_-]?\d+)$")
+    for pattern in (
+        r"^(OAS\d_\d{4})(?:_|$)",
+        r"^(sub-[0-9a-z]+)$",
+        r"^(TCGA_\w{2}_\w{4})(?:_|$)",
+        r"^(BraTS\w*?_\d+)$",
+        r"^(case[_-]\d+)$",
+        r"^(patient[_-]?\d+)$",
+    )
 )
 
 
@@ -71,6 +80,7 @@ def write_salt(folder: Path) -> None:
     """Gives the dataset a salt of its own, unless it has one: another would give each patient another pseudonym."""
     if not has_salt(folder):
         write_atomic(folder / SALT, f"{secrets.token_hex(_SALT_BYTES)}\n".encode())
+        (folder / SALT).chmod(0o600)
 
 
 def compile_pattern(patient_pattern: str | None) -> re.Pattern[str] | None:

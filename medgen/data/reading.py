@@ -22,7 +22,7 @@ import numpy as np
 
 from medgen.config import Preprocess
 from medgen.data.formats.raw import ImageFile, LeftOut, RawImage, UnreadableImage
-from medgen.data.images import open_file
+from medgen.data.images import bytes_of, open_file
 from medgen.data.layouts import Record
 from medgen.files import hash_file
 from medgen.machine import num_cores
@@ -65,10 +65,12 @@ def read_all(
         cv2.setNumThreads(own_threads)
 
 
-def hash_sources(folder: Path, records: Sequence[Record], num_threads: int | None = None) -> Iterator[str]:
+def hash_sources(
+    folder: Path, records: Sequence[Record], preprocess: Preprocess, num_threads: int | None = None
+) -> Iterator[str]:
     """`Read.source` of each record, without reading pictures."""
     files = ((records[start:end], records[start]) for start, end in _runs(records))
-    for part, digest in _map(lambda _, record: _digest(folder, record), files, num_threads):
+    for part, digest in _map(lambda _, record: _digest(folder, record, preprocess), files, num_threads):
         yield from itertools.repeat(digest, len(part))
 
 
@@ -101,7 +103,7 @@ class _Shared:
     """A file, and its mask's, that several parts read; opened by the first, closed after the last."""
 
     def __init__(self, folder: Path, record: Record, preprocess: Preprocess, num_pictures: int) -> None:
-        self.several = num_pictures > 1
+        self.several = num_pictures > 1  # pictures, or files of one picture: then its pixels say who is its copy
         self.source = ""
         self._places = (folder / record.path, None if record.mask is None else folder / record.mask)
         self._folder, self._record, self._preprocess = folder, record, preprocess
@@ -114,7 +116,7 @@ class _Shared:
         """The open files; a file that cannot be opened gives its reason each time."""
         with self._lock:
             if self._reason is not None:
-                raise self._reason
+                raise type(self._reason)(str(self._reason))  # a new one: threads must not share a traceback
             if self._files is None:
                 try:
                     self._files = self._open()
@@ -133,16 +135,23 @@ class _Shared:
                         file.__exit__(None, None, None)
 
     def _open(self) -> tuple[ImageFile, ImageFile | None]:
-        self.source = _digest(self._folder, self._record)
+        self.source = _digest(self._folder, self._record, self._preprocess)
         path, mask_path = self._places
         for place in (path, mask_path):
             if place is not None:
                 _check_file(place)
+        self.several = self.several or len(bytes_of(path, self._preprocess)) > 1
         image = open_file(path, self._preprocess).__enter__()
+        mask: ImageFile | None = None
         try:
-            mask = None if mask_path is None else open_file(mask_path, self._preprocess, mask=True).__enter__()
+            if mask_path is not None:
+                mask = open_file(mask_path, self._preprocess, mask=True).__enter__()
+                if mask.num_pictures != image.num_pictures:
+                    raise UnreadableImage(f"{mask.num_pictures} slices, and the image has {image.num_pictures}")
         except UnreadableImage as error:
-            image.__exit__(None, None, None)
+            for file in (mask, image):
+                if file is not None:
+                    file.__exit__(None, None, None)
             raise type(error)(f"mask {self._record.mask}: {error}") from None
         return image, mask
 
@@ -194,14 +203,15 @@ def _hash_pixels(raw: RawImage) -> str:
     return digest.hexdigest()
 
 
-def _digest(folder: Path, record: Record) -> str:
+def _digest(folder: Path, record: Record, preprocess: Preprocess) -> str:
     """Whatever can be hashed before the first failure."""
     digest = ""
     try:
         for name in (record.path, record.mask):
             if name is not None:
-                _check_file(folder / name)
-                digest += hash_file(folder / name)
+                for file in bytes_of(folder / name, preprocess):
+                    _check_file(file)
+                    digest += hash_file(file)
     except (UnreadableImage, OSError):
         pass
     return digest

@@ -22,9 +22,9 @@ def assign(
 
     A split the data brings is kept. One it does not bring is cut from the rest by whole groups: the patients, unless
     `groups` (one name for each record) joins some that share a picture. A group is cut when the hash of seed and name,
-    a number in [0, 1), is below the fraction: so the order of files does not matter, and files that are added move
-    nobody. Only where chance would leave a label with less than 3/4 or more than 5/4 of its share, as in small sets,
-    the hash's nearest neighbours are taken or left instead, and those can move.
+    a number in [0, 1), is below the fraction: so the order of files does not matter, and new patients move nobody.
+    Only where chance would leave a label with less than 3/4 or more than 5/4 of its share, as in small sets, the
+    hash's nearest neighbours are taken or left instead, and those can move.
     """
     groups = [record.patient for record in records] if groups is None else groups
     given: dict[str, Counter[str]] = defaultdict(Counter)  # group -> splits the data names

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 from numpy.lib import format as npy
@@ -36,6 +36,7 @@ UNLABELLED = -1
 DESCRIPTION, MANIFEST, REJECTED = "dataset.json", "manifest.csv", "rejected.csv"
 COLUMNS = ("split", "path", "index", "sha256", "label", "patient", "width", "height", "mode", "mask")
 REJECTED_COLUMNS = ("path", "reason")
+_QUOTING: Literal[1] = csv.QUOTE_ALL  # a bare carriage return in a file's name would end the row (Python 3.11)
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ class _RowFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n", restval="")
+        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n", restval="", quoting=_QUOTING)
         self._writer.writeheader()
 
     def __enter__(self) -> Self:
@@ -292,7 +293,7 @@ class _RowFile:
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Writes rows of text under a header, with Unix line ends."""
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, lineterminator="\n", restval="")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n", restval="", quoting=_QUOTING)
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, stream.getvalue().encode())

@@ -387,7 +387,7 @@ def test_a_manifest_may_list_what_is_hidden_and_what_cannot_be_read(tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("file,label\n1.png,A\n", "columns are file, label; expected path"),
+        ("file,label\n1.png,A\n", "no column named path among 2; expected a first line with path"),
         ("path\n../1.png\n", r"line 2: path '\.\./1\.png'; expected a path inside"),
         ("path\n/etc/passwd\n", "expected a path inside"),
         ("path\nC:\\1.png\n", "expected a path inside"),

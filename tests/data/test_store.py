@@ -49,7 +49,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert not train.masks[1:].any()
     assert train.paths == ["0.png", "2.png", "3.png"]
     assert [row["patient"] for row in test.rows()] == ["p1", "p4"]
-    assert (tmp_path / "dataset" / "rejected.csv").read_text() == 'path,reason\n"bad, very.png",empty file\n'
+    assert (tmp_path / "dataset" / "rejected.csv").read_text() == '"path","reason"\n"bad, very.png","empty file"\n'
 
 
 def test_without_masks_there_are_none(tmp_path: Path) -> None:

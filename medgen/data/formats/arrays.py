@@ -23,13 +23,13 @@ import threading
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, cast
+from typing import IO, Any, Self, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -40,9 +40,12 @@ from medgen.data import known
 from medgen.data.formats import unpickle
 from medgen.data.formats.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
 
+T = TypeVar("T")
+
 _SPLITS = ("train", "val", "test")
 _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "t10k": "test", "test": "test"}
-_MAX_PICTURES = 1 << 22  # five times the largest set of digits, EMNIST
+_MAX_PICTURES = 1 << 21  # more than twice the largest set of digits, EMNIST
+_MIN_SIDE = 4  # pixels; less is no picture, and a small file could claim a million of them
 _MAX_BATCH = 256 << 20  # bytes of a pickle; CIFAR-100's train has 155 million
 _MAX_RATIO = 1032  # deflate makes no byte more than this (zlib.net/zlib_tech.html)
 _MAX_KEYS = 8  # named in a reason
@@ -93,10 +96,21 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
 class _ArrayFile:
     """What the three have in common: `_picture` gives (H, W) or (H, W, 3) and how many bits are unused."""
 
+    @property
+    def num_pictures(self) -> int:
+        """Of the file.
+
+        Raises:
+            UnreadableImage: it is damaged.
+        """
+        raise NotImplementedError
+
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self._path, self._mask = path, mask
         self._keeps_colour = preprocess.channels == 3 and not mask
         self._lock = threading.Lock()
+        self._loaded: dict[str, Any] = {}
+        self._reasons: dict[str, str] = {}  # of what could not be loaded
 
     def read(self, index: int) -> RawImage:
         """The picture of that index; an array of 16 bits is shifted so that its highest value nears white."""
@@ -114,6 +128,20 @@ class _ArrayFile:
 
     def _picture(self, index: int) -> tuple[NDArray[Any], int]:
         raise NotImplementedError
+
+    def _load_once(self, key: str, load: Callable[[], T]) -> T:
+        """What `load` gives, or why it fails: once for all pictures, as a damaged file may be long."""
+        with self._lock:
+            if key in self._reasons:
+                raise UnreadableImage(self._reasons[key])
+            if key not in self._loaded:
+                try:
+                    with _reasons():
+                        self._loaded[key] = load()
+                except UnreadableImage as error:
+                    self._reasons[key] = str(error)
+                    raise
+            return cast(T, self._loaded[key])
 
     def __enter__(self) -> Self:
         return self
@@ -153,24 +181,27 @@ class NpzFile(_ArrayFile):
         with _reasons(), _open_npz(path) as archive:
             self._members = [member for _, member in _image_members(archive)]
         self._ends = list(accumulate(member.shape[0] for member in self._members))
-        self._arrays: dict[str, tuple[NDArray[Any], int]] = {}
+
+    @property
+    def num_pictures(self) -> int:
+        """Of train, val and test together."""
+        return self._ends[-1]
 
     def _picture(self, index: int) -> tuple[NDArray[Any], int]:
         if not 0 <= index < self._ends[-1]:
             raise UnreadableImage(f"picture {index} of {self._ends[-1]}")
         place = bisect_right(self._ends, index)
-        array, num_unused_bits = self._array(self._members[place])
+        member = self._members[place]
+        array, num_unused_bits = self._load_once(member.name, lambda: self._load(member))
         return array[index - (self._ends[place] - len(array))], num_unused_bits
 
-    def _array(self, member: _Member) -> tuple[NDArray[Any], int]:
-        with self._lock:
-            if member.name not in self._arrays:
-                with _open_npz(self._path) as archive, archive.open(member.name) as stream:
-                    stream.read(member.start)
-                    array = member.view(_spill(stream, member.num_bytes))
-                unused = 0 if array.dtype.itemsize == 1 else 16 - max(1, int(array.max()).bit_length())
-                self._arrays[member.name] = array, unused
-            return self._arrays[member.name]
+    def _load(self, member: _Member) -> tuple[NDArray[Any], int]:
+        with _open_npz(self._path) as archive, archive.open(member.name) as stream:
+            stream.read(member.start)
+            array = member.view(spill(stream, member.num_bytes))
+            _require_end(stream)
+        unused = 0 if array.dtype.itemsize == 1 else 16 - max(1, int(array.max()).bit_length())
+        return array, unused
 
 
 def _inspect_npz(path: Path) -> Contents:
@@ -212,8 +243,7 @@ def _check_images(member: _Member) -> None:
         raise UnreadableImage(f"{key} has shape {shape}; expected (N, H, W) or (N, H, W, 3)")
     if member.dtype.kind != "u" or member.dtype.itemsize > 2:
         raise UnreadableImage(f"{key} holds {member.dtype}; expected uint8 or uint16")
-    if not 1 <= shape[1] * shape[2] <= MAX_PIXELS:
-        raise UnreadableImage(f"{key} holds pictures of {shape[2]} x {shape[1]} pixels")
+    _check_size(shape[2], shape[1], f"{key} holds ")
 
 
 def _npz_labels(archive: zipfile.ZipFile, split: str, num_pictures: int) -> NDArray[Any] | None:
@@ -267,7 +297,8 @@ def _member(archive: zipfile.ZipFile, key: str) -> _Member:
         raise UnreadableImage(f"{key} has shape {shape}")
     member = _Member(info.filename, shape, dtype, is_fortran, start.tell())
     expected = member.start + member.num_bytes
-    if expected != info.file_size or expected > _MAX_RATIO * (info.compress_size + 1):
+    there = min(info.compress_size, archive.start_dir)  # the pictures end where the list of members begins
+    if expected != info.file_size or expected > there * (1 if info.compress_type == zipfile.ZIP_STORED else _MAX_RATIO):
         raise UnreadableImage(f"{key} should take {expected} bytes by its header, and does not")
     return member
 
@@ -283,18 +314,24 @@ class IdxFile(_ArrayFile):
         with _reasons():
             self._shape = _idx_images_shape(path)
         self._is_turned = path.name.lower().startswith("emnist")  # written column by column, unlike all others
-        self._array: NDArray[np.uint8] | None = None
+
+    @property
+    def num_pictures(self) -> int:
+        """As the header says."""
+        return self._shape[0]
 
     def _picture(self, index: int) -> tuple[NDArray[Any], int]:
         if not 0 <= index < self._shape[0]:
             raise UnreadableImage(f"picture {index} of {self._shape[0]}")
-        with self._lock:
-            if self._array is None:
-                with _open_idx(self._path) as stream:
-                    stream.read(16)
-                    self._array = np.frombuffer(_spill(stream, math.prod(self._shape)), np.uint8).reshape(self._shape)
-        pixels = self._array[index]
+        pixels = self._load_once("pictures", self._load)[index]
         return (pixels.T if self._is_turned else pixels), 0
+
+    def _load(self) -> NDArray[np.uint8]:
+        with _open_idx(self._path) as stream:
+            stream.read(16)
+            values = spill(stream, math.prod(self._shape))
+            _require_end(stream)
+        return np.frombuffer(values, np.uint8).reshape(self._shape)
 
 
 def _inspect_idx(path: Path) -> Contents:
@@ -338,13 +375,14 @@ def _open_idx(path: Path) -> Iterator[IO[bytes]]:
 def _idx_images_shape(path: Path) -> tuple[int, int, int]:
     with _open_idx(path) as stream:
         kind, num_pictures, height, width = struct.unpack(">4I", _read_exactly(stream, 16))
+        is_zipped = isinstance(cast(Any, stream), gzip.GzipFile)
     if kind != _IDX_IMAGES:
         raise UnreadableImage("no idx file of pictures: it does not begin with 00 00 08 03")
     if not 1 <= num_pictures <= _MAX_PICTURES:
         raise UnreadableImage(f"{num_pictures} pictures; expected 1 to {_MAX_PICTURES}")
-    if not 1 <= height * width <= MAX_PIXELS:
-        raise UnreadableImage(f"pictures of {width} x {height} pixels")
-    if num_pictures * height * width > _MAX_RATIO * path.stat().st_size:
+    _check_size(width, height)
+    ratio = _MAX_RATIO if is_zipped else 1
+    if 16 + num_pictures * height * width > ratio * path.stat().st_size:
         raise UnreadableImage(f"cut short: it should hold {num_pictures} pictures of {width} x {height}")
     return num_pictures, height, width
 
@@ -367,17 +405,19 @@ def _idx_labels(path: Path, num_pictures: int) -> NDArray[np.uint8]:
 class CifarFile(_ArrayFile):
     """The pictures of one batch of CIFAR-10 or CIFAR-100."""
 
-    def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        super().__init__(path, preprocess, mask)
-        self._rows: NDArray[np.uint8] | None = None
+    @property
+    def num_pictures(self) -> int:
+        """Of the batch, which is read for it."""
+        return len(self._rows())
+
+    def _rows(self) -> NDArray[np.uint8]:
+        return self._load_once("rows", lambda: _read_batch(self._path)[0])
 
     def _picture(self, index: int) -> tuple[NDArray[Any], int]:
-        with self._lock:
-            if self._rows is None:
-                self._rows, _ = _read_batch(self._path)
-        if not 0 <= index < len(self._rows):
-            raise UnreadableImage(f"picture {index} of {len(self._rows)}")
-        planes = self._rows[index].reshape(3, _CIFAR_SIDE, _CIFAR_SIDE)  # red, green, blue
+        rows = self._rows()
+        if not 0 <= index < len(rows):
+            raise UnreadableImage(f"picture {index} of {len(rows)}")
+        planes = rows[index].reshape(3, _CIFAR_SIDE, _CIFAR_SIDE)  # red, green, blue
         return planes.transpose(1, 2, 0), 0
 
 
@@ -438,6 +478,14 @@ def _dictionary(path: Path) -> dict[str, Any]:
 # labels and bytes
 
 
+def _check_size(width: int, height: int, prefix: str = "") -> None:
+    if min(width, height) < _MIN_SIDE:
+        expected = f"expected at least {_MIN_SIDE} x {_MIN_SIDE}"
+        raise UnreadableImage(f"{prefix}pictures of {width} x {height}; {expected}")
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{prefix}pictures of {width} x {height}, more than {MAX_PIXELS // 10**6} megapixels")
+
+
 def _numbered(labels: NDArray[Any]) -> list[str]:
     """7 -> "07" where there are classes of two digits."""
     if labels.min() < 0:
@@ -454,8 +502,8 @@ def _named(labels: NDArray[Any], names: Sequence[str], source: str) -> list[str]
     return [names[label] for label in labels.tolist()]
 
 
-def _spill(stream: IO[bytes], num_bytes: int) -> mmap.mmap:
-    """The stream's last `num_bytes` bytes, through a temporary file that has no name and so leaves nothing behind."""
+def spill(stream: IO[bytes], num_bytes: int) -> mmap.mmap:
+    """The stream's next `num_bytes` bytes, through a temporary file that has no name and so leaves nothing behind."""
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if num_bytes > free:
         raise UnreadableImage(
@@ -464,7 +512,6 @@ def _spill(stream: IO[bytes], num_bytes: int) -> mmap.mmap:
     with tempfile.TemporaryFile() as file:
         for start in range(0, num_bytes, _CHUNK):
             file.write(_read_exactly(stream, min(_CHUNK, num_bytes - start)))
-        _require_end(stream)
         file.flush()
         return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
 

@@ -31,7 +31,7 @@ from PIL import Image
 
 from medgen.config import Preprocess
 from medgen.data.formats.codestreams import read_jpeg, read_jpeg_2000
-from medgen.data.formats.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
+from medgen.data.formats.raw import MAX_PIXELS, Contents, LeftOut, RawImage, UnreadableImage
 from medgen.data.formats.shades import Shades, Stored, Table, Window, render
 from medgen.data.formats.signatures import EMPTY, NUM_BYTES, describe_start
 
@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 _MAX_HEADER_BYTES = 16 << 20  # 10,000 frames described one by one; as Python objects up to 80 times as much
 _MAX_INFLATED_BYTES = 2 * MAX_PIXELS + _MAX_HEADER_BYTES  # of a deflated file, which pydicom would inflate unasked
+_MIN_SIDE = 4  # pixels; less is no picture, and a small file could claim a million of them
 _MAX_FRAMES = 1_000_000  # slides of 10^5 tiles are the longest series known
 _CHUNK = 1 << 20  # bytes of deflated data at a time
 
@@ -57,22 +58,28 @@ _RETIRED = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_422", "YBR_PARTIAL_420")
 _PIXEL_ELEMENTS = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
 _PALETTE = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
 _KEYWORDS = [
-    *("SOPClassUID", "PatientID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PlanarConfiguration"),
+    *("SOPClassUID", "PatientID", "StudyInstanceUID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel"),
+    "PlanarConfiguration",
     *("PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", f"{_PALETTE[0]}Descriptor"),
     *(f"{kind}{table}Data" for kind in ("", "Segmented") for table in _PALETTE),
 ]
+# Classes of objects that have pixels, by their names in the standard: one that comes without them is damaged.
+_OF_PICTURES = re.compile(r"Image|Map\b|^Segmentation|Volume (Storage|Analysis)|DICOS|Overlay")
 _ENDS_EARLY = "damaged: the pixel data ends early"
-_QUIET = re.compile(r"(pydicom|medgen\.data\.dicom)\b")  # whose warnings may quote the file
+_QUIET = re.compile(rf"(pydicom|{re.escape(__name__)})\b")  # whose warnings may quote the file
 
 
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
     """The frames of a DICOM file and its patient, from the header alone; all frames are of one patient.
 
+    Where the patient has no number, the study stands for them: it keeps a series together.
+
     Raises:
-        UnreadableImage: the file holds no pictures, is damaged or cut short, or its pictures cannot be read here.
+        UnreadableImage: the file is damaged or cut short, or its pictures cannot be read here.
+        LeftOut: the file is whole and has no pictures, such as a report, a treatment plan or a DICOMDIR.
     """
     header = _guarded(lambda: _read_header(path))
     return Contents(range(header.num_frames), patient=header.patient)
@@ -83,7 +90,7 @@ class DicomFile:
 
     Grey values go through the file's modality and VOI transformations (PS3.3 C.11.1, C.11.2): the ends of its window
     become black and white; without a window the frame's smallest and largest value do. Padding is black. With `mask`,
-    every pixel that is not 0 is white.
+    every pixel that is not 0 is white. Opening raises what `inspect` does.
     """
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
@@ -91,6 +98,11 @@ class DicomFile:
         self._colour = preprocess.channels == 3
         self._mask = mask
         self._lock = threading.Lock()  # pydicom converts an element in place when it is first asked for
+
+    @property
+    def num_pictures(self) -> int:
+        """All frames."""
+        return self._header.num_frames
 
     def read(self, index: int) -> RawImage:
         """The frame of that number, from 0; safe to call from several threads.
@@ -140,11 +152,11 @@ def _guarded(work: Callable[[], T], what: str = "damaged DICOM file") -> T:
     try:
         return work()
     except UnreadableImage as error:
-        reason = str(error)
+        kind, reason = type(error), str(error)
     except Exception as error:  # parsers of damaged bytes raise anything; the file is to blame, not the run
         system = error.strerror if isinstance(error, OSError) else None
-        reason = system or f"{what} ({type(error).__name__})"
-    raise UnreadableImage(reason)
+        kind, reason = UnreadableImage, system or f"{what} ({type(error).__name__})"
+    raise kind(reason)
 
 
 def _silence() -> None:
@@ -167,7 +179,7 @@ class _Header:
     value_type: str  # of that element
     offset: int  # of its value in the file
     fragments: Sequence[Sequence[tuple[int, int]]]  # of each compressed frame: offset and length of its parts
-    patient: str | None
+    patient: str | None  # or the study
     num_frames: int
     rows: int
     columns: int
@@ -220,7 +232,7 @@ def _read_header(path: Path) -> _Header:
                 raise UnreadableImage(f"more than {_MAX_HEADER_BYTES >> 20} MB of header before any pixels")
         element = _read_pixel_element(file)
         if element is None:
-            raise UnreadableImage(_why_no_pixels(dataset, start))
+            raise _why_no_pixels(dataset, start)
         keyword, value_type, length, implicit, little = element
         native = _IMPLICIT if implicit else _EXPLICIT if little else _BIG_ENDIAN
         syntax = native if content is not None else str(dataset.file_meta.get("TransferSyntaxUID") or native)
@@ -281,14 +293,16 @@ def _read_pixel_element(file: BinaryIO) -> tuple[str, str, int, bool, bool] | No
     return None
 
 
-def _why_no_pixels(dataset: Any, start: bytes) -> str:
+def _why_no_pixels(dataset: Any, start: bytes) -> UnreadableImage:
+    is_picture = dataset.get("Rows") is not None
     name = _public_name(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID"))
     if name:
-        return f"no pixel data: {name}"
-    if start[128:132] == b"DICM" or dataset.get("Rows") is not None:
-        return "no pixel data"
+        kind = UnreadableImage if is_picture or _OF_PICTURES.search(name) else LeftOut
+        return kind(f"no pixel data: {name}")
+    if start[128:132] == b"DICM" or is_picture:
+        return UnreadableImage("no pixel data")
     words = describe_start(start)
-    return EMPTY if words == EMPTY else f"no DICOM file: {words}" if words else "no DICOM file"
+    return UnreadableImage(EMPTY if words == EMPTY else f"no DICOM file: {words}" if words else "no DICOM file")
 
 
 def _public_name(uid: Any) -> str | None:
@@ -310,6 +324,8 @@ def _fields(dataset: Any, **known: Any) -> _Header:
     num_frames = _whole(dataset, "NumberOfFrames", 1) or 1
     if rows < 1 or columns < 1 or num_frames < 1:
         raise UnreadableImage("damaged: a picture without pixels")
+    if min(rows, columns) < _MIN_SIDE:
+        raise UnreadableImage(f"pictures of {columns} x {rows}; expected at least {_MIN_SIDE} x {_MIN_SIDE}")
     if rows * columns > MAX_PIXELS:
         raise UnreadableImage(f"{columns} x {rows} is more than {MAX_PIXELS // 1_000_000} megapixels")
     if num_frames > _MAX_FRAMES:
@@ -323,7 +339,7 @@ def _fields(dataset: Any, **known: Any) -> _Header:
         raise UnreadableImage(f"damaged: {samples} samples a pixel of another kind of colour")
     return _Header(
         dataset=dataset,
-        patient=str(dataset.get("PatientID") or "").strip() or None,
+        patient=_text(dataset, "PatientID") or _text(dataset, "StudyInstanceUID") or None,
         num_frames=num_frames,
         rows=rows,
         columns=columns,
@@ -336,6 +352,10 @@ def _fields(dataset: Any, **known: Any) -> _Header:
         signed=not floats and _whole(dataset, "PixelRepresentation", 0) == 1,
         **known,
     )
+
+
+def _text(dataset: Any, keyword: str) -> str:
+    return str(dataset.get(keyword) or "").strip()
 
 
 def _whole(dataset: Any, keyword: str, default: int | None = None) -> int:

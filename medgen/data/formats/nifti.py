@@ -5,7 +5,8 @@ with VolumeFile(path, preprocess) as file:
     raw = file.read(contents.indices[0])
 
 nibabel reads the header; the voxels are read here, one frame of them and nothing else, so that neither a long series
-nor a header that lies can fill the memory.
+nor a header that lies can fill the memory. A large volume is mapped from a temporary file without a name, so that
+memory stays bounded however many threads each have one open.
 
 Shapes: X Y Z the volume's sides, to the patient's Right, front (Anterior) and head (Superior).
 """
@@ -28,10 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
+from medgen.data.formats.arrays import spill
 from medgen.data.formats.raw import MAX_PIXELS, Contents, LeftOut, RawImage, UnreadableImage
 
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # in X Y Z
 _MAX_VOXELS = 1 << 28  # of a frame: 512 x 512 x 1024, a long CT
+_MAX_VOXELS_IN_MEMORY = 1 << 25  # 320 x 320 x 320
 _MAX_RATIO = 1032  # deflate makes no byte more than this (zlib.net/zlib_tech.html)
 _NUM_SAMPLES = 1 << 21  # voxels that the window is found from
 _CHUNK = 1 << 20
@@ -42,11 +45,13 @@ _SQUARE = 1.01  # pixels of sides nearer than this are square
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
     """Numbers of the slices along `preprocess.volume.axis`, counted from left, back and foot.
 
+    Volumes as long as each other along the axis have the same numbers.
+
     Raises:
         UnreadableImage: it is no volume, is damaged or too large, or is the .img of a .hdr, which is the file to read.
     """
-    header = _read_header(path, preprocess)
-    volume, length = preprocess.volume, header.shape[header.axes[_AXES[preprocess.volume.axis]]]
+    header = _read_header(path, preprocess, mask=False)
+    volume, length = preprocess.volume, header.num_slices(_AXES[preprocess.volume.axis])
     start = min(round(volume.first * length), length - 1)
     stop = max(round(volume.last * length), start + 1)
     return Contents(
@@ -55,7 +60,7 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
 
 
 class VolumeFile:
-    """One volume, or one frame of a series; loaded at the first `read`.
+    """One volume, or one frame of a series; loaded at the first `read`. A mask of one volume serves any frame.
 
     Axial slices have the patient's front at the top, coronal and sagittal ones the head. Left and right are as
     radiologists look at them, and as DICOM slices come: the patient's right is on the picture's left, and a sagittal
@@ -65,10 +70,16 @@ class VolumeFile:
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self._volume, self._mask, self._keeps_values = preprocess.volume, mask, preprocess.mask_values is not None
         self._axis = _AXES[preprocess.volume.axis]
-        self._header = _read_header(path, preprocess)
+        self._header = _read_header(path, preprocess, mask)
         self._voxels: NDArray[Any] | None = None  # (X, Y, Z) as stored, unscaled
+        self._reason = ""  # why they cannot be loaded
         self._window = _Window(0.0, 0.0, 0.0)
         self._lock = threading.Lock()
+
+    @property
+    def num_pictures(self) -> int:
+        """All slices along the axis: a mask must have as many as its image."""
+        return self._header.num_slices(self._axis)
 
     def read(self, index: int) -> RawImage:
         """That slice: uint16, the volume's window stretched over it; of a mask uint8, 255 where it is not zero,
@@ -103,10 +114,16 @@ class VolumeFile:
 
     def _load(self) -> NDArray[Any]:
         with self._lock:
+            if self._reason:
+                raise UnreadableImage(self._reason)
             if self._voxels is None:
-                voxels = _read_voxels(self._header)
-                if not self._mask:
-                    self._window = _find_window(self._header.scale(_sample(voxels)), self._volume.window)
+                try:
+                    voxels = _read_voxels(self._header)
+                    if not self._mask:
+                        self._window = _find_window(self._header.scale(_sample(voxels)), self._volume.window)
+                except UnreadableImage as error:
+                    self._reason = str(error)  # once for all slices, as a damaged file may be long
+                    raise
                 self._voxels = _turn(voxels, self._header)
             return self._voxels
 
@@ -142,6 +159,10 @@ class _Header:
         """Which of A, B, C runs along X, Y and Z."""
         return [int(axis) for axis in np.argsort(self.orientation[:, 0])]
 
+    def num_slices(self, axis: int) -> int:
+        """Across that axis of X Y Z."""
+        return self.shape[self.axes[axis]]
+
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
@@ -161,13 +182,13 @@ class _Header:
         return width, height
 
 
-def _read_header(path: Path, preprocess: Preprocess) -> _Header:
+def _read_header(path: Path, preprocess: Preprocess, mask: bool) -> _Header:
     with _reasons():
         voxels_path = _voxels_path(path)
         with _open(path) as stream:
             parsed = _parse(stream.read(540), is_pair=voxels_path != path)
         with np.errstate(all="ignore"):  # of an affine with values that no scanner wrote
-            header = _check(parsed, voxels_path, preprocess)
+            header = _check(parsed, voxels_path, preprocess, mask)
         _check_length(header)
     return header
 
@@ -208,9 +229,9 @@ def _parse(block: bytes, is_pair: bool) -> Any:
     raise UnreadableImage("no header of NIfTI, MGZ or Analyze, or one that is cut short")
 
 
-def _check(parsed: Any, voxels_path: Path, preprocess: Preprocess) -> _Header:
+def _check(parsed: Any, voxels_path: Path, preprocess: Preprocess, mask: bool) -> _Header:
     shape, num_frames = _shape(parsed)
-    frame = preprocess.volume.frame
+    frame = 0 if mask and num_frames == 1 else preprocess.volume.frame
     if frame >= num_frames:
         raise UnreadableImage(f"a series of {num_frames}; preprocess.volume.frame is {frame}, counted from 0")
     dtype = np.dtype(parsed.get_data_dtype())
@@ -273,15 +294,21 @@ def _read_voxels(header: _Header) -> NDArray[Any]:
     """One frame (A, B, C), as stored."""
     with _reasons(), _open(header.voxels_path) as stream:
         stream.seek(header.start)  # gzip's seek inflates piece by piece and keeps nothing
-        buffer = np.empty(header.num_bytes, np.uint8)
-        view, filled = buffer.data, 0
-        while filled < len(view):
-            count = cast(Any, stream).readinto(view[filled : filled + _CHUNK])
-            if not count:
-                raise UnreadableImage(f"cut short: {filled} of {len(view)} bytes of the voxels")
-            filled += count
+        large = math.prod(header.shape) > _MAX_VOXELS_IN_MEMORY
+        values: Any = spill(stream, header.num_bytes) if large else _take(stream, header.num_bytes)
         stream.read(1)  # where it is the end, gzip compares its checksum
-    return buffer.view(header.dtype).reshape(header.shape, order="F")
+    return np.frombuffer(values, header.dtype).reshape(header.shape, order="F")
+
+
+def _take(stream: IO[bytes], num_bytes: int) -> NDArray[np.uint8]:
+    buffer = np.empty(num_bytes, np.uint8)
+    view, filled = buffer.data, 0
+    while filled < num_bytes:
+        count = cast(Any, stream).readinto(view[filled : filled + _CHUNK])
+        if not count:
+            raise UnreadableImage(f"cut short: {filled} of {num_bytes} bytes of the voxels")
+        filled += count
+    return buffer
 
 
 def _turn(voxels: NDArray[Any], header: _Header) -> NDArray[Any]:

@@ -38,6 +38,8 @@ _MAX_FILE_BYTES = 8 * MAX_PIXELS  # four 16-bit channels, uncompressed
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where orientation may stand
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+_SUBFILE_TYPE, _SMALLER_OR_MASK = 254, 1 | 4  # of a page: its bits for a smaller copy and a transparency mask
+_MAX_COPIES = 16  # pages that are looked at: more than any pyramid of smaller copies has
 
 _LARGE = MAX_PIXELS // 4
 _large_pictures = threading.BoundedSemaphore(2)  # of 2 GB each at worst, however many threads there are
@@ -58,11 +60,16 @@ class PictureFile:
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self.path, self.preprocess, self.mask = path, preprocess, mask
 
+    @property
+    def num_pictures(self) -> int:
+        """One, as files of several pages are refused."""
+        return 1
+
     def read(self, index: int) -> RawImage:
         """The picture; `index` is 0.
 
         Raises:
-            UnreadableImage: the file is no such picture, is cut short, or is too large.
+            UnreadableImage: the file is no such picture, is cut short, or is too large, or has several pages.
         """
         return decode(_read_bytes(self.path), self.preprocess, self.mask)
 
@@ -111,6 +118,8 @@ def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
+    if image.format == "TIFF" and _has_pages(data):
+        raise UnreadableImage("several pages; expected one picture a file: split it (tiffsplit)")
     mode = image.mode  # Pillow may change it on loading
     with _large_pictures if width * height > _LARGE else nullcontext():
         return RawImage(_decode_pixels(image, data, preprocess, mask), (width, height), mode)
@@ -163,6 +172,20 @@ def _opencv_tiff_flags(image: Any) -> int | None:
         raise UnreadableImage(f"its tiles have more than {MAX_PIXELS // 1_000_000} megapixels")
     bits = tags.get(258, (1,))
     return int(cv2.IMREAD_UNCHANGED) if len(bits) > 1 and max(bits) == 16 else None
+
+
+def _has_pages(data: bytes) -> bool:
+    """True where a TIFF has a second picture, which is no smaller copy and no mask of the first."""
+    with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+        pages: Any = image  # apart from the one that is decoded, as to go on changes it
+        for page in range(1, _MAX_COPIES):
+            try:
+                pages.seek(page)
+            except Exception:  # the end, or what follows the picture is none
+                return False
+            if not int(pages.tag_v2.get(_SUBFILE_TYPE, 0)) & _SMALLER_OR_MASK:
+                return True
+    return False
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
@@ -238,8 +261,13 @@ def _planes(pixels: Any) -> list[Any]:
 
 
 def _fill_depth(pixels: Any) -> Any:
-    """12-bit detectors write 16-bit files: read as 16 bits these would be black."""
-    return pixels << 4 if pixels.max(initial=0) < 4096 else pixels
+    """Shifts 16 bits so that the highest one that is used becomes the 16th.
+
+    Detectors of 10, 12 and 14 bits write 16-bit files, which read as 16 bits would be black; and a 14-bit film whose
+    maximum is 4200 must not be darker than one of 4095. Below 8 bits of use a picture counts as 8: it is blank or
+    nearly so, and is to stay dark.
+    """
+    return pixels << 16 - max(8, int(pixels.max(initial=0)).bit_length())
 
 
 def _describe(start: bytes) -> str:

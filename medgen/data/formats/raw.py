@@ -55,6 +55,11 @@ class Contents:
 class ImageFile(Protocol):
     """An open file. `read` may be called by several threads; pictures are cheapest in the order of their index."""
 
+    @property
+    def num_pictures(self) -> int:
+        """Of the file, asked for or not: a mask has as many as its image."""
+        ...
+
     def read(self, index: int) -> RawImage:
         """The picture of that index of `Contents.indices`.
 

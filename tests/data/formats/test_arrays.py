@@ -138,7 +138,8 @@ def test_a_split_may_be_absent(tmp_path: Path) -> None:
         ({"train_images": np.zeros((5, 4, 4), np.uint32)}, "holds uint32"),
         ({"train_images": np.zeros((5, 4), np.uint8)}, r"has shape \(5, 4\)"),
         ({"train_images": np.zeros((), np.uint8)}, r"has shape \(\)"),
-        ({"train_images": np.zeros((5, 0, 4), np.uint8)}, "4 x 0 pixels"),
+        ({"train_images": np.zeros((5, 0, 4), np.uint8)}, "pictures of 4 x 0; expected at least 4 x 4"),
+        ({"train_images": np.zeros((5, 9, 3), np.uint8)}, "train_images holds pictures of 3 x 9; expected at least 4"),
         ({"train_images": np.array([[[None]]])}, "Python objects"),
         ({"train_labels": np.array([None] * 5)}, "Python objects"),
         ({"train_labels": np.zeros(5)}, "train_labels holds float64"),
@@ -205,6 +206,27 @@ def test_a_size_that_the_bytes_cannot_reach_is_refused_unread(tmp_path: Path) ->
     struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, claimed)
     (tmp_path / "set.npz").write_bytes(data)
     with pytest.raises(UnreadableImage, match=f"should take {claimed} bytes by its header, and does not"):
+        inspect(tmp_path / "set.npz", GREY)
+
+
+def test_a_file_of_a_kilobyte_is_no_million_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    for shape, reason in (((1 << 20, 1, 1), "pictures of 1 x 1; expected"), ((1 << 17, 4, 4), "does not")):
+        save_zip(path, train_images=npy(shape, bytes(1 << 20)))
+        data = bytearray(path.read_bytes())
+        assert len(data) < 1500
+        entry = data.rindex(b"PK\x01\x02")  # its list of members claims four times what is there
+        struct.pack_into("<I", data, entry + 20, 4000)
+        struct.pack_into("<I", data, entry + 24, len(npy(shape)) + (shape[0] * shape[1] * shape[2]))
+        path.write_bytes(data)
+        with pytest.raises(UnreadableImage, match=reason):
+            inspect(path, GREY)
+
+
+def test_the_number_of_pictures_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "_MAX_PICTURES", 9)
+    save_npz(tmp_path / "set.npz")
+    with pytest.raises(UnreadableImage, match=r"^10 pictures; expected 1 to 9$"):
         inspect(tmp_path / "set.npz", GREY)
 
 
@@ -307,8 +329,10 @@ BAD_IDX = {
     "html": (b"<html><body>404 Not Found</body></html>", "00 00 08 03"),
     "no pictures": (struct.pack(">4I", 0x803, 0, 28, 28), "0 pictures"),
     "too many": (struct.pack(">4I", 0x803, 2**32 - 1, 1, 1), "4294967295 pictures"),
-    "too large": (struct.pack(">4I", 0x803, 1, 2**31, 2**31), "pixels"),
-    "no pixels": (struct.pack(">4I", 0x803, 1, 0, 28), "28 x 0"),
+    "too large": (struct.pack(">4I", 0x803, 1, 2**31, 2**31), "more than 100 megapixels"),
+    "no pixels": (struct.pack(">4I", 0x803, 1, 0, 28), "28 x 0; expected at least 4 x 4"),
+    "specks": (struct.pack(">4I", 0x803, 9, 1, 1) + bytes(9), "^pictures of 1 x 1; expected at least 4 x 4$"),
+    "a claim": (struct.pack(">4I", 0x803, 1 << 20, 28, 28) + bytes(1 << 20), "cut short: it should hold 1048576"),
     "bomb": (struct.pack(">4I", 0x803, 1000, 9000, 9000), "cut short: it should hold 1000"),
     "cut": (idx_images(DIGITS)[:-1], "cut short"),
     "more": (idx_images(DIGITS) + b"1", "longer"),
@@ -440,6 +464,7 @@ def test_threads_share_a_file(tmp_path: Path) -> None:
         expected = [raw.pixels for raw in read_all(path)]
         found: list[list[np.ndarray]] = []
         with open_file(path) as file:
+            assert file.num_pictures == len(expected)
             run = lambda: found.append([file.read(index).pixels for index in range(len(expected))])  # noqa: E731, B023
             threads = [threading.Thread(target=run) for _ in range(4)]
             for thread in threads:
@@ -447,6 +472,40 @@ def test_threads_share_a_file(tmp_path: Path) -> None:
             for thread in threads:
                 thread.join()
         assert len(found) == 4 and all(np.array_equal(each, expected) for each in found)
+
+
+def damage(path: Path) -> None:
+    """Leaves the header and the claims, and spoils the last bytes of the pictures."""
+    data = bytearray(path.read_bytes())
+    if path.suffix == ".npz":
+        end = data.index(b"PK\x03\x04", 4)  # of the first member
+        data[end - 8 : end] = bytes(8)
+    elif path.suffix == ".gz":
+        data[-8:] = bytes(8)
+    else:
+        data = data[:-1]
+    path.write_bytes(data)
+
+
+def test_a_damaged_file_is_loaded_once_and_each_picture_has_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = {path: open_file(path) for path in write_samples(tmp_path)}
+    for path in opened:
+        damage(path)
+    loads: list[str] = []
+    for name in ("_open_npz", "_open_idx", "_read_batch"):
+        whole = getattr(arrays, name)
+        monkeypatch.setattr(arrays, name, lambda *given, name=name, whole=whole: loads.append(name) or whole(*given))
+    for path, file in opened.items():
+        loads.clear()
+        errors = []
+        for _ in range(5):
+            with pytest.raises(UnreadableImage) as caught:
+                file.read(0)
+            errors.append(caught.value)
+        assert len(loads) == 1, path
+        assert len({str(error) for error in errors}) == 1 and len(set(map(id, errors))) == 5
 
 
 def test_a_picture_that_is_not_there_gives_a_reason(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from pydicom.uid import (
 from medgen.config import Preprocess
 from medgen.data.formats import dicom
 from medgen.data.formats.dicom import DicomFile, inspect
-from medgen.data.formats.raw import RawImage, UnreadableImage
+from medgen.data.formats.raw import LeftOut, RawImage, UnreadableImage
 
 GREY, COLOUR = Preprocess(), Preprocess(channels=3)
 
@@ -236,6 +236,7 @@ def test_frames_come_one_by_one_in_any_order(tmp_path: Path, syntax: str, fragme
     path = write_dicom(tmp_path / "a", frames, syntax, fragments, has_table, WindowCenter=450.5, WindowWidth=901)
     assert inspect(path, GREY).indices == range(3)
     with DicomFile(path, GREY) as file:
+        assert file.num_pictures == 3
         for index in (2, 0, 1):
             np.testing.assert_allclose(file.read(index).pixels, frames[index] / 900 * 65535, atol=0.51)
         with pytest.raises(UnreadableImage, match="no frame 3"):
@@ -535,8 +536,14 @@ def test_a_patient_is_as_the_file_has_it(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a", [ramp()])
     assert inspect(path, GREY).patient == "QZ-7391155"
     assert not inspect(path, GREY).independent
-    assert inspect(write_dicom(tmp_path / "b", [ramp()], PatientID=""), GREY).patient is None
-    assert inspect(write_dicom(tmp_path / "c", [ramp()], PatientID=None), GREY).patient is None
+
+
+@pytest.mark.parametrize("patient", ["", "  ", None])
+def test_a_series_without_a_patient_stays_together_as_its_study(tmp_path: Path, patient: str | None) -> None:
+    for study, expected in (("1.2.3.77", "1.2.3.77"), (None, None)):
+        path = write_dicom(tmp_path / "a", [ramp()], PatientID=patient, StudyInstanceUID=study)
+        assert inspect(path, GREY).patient == expected
+    assert inspect(write_dicom(path, [ramp()], StudyInstanceUID="1.2.3.77"), GREY).patient == "QZ-7391155"
 
 
 @pytest.mark.parametrize("syntax", ["implicit", "explicit", "big-endian"])
@@ -561,6 +568,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: write_dicom(path, [ramp()], Rows=65535, Columns=65535),
         "65535 x 65535 is more",
     ),
+    "specks": (lambda path: write_dicom(path, [ramp(shape=(3, 9))]), "^pictures of 9 x 3; expected at least 4 x 4$"),
     "no size": (lambda path: write_dicom(path, [ramp()], Rows=None), "Rows is missing"),
     "depth": (lambda path: write_dicom(path, [ramp()], BitsAllocated=12), "16 bits stored in 12; expected"),
     "two samples": (lambda path: write_dicom(path, [ramp()], SamplesPerPixel=2), "2 samples a pixel"),
@@ -593,18 +601,52 @@ def test_what_gives_no_picture_says_why(tmp_path: Path, name: str) -> None:
         read(tmp_path / "a")
 
 
-def test_an_object_without_pixels_is_named_by_its_class(tmp_path: Path) -> None:
-    path = write_dicom(tmp_path / "a", [ramp()], SOPClassUID="1.2.840.10008.5.1.4.1.1.481.5")
-    content = path.read_bytes()
-    path.write_bytes(content[: content.rindex(b"\xe0\x7f\x10\x00")])
-    with pytest.raises(UnreadableImage, match=r"^no pixel data: RT Plan Storage$"):
-        inspect(path, GREY)
-    content = (
-        write_dicom(path, [ramp()], SOPClassUID="Quokka^Zebedee").read_bytes().replace(CT.encode(), b"Q" * len(CT))
-    )
-    path.write_bytes(content[: content.rindex(b"\xe0\x7f\x10\x00")])
+def without_pixels(path: Path, **elements: Any) -> bytes:
+    content = write_dicom(path, [ramp()], **elements).read_bytes()
+    content = content[: content.rindex(b"\xe0\x7f\x10\x00")]
+    path.write_bytes(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("uid", "name"),
+    [
+        ("1.2.840.10008.5.1.4.1.1.481.5", "RT Plan Storage"),
+        ("1.2.840.10008.5.1.4.1.1.88.11", "Basic Text SR Storage"),
+        ("1.2.840.10008.5.1.4.1.1.104.1", "Encapsulated PDF Storage"),
+        ("1.2.840.10008.5.1.4.1.1.66.5", "Surface Segmentation Storage"),
+        ("1.2.840.10008.1.3.10", "Media Storage Directory Storage"),  # a DICOMDIR
+    ],
+)
+def test_an_object_without_pixels_is_left_out_by_the_name_of_its_class(tmp_path: Path, uid: str, name: str) -> None:
+    without_pixels(tmp_path / "a", SOPClassUID=uid, Rows=None, Columns=None)
+    for use in (lambda: inspect(tmp_path / "a", GREY), lambda: DicomFile(tmp_path / "a", GREY)):
+        with pytest.raises(LeftOut, match=f"^no pixel data: {name}$"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("elements", "reason"),
+    [
+        ({}, "no pixel data: CT Image Storage"),
+        ({"Rows": None}, "no pixel data: CT Image Storage"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.4", "Rows": None}, "no pixel data: Segmentation Storage"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.2", "Rows": None}, "no pixel data: Enhanced US Volume Storage"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.481.2"}, "no pixel data: RT Dose Storage"),  # it has a size
+    ],
+)
+def test_a_picture_without_its_pixels_is_damaged(tmp_path: Path, elements: dict[str, Any], reason: str) -> None:
+    without_pixels(tmp_path / "a", **elements)
+    with pytest.raises(UnreadableImage, match=f"^{reason}$") as caught:
+        inspect(tmp_path / "a", GREY)
+    assert not isinstance(caught.value, LeftOut)
+
+
+def test_a_class_that_is_none_is_not_said(tmp_path: Path) -> None:
+    content = without_pixels(tmp_path / "a", SOPClassUID="Quokka^Zebedee").replace(CT.encode(), b"Q" * len(CT))
+    (tmp_path / "a").write_bytes(content)
     with pytest.raises(UnreadableImage, match=r"^no pixel data$"):
-        inspect(path, GREY)
+        inspect(tmp_path / "a", GREY)
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES)
@@ -715,6 +757,17 @@ def looked_at(path: Path, preprocess: Preprocess = COLOUR) -> Any:
         return [(raw.size, raw.mode, raw.pixels.shape) for raw in map(file.read, list(contents.indices)[:3])]
 
 
+@pytest.mark.parametrize("module", [dicom.__name__, "pydicom", "pydicom.valuerep"])
+def test_warnings_of_the_reader_are_not_shown(tmp_path: Path, module: str) -> None:
+    path = write_dicom(tmp_path / "a", [ramp()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inspect(path, GREY)
+        warnings.warn_explicit("Quokka", UserWarning, "a.py", 1, module)
+        warnings.warn_explicit("another's", UserWarning, "a.py", 1, "medgen.data.format")
+    assert [str(one.message) for one in caught] == ["another's"]
+
+
 def test_no_identifier_is_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -777,7 +830,7 @@ PYDICOM: dict[str, tuple[int, int] | str] = {
     "SC_rgb_jpeg.dcm": (256, 256),
     "SC_rgb_rle_16bit.dcm": (100, 100),
     "SC_rgb_rle_2frame.dcm": (100, 100),
-    "SC_rgb_small_odd.dcm": (3, 3),
+    "SC_rgb_small_odd.dcm": "pictures of 3 x 3; expected at least 4 x 4",
     "SC_ybr_full_422_uncompressed.dcm": (100, 100),
     "badVR.dcm": "damaged: NumberOfFrames is no whole number",  # it is "1A"
     "examples_jpeg2k.dcm": (640, 480),

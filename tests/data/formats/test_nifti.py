@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from medgen.config import Preprocess, Volume
+from medgen.data.formats import nifti
 from medgen.data.formats.nifti import VolumeFile, inspect
 from medgen.data.formats.raw import LeftOut, RawImage, UnreadableImage
 
@@ -250,6 +251,84 @@ def test_a_long_series_costs_one_frame_of_memory(tmp_path: Path, zipped: bool) -
     volume = np.frombuffer(frame, np.int16).reshape((side,) * 3, order="F").astype(float)
     expected = windowed(upright(volume[::-1], "axial", 5), volume, (0, 100))  # without an affine NIfTI is LAS
     assert np.abs(pixels - expected).max() <= 1
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_large_volume_is_the_same_and_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    volume = np.zeros((96, 96, 120), np.float64)  # 9 MB
+    volume[20:80, 30:90, 20:100] = RANDOM.normal(100, 20, (60, 60, 80))
+    series = np.stack([volume, volume[::-1]], axis=-1)
+    path = save(tmp_path / ("v.nii.gz" if zipped else "v.nii"), nibabel.Nifti1Image(series, oriented("PIR")))
+    monkeypatch.setattr(nifti, "_NUM_SAMPLES", 1 << 14)
+    for frame in (0, 1):
+        with VolumeFile(path, settings_of(frame=frame)) as file:
+            expected = [file.read(index).pixels for index in (3, 50, 70)]
+        with monkeypatch.context() as patch:
+            patch.setattr(nifti, "_MAX_VOXELS_IN_MEMORY", 1 << 19)
+            tracemalloc.start()
+            opened = [VolumeFile(path, settings_of(frame=frame)) for _ in range(4)]
+            for file in opened:
+                file.read(3)
+            assert tracemalloc.get_traced_memory()[1] < 0.5 * volume.nbytes
+            tracemalloc.stop()
+            np.testing.assert_array_equal([opened[3].read(index).pixels for index in (3, 50, 70)], expected)
+            path_cut = tmp_path / ("cut.nii.gz" if zipped else "cut.nii")
+            path_cut.write_bytes(path.read_bytes()[:-20])
+            with VolumeFile(path_cut, settings_of(frame=0)) as file:
+                file.read(3)  # what is missing is of the other frame
+            if zipped:
+                with VolumeFile(path_cut, settings_of(frame=1)) as file, pytest.raises(UnreadableImage, match="cut"):
+                    file.read(3)
+
+
+def test_a_damaged_volume_is_loaded_once_and_each_slice_has_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "v.nii.gz", nibabel.Nifti1Image(head(), np.eye(4)))
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    loads: list[Any] = []
+    whole = nifti._read_voxels
+    monkeypatch.setattr(nifti, "_read_voxels", lambda header: loads.append(header) or whole(header))
+    errors = []
+    with VolumeFile(path, EVERY) as file:
+        for index in range(5):
+            with pytest.raises(UnreadableImage, match=r"^damaged or cut short$") as caught:
+                file.read(index)
+            errors.append(caught.value)
+    assert len(loads) == 1 and len(set(map(id, errors))) == 5
+
+
+@pytest.mark.parametrize("shape", [(9, 10, 11), (9, 10, 11, 1)])
+def test_one_mask_serves_every_frame_of_a_series(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    series = save(tmp_path / "v.nii", nibabel.Nifti1Image(head((9, 10, 11, 3)), oriented("LPS")))
+    stored = (head(shape) % 3 == 0).astype(np.uint8)
+    path = save(tmp_path / "mask.nii", nibabel.Nifti1Image(stored, oriented("LPS")))
+    for frame in range(3):
+        preprocess = settings_of(frame=frame, first=0.2, last=0.7, step=2)
+        indices = inspect(series, preprocess).indices
+        with VolumeFile(path, preprocess, mask=True) as mask, VolumeFile(series, preprocess) as image:
+            assert mask.num_pictures == image.num_pictures == 11
+            volume = ras(path).reshape(9, 10, 11)
+            for index in indices:
+                assert np.array_equal(mask.read(index).pixels, 255 * (upright(volume, "axial", index) != 0))
+    for opening in (inspect, VolumeFile):
+        with pytest.raises(UnreadableImage, match="a series of 1; preprocess"):
+            opening(path, settings_of(frame=2))  # as a picture it lacks the frame
+    both = save(tmp_path / "both.nii", nibabel.Nifti1Image(np.stack([head(), head()], -1), np.eye(4)))
+    with pytest.raises(UnreadableImage, match="a series of 2; preprocess"):
+        VolumeFile(both, settings_of(frame=2), mask=True)
+
+
+def test_a_mask_that_lies_otherwise_has_the_same_slices(tmp_path: Path) -> None:
+    preprocess = settings_of(first=0.1, last=0.8, step=3)
+    volume = head()
+    image = nibabel.Nifti1Image(volume, np.eye(4))
+    turned = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt("SLA")))
+    paths = [save(tmp_path / f"{number}.nii", each) for number, each in enumerate((image, turned))]
+    assert [inspect(path, preprocess).indices for path in paths] == [range(1, 9, 3)] * 2
+    assert [VolumeFile(path, preprocess, mask=True).num_pictures for path in paths] == [11, 11]
 
 
 def test_a_large_volumes_window_is_found_from_a_sample(tmp_path: Path) -> None:

@@ -320,6 +320,48 @@ def test_12_bits_in_a_16_bit_file_fill_the_range() -> None:
     assert (found == np.dstack([TWELVE_BITS // 2, TWELVE_BITS[::-1], TWELVE_BITS]) << 4).all()
 
 
+@pytest.mark.parametrize(
+    ("maximum", "shift"),
+    [
+        *((0, 8), (3, 8), (255, 8), (256, 7), (1023, 6), (1024, 5), (2047, 5), (2048, 4), (4095, 4), (4096, 3)),
+        *((4200, 3), (8191, 3), (16383, 2), (32767, 1), (32768, 0), (65535, 0)),
+    ],
+)
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_a_film_of_any_depth_is_as_bright_as_another(maximum: int, shift: int, format: str) -> None:
+    film = np.linspace(0, maximum, GREY.size).round().astype(np.uint16).reshape(GREY.shape)
+    found = decode(encode(Image.fromarray(film), format), GREY_ONLY).pixels
+    assert np.array_equal(found, film.astype(int) * 2**shift)
+    assert maximum < 128 or found.max() >> 8 >= 128
+    assert np.array_equal(decode(encode(Image.fromarray(film), format), GREY_ONLY, mask=True).pixels, film)
+
+
+def pages(*others: Image.Image, kind: int = 0) -> bytes:
+    return encode(Image.fromarray(GREY), "TIFF", save_all=True, append_images=list(others), tiffinfo={254: kind})
+
+
+def test_a_tiff_of_several_pages_is_refused() -> None:
+    for others in ([Image.fromarray(GREY[::-1])], [Image.fromarray(RGB)] * 3):
+        for mask in (False, True):
+            with pytest.raises(UnreadableImage, match=r"^several pages; .*: split it \(tiffsplit\)$"):
+                decode(pages(*others), GREY_ONLY, mask)
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_a_tiffs_smaller_copies_and_masks_are_no_pages(kind: int) -> None:
+    assert np.array_equal(decode(pages(*[Image.fromarray(GREY[::2, ::2])] * 3, kind=kind), GREY_ONLY).pixels, GREY)
+
+
+def test_what_follows_a_tiffs_only_page_does_not_matter() -> None:
+    data = encode(Image.fromarray(GREY), "TIFF")
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    for following in (start, len(data), 3, 2**32 - 1):  # itself, and places without a page
+        looped = bytearray(data + b"junk" * 9)
+        struct.pack_into("<I", looped, start + 2 + 12 * count, following)
+        assert np.array_equal(decode(bytes(looped), GREY_ONLY).pixels, GREY)
+
+
 def test_a_mask_keeps_its_values(tmp_path: Path) -> None:
     for number, mask in enumerate((GREY > 127, (GREY > 127) * 255)):
         for dtype in (np.uint8, np.uint16):
