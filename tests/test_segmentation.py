@@ -134,12 +134,17 @@ def test_what_needs_a_latent_is_refused(done: tuple[Project, dict[str, float]], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("done", [3], indirect=True)
-def test_a_registered_version_finds_the_same_masks(done: tuple[Project, dict[str, float]]) -> None:
+def test_a_registered_version_finds_the_same_masks(
+    done: tuple[Project, dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
     project, _ = done
+    address = f"sqlite:///{project.root}/mlflow.db"
+    mlflow.set_tracking_uri(address)
+    # an earlier test may have left its own project's here
+    monkeypatch.setattr("mlflow.tracking._model_registry.utils._registry_uri", address)
     version = registry.run(project, tracking=Tracking(), registry=Registry())
-    mlflow.set_tracking_uri(f"sqlite:///{project.root}/mlflow.db")
     segmenter: Any = mlflow.pyfunc.load_model(version.uri)
     picture = cv2.imread(str(project.root / "data" / "images" / "03.png"), cv2.IMREAD_GRAYSCALE)
     masks = segmenter.predict(picture[None, :, :, None])

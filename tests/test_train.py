@@ -135,8 +135,16 @@ def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_project, f
     assert strip(history(tiny_project.runs / scratch.name)) == strip(history(scratch))
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: a job in a shell's background ignores it, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_training_asked_to_stop_saves_its_last_step_and_ends_as_if_it_had_not_been(
-    tiny_project, finished, monkeypatch
+    tiny_project, finished, monkeypatch, ctrl_c
 ):
     """By a cluster at an epoch's last step, by Ctrl-C in the middle of one; tests/test_slurm.py sends SIGUSR1."""
     reference, scratch = finished
@@ -163,7 +171,7 @@ def test_a_training_asked_to_stop_saves_its_last_step_and_ends_as_if_it_had_not_
         assert (tiny_project.root / name).read_bytes() == (reference.root / name).read_bytes(), name
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step():
+def test_a_second_ctrl_c_does_not_wait_for_the_step(ctrl_c):
     with StopRequest().listening():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -335,7 +343,7 @@ def system_a(monkeypatch):
     """Its network: no normalisation, exp(logvar) unbounded."""
     raw_inputs(monkeypatch)
     monkeypatch.setattr("medgen.models.spatial_vae.soft_bound", lambda value, bound: value.float())
-    for module in ("medgen.models.spatial_vae", "medgen.models.blocks"):
+    for module in ("medgen.models.residual", "medgen.models.blocks"):
         monkeypatch.setattr(f"{module}.group_norm", lambda channels: torch.nn.Identity())
 
 
