@@ -189,6 +189,7 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    keep: Literal["last", "best"] = "last"  # whose epoch's weights are exported; best: of the lowest val/loss
     on_nonfinite: Literal["raise", "rollback"] = "raise"
     max_rollbacks: Count = 3
     sample_every: Count = 10  # epochs between sample and reconstruction grids
@@ -208,11 +209,21 @@ class Train(Section):
 class Prior(Section):
     """What latents are drawn from when the model generates."""
 
-    name: str = "gmm"
-    components: tuple[Count, ...] = (1, 2, 4, 8)  # tried; the best held-out likelihood is kept
-    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8  # share of latent variance under the mixture
-    conditional: bool = True  # one mixture per class where the data has labels
+    name: str | None = None  # None: tokens for models with a codebook, gmm for the others
+    conditional: bool = True  # told apart by class where the data has labels
     seed: int = 0
+    components: tuple[Count, ...] = (1, 2, 4, 8)  # gmm: tried; the best held-out likelihood is kept
+    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8  # gmm: share of latent variance under the mixture
+    # flow and tokens are networks, trained on the latents; an epoch of theirs is 100 steps
+    channels: Annotated[int, Field(ge=8, multiple_of=8)] = 64  # width of the network
+    blocks: Count = 4  # residual blocks (flow), transformer blocks (tokens)
+    epochs: Count = 40
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-3
+    dropout: Fraction = 0.1
+    sampling_steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # None: 25 (flow), 10 (tokens)
+    solver: Literal["euler", "midpoint"] = "midpoint"  # flow: midpoint asks the network twice a step
+    guidance: NonNegative = 1.0  # strength of the label (Ho & Salimans 2022); 1 is plain, 0 forgets it
 
 
 class Evaluate(Section):

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -27,7 +27,7 @@ from medgen.types import Decoder
 
 
 class Prior(Protocol):
-    """A density over latents that was fitted to the train split."""
+    """What latents are drawn from: a density over them that was fitted to the train split."""
 
     name: ClassVar[str]
     latent_shape: tuple[int, ...]
@@ -37,6 +37,23 @@ class Prior(Protocol):
     def conditional(self) -> bool:
         """Whether a label changes what is drawn."""
         ...
+
+    def sample(self, n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """`n` latents (n, *latent_shape), float32 on the CPU, of the classes `labels` (n,) or of the train mix."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values that `restore` takes."""
+        ...
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:
+        """The prior whose `state` this is."""
+        ...
+
+
+class FittedPrior(Prior, Protocol):
+    """A prior that is found by calculation, and knows the density of a latent."""
 
     @classmethod
     def fit(
@@ -65,21 +82,44 @@ class Prior(Protocol):
         """
         ...
 
-    def sample(self, n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """`n` latents (n, *latent_shape), float32 on the CPU, of the classes `labels` (n,) or of the train mix."""
-        ...
-
     def log_likelihood(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Log density in nats (N,) of posterior means (N, *latent_shape), given labels (N,) where there are any."""
         ...
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values that `restore` takes."""
-        ...
+
+@runtime_checkable
+class LearnedPrior(Prior, Protocol):
+    """A prior that is a network; `medgen/prior.py` trains it with the loop that trains models."""
+
+    network: nn.Module
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:
-        """The prior whose `state` this is."""
+    def start(
+        cls,
+        latents: Tensor,
+        labels: Tensor | None,
+        num_classes: int,
+        prior: config.Prior,
+        variance: Tensor | None = None,
+        codebook: Tensor | None = None,
+    ) -> Self:
+        """The prior before its training, with what is known by then: scales of the latents, sizes, class shares.
+
+        Args:
+            latents, labels, num_classes, prior, variance: as of `FittedPrior.fit`.
+            codebook: (num_codes, Z) vectors that latents (N, Z, h, w) are made of, where they are.
+
+        Raises:
+            UserError: the latents are not finite, do not vary, or (tokens) are not made of codes.
+        """
+        ...
+
+    def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """What training lowers, a scalar, on latents (B, *latent_shape) and labels (B,), -1 where unlabelled.
+
+        Both are on the network's device. All that is random comes from `generator`, of the CPU, and from the
+        network's dropout: the network's mode is left as it is.
+        """
         ...
 
 
