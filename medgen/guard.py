@@ -70,7 +70,7 @@ def write_forensics(
     facts: Mapping[str, object],
     terms: Mapping[str, Tensor],
     gradient_norms: Mapping[str, float | str],
-    image: Tensor,
+    given: Tensor,
     files: list[str],
 ) -> None:
     """Writes what is known of a bad step as JSON.
@@ -82,10 +82,10 @@ def write_forensics(
         "terms": {name: _plain(term) for name, term in terms.items()},
         "gradient_norm_per_module": dict(gradient_norms),
         "input": {
-            "min": _plain(image.min()),
-            "max": _plain(image.max()),
-            "mean": _plain(image.mean()),
-            "num_nonfinite": int((~torch.isfinite(image)).sum()),
+            "min": _plain(given.min()),
+            "max": _plain(given.max()),
+            "mean": _plain(given.mean()),
+            "num_nonfinite": int((~torch.isfinite(given)).sum()),
         },
         "files": files,
     }

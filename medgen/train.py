@@ -1,25 +1,39 @@
-"""Training: phases as data, one visible loop, resumed by running the same command again.
+"""Training a model: phases as data, resumed by running the same command again.
 
 medgen train
 torchrun --nproc-per-node 2 -m medgen train
 """
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from medgen import guard, optim
-from medgen.config import Loss, Model, Phase, Project, Tracking, Train, Weights, seed_of
-from medgen.distributed import join
-from medgen.errors import NonFiniteError
-from medgen.job import Job, Meter
-from medgen.losses import SCORES
+import medgen
+from medgen import bundle, checkpoint
+from medgen.config import Loss, Model, Phase, Project, Tracking, Train, Weights, fingerprint
+from medgen.data.loader import Loader
+from medgen.data.store import Split, open_store
+from medgen.data.weights import weights_path
+from medgen.distributed import World, join, pick_precision
+from medgen.errors import UserError
+from medgen.files import write_atomic
+from medgen.job import Job
+from medgen.loop import train_to_end
+from medgen.losses import SCORES, Losses, Objective, beta_at
 from medgen.metrics.latent import codebook_use
-from medgen.progress import Display
-from medgen.tracking import Tracker, history
+from medgen.models import GenerativeModel, build_model
+from medgen.tracking import Tracker, history, lineage
 from medgen.training_report import draw_epoch, write_report
-from medgen.types import ModelOutput
+from medgen.types import Batch, ModelOutput
+
+# what decides the result of a training: a change there is a new run, not a resumed one
+CODE = ("models/*.py", "losses.py", "optim.py", "guard.py", "job.py", "loop.py", "train.py", "data/loader.py")
+NOT_IN_FINGERPRINT = {"sample_every", "checkpoint_seconds", "on_nonfinite", "max_rollbacks", "device"}
 
 
 def run(project: Project, *, model: Model, loss: Loss, train: Train, tracking: Tracking) -> Path:
@@ -31,148 +45,194 @@ def run(project: Project, *, model: Model, loss: Loss, train: Train, tracking: T
         TrainingInterrupted: SIGTERM or SIGUSR1 asked to stop; the checkpoint holds all that was done.
     """
     with join(train.device) as world:
-        job = Job(project, world, model, loss, train)
-        with job.record(tracking) as tracker, job.stop.listening():
-            job.resume()
-            with Display(job.epochs_done, job.total_epochs, world.is_main) as display:
-                while (phase := job.phase()) is not None:
-                    if train_epoch(job, phase, display):
-                        finish_epoch(job, phase, tracker, display)
+        task = ModelTask(project, world, model, loss, train)
+        name = run_fingerprint(task.store.fingerprint, model, loss, train)
+        job = Job(task, world, train, project.runs / name)
+        with record(job, task, project, tracking) as tracker, job.stop.listening():
+            train_to_end(job, tracker)
             if tracker:
-                job.export()
+                with job.final_weights():
+                    task.export(project.model, name)
                 for path in write_report(project.reports, job.scratch, history(job.scratch), job.drawn_epochs):
                     tracker.artifact(path, "figures")
         return job.scratch
 
 
-def train_epoch(job: Job, phase: Phase, display: Display) -> bool:
-    """The rest of the epoch; False where it was rolled back and has to be entered again."""
-    state = job.state
-    weights = phase.weights or job.loss.weights
-    meter = Meter(state.sums)
-    job.network.train()
-    while state.step < job.loader.num_batches:
-        torch.manual_seed(seed_of(job.train.seed, state.position, job.world.rank))
-        batch = job.loader.batch(state.position)
-        output = job.forward(job.network, batch)
-        losses = job.objective(output, job.target(batch), weights, job.beta(phase))
-        job.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        norm = optim.clip_gradients(job.network.parameters(), job.train.clip_norm)
-        skip = job.guard.check(losses.total, norm, state.position)
-        optim.set_rate(job.optimizer, job.rate(phase))
-        job.optimizer.found_inf = skip  # type: ignore[attr-defined]  # the fused step skips itself where it is 1
-        job.optimizer.step()
-        if job.average:
-            job.average.update(skip)
-        meter.add({"loss": losses.total.detach(), **losses.terms, "gradient_norm": norm})
-        state.step += 1
-        state.position += 1
+class ModelTask:
+    """An image model on the train split, watched on the val split."""
 
-        stop = job.stop_is_due()
-        save_now = stop or job.save_is_due()
-        bad = job.guard.read(state.position, force=save_now or state.step == job.loader.num_batches)
-        if bad is not None:
-            recover(job, phase, weights, bad)
-            return False
-        if save_now:
-            state.sums = job.world.mean_of(meter.sums())  # all processes will take up the main one's
-            job.save()
-        if stop:
-            raise job.interruption()
-        display.step(state.step / job.loader.num_batches, len(batch.image) * job.world.size, losses.terms)
-    state.sums = meter.sums()
-    return True
+    def __init__(self, project: Project, world: World, model: Model, loss: Loss, train: Train) -> None:
+        self.params, self.loss, self.train, self.device = model, loss, train, world.device
+        self.store = open_store(project.dataset)
+        train_split, val_split = self.store.split("train"), self.store.split("val")
+        self.train_files = train_split.paths
+        if train.batch_size % world.size or (world.size > 1 and len(train_split.images) < train.batch_size):
+            raise UserError(
+                f"train.batch_size: {train.batch_size} images are shared by {world.size} processes; expected a "
+                f"multiple of {world.size}, and no more than the {len(train_split.images)} of the train split"
+            )
+        if not len(val_split.images):
+            raise UserError(
+                f"{project.dataset}: the val split is empty, and training is watched on it; "
+                "raise preprocess.val_fraction or bring more images"
+            )
+        torch.manual_seed(train.seed)
+        self.mask_classes = self.store.preprocess.mask_classes
+        classes = len(self.store.classes)
+        self.model = build_model(model, self.store.image_shape, classes, self.mask_classes).to(world.device)
+        with_masks = self.model.target == "mask"
+        if with_masks:
+            self._check_masks(project, train_split, val_split)
+        self.loader = Loader(
+            train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
+            train.horizontal_flip, train.subset, with_masks,
+        )  # fmt: skip
+        self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
+        self.validation = Loader(val_split, 2 * train.batch_size, world.device, with_masks=with_masks)
+        latent_shape = self.model.latent_shape if isinstance(self.model, GenerativeModel) else ()
+        self.latent_numel = int(torch.Size(latent_shape).numel())
+        self.objective = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
+        self.precision = pick_precision(train.precision, world.device)
 
+    def losses(self, network: nn.Module, position: int, phase: Phase, epoch: float) -> Losses:
+        """See `medgen.job.Task`."""
+        batch = self.loader.batch(position)
+        with self._autocast():
+            output: ModelOutput = network(batch.image.contiguous(memory_format=torch.channels_last), batch.label)
+        return self._compare(output, self._target(batch), self._weights(phase), beta_at(phase.beta, epoch))
 
-def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Display) -> None:
-    """Validates, logs, draws, saves."""
-    state = job.state
-    with job.averaged_weights():
-        # one number for all processes: each steps its own plateau by it
-        validation = job.world.mean_of(validate(job, phase.weights or job.loss.weights))
-    record = {
-        **{f"train/{name}": total / state.step for name, total in job.world.mean_of(state.sums).items()},
-        **{f"val/{name}": value for name, value in validation.items()},
-        "train/learning_rate": job.rate(phase),
-        "train/beta": job.beta(phase),
-        "train/beta_effective": job.objective.effective_beta(job.beta(phase), job.latent_numel),
-    }
-    state.plateau.update(validation["loss"], phase.schedule)
-    state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
-    epoch = state.position // job.loader.num_batches
-    if tracker:
-        tracker.metrics(record, step=epoch)
-        tracker.metrics({"run/images_per_second": display.images_per_second}, step=epoch)
-        if epoch in job.drawn_epochs:
-            with job.averaged_weights():
-                paths = draw_epoch(job.model, job.loader, job.validation, job.scratch, epoch, job.train.seed)
-            for name, path in paths.items():
-                tracker.image(name, path, step=epoch)
-        display.epoch(epoch, phase.name, record)
-    job.save()
+    @torch.no_grad()
+    def validate(self, phase: Phase) -> dict[str, float]:
+        """Loss (image terms), and the scores of what was learnt."""
+        scores = {name: 0.0 for name in ("loss", *SCORES[self.model.target])}
+        codes: list[Tensor] = []
+        for batch in self.validation.sequential():
+            with self._autocast():
+                output = self.model.predict(batch.image, batch.label)
+            result, target, size = output.reconstruction.float(), self._target(batch), len(batch.image)
+            compared = self._compare(ModelOutput(result, output.latent), target, self._weights(phase), 0.0)
+            scores["loss"] += size * float(compared.total)
+            for name, score in SCORES[self.model.target].items():
+                scores[name] += size * float(score(result, target))
+            if output.latent is not None and output.latent.codes is not None:
+                codes.append(output.latent.codes.cpu())
+        means = {name: total / len(self.validation.images) for name, total in scores.items()}
+        return means | (codebook_use(torch.cat(codes), self.params.num_codes) if codes else {})
 
+    def record(self, phase: Phase, epoch: float) -> dict[str, float]:
+        """β as it is given, and on the scale where 1 is the evidence lower bound."""
+        beta = beta_at(phase.beta, epoch)
+        return {"beta": beta, "beta_effective": self.objective.effective_beta(beta, self.latent_numel)}
 
-@torch.no_grad()
-def validate(job: Job, weights: Weights) -> dict[str, float]:
-    """Over the whole validation split, without randomness: loss (image terms), and the scores of what was learnt."""
-    job.model.eval()
-    scores = {name: 0.0 for name in ("loss", *SCORES[job.model.target])}
-    codes: list[Tensor] = []
-    for batch in job.validation.sequential():
-        with job.autocast():
-            output = job.model.predict(batch.image, batch.label)
-        result, target, size = output.reconstruction.float(), job.target(batch), len(batch.image)
-        scores["loss"] += size * float(job.objective(ModelOutput(result, output.latent), target, weights, 0.0).total)
-        for name, score in SCORES[job.model.target].items():
-            scores[name] += size * float(score(result, target))
-        if output.latent is not None and output.latent.codes is not None:
-            codes.append(output.latent.codes.cpu())
-    means = {name: total / len(job.validation.images) for name, total in scores.items()}
-    return means | (codebook_use(torch.cat(codes), job.params.num_codes) if codes else {})
+    def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
+        """Grids of samples and reconstructions, or of masks."""
+        return draw_epoch(self.model, self.loader, self.validation, folder, epoch, self.train.seed)
 
+    def inputs(self, position: int) -> tuple[Tensor, list[str]]:
+        """The images of the step at `position`, and their files."""
+        batch = self.loader.batch(position)
+        return batch.image, [self.train_files[row] for row in batch.index.tolist()]
 
-def recover(job: Job, phase: Phase, weights: Weights, bad: int) -> None:
-    """Writes down what happened at position `bad`; then rolls back or stops, as train.on_nonfinite says."""
-    state, train = job.state, job.train
-    state.step -= state.position - bad
-    torch.manual_seed(seed_of(train.seed, bad, job.world.rank))
-    batch = job.loader.batch(bad)
-    job.model.train()
-    # the guard skipped every update since: these are the weights that met the batch
-    losses = job.objective(job.forward(job.model, batch), job.target(batch), weights, job.beta(phase))
-    job.model.zero_grad(set_to_none=True)
-    losses.total.backward()
-    norms = guard.gradient_norms(job.model)
-    terms = {**losses.terms, "total": losses.total.detach()}
-    term = guard.first_nonfinite(terms)
-    path = job.scratch / f"nonfinite_step_{bad}_rank_{job.world.rank}.json"
-    again = train.on_nonfinite == "rollback" and state.num_rollbacks < train.max_rollbacks
-    guard.write_forensics(
-        path,
-        facts={
-            "step": bad,
-            "phase": phase.name,
-            "epoch": bad // job.loader.num_batches + 1,
-            "first_nonfinite": term,
-            # a GPU's compiled step may round otherwise than this plain repeat of it
-            "reproduced": any(isinstance(norm, str) for norm in norms.values()),
-            "beta": job.beta(phase),
-            "learning_rate": job.rate(phase),
-            "action": f"rollback {state.num_rollbacks + 1} of {train.max_rollbacks}" if again else "stop",
-        },
-        terms=terms,
-        gradient_norms=norms,
-        image=batch.image,
-        files=[job.train_files[row] for row in batch.index.tolist()],
-    )
-    if not again:
-        raise NonFiniteError(
-            f"training stopped: {term} is not finite at step {bad} (phase {phase.name}); see {path}. "
-            "Lower train.phases.*.learning_rate or the KL weight, or set train.on_nonfinite: rollback",
-            step=bad,
-            phase=phase.name,
-            term=term,
-            forensics=path,
+    def export(self, folder: Path, run: str) -> None:
+        """Writes the model as it is now to `folder`; `run` names the folder in runs/."""
+        info = bundle.BundleInfo(
+            model=self.params,
+            preprocess=self.store.preprocess,
+            image_shape=self.store.image_shape,
+            classes=self.store.classes,
+            dataset=self.store.fingerprint,
+            run=run,
+            torch=torch.__version__,
         )
-    job.roll_back()
+        bundle.save(folder, self.model, info)
+
+    def describe(self) -> str:
+        """The run in a few words of Markdown, for its page."""
+        channels, height, width = self.store.image_shape
+        makes = f"masks of {self.mask_classes} classes"
+        if isinstance(self.model, GenerativeModel):
+            makes = f"a latent of {'×'.join(map(str, self.model.latent_shape))}"
+        phases = ", ".join(f"{phase.name} ({phase.epochs} epochs)" for phase in self.train.phases)
+        counts = ", ".join(f"{count} {name}" for name, count in self.store.counts.items())
+        return (
+            f"**{self.params.name}** of {channels}×{height}×{width} images with {makes}. "
+            f"Data: {self.store.name} {self.store.fingerprint} ({counts}; "
+            f"classes: {', '.join(self.store.classes) or 'none'}). Phases: {phases}."
+        )
+
+    def _compare(self, output: ModelOutput, target: Tensor, weights: Weights, beta: float) -> Losses:
+        losses: Losses = self.objective(output, target, weights, beta)
+        return losses
+
+    def _target(self, batch: Batch) -> Tensor:
+        """What the network's output is compared with: the images (B, C, H, W), or the masks.
+
+        A mask of 0 and 1 is (B, 1, H, W), one of K classes (B, K, H, W): 1 in the channel of its class.
+        """
+        if self.model.target == "image":
+            return batch.image
+        assert batch.mask is not None, "the loader brings masks for a model that learns them"
+        if self.mask_classes == 2:
+            return batch.mask
+        one_hot = F.one_hot(batch.mask[:, 0].long(), self.mask_classes)  # (B, H, W, K)
+        return one_hot.permute(0, 3, 1, 2).float()
+
+    def _weights(self, phase: Phase) -> Weights:
+        return phase.weights or self.loss.weights
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 where the run uses it; a no-op in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    def _check_masks(self, project: Project, train: Split, val: Split) -> None:
+        if not len(train.masked_rows) or not len(val.masked_rows):
+            raise UserError(
+                f"model.name: {self.params.name} learns masks; {project.dataset} has {len(train.masked_rows)} in "
+                f"train and {len(val.masked_rows)} in val; expected masks beside the images (docs/data.md), or another "
+                "model"
+            )
+        weights = [self.loss.weights, *(phase.weights for phase in self.train.phases if phase.weights)]
+        if any(getattr(each, name) > 0 for each in weights for name in ("ssim", "perceptual", "sigma")):
+            raise UserError(
+                f"loss.weights: ssim, perceptual and sigma compare pictures, and {self.params.name} learns masks; "
+                "expected bce, dice or both, such as {bce: 1.0, dice: 1.0}"
+            )
+
+    def _vgg16(self) -> Path | None:
+        phases = [phase.weights for phase in self.train.phases if phase.weights]
+        wanted = any(weights.perceptual > 0 for weights in [self.loss.weights, *phases])
+        return weights_path("vgg16") if wanted else None
+
+
+@contextmanager
+def record(job: Job, task: ModelTask, project: Project, tracking: Tracking) -> Iterator[Tracker | None]:
+    """The run's log, opened with all that the run is made from; None in processes other than the main one."""
+    if not job.world.is_main:
+        yield None
+        return
+    run = job.scratch.name
+    run_name = f"{task.params.name}-{task.store.image_shape[1]}-{run[:6]}"
+    with Tracker.open(job.scratch, tracking, project, run_name) as tracker:
+        sections = {"model": task.params, "loss": task.loss, "train": task.train}
+        everything = {**sections, "preprocess": task.store.preprocess}
+        tracker.params(everything)
+        plain = {name: section.model_dump(mode="json") for name, section in everything.items()}
+        write_atomic(job.scratch / "params.json", f"{json.dumps(plain, indent=2)}\n".encode())
+        precision = "bf16" if task.precision == torch.bfloat16 else "fp32"
+        tracker.tags(lineage(project, *sections.values(), device=str(job.world.device), precision=precision))
+        tracker.tags({"medgen.run": run})
+        tracker.note(task.describe())
+        tracker.dataset(task.store.name, task.store.fingerprint, "artifacts/dataset", task.store.counts)
+        yield tracker
+
+
+def run_fingerprint(dataset: str, model: Model, loss: Loss, train: Train) -> str:
+    """Names a run by what decides its weights: data, model, loss, optimizer, order, code; not its length.
+
+    The last phase may grow: its number of epochs is left out, so a longer run resumes a shorter one.
+    """
+    plain = train.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    del plain["phases"][-1]["epochs"]
+    folder = Path(medgen.__file__).parent
+    code = checkpoint.code_fingerprint(source for pattern in CODE for source in folder.glob(pattern))
+    return fingerprint(dataset, model, loss, plain, code)

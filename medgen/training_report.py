@@ -13,7 +13,7 @@ from medgen.data.loader import Loader
 from medgen.figures import write_curves, write_gif, write_grid, write_pairs, write_stacks
 from medgen.files import write_atomic
 from medgen.models import GenerativeModel, ImageModel
-from medgen.priors import PRIORS, sample_images
+from medgen.priors import FITTED, sample_images
 
 NUM_RECONSTRUCTIONS = 8
 NUM_SAMPLES = 16
@@ -68,7 +68,7 @@ def _draw_images(
 
     batches = islice(train.sequential(), -(-MAX_LATENTS // train.batch_size))
     latents, labels = zip(*[(model.encode(b.image, b.label).mean.cpu(), b.label.cpu()) for b in batches], strict=True)
-    prior = PRIORS["gaussian"].fit(torch.cat(latents), torch.cat(labels), 0, Prior())
+    prior = FITTED["gaussian"].fit(torch.cat(latents), torch.cat(labels), 0, Prior())
     write_grid(paths["samples"], sample_images(prior, model, NUM_SAMPLES, None, seed))
     return paths
 

@@ -68,27 +68,31 @@ def test_same_input_gives_the_same_bytes(project):
 def test_encoding_keeps_order_and_averages_the_posterior_variance(project):
     model, _ = bundle.load(project.model)
     split = open_store(project.dataset).split("train")
-    means, labels, variance = prior.encode(model, split)
+    encoded = prior.encode(model, split)
     image = torch.from_numpy(split.images[:].copy()).float() / 255
     with torch.no_grad():
         latent = model.encode(image)
-    torch.testing.assert_close(means, latent.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(variance, latent.logvar.exp().mean(0), rtol=1e-4, atol=1e-5)
-    assert labels.tolist() == split.labels.tolist()
+    torch.testing.assert_close(encoded.means, latent.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoded.variance, latent.logvar.exp().mean(0), rtol=1e-4, atol=1e-5)
+    assert encoded.labels.tolist() == split.labels.tolist()
+    assert encoded.files == split.paths
 
 
 def test_too_many_latents_are_thinned(project, monkeypatch):
     monkeypatch.setattr(prior, "MAX_LATENT_NUMBERS", 10 * 64)
     model, _ = bundle.load(project.model)
-    means, labels, _ = prior.encode(model, open_store(project.dataset).split("train"))
-    assert means.shape == (10, 4, 4, 4)
-    assert len(set(labels.tolist())) > 1
+    split = open_store(project.dataset).split("train")
+    encoded = prior.encode(model, split)
+    assert encoded.means.shape == (10, 4, 4, 4)
+    assert len(set(encoded.labels.tolist())) > 1
+    assert [split.paths.index(path) for path in encoded.files] == sorted(split.paths.index(p) for p in encoded.files)
 
 
 def test_unsplit_classes_do_not_break_the_check():
     latents, labels = torch.randn(120, 5), torch.arange(120) % 2
     fitted = PRIORS["gmm"].fit(latents, labels, 3, Prior())  # class 2 has no training image
-    value = prior.mean_log_likelihood(fitted, torch.randn(6, 5), torch.tensor([0, 1, 2, 2, 1, 0]))
+    seen = prior.Encoded(torch.randn(6, 5), torch.tensor([0, 1, 2, 2, 1, 0]), None, [])
+    value = prior.mean_log_likelihood(fitted, seen)
     assert value == value
 
 

@@ -18,7 +18,7 @@ from medgen.data.loader import Loader
 from medgen.data.store import open_store
 from medgen.distributed import StopRequest
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
-from medgen.job import run_fingerprint
+from medgen.train import run_fingerprint
 from medgen.models.spatial_vae import SpatialVAE
 from medgen.tracking import history, read_run
 

@@ -32,6 +32,11 @@ class GenerativeModel(ImageModel):
     latent_shape: tuple[int, ...]
     conditional = False  # whether encode and decode use the label
 
+    @property
+    def codes(self) -> Tensor | None:
+        """Vectors (K, Z) that every latent (Z, h, w) is made of; None for models without a codebook."""
+        return None
+
     @abstractmethod
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
         """Images (B, C, H, W), labels (B,) -> latents; in training mode `value` is a posterior draw."""

@@ -32,6 +32,11 @@ class VQVAE(GenerativeModel):
         self.decoder = residual_decoder(sized, image_shape, self.latent_shape[0])
         self.quantizer = Quantizer(params.num_codes, self.latent_shape[0], params.codebook)
 
+    @property
+    def codes(self) -> Tensor:
+        """The codebook (K, Z)."""
+        return self.quantizer.place(self.quantizer.codebook).detach()
+
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
         """One pass for the objective, with the terms `codebook` (where codes learn by gradient) and `commitment`."""
         vectors = self._vectors(image)

@@ -1,6 +1,6 @@
 """What latents are drawn from when a model generates. A new prior is one file and one line in PRIORS.
 
-prior = PRIORS["gmm"].fit(latents, labels, num_classes, params.prior, variance)
+prior = FITTED["gmm"].fit(latents, labels, num_classes, params.prior, variance)
 images = sample_images(prior, model, n=25, labels=None, seed=0)  # (25, C, H, W)
 
 Shapes: as in medgen/types.py, and D numbers in a flattened latent.
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self
 
 import safetensors.torch
 import torch
@@ -21,6 +21,7 @@ from medgen import config
 from medgen.config import unknown_name
 from medgen.errors import UserError
 from medgen.files import write_folder
+from medgen.priors.flow import Flow
 from medgen.priors.gaussian import Gaussian, Normal
 from medgen.priors.gmm import GaussianMixture
 from medgen.types import Decoder
@@ -87,7 +88,6 @@ class FittedPrior(Prior, Protocol):
         ...
 
 
-@runtime_checkable
 class LearnedPrior(Prior, Protocol):
     """A prior that is a network; `medgen/prior.py` trains it with the loop that trains models."""
 
@@ -123,11 +123,9 @@ class LearnedPrior(Prior, Protocol):
         ...
 
 
-PRIORS: dict[str, type[Prior]] = {
-    "normal": Normal,
-    "gaussian": Gaussian,
-    "gmm": GaussianMixture,
-}
+FITTED: dict[str, type[FittedPrior]] = {"normal": Normal, "gaussian": Gaussian, "gmm": GaussianMixture}
+LEARNED: dict[str, type[LearnedPrior]] = {"flow": Flow}
+PRIORS: dict[str, type[Prior]] = {**FITTED, **LEARNED}
 
 
 def save_prior(folder: Path, prior: Prior, model: str) -> None:
