@@ -27,6 +27,7 @@ _CAPTION_HEIGHT = 18
 _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
 _MIN_TILE = 96  # smaller images are enlarged by a whole factor until they are this large
+_PALETTE_FRAMES = 64  # of a film, at most, that its colours are taken from
 _STYLE: dict[Any, Any] = {  # over matplotlib's defaults, whatever the user's own are
     "font.size": 10.0,
     "axes.spines.top": False,
@@ -251,7 +252,13 @@ def write_gif(path: Path, frames: Sequence[Path], seconds_per_frame: float = 0.5
     if len(sizes) > 1:
         raise ValueError(f"frames: expected one size, found {sorted(sizes)}")
     # One palette for all frames: with one each, still areas would flicker from frame to frame.
-    palette = pictures[-1].quantize(256, method=Image.Quantize.MEDIANCUT)
+    num_shown = min(_PALETTE_FRAMES, len(pictures))
+    shown = [pictures[i * len(pictures) // num_shown] for i in range(num_shown)]
+    width, height = shown[0].size
+    sheet = Image.new("RGB", (width, height * num_shown))
+    for number, picture in enumerate(shown):
+        sheet.paste(picture, (0, height * number))
+    palette = sheet.quantize(256, method=Image.Quantize.MEDIANCUT)
     indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     milliseconds = 10 * max(1, round(100 * seconds_per_frame))
     durations = [milliseconds] * (len(indexed) - 1) + [4 * milliseconds]

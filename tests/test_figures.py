@@ -108,6 +108,23 @@ def test_gif_has_every_frame_and_rests_on_the_last(tmp_path: Path) -> None:
     assert durations == [200, 200, 800]
 
 
+@pytest.mark.parametrize(
+    "colours",
+    [[(255, 255, 255), (0, 0, 0)], [(255, 0, 0), (0, 0, 255)], [(50 * i, 0, 250 - 50 * i) for i in range(6)]],
+    ids=["white to black", "red to blue", "six"],
+)
+def test_every_frame_keeps_its_own_colours(colours: list[tuple[int, int, int]], tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(len(colours))]
+    for path, colour in zip(paths, colours, strict=True):
+        Image.new("RGB", (20, 20), colour).save(path)
+    write_gif(tmp_path / "a.gif", paths, 0.2)
+    with Image.open(tmp_path / "a.gif") as gif:
+        for position, colour in enumerate(colours):
+            gif.seek(position)
+            shown = np.asarray(gif.convert("RGB")).astype(int)
+            assert np.abs(shown - colour).max() <= 8, position  # quantisation keeps five bits or more
+
+
 def test_curves_draw_a_second_panel_for_the_logarithm(tmp_path: Path) -> None:
     write_curves(tmp_path / "linear.png", {"loss": [1.0, 0.5]})
     write_curves(tmp_path / "both.png", {"loss": [1.0, 0.5], "kl": [0.0, 0.0]}, log=True)
