@@ -35,8 +35,8 @@ class Found:
 
     metrics: dict[str, float]
     images: Tensor  # (N, C, H, W) uint8
-    true: Tensor  # (N, H, W) class numbers
-    predicted: Tensor  # (N, H, W)
+    true: Tensor  # (N, H, W) class numbers, uint8
+    predicted: Tensor  # (N, H, W) uint8
     dice: Tensor  # (N,) of each image: of class 1, or the mean over the classes it has
     num_classes: int
 
@@ -59,9 +59,15 @@ def judge(store: Store, model: ImageModel, device: torch.device, batch_size: int
     for batch in Loader(test, batch_size, device, with_masks=True).sequential():
         assert batch.mask is not None
         images.append((batch.image.cpu() * 255.0).round().to(torch.uint8))
-        true.append(batch.mask[:, 0].long().cpu())
-        predicted.append(decide(model.predict(batch.image, batch.label).reconstruction.float()).cpu())
+        true.append(batch.mask[:, 0].to(torch.uint8).cpu())
+        guess = decide(model.predict(batch.image, batch.label).reconstruction.float())
+        predicted.append(guess.to(torch.uint8).cpu())
     masks, guessed = torch.cat(true), torch.cat(predicted)
+    if not bool((masks > 0).any()):
+        raise UserError(
+            f"{store.folder}: every mask of the test split is empty, expected one at least with something in it; "
+            "change preprocess.seed or bring more masks"
+        )
     dice, iou = dice_and_iou(guessed, masks, num_classes)
     assert train.masks is not None
     mean_mask = commonest_class(torch.from_numpy(train.masks[train.masked_rows][:, 0]), num_classes)
@@ -72,8 +78,6 @@ def judge(store: Store, model: ImageModel, device: torch.device, batch_size: int
         for name, scores in (("dice", dice), ("iou", iou)):
             means = class_means(scores).tolist()
             metrics |= {f"segmentation/{name}_{k}": mean for k, mean in enumerate(means) if math.isfinite(mean)}
-    if math.isnan(metrics["segmentation/dice"]):
-        raise UserError(f"{store.folder}: every mask of the test split is empty, and so is every mask found in it")
     metrics |= {"run/num_train": len(train.masked_rows), "run/num_test": len(masks)}
     each = torch.nanmean(_judged(dice), dim=1).nan_to_num(1.0)  # an empty mask found empty
     return Found(metrics, torch.cat(images), masks, guessed, each, num_classes)

@@ -4,7 +4,6 @@ Shapes: B images, K classes (2 for a mask of 0 and 1), H W height and width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,8 +18,12 @@ def dice_and_iou(predicted: Tensor, true: Tensor, num_classes: int) -> tuple[Ten
     2·|A ∩ B| / (|A| + |B|) (Dice 1945) and |A ∩ B| / |A ∪ B| (Jaccard 1901). NaN where an image has the class in
     neither mask: there is nothing to find, and to call that perfect would lift the mean.
     """
-    a, b = (F.one_hot(mask, num_classes).flatten(1, 2).double() for mask in (predicted, true))  # (B, H·W, K)
-    overlap, total = (a * b).sum(1), (a + b).sum(1)
+    overlaps, totals = [], []
+    for number in range(num_classes):  # class by class: a whole split one-hot would be K times 16 bytes a pixel
+        a, b = ((mask == number).flatten(1) for mask in (predicted, true))
+        overlaps.append((a & b).sum(1))
+        totals.append(a.sum(1) + b.sum(1))
+    overlap, total = (torch.stack(counts, dim=1).double() for counts in (overlaps, totals))  # (B, K)
     return 2.0 * overlap / total, overlap / (total - overlap)  # 0 / 0 is NaN
 
 

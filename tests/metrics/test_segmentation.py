@@ -24,6 +24,13 @@ def test_scores_are_scikit_learns_and_torchmetrics(num_classes: int) -> None:
         torch.testing.assert_close(iou[image].float(), independent)
 
 
+def test_scores_take_class_numbers_as_they_are_stored() -> None:
+    true, predicted = (torch.randint(3, (2, 5, 5), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    expected = dice_and_iou(predicted, true, 3)
+    for found, wanted in zip(dice_and_iou(predicted.byte(), true.byte(), 3), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_a_class_in_neither_mask_counts_for_nothing() -> None:
     true, predicted = torch.zeros(2, 4, 4, dtype=torch.long), torch.zeros(2, 4, 4, dtype=torch.long)
     true[0, 0, :2], predicted[0, 0, 1:3] = 1, 1
