@@ -38,7 +38,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ModelPlace = Annotated[
     str | None, typer.Option("--model", metavar="PLACE", help="A folder with model/ and prior/, or models:/NAME@ALIAS.")
 ]
-OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the pictures go.")]
+OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Where the pictures go.")]
 PARAMS = Path("params.yaml")
 
 
@@ -127,13 +127,17 @@ def generate(
 def reconstruct(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
     out: OutFolder,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Their class by name or index, for a model that looks at labels; else by their folders."),
+    ] = None,
     model: ModelPlace = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
     """Put images through the model: original beside reconstruction, PSNR and SSIM each."""
     folder = _call("registry", "find_model", params, overrides, place=model)
-    _call("generate", "reconstruct", params, overrides, files=files, model=folder, out=out)
+    _call("generate", "reconstruct", params, overrides, files=files, label=label, model=folder, out=out)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medgen import bundle
 from medgen.bundle import BundleInfo
-from medgen.config import Preprocess, Project, unknown_name
+from medgen.config import Preprocess, Project
 from medgen.data.formats.raw import UnreadableImage
 from medgen.data.images import read_image
 from medgen.data.squares import to_square
@@ -30,7 +30,7 @@ from medgen.figures import write_gif, write_grid, write_image
 from medgen.files import write_atomic
 from medgen.metrics.reconstruction import psnr, ssim
 from medgen.models import GenerativeModel
-from medgen.priors import Prior, find_label, iterate_samples, tells_classes_apart
+from medgen.priors import Prior, class_index, find_label, iterate_samples, tells_classes_apart
 from medgen.priors.axes import PrincipalAxes
 
 BATCH_SIZE = 64
@@ -38,6 +38,7 @@ NUM_IMAGES = 25
 MAX_GRID_IMAGES = 100
 NUM_AXES = 8
 AXIS_STEPS = 9
+MAX_STEPS = 200  # of a way or along an axis: all of them are held at once, and stand in one grid
 MAX_DEVIATIONS = 3.0  # of an axis, either way
 SECONDS_PER_FRAME = 0.15
 PAIR_SIDE = 192  # pixels at least of each picture of a pair, so that its caption has room
@@ -93,7 +94,7 @@ def interpolate(
     Args:
         project: where artifacts/ is.
         ends: the two files.
-        n: pictures on the way, both ends with them.
+        n: pictures on the way, both ends with them: 2 to 200.
         label: class by name or index, for a model that looks at labels.
         model: folder with model/; None is artifacts/.
         out: folder for the pictures; made where it is absent.
@@ -102,17 +103,14 @@ def interpolate(
         The pictures (n, C, H, W) in [0, 1].
 
     Raises:
-        UserError: the model is missing, a file is unreadable, or a label is missing, unknown or of no use.
+        UserError: n is out of range, the model is missing, a file is unreadable, or a label is missing, unknown or
+            of no use.
     """
-    if n < 2:
-        raise UserError(f"--n: found {n}, expected at least 2, the two ends")
+    _check_steps(n)
     network, info = bundle.load_generative((model or project.model.parent) / "model", pick_device("auto"))
     device = next(network.parameters()).device
     labels = [_label_for(network, info, label, end) for end in ends]
-    try:
-        originals = torch.cat([load_image(end, info.preprocess) for end in ends])
-    except UnreadableImage as error:
-        raise UserError(f"--interpolate {ends[0]} {ends[1]}: not readable as an image: {error}") from None
+    originals = torch.cat([_load_end(end, info.preprocess) for end in ends])
     given = None if labels[0] is None else torch.tensor(labels, device=device)
     latent = network.encode(originals.to(device), given)
     # N(0, I) in many dimensions is a shell, which a straight line leaves; a grid's posterior is far narrower than that
@@ -142,7 +140,7 @@ def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model:
 
     Args:
         project: where artifacts/ is.
-        n: pictures along each axis.
+        n: pictures along each axis, both ends with them: 2 to 200.
         label: class by name or index, for a model that looks at labels.
         model: folder with model/ and prior/; None is artifacts/.
         out: folder for the pictures; made where it is absent.
@@ -151,10 +149,10 @@ def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model:
         The pictures (axes, n, C, H, W) in [0, 1].
 
     Raises:
-        UserError: model or prior is missing, the prior knows no axes, or a label is missing, unknown or of no use.
+        UserError: n is out of range, model or prior is missing, the prior knows no axes, or a label is missing,
+            unknown or of no use.
     """
-    if n < 2:
-        raise UserError(f"--n: found {n}, expected at least 2, the two ends of an axis")
+    _check_steps(n)
     folder = model or project.model.parent
     network, info, prior = bundle.load_with_prior(folder / "model", folder / "prior", pick_device("auto"))
     chosen = _label_for(network, info, label, None)
@@ -194,6 +192,18 @@ def slerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
     return (((1.0 - shares) * angle).sin() * first + (shares * angle).sin() * second) / angle.sin()
 
 
+def _check_steps(n: int) -> None:
+    if not 2 <= n <= MAX_STEPS:
+        raise UserError(f"--n: found {n}, expected 2 to {MAX_STEPS} pictures from one end to the other")
+
+
+def _load_end(end: Path, preprocess: Preprocess) -> Tensor:
+    try:
+        return load_image(end, preprocess)
+    except UnreadableImage as error:
+        raise UserError(f"--interpolate: {end}: not readable as an image: {error}") from None
+
+
 def _decode(network: GenerativeModel, latents: Tensor, labels: Tensor | None) -> Tensor:
     parts = torch.split(torch.arange(len(latents)), BATCH_SIZE)
     decoded = [network.decode(latents[rows], None if labels is None else labels[rows]) for rows in parts]
@@ -202,7 +212,7 @@ def _decode(network: GenerativeModel, latents: Tensor, labels: Tensor | None) ->
 
 def _label_for(network: GenerativeModel, info: BundleInfo, label: str | None, file: Path | None) -> int | None:
     """The label that a model which looks at labels is given; None for other models."""
-    if not network.conditional or not info.classes:
+    if not network.conditional:
         if label is not None:
             raise UserError(f"label: found {label!r}, but {info.model.name} does not look at labels; leave it out")
         return None
@@ -212,11 +222,7 @@ def _label_for(network: GenerativeModel, info: BundleInfo, label: str | None, fi
     if label is None:
         where = f" and {file} stands in no folder of a class's name" if file else ""
         raise UserError(f"label: {info.model.name} looks at labels{where}; give --label. Known: {known}")
-    if label in info.classes:
-        return info.classes.index(label)
-    if label.isdigit() and int(label) < len(info.classes):
-        return int(label)
-    raise unknown_name("label", label, info.classes)
+    return class_index(label, info.classes)
 
 
 def _axes(prior: Prior) -> PrincipalAxes:
@@ -238,29 +244,35 @@ def _write_film(path: Path, frames: Sequence[Tensor], columns: int) -> None:
         write_gif(path, places, SECONDS_PER_FRAME)
 
 
-def reconstruct(project: Project, *, files: Sequence[Path], model: Path | None, out: Path) -> list[dict[str, str]]:
+def reconstruct(
+    project: Project, *, files: Sequence[Path], label: str | None, model: Path | None, out: Path
+) -> list[dict[str, str]]:
     """Writes each file's picture beside its reconstruction, and reconstructions.csv; returns its rows.
 
     The picture goes through the preprocessing the model was trained with; PSNR (dB) and SSIM compare
-    what comes out of the model to what went in.
+    what comes out of the model to what went in. A model that looks at labels is given `label`, or without one each
+    file's own class, which is the name of a folder it stands in.
 
     Raises:
-        UserError: the model is missing, or files are unreadable; the others are done all the same.
+        UserError: the model is missing, a label is missing, unknown or of no use, or files are unreadable; the others
+            are done all the same.
     """
     network, info = bundle.load_generative((model or project.model.parent) / "model", pick_device("auto"))
     device = next(network.parameters()).device
+    labels = [_label_for(network, info, label, file) for file in files]
     console = Console(highlight=False)
     rows: list[dict[str, str]] = []
     unreadable: list[str] = []
     taken = {"reconstructions"}
-    for file in files:
+    for file, number in zip(files, labels, strict=True):
         try:
             original = load_image(file, info.preprocess)
         except UnreadableImage as error:
             unreadable.append(f"{file}: {error}")
             continue
         with torch.no_grad():
-            result = network.reconstruct(original.to(device)).float().cpu()
+            given = None if number is None else torch.tensor([number], device=device)
+            result = network.reconstruct(original.to(device), given).float().cpu()
         scores = {"psnr": f"{float(psnr(original, result)):.2f}", "ssim": f"{float(ssim(original, result)):.4f}"}
         name = _free_name(file_name(file.stem), taken)
         captions = ["original", f"SSIM {scores['ssim']}, {scores['psnr']} dB"]

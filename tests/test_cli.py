@@ -20,7 +20,7 @@ COMMANDS = {
     "prior": {"--params", "--set"},
     "evaluate": {"--params", "--set"},
     "generate": {"--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--model", "--params", "--set"},
-    "reconstruct": {"--out", "--model", "--params", "--set"},
+    "reconstruct": {"--out", "--label", "--model", "--params", "--set"},
     "compare": {"--json"},
     "register": {"--params", "--set"},
     "ui": {"--port", "--params", "--set"},
@@ -109,6 +109,7 @@ MISTAKES = {  # words, text of params.yaml (None: no file), words of the one mes
     "unknown prior": (["prior"], "prior: {name: gm}", ["prior.name", "did you mean 'gmm'"]),
     "no model to generate": (["generate", "--out", "o"], "{}", ["artifacts/model", "dvc repro"]),
     "no model to traverse": (["generate", "--traverse", "--out", "o"], "{}", ["artifacts/model", "dvc repro"]),
+    "a file to write into": (["generate", "--out", "params.yaml"], "{}", ["--out", "params.yaml", "is a file"]),
     "half a way": (["generate", "--out", "o", "--interpolate", "a.png"], "{}", ["--interpolate"]),
     "two things at once": (
         ["generate", "--traverse", "--interpolate", "a.png", "b.png", "--out", "o"], "{}", ["give one"]

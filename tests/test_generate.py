@@ -91,6 +91,7 @@ def test_another_folder_is_used_when_named(project, tmp_path):
     [
         ({}, "COVID", "did you mean 'COVID19'.*Known: COVID19, NORMAL"),
         ({}, "3", "Known: COVID19"),
+        ({}, "²", "Known: COVID19"),
         ({}, "NORMAL", "no image of 'NORMAL'"),
         ({"prior": "gaussian"}, "COVID19", "does not tell classes apart"),
         ({"classes": ()}, "COVID19", "without labels"),
@@ -128,7 +129,7 @@ def files(tmp_path):
 
 def test_reconstructions_beside_originals_with_their_scores(project, files, tmp_path):
     paths, _ = files
-    rows = generate.reconstruct(project, files=paths, model=None, out=tmp_path / "out")
+    rows = generate.reconstruct(project, files=paths, label=None, model=None, out=tmp_path / "out")
     assert [row["picture"] for row in rows] == ["chest.png", "chest_2.png"]
     assert all((tmp_path / "out" / row["picture"]).exists() for row in rows)
     with (tmp_path / "out" / "reconstructions.csv").open(newline="") as file:
@@ -142,10 +143,26 @@ def test_reconstructions_beside_originals_with_their_scores(project, files, tmp_
     assert -1 <= float(rows[0]["ssim"]) <= 1
 
 
+@pytest.mark.parametrize(("label", "expected"), [(None, [0, 1]), ("2", [2, 2]), ("NORMAL", [1, 1])])
+def test_a_model_that_looks_at_labels_rebuilds_each_file_as_its_folders_class_or_the_one_named(
+    tmp_path, label, expected
+):
+    project, model, _ = build_flat(tmp_path, CVAE)
+    paths = two_images(tmp_path)
+    rows = generate.reconstruct(project, files=paths, label=label, model=None, out=tmp_path / "out")
+    for path, row, number in zip(paths, rows, expected, strict=True):
+        original = generate.load_image(path, INFO.preprocess)
+        with torch.no_grad():
+            error = {k: ((model.reconstruct(original, torch.tensor([k])) - original) ** 2).mean() for k in range(3)}
+        scores = {k: f"{-10 * float(value.log10()):.2f}" for k, value in error.items()}
+        assert row["psnr"] == scores[number]
+        assert scores[number] not in [scores[k] for k in scores if k != number], "the comparison needs differences"
+
+
 def test_an_unreadable_file_is_named_after_the_others_are_done(project, files, tmp_path):
     paths, broken = files
     with pytest.raises(UserError, match=r"note\.png"):
-        generate.reconstruct(project, files=[broken, paths[0]], model=None, out=tmp_path / "out")
+        generate.reconstruct(project, files=[broken, paths[0]], label=None, model=None, out=tmp_path / "out")
     assert (tmp_path / "out" / "chest.png").exists()
 
 
@@ -259,9 +276,15 @@ def test_axes_are_followed_from_the_mean_latent_by_their_own_deviations(tmp_path
         (CVAE, "gaussian", "traverse", {"label": "NORMA"}, "did you mean 'NORMAL'"),
         (VAE, "gaussian", "traverse", {"label": "NORMAL"}, "vae does not look at labels"),
         (VAE, "normal", "traverse", {}, "knows no axes.*prior.name=gmm"),
-        (VAE, "gaussian", "traverse", {"n": 1}, "--n: found 1"),
-        (VAE, "gaussian", "interpolate", {"n": 1}, "--n: found 1"),
-        (VAE, "gaussian", "interpolate", {"ends": 2}, r"note\.png"),
+        (CVAE, "gaussian", "traverse", {"label": "²"}, "unknown name '²'"),
+        (VAE, "gaussian", "traverse", {"n": 1}, "--n: found 1, expected 2 to 200"),
+        (VAE, "gaussian", "traverse", {"n": 201}, "--n: found 201, expected 2 to 200"),
+        (VAE, "gaussian", "interpolate", {"n": 1}, "--n: found 1, expected 2 to 200"),
+        (VAE, "gaussian", "interpolate", {"n": 201}, "--n: found 201, expected 2 to 200"),
+        (VAE, "gaussian", "interpolate", {"ends": 2}, r"--interpolate: \S*note\.png: not readable"),
+        (VAE, "gaussian", "interpolate", {"ends": 3}, r"--interpolate: \S*broken\.npy: not readable"),
+        (CVAE, "gaussian", "reconstruct", {}, r"c\.png stands in no folder.*Known"),
+        (VAE, "gaussian", "reconstruct", {"label": "NORMAL"}, "vae does not look at labels"),
         (CVAE, "gaussian", "interpolate", {"ends": 1}, r"c\.png stands in no folder.*Known"),
     ],
 )
@@ -269,8 +292,10 @@ def test_a_way_that_cannot_be_gone_is_refused(tmp_path, sizes, prior, call, word
     project, _, _ = build_flat(tmp_path, sizes, prior)
     (tmp_path / "note.png").write_text("no picture")
     shutil.copy(two_images(tmp_path)[0], tmp_path / "c.png")
-    others = {1: (tmp_path / "c.png",) * 2, 2: (tmp_path / "note.png",) * 2}
-    words = {"label": None, "n": 3, **words}
+    (tmp_path / "broken.npy").write_bytes(b"no array")
+    readable = tmp_path / "c.png"
+    others = {1: (readable,) * 2, 2: (readable, tmp_path / "note.png"), 3: (tmp_path / "broken.npy", readable)}
+    words = {"label": None, **({"files": [readable]} if call == "reconstruct" else {"n": 3}), **words}
     if call == "interpolate":
         words["ends"] = others[words.get("ends", 1)]
     with pytest.raises(UserError, match=message):

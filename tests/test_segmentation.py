@@ -1,6 +1,7 @@
 """A model that finds masks, from pictures to a registered version: the same stages, its own numbers and pictures."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -26,10 +27,12 @@ from medgen.config import (
     Train,
     Weights,
 )
-from medgen.data.store import open_store
+from medgen.data.store import Split, Store, open_store
 from medgen.errors import UserError
-from medgen.segmentation_report import findings
+from medgen.models.unet import UNet
+from medgen.segmentation_report import findings, judge
 from medgen.tracking import history
+from medgen.types import ModelOutput
 
 OFF = Tracking(enabled=False)
 UNET = Model(name="unet", base_channels=4, max_channels=8)
@@ -122,11 +125,37 @@ def test_it_learns_and_is_recorded(done: tuple[Project, dict[str, float]]) -> No
     assert {path: path.read_bytes() for path in before} == before
 
 
+class OnePixel(UNet):
+    """Finds one pixel in every image."""
+
+    def predict(self, image: torch.Tensor, label: torch.Tensor | None = None) -> ModelOutput:
+        found = torch.zeros(len(image), 1, 32, 32)
+        found[:, :, 0, 0] = 1.0
+        return ModelOutput(reconstruction=found, latent=None)
+
+
+@pytest.mark.parametrize("done", [2], indirect=True)
+def test_empty_masks_are_refused_whatever_is_found_in_them(
+    done: tuple[Project, dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emptied(store: Store, name: str) -> Split:
+        part = split(store, name)
+        return part if part.masks is None else dataclasses.replace(part, masks=np.zeros_like(part.masks))
+
+    split = Store.split
+    monkeypatch.setattr(Store, "split", emptied)
+    store, model = open_store(done[0].dataset), OnePixel(UNET, (1, 32, 32), 0)
+    with pytest.raises(UserError, match="every mask of the test split is empty, expected"):
+        judge(store, model, torch.device("cpu"), 5)
+
+
 def test_what_needs_a_latent_is_refused(done: tuple[Project, dict[str, float]], tmp_path: Path) -> None:
     project, _ = done
     for call in (
         lambda: generate.run(project, n=2, label=None, seed=0, model=None, out=tmp_path),
-        lambda: generate.reconstruct(project, files=[], model=None, out=tmp_path),
+        lambda: generate.interpolate(project, ends=(tmp_path, tmp_path), label=None, model=None, out=tmp_path),
+        lambda: generate.traverse(project, label=None, model=None, out=tmp_path),
+        lambda: generate.reconstruct(project, files=[], label=None, model=None, out=tmp_path),
     ):
         with pytest.raises(UserError, match=r"model\.json: model\.name unet finds masks.*a model with a latent"):
             call()

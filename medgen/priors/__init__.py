@@ -172,20 +172,28 @@ def tells_classes_apart(prior: Prior, model: Decoder) -> bool:
     return len(prior.frequencies) > 0 and (prior.conditional or model.conditional)
 
 
-def find_label(label: str, classes: Sequence[str], prior: Prior, model: Decoder) -> int:
+def class_index(label: str, classes: Sequence[str]) -> int:
     """The index of a class given by its name or its index.
 
     Raises:
+    Raises:
+        UserError: there is no such class.
+    """
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    raise unknown_name("label", label, classes)
+
+
+def find_label(label: str, classes: Sequence[str], prior: Prior, model: Decoder) -> int:
+    """The index of a class, given by its name or its index, to draw images of.
+
         UserError: there is no such class, or neither prior nor model tells classes apart.
     """
     if not classes:
         raise UserError(f"label: found {label!r}, but the model was trained on images without labels; leave it out")
-    if label in classes:
-        index = classes.index(label)
-    elif label.isdigit() and int(label) < len(classes):
-        index = int(label)
-    else:
-        raise unknown_name("label", label, classes)
+    index = class_index(label, classes)
     if not tells_classes_apart(prior, model):
         raise UserError(
             f"label: found {label!r}, but prior {prior.name!r} does not tell classes apart; "
