@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -22,9 +23,9 @@ from medgen.data.weights import WEIGHTS, checked_weights
 from medgen.distributed import pick_device
 from medgen.errors import UserError
 from medgen.evaluation_report import NO_INCEPTION, Row, findings, key_numbers, print_table, write_page
-from medgen.figures import write_grid, write_images, write_pairs
+from medgen.figures import write_grid, write_images, write_pairs, write_stacks
 from medgen.files import write_atomic
-from medgen.metrics import generation, latent, reconstruction
+from medgen.metrics import generation, latent, privacy, reconstruction
 from medgen.metrics.features import DomainExtractor, load_extractor
 from medgen.metrics.inception import Inception, Seen, fid, inception_score, load_inception
 from medgen.models import GenerativeModel, ImageModel
@@ -36,6 +37,8 @@ PCA_COMPONENTS = (128, 256, 1024)  # printed beside as many as the latent has nu
 NUM_PAIRS = 16
 MAX_COLUMNS = 12
 SIGNIFICANT_DIGITS = 6
+NEAREST = "nearest_train.png"
+NUM_NEAREST = 10
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,16 @@ class Subject:
         return known if self.inception is None else known | {"inception": WEIGHTS["inception"].sha256}
 
 
+class DomainFeatures(NamedTuple):
+    """Features (N, 128) of each set through the domain extractor."""
+
+    samples: Tensor
+    train: Tensor  # all of the split
+    test: Tensor
+
+
 def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
-    """Writes reports/metrics.json, provenance.json, index.html and two figures; adds them to the training's run.
+    """Writes reports/metrics.json, provenance.json, index.html and its figures; adds them to the training's run.
 
     Returns:
         The content of metrics.json.
@@ -88,13 +99,18 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     """
     store, device = open_store(project.dataset), pick_device("auto")
     model, info = bundle.load_for(store, project.model, device)
-    (project.figures / label_report.PICTURE).unlink(missing_ok=True)  # an earlier model's: this one may have none
+    for picture in (label_report.PICTURE, NEAREST):  # an earlier model's: this one may have none
+        (project.figures / picture).unlink(missing_ok=True)
     if not isinstance(model, GenerativeModel):
         return judge_masks(project, store, model, info, evaluate, tracking)
     subject = load(project, store, model, info, evaluate)
     metrics, reconstructions, pca = judge_reconstructions(subject)
     samples = draw_samples(subject)
-    metrics |= judge_samples(subject, samples)
+    train, test = pixels(store.split("train")), pixels(subject.test)
+    domain = DomainFeatures(*(features(subject, images) for images in (samples, train, test)))
+    metrics |= judge_samples(subject, samples, domain)
+    copies, pairs = judge_privacy(domain, samples, train, test)
+    metrics |= copies
     swapped = swap_labels(subject)
     metrics |= judge_labels(subject, samples, swapped)
     counts = subject.store.counts
@@ -106,11 +122,12 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     own = {"extractors": extractors, "prior": subject.prior.name}
     write_json(project, "provenance.json", provenance(project, info, evaluate, device) | own)
     draw(project, subject, reconstructions)
+    draw_nearest(project, samples, train, pairs)
     if swapped:
         label_report.draw(project.figures, swapped, store.classes)
     if evaluate.save_images:
         write_images(project.images / "generated", samples)
-        write_images(project.images / "real", pixels(subject.test))
+        write_images(project.images / "real", test)
     rows = key_numbers(metrics, pca, subject.num_latent)
     lines = findings(metrics)
     if "inception" in evaluate.extractors and subject.inception is None:
@@ -210,13 +227,14 @@ def draw_samples(subject: Subject) -> Tensor:
 
 
 @torch.no_grad()
-def judge_samples(subject: Subject, images: Tensor) -> dict[str, float]:
+def judge_samples(subject: Subject, images: Tensor, domain: DomainFeatures) -> dict[str, float]:
     """Generated against test images, and beside it as many train images, or all, against the same test images."""
     params, seed = subject.params, seed_of(subject.params.seed)
     train = pixels(subject.store.split("train"))
     train = generation.thin(train, min(len(train), params.num_generated))
     test = pixels(subject.test)
-    generated_features, train_features, test_features = (features(subject, part) for part in (images, train, test))
+    generated_features, test_features = domain.samples, domain.test
+    train_features = generation.thin(domain.train, len(train))
     kid = generation.kid(test_features, generated_features, patients(subject.test))
     metrics = {
         "kid_domain": kid.value,
@@ -235,6 +253,17 @@ def judge_samples(subject: Subject, images: Tensor) -> dict[str, float]:
         seen, train_seen, test_seen = (subject.inception(part) for part in (images, train, test))
         metrics |= judge_through_inception(seen, train_seen, test_seen, patients(subject.test), seed)
     return {f"generation/{name}": value for name, value in metrics.items()}
+
+
+def judge_privacy(
+    domain: DomainFeatures, samples: Tensor, train: Tensor, test: Tensor
+) -> tuple[dict[str, float], privacy.Pairs]:
+    """Whether samples are copies of train images, held against the test images; and the closest pairs."""
+    parts = (privacy.nearest_by_features(part, domain.train) for part in (domain.samples, domain.test))
+    by_features = privacy.judge(*parts)
+    by_pixels = privacy.judge(*(privacy.nearest_by_pixels(part, train) for part in (samples, test)))
+    metrics = {f"privacy/{name}": value for name, value in privacy.metrics(by_features, by_pixels).items()}
+    return metrics, privacy.closest_pairs(by_features, by_pixels, NUM_NEAREST)
 
 
 def judge_through_inception(
@@ -278,6 +307,7 @@ def judge_labels(subject: Subject, samples: Tensor, swapped: label_report.Swappe
     }
 
 
+@torch.no_grad()
 def features(subject: Subject, images: Tensor) -> Tensor:
     """Images (N, C, H, W), floats in [0, 1] or uint8 -> features (N, 128) on the CPU."""
     parts = []
@@ -334,6 +364,17 @@ def draw(project: Project, subject: Subject, reconstructions: Tensor) -> None:
     write_pairs(project.figures / "reconstructions.png", originals, generation.thin(reconstructions, size))
 
 
+def draw_nearest(project: Project, samples: Tensor, train: Tensor, pairs: privacy.Pairs) -> None:
+    """Writes nearest_train.png: the samples closest to a train image over that image. Not to be published.
+
+    No stage of dvc.yaml declares it, for label_report.draw's reason: a model that finds masks has none.
+    """
+    measures = ["pixels" if by_pixels else "features" for by_pixels in pairs.by_pixels.tolist()]
+    captions = [f"{near:.2f} of limit\nby {by}" for near, by in zip(pairs.nearness.tolist(), measures, strict=True)]
+    lines = {"sample": samples[pairs.sample], "nearest train": train[pairs.train]}
+    write_stacks(project.figures / NEAREST, lines, columns=NUM_NEAREST, captions=captions)
+
+
 def facts(subject: Subject) -> dict[str, str]:
     """What was trained, for the page: nothing in it changes from one identical run to the next."""
     return described(subject.store, subject.info) | {
@@ -381,7 +422,7 @@ def record(project: Project, info: BundleInfo, params: Evaluate, tracking: Track
         records = history(scratch)
         tracker.params({"evaluate": params})
         tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
-        for name in ("samples.png", "reconstructions.png", label_report.PICTURE):
+        for name in ("samples.png", "reconstructions.png", label_report.PICTURE, NEAREST):
             if (project.figures / name).exists():
                 tracker.artifact(project.figures / name, "figures")
         for name in ("metrics.json", "provenance.json", "index.html"):

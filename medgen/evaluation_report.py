@@ -8,11 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen.files import write_atomic
+from medgen.metrics.privacy import plausible
 from medgen.pages import bullets, figure, page, table
 
 PICTURES = {
     "samples.png": "New images, drawn through the prior",
     "reconstructions.png": "Test images over their reconstructions",
+    "nearest_train.png": "The samples closest to a train image, over that image; below 1 of the limit counts as a "
+    "copy. It shows train images: do not publish it, nor this page",
     "wrong_labels.png": "Test images over what the model makes of them with a wrong label",
     "progress.gif": "Samples from the first epoch to the last",
     "loss.png": "Loss by epoch, linear and logarithmic",
@@ -27,6 +30,7 @@ NO_INCEPTION = (
 
 LOW_USAGE = 0.5  # of a codebook
 LABEL_TOLERANCE = 0.05  # by which samples may agree less with their label than real images do
+LEAST_LIMIT = 0.2  # of the copy limit, in held-out images' median distances; real chest films: 0.5
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
     }
     for key, (name, real, reading) in names.items():
         rows.append(Row(name, m[f"generation/{key}"], f"{m[f'generation/{real}']} real against real", reading))
+    rows += _privacy_numbers(metrics)
     if "generation/fd_inception" in m:
         rows += _inception_numbers(metrics)
     if "latent/kl_nats" in m:
@@ -96,6 +101,19 @@ def _inception_numbers(metrics: Mapping[str, float]) -> list[Row]:
             f"{m['generation/inception_score_real']} of the test images",
             "classes of photographs that samples spread over; says little of medical images",
         ),
+    ]
+
+
+def _privacy_numbers(metrics: Mapping[str, float]) -> list[Row]:
+    """How near samples come to train images."""
+    m = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("privacy/")}
+    beside = f"up to {plausible(round(metrics['run/num_test'])):.0%} is chance; expected about 1 %"
+    parts = f"{m['copy_rate_features']:.1%} by features, {m['copy_rate_pixels']:.1%} by pixels"
+    reading = "share of samples nearer to a train image than 99 % of test images are"
+    ratio = f"{m['nearest_train_ratio_pixels']:.4g} by pixels"
+    return [
+        Row("Copies of train images", f"{m['copy_rate']:.1%}", beside, f"{reading}: {parts}"),
+        Row("  distance to the nearest", f"{m['nearest_train_ratio']:.4g}", ratio, "over test images' own; copies: 0"),
     ]
 
 
@@ -133,12 +151,32 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
         found.append("KID does not tell samples from test images: its interval reaches the real-against-real floor.")
     if metrics["generation/ms_ssim_diversity"] > metrics["generation/ms_ssim_diversity_real"] + 0.05:
         found.append("Samples are more alike than real images are: look for a collapse in the grid below.")
+    found += _privacy_findings(metrics)
     if metrics.get("latent/codebook_usage", 1.0) < LOW_USAGE:
         found.append(
             f"Only {metrics['latent/codebook_usage']:.0%} of the codes are used: take fewer (model.num_codes), or let "
             "them follow the encoder (model.codebook: ema)."
         )
     return found + _label_findings(metrics)
+
+
+def _privacy_findings(metrics: Mapping[str, float]) -> list[str]:
+    rate, limit = metrics["privacy/copy_rate"], metrics["privacy/held_out_limit"]
+    chance = plausible(round(metrics["run/num_test"]))
+    found = []
+    if limit < LEAST_LIMIT:
+        found.append(
+            "Whether samples are copies of train images can hardly be told: some test images are nearly in the train "
+            "split themselves. See what `medgen data audit` says of duplicates and leaks, mend it, and start again."
+        )
+    if rate > chance:
+        found.append(
+            f"{rate:.0%} of the samples are nearer to a train image than test images are (up to {chance:.0%} is "
+            "chance): the model gives back patients' images. Look at the closest pairs below, and hand out neither "
+            "samples nor model. Bring more images, train shorter, or take a smaller latent (model.latent_channels) or "
+            "a simpler prior (prior.name)."
+        )
+    return found or [f"No sign of copied train images (copy rate {rate:.1%}, up to {chance:.0%} is chance)."]
 
 
 def _label_findings(metrics: Mapping[str, float]) -> list[str]:

@@ -36,9 +36,18 @@ KEYS = {
         for of in ("", "_real")
     ),
     *(f"generation/label_agreement{of}" for of in ("", "_real")),
+    *(f"privacy/copy_rate{by}" for by in ("", "_features", "_pixels")),
+    *(f"privacy/nearest_train_ratio{by}" for by in ("", "_pixels")),
+    "privacy/held_out_limit",
     *(f"run/{name}" for name in ("num_train", "num_test", "num_generated")),
 }
-REPORTS = ("metrics.json", "index.html", "figures/samples.png", "figures/reconstructions.png")
+REPORTS = (
+    "metrics.json",
+    "index.html",
+    "figures/samples.png",
+    "figures/reconstructions.png",
+    "figures/nearest_train.png",
+)
 
 
 def trained(project: Project, prior: str = "gmm", conditional: bool = True) -> Project:
@@ -125,7 +134,7 @@ def test_reports_name_no_place_on_this_machine_and_need_no_other_file(
         assert str(project.root) not in (project.reports / name).read_text()
     page = (project.reports / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("<img") == 2
+    assert page.count("<img") == 3
     for name in ("reconstruction/ssim", "generation/kid_domain", "generation/kid_domain_floor"):
         assert f"{metrics[name]:.4g}" in page
     assert f"{metrics['reconstruction/pca_ssim']:.4g}" in page
@@ -165,6 +174,42 @@ def test_unlabelled_images_are_judged_too(tmp_path: Path) -> None:
         writer.commit(["train"] * 20 + ["test"] * 10, [], {}, "")
     metrics = evaluate.run(trained(project), evaluate=SMALL, tracking=OFF)
     assert set(metrics) == {name for name in KEYS if "label" not in name}
+
+
+def small_films(count: int, seed: int) -> Tensor:
+    """Pictures (N, 1, 32, 32) in [0, 1], each with its own smooth details."""
+    coarse = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return (0.5 + 0.15 * nn.functional.interpolate(coarse, (32, 32), mode="bicubic")).clamp(0, 1)
+
+
+def test_a_model_that_replays_its_train_set_is_caught_and_an_honest_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted model gives back train images, blurred and half of them mirrored; the other one new ones."""
+    project = Project(tmp_path)
+    project.dataset.parent.mkdir()
+    films = small_films(220, seed=0)
+    with StoreWriter(project.dataset, (1, 32, 32), with_masks=False) as writer:
+        for i, image in enumerate((films * 255).round().to(torch.uint8).numpy()):
+            writer.add(image, None, {"path": f"secret{i}.png", "patient": f"patient{i}"})
+        writer.commit(["train"] * 100 + ["test"] * 120, [], {}, "")
+    trained(project)
+    shown = project.figures / "nearest_train.png"
+    pictures = {}
+    replayed = torch.cat([films[:50], films[50:100].flip(-1)])
+    for name, images in (("copies", replayed), ("honest", small_films(100, seed=1))):
+        soft = nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+        monkeypatch.setattr(evaluate, "sample_images", lambda *_, soft=soft: soft)
+        metrics = evaluate.run(project, evaluate=SMALL, tracking=OFF)
+        rate, page = metrics["privacy/copy_rate"], (project.reports / "index.html").read_text()
+        assert rate == max(metrics["privacy/copy_rate_pixels"], metrics["privacy/copy_rate_features"])
+        assert rate > 0.95 if name == "copies" else rate <= 0.03
+        assert ("gives back patients" in page) == (name == "copies")
+        assert "secret" not in page and "patient1" not in page
+        pictures[name] = shown.read_bytes()
+    assert pictures["copies"] != pictures["honest"]
+    with Image.open(shown) as picture:
+        assert picture.height >= 2 * 96 and picture.width >= 10 * 96
 
 
 class SmallInception(nn.Module):
@@ -290,6 +335,9 @@ def test_too_few_generated_images_are_refused(judged: tuple[Project, dict[str, f
         ({"reconstruction/ssim": 0.5}, ["rebuild better", "does not tell"]),
         ({"generation/kid_domain_ci_low": 0.3}, ["beat", "can be told"]),
         ({"generation/ms_ssim_diversity": 0.6}, ["beat", "does not tell", "collapse"]),
+        ({"privacy/copy_rate": 0.2}, ["beat", "does not tell", "gives back patients' images"]),
+        ({"privacy/held_out_limit": 0.01}, ["beat", "does not tell", "can hardly be told"]),
+        ({"privacy/copy_rate": 0.2, "run/num_test": 10}, ["beat", "does not tell", "up to 41% is chance"]),
     ],
 )
 def test_findings_follow_the_numbers(change: dict[str, float], words: list[str]) -> None:
@@ -300,7 +348,12 @@ def test_findings_follow_the_numbers(change: dict[str, float], words: list[str])
         "generation/kid_domain_floor": 0.1,
         "generation/ms_ssim_diversity": 0.3,
         "generation/ms_ssim_diversity_real": 0.3,
+        "privacy/copy_rate": 0.01,
+        "privacy/held_out_limit": 0.5,
+        "run/num_test": 300,
     }
     found = findings(metrics | change)
+    if not any(key.startswith("privacy/") for key in change):
+        words = [*words, "No sign of copied train images"]
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))

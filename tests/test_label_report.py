@@ -65,7 +65,7 @@ def test_a_conditional_model_is_held_to_its_labels(tiny_store: Path, tmp_path: P
     assert metrics["generation/label_agreement"] == pytest.approx(agreed, rel=1e-5)
     assert 0 <= metrics["generation/label_agreement_wrong"] <= 1
     page = (project.reports / "index.html").read_text()
-    assert "Label agreement of samples" in page and "with a wrong label" in page and page.count("<img") == 3
+    assert "Label agreement of samples" in page and "with a wrong label" in page and page.count("<img") == 4
     with Image.open(project.figures / "wrong_labels.png") as picture:
         assert picture.height > 2 * 96
 
@@ -184,11 +184,14 @@ def test_findings_say_when_labels_or_codes_are_not_used(change: dict[str, float]
         "generation/kid_domain_floor": 0.1,
         "generation/ms_ssim_diversity": 0.3,
         "generation/ms_ssim_diversity_real": 0.3,
+        "privacy/copy_rate": 0.01,
+        "privacy/held_out_limit": 0.5,
+        "run/num_test": 300,
         "generation/label_agreement": 0.96,
         "generation/label_agreement_wrong": 0.95,
         "generation/label_agreement_real": 0.98,
         "latent/codebook_usage": 0.9,
     }
-    found = findings(good | change)[2:]
+    found = findings(good | change)[3:]
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
