@@ -18,9 +18,12 @@ from medgen.priors import FITTED, sample_images
 NUM_RECONSTRUCTIONS = 8
 NUM_SAMPLES = 16
 MAX_LATENTS = 1024  # enough for a look; the prior stage fits on all of them
+LOSSES = ("mse", "bce", "dice_loss", "commitment", "codebook")  # drawn beside l1 where they are trained on
+ON_LOG_AXES = ("loss", "kl")  # besides linear ones
 CURVES = (  # figure, its axis, what it shows; KL is thousands of nats and has a figure of its own
-    ("loss", "loss", ("train/loss", "val/loss", "train/l1", "val/l1")),
+    ("loss", "loss", ("train/loss", "val/loss", "train/l1", "val/l1", *(f"train/{name}" for name in LOSSES))),
     ("kl", "nats per image", ("train/kl",)),
+    ("codebook", "evenly used codes", ("val/codebook_perplexity",)),
     ("ssim", "SSIM", ("val/ssim",)),
     ("ssim", "Dice", ("val/dice",)),  # DVC wants one file of scores, whatever the model is scored by
 )
@@ -48,7 +51,7 @@ def _draw_masks(model: ImageModel, validation: Loader, scratch: Path, epoch: int
     found = probabilities if num_classes == 2 else probabilities.argmax(dim=1, keepdim=True) / (num_classes - 1)
     mask = batch.mask[:NUM_RECONSTRUCTIONS].cpu() / (num_classes - 1)
     path = _grid(scratch, "masks", epoch)
-    write_stacks(path, {"image": image.cpu().mean(dim=1, keepdim=True), "mask": mask, "found": found})
+    write_stacks(path, {"image": image.cpu(), "mask": mask, "found": found})
     return {"masks": path}
 
 
@@ -68,7 +71,10 @@ def _draw_images(
 
     batches = islice(train.sequential(), -(-MAX_LATENTS // train.batch_size))
     latents, labels = zip(*[(model.encode(b.image, b.label).mean.cpu(), b.label.cpu()) for b in batches], strict=True)
-    prior = FITTED["gaussian"].fit(torch.cat(latents), torch.cat(labels), 0, Prior())
+    known = torch.cat(labels)
+    # a model that looks at labels is given some, in the train split's mix
+    num_classes = int(known.max()) + 1 if model.conditional else 0
+    prior = FITTED["gaussian"].fit(torch.cat(latents), known, num_classes, Prior())
     write_grid(paths["samples"], sample_images(prior, model, NUM_SAMPLES, None, seed))
     return paths
 
@@ -95,7 +101,7 @@ def write_report(
     for name, label, shown in CURVES:
         path = figures / f"{name}.png"
         if drawn := {key: series[key] for key in shown if key in series}:
-            write_curves(path, drawn, log=name != "ssim", y_label=label)
+            write_curves(path, drawn, log=name in ON_LOG_AXES, y_label=label)
             written.append(path)
     # not all that lie there: an earlier, shorter run left its own last grid
     grids = [_grid(scratch, name, epoch) for name in ("samples", "masks") for epoch in drawn_epochs]
