@@ -152,6 +152,12 @@ class Weights(Section):
     sigma: NonNegative = 0.0  # Gaussian likelihood with the best variance: nothing is left to tune (β = 1)
     dice: NonNegative = 0.0  # of 1 - Dice, for masks
 
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> Self:
+        if not any(self.model_dump().values()):
+            raise ValueError("no term has a weight; expected one above 0, such as {l1: 1.0}")
+        return self
+
 
 class Loss(Section):
     """The objective. β itself belongs to a phase."""

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,6 +40,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return flag
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the main one's values."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         """Waits for the others."""

@@ -2,7 +2,8 @@
 
 The check costs no wait for the device: a flag on the device latches at the first bad step and
 makes the fused optimizer skip that update and every later one, until the host reads the flag.
-The weights are then still those before the bad step, so its batch can be run again and looked at.
+The weights are then still those before the bad step, so its batch can be run again and looked at (averages kept in
+buffers, such as BatchNorm's, have moved on).
 """
 
 import json

@@ -146,6 +146,10 @@ class Job:
         factor = optim.rate_factor(phase, self.epoch, self.state.epoch * self.task.num_batches + self.state.step)
         return phase.learning_rate * factor * self.state.plateau.factor * self.state.rate_scale
 
+    def share_statistics(self) -> None:
+        """Gives all processes the main one's buffers, such as BatchNorm's, which follow each one's own batches."""
+        self.world.share([*self.model.buffers(), *(self.average.average if self.average else [])])
+
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The model with its averaged weights, where the run keeps them."""

@@ -69,6 +69,10 @@ def train_epoch(job: Job, phase: Phase, display: Display) -> bool:
 def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Display) -> None:
     """Validates, logs, draws, saves."""
     state = job.state
+    state.step -= 1  # the epoch's last step: at its end a schedule may already begin anew
+    used = {"learning_rate": job.rate(phase), **job.task.record(phase, job.epoch)}
+    state.step += 1
+    job.share_statistics()
     with job.averaged_weights():
         job.model.eval()
         # one number for all processes: each steps its own plateau by it
@@ -77,8 +81,7 @@ def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Displ
     record = {
         **{f"train/{name}": total / state.step for name, total in job.world.mean_of(state.sums).items()},
         **{f"val/{name}": value for name, value in validation.items()},
-        "train/learning_rate": job.rate(phase),
-        **{f"train/{name}": value for name, value in job.task.record(phase, job.epoch).items()},
+        **{f"train/{name}": value for name, value in used.items()},
     }
     state.plateau.update(validation["loss"], phase.schedule)
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}

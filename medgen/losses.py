@@ -98,7 +98,7 @@ def sigma_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 
 def dice_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
-    """1 - Dice of flattened tensors, smoothing 1e-5 (system D; Milletari et al. 2016); (B, K, H, W): mean over K."""
+    """1 - Dice of flattened tensors, smoothing 1e-5 (system D's); (B, K, H, W): mean over K."""
     overlap, total = (part.sum(dim=(0, 2, 3)) for part in (probabilities * mask, probabilities + mask))
     return (1.0 - (2.0 * overlap + 1e-5) / (total + 1e-5)).mean()
 
@@ -112,6 +112,7 @@ def dice_score(probabilities: Tensor, mask: Tensor) -> Tensor:
     return 1.0 - dice_loss(decided.float(), mask)
 
 
+# bce: a sigmoid in float32 is exactly 1 from a logit of 17 on; a pixel so surely wrong has no gradient left
 IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": F.l1_loss,
     "mse": F.mse_loss,

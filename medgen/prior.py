@@ -186,7 +186,7 @@ def learn(
     """Trains, resumed from `scratch`, writes artifacts/prior; returns the last losses, and pictures to keep."""
     own = Tracking(enabled=False)  # a prior's epochs are not its model's: they stay in this file
     job = Job(task, World(0, 1, task.device), task.train, scratch)
-    with Tracker.open(scratch, own, project, name) as tracker, job.stop.listening():
+    with job.stop.listening(), Tracker.open(scratch, own, project, name) as tracker:
         train_to_end(job, tracker)
         with job.final_weights():
             save_prior(project.prior, task.prior, digest)

@@ -6,6 +6,7 @@ medgen recipe run unet-maxpool-transposed-bce unet-maxpool-transposed-dice --set
 import csv
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen.config import Project, load, unknown_name
-from medgen.errors import UserError
+from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 from medgen.files import write_atomic
 
 MAIN_METRICS = (  # shown, where a model has them
@@ -44,27 +45,31 @@ def read(name: str) -> str:
 
 
 def use(name: str, project: Project) -> None:
-    """Writes a recipe to params.yaml; the one before is kept as params.yaml.before."""
+    """Writes a recipe to params.yaml; one of the user's own that stood there is kept as params.yaml.before."""
     text = read(name)
     path = project.root / "params.yaml"
-    if path.exists():
-        write_atomic(path.with_name("params.yaml.before"), path.read_bytes())
+    earlier = path.read_bytes() if path.exists() else None
+    kept = ""
+    if earlier is not None and earlier not in [recipe.read_bytes() for recipe in _files()]:
+        write_atomic(path.with_name("params.yaml.before"), earlier)
+        kept = "; what it was before is params.yaml.before"
     write_atomic(path, text.encode())
     load(path)
-    print(f"params.yaml is now recipe {name!r}; the one before is params.yaml.before. Next: dvc repro")
+    print(f"params.yaml is now recipe {name!r}{kept}. Next: dvc repro")
 
 
 def run(project: Project, names: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     """Takes each recipe through all stages in this project, prints their metrics, writes reports/recipes.csv.
 
-    Run again, it does only what is left. artifacts/ and the other reports are those of the last recipe afterwards;
-    runs and registered versions of all are kept.
+    Run again, it prepares and trains only what is left. artifacts/ and the other reports are those of the last recipe
+    afterwards; runs and registered versions of all are kept.
 
     Returns:
         The metrics of each recipe.
 
     Raises:
-        UserError: a recipe is unknown, an override is wrong, or a stage failed.
+        UserError: a recipe is unknown, an override is wrong, or a stage failed; its exit code 4 is passed on.
+        TrainingInterrupted: a stage was asked to stop, and has saved.
     """
     plans = {name: _stages(_find(name), overrides) for name in names}  # all mistakes are found before the first hour
     console = Console(highlight=False)
@@ -93,12 +98,31 @@ def _run_stage(project: Project, name: str, stage: str, overrides: Sequence[str]
     """In a process of its own, as DVC does it: no stage finds what another left in memory."""
     command = [sys.executable, "-m", "medgen", stage, "--params", str(_find(name))]
     command += [word for override in overrides for word in ("--set", override)]
-    code = subprocess.run(command, cwd=project.root).returncode
+    code = _wait_for(subprocess.Popen(command, cwd=project.root))
+    if code == TrainingInterrupted.exit_code:
+        raise TrainingInterrupted(f"recipe {name}: `medgen {stage}` stopped and saved; the same command goes on")
     if code:
-        raise UserError(
+        error = UserError(
             f"recipe {name}: `medgen {stage}` ended with exit code {code}, for the reason above; mend it and run the "
             "same command again, which goes on from there"
         )
+        if code == NonFiniteError.exit_code:
+            error.exit_code = code
+        raise error
+
+
+def _wait_for(process: subprocess.Popen[bytes]) -> int:
+    """The exit code. Signals that ask to stop reach the process, which is waited for while it saves."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    earlier = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in numbers}
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it heard Ctrl-C too
+        raise
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _write_csv(path: Path, metrics: Mapping[str, Mapping[str, float]]) -> None:

@@ -17,7 +17,7 @@ import medgen
 from medgen import bundle, checkpoint
 from medgen.config import Loss, Model, Phase, Project, Tracking, Train, Weights, fingerprint
 from medgen.data.loader import Loader
-from medgen.data.store import Split, open_store
+from medgen.data.store import open_store
 from medgen.data.weights import weights_path
 from medgen.distributed import World, join, pick_precision
 from medgen.errors import UserError
@@ -48,7 +48,7 @@ def run(project: Project, *, model: Model, loss: Loss, train: Train, tracking: T
         task = ModelTask(project, world, model, loss, train)
         name = run_fingerprint(task.store.fingerprint, model, loss, train)
         job = Job(task, world, train, project.runs / name)
-        with record(job, task, project, tracking) as tracker, job.stop.listening():
+        with job.stop.listening(), record(job, task, project, tracking) as tracker:
             train_to_end(job, tracker)
             if tracker:
                 with job.final_weights():
@@ -66,11 +66,6 @@ class ModelTask:
         self.store = open_store(project.dataset)
         train_split, val_split = self.store.split("train"), self.store.split("val")
         self.train_files = train_split.paths
-        if train.batch_size % world.size or (world.size > 1 and len(train_split.images) < train.batch_size):
-            raise UserError(
-                f"train.batch_size: {train.batch_size} images are shared by {world.size} processes; expected a "
-                f"multiple of {world.size}, and no more than the {len(train_split.images)} of the train split"
-            )
         if not len(val_split.images):
             raise UserError(
                 f"{project.dataset}: the val split is empty, and training is watched on it; "
@@ -81,12 +76,23 @@ class ModelTask:
         classes = len(self.store.classes)
         self.model = build_model(model, self.store.image_shape, classes, self.mask_classes).to(world.device)
         with_masks = self.model.target == "mask"
-        if with_masks:
-            self._check_masks(project, train_split, val_split)
+        self._check_weights()
+        if with_masks and not (len(train_split.masked_rows) and len(val_split.masked_rows)):
+            raise UserError(
+                f"model.name: {model.name} learns masks; {project.dataset} has {len(train_split.masked_rows)} in train "
+                f"and {len(val_split.masked_rows)} in val; expected masks beside the images (docs/data.md), or another "
+                "model"
+            )
         self.loader = Loader(
             train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
             train.horizontal_flip, train.subset, with_masks,
         )  # fmt: skip
+        if self.loader.batch_size % world.size:
+            raise UserError(
+                f"train.batch_size: {self.loader.batch_size} images a step ({train.batch_size} asked for, "
+                f"{len(self.loader.images)} to train on) are shared by {world.size} processes; expected a multiple of "
+                f"{world.size}; set train.batch_size or train.subset"
+            )
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         self.validation = Loader(val_split, 2 * train.batch_size, world.device, with_masks=with_masks)
         latent_shape = self.model.latent_shape if isinstance(self.model, GenerativeModel) else ()
@@ -184,18 +190,18 @@ class ModelTask:
         """bf16 where the run uses it; a no-op in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
-    def _check_masks(self, project: Project, train: Split, val: Split) -> None:
-        if not len(train.masked_rows) or not len(val.masked_rows):
-            raise UserError(
-                f"model.name: {self.params.name} learns masks; {project.dataset} has {len(train.masked_rows)} in "
-                f"train and {len(val.masked_rows)} in val; expected masks beside the images (docs/data.md), or another "
-                "model"
-            )
+    def _check_weights(self) -> None:
         weights = [self.loss.weights, *(phase.weights for phase in self.train.phases if phase.weights)]
-        if any(getattr(each, name) > 0 for each in weights for name in ("ssim", "perceptual", "sigma")):
+        used = {name for each in weights for name, weight in each.model_dump().items() if weight > 0}
+        if self.model.target == "mask" and (wrong := used & {"ssim", "perceptual", "sigma"}):
             raise UserError(
-                f"loss.weights: ssim, perceptual and sigma compare pictures, and {self.params.name} learns masks; "
+                f"loss.weights: {', '.join(sorted(wrong))} compare pictures, and {self.params.name} learns masks; "
                 "expected bce, dice or both, such as {bce: 1.0, dice: 1.0}"
+            )
+        if self.model.target == "image" and "dice" in used:
+            raise UserError(
+                f"loss.weights: dice compares masks, and {self.params.name} makes pictures; expected some of l1, mse, "
+                "bce, ssim, sigma, perceptual"
             )
 
     def _vgg16(self) -> Path | None:

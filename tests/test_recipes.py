@@ -1,14 +1,17 @@
 """Every recipe is whole: it is read, says where it comes from, builds its model, and trains."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from medgen import preprocess, train
+from medgen import preprocess, recipes, train
 from medgen.config import Project, load
 from medgen.data.known import KNOWN
 from medgen.data.phantom import draw
+from medgen.errors import TrainingInterrupted, UserError
 from medgen.models import MODELS, build_model
 from medgen.recipes import known, read
 from medgen.tracking import history
@@ -57,6 +60,7 @@ def test_a_recipe_says_what_it_is_where_it_comes_from_and_which_data_it_wants(na
     head = head_of(name)
     assert len(known()[name]) <= 117
     assert any(f"medgen data fetch {dataset}" in head for dataset in KNOWN), head
+    assert "ours: " in head or "Expected of ours: " in head
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,3 +94,37 @@ def test_a_recipe_trains(name, root, films, tmp_path):
     assert len(records) == len(tree.train.phases)
     assert all(math.isfinite(value) for record in records for value in record.values())
     assert project.model.exists()
+
+
+STOPPED_WHILE_WORKING = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+os.kill(os.getppid(), signal.SIGTERM)  # as a cluster does to the command it started, which is the parent
+signal.pause()
+"""
+
+
+def test_a_signal_reaches_the_stage_at_work_which_is_waited_for():
+    assert recipes._wait_for(subprocess.Popen([sys.executable, "-c", STOPPED_WHILE_WORKING])) == 5
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "exit_code"),
+    [(2, UserError, 2), (4, UserError, 4), (-9, UserError, 2), (5, TrainingInterrupted, 5)],
+)
+def test_a_stage_that_stops_ends_the_command_with_its_exit_code(code, error, exit_code, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "_wait_for", lambda process: process.wait() and code)
+    with pytest.raises(error, match=f"recipe {NAMES[0]}: `medgen") as raised:
+        recipes.run(Project(tmp_path), [NAMES[0]], ["data.path=nowhere"])
+    assert raised.value.exit_code == exit_code
+
+
+def test_only_what_the_user_wrote_is_kept_when_a_recipe_takes_its_place(tmp_path):
+    path, before = tmp_path / "params.yaml", tmp_path / "params.yaml.before"
+    recipes.use(NAMES[0], Project(tmp_path))
+    assert not before.exists()
+    path.write_text("train: {seed: 7}\n")
+    for name in NAMES[:2]:
+        recipes.use(name, Project(tmp_path))
+    assert before.read_text() == "train: {seed: 7}\n"
+    assert path.read_text() == read(NAMES[1])

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from medgen import bundle, checkpoint, train
-from medgen.config import Beta, Loss, Model, Phase, Schedule, Tracking, Train, Weights
+from medgen.config import Beta, Loss, Model, Phase, Schedule, Tracking, Train, Weights, load
 from medgen.data.loader import Loader
 from medgen.data.store import open_store
-from medgen.distributed import StopRequest
+from medgen.distributed import StopRequest, World
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
-from medgen.train import run_fingerprint
 from medgen.models.spatial_vae import SpatialVAE
 from medgen.tracking import history, read_run
+from medgen.train import run_fingerprint
 
 SMALL = Model(base_channels=8, latent_size=8, latent_channels=4)
 OFF = Tracking(enabled=False)
@@ -72,9 +72,13 @@ def test_leaves_a_bundle_curves_grids_and_a_record_of_every_epoch(finished):
 
 
 def test_phases_are_followed(finished):
-    records = history(finished[1])
-    assert [record["train/beta"] for record in records] == pytest.approx([0, 0, 0.005, 0.01])
-    assert records[0]["train/learning_rate"] == pytest.approx(1e-3)  # a restart
+    """What is recorded is what the epoch's last step used: a cosine at its end, not at the restart behind it."""
+    project, scratch = finished
+    last = 1 - 1 / (open_store(project.dataset).counts["train"] // TRAIN.batch_size)  # of an epoch, at its last step
+    records = history(scratch)
+    assert [record["train/beta"] for record in records] == pytest.approx([0, 0, 0.005 * last, 0.005 * (1 + last)])
+    cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * last)) / 2
+    assert records[0]["train/learning_rate"] == pytest.approx(1e-3 * cosine)
     assert records[2]["train/learning_rate"] == pytest.approx(5e-4)
 
 
@@ -260,6 +264,45 @@ def test_two_processes_train_the_model_one_would(tiny_store, tmp_path):
         torch.testing.assert_close(weights["two"][key], value, rtol=1e-2, atol=1e-3)
 
 
+ALIKE = """
+# after each epoch: weights, codebook, statistics and averages are the same in both processes
+import sys
+import torch
+import torch.distributed as dist
+from medgen import cli, loop
+finish = loop.finish_epoch
+def compare(job, *rest):
+    finish(job, *rest)
+    for tensor in [*job.model.state_dict().values(), *job.average.average]:
+        least, most = tensor.clone(), tensor.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        assert torch.equal(least, most), "processes differ"
+loop.finish_epoch = compare
+sys.argv = ["medgen", "train"]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vqvae", "vae"])
+def test_what_a_model_counts_of_its_batches_is_alike_in_all_processes(name, tiny_store, tmp_path):
+    """A codebook's moving means, and BatchNorm's, which each process takes of its own share."""
+    params = {
+        "model": {"name": name, "base_channels": 4, "latent_channels": 4, "num_codes": 8},
+        "train": {"batch_size": 8, "ema_decay": 0.9, "phases": [{"name": "a", "epochs": 1, "learning_rate": 1e-3}]},
+        "tracking": {"enabled": False},
+    }
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "dataset").symlink_to(tiny_store)
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    (tmp_path / "alike.py").write_text(ALIKE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, "alike.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Makes the batch at one position infinite."""
@@ -306,8 +349,7 @@ def test_rollback_goes_on_from_the_last_good_state_with_half_the_rate(tiny_proje
     scratch = run(tiny_project, TRAIN.model_copy(update={"on_nonfinite": "rollback"}))
     records = history(scratch)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert records[0]["train/learning_rate"] == pytest.approx(1e-3)
-    assert records[1]["train/learning_rate"] == pytest.approx(5e-4)
+    assert records[1]["train/learning_rate"] == pytest.approx(records[0]["train/learning_rate"] / 2)
     weights = load_file(tiny_project.model / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
@@ -320,7 +362,8 @@ def test_rollback_at_the_start_of_a_phase_stays_in_that_phase(tiny_project, pois
     scratch = run(tiny_project, TRAIN.model_copy(update={"on_nonfinite": "rollback", "phases": (short, PHASES[1])}))
     records = history(scratch)
     assert [record["step"] for record in records] == [1, 2, 3]
-    assert [record["train/beta"] for record in records] == pytest.approx([0, 0.005, 0.01])
+    last = 1 - 1 / num_batches
+    assert [record["train/beta"] for record in records] == pytest.approx([0, 0.005 * last, 0.005 * (1 + last)])
 
 
 def test_rollback_gives_up_after_its_last_try(tiny_project, poison):
@@ -382,6 +425,24 @@ def test_a_longer_run_ends_as_if_it_had_been_asked_for_at_once(tiny_project, fin
     run(tiny_project)
     for name in ("reports/curves.csv", "reports/figures/progress.gif", "artifacts/model/model.safetensors"):
         assert (tiny_project.root / name).read_bytes() == (reference.root / name).read_bytes(), name
+
+
+def test_a_loss_for_masks_is_refused_for_pictures(tiny_project):
+    with pytest.raises(UserError, match="dice compares masks"):
+        run(tiny_project, loss=Loss(weights=Weights(l1=1.0, dice=0.1)))
+
+
+def test_no_weight_at_all_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("loss:\n  weights: {l1: 0}\n")
+    with pytest.raises(UserError, match="no term has a weight"):
+        load(tmp_path / "params.yaml")
+
+
+def test_shares_of_processes_are_even_whatever_is_left_to_train_on(tiny_project):
+    """A subset smaller than the batch shrinks it: three images for one process and two for the other are refused."""
+    world = World(0, 2, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"5 images a step \(8 asked for, 5 to train on\) are shared by 2 processes"):
+        train.ModelTask(tiny_project, world, SMALL, Loss(), TRAIN.model_copy(update={"subset": 5}))
 
 
 def test_an_empty_val_split_is_refused_with_the_key_to_turn(tmp_path):

@@ -31,7 +31,7 @@ def stage_sizes(image_size: int, latent_size: int) -> list[int]:
 
 
 def flat_sizes(image_size: int, smallest: int | None) -> list[int]:
-    """Grid sides of a flat model's convolutions: halved to at most 7 (224 -> 7 in five steps), or to `smallest`.
+    """Grid sides of a flat model's convolutions: halved to `smallest`, or until at most 7 or odd (224 -> 7 in five).
 
     Raises:
         UserError: image_size is not `smallest` times a power of two, or cannot be halved.

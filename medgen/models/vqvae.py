@@ -18,6 +18,7 @@ from medgen.types import Latent, ModelOutput
 CODE_CHANNELS = 64  # of a code where model.latent_channels says nothing (van den Oord et al.)
 EMA_DECAY = 0.99
 DEAD_BELOW = 0.05  # a code with less than this share of an even use is dead
+REVIVED_AT = 2 * DEAD_BELOW  # a new code that nobody takes, such as a second one on a black background, dies soon
 MAX_COMPARED = 1 << 15  # vectors compared with all codes at once: 64 MB of distances for 512 codes
 
 
@@ -59,10 +60,6 @@ class VQVAE(GenerativeModel):
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
         """Latents (B, Z, h, h), moved to their nearest codes -> images (B, C, S, S) in [0, 1]."""
         return self._decode(self.quantizer(latent.float())[1])
-
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Numbers of codes (B, h, h) -> images (B, C, S, S) in [0, 1]."""
-        return self._decode(self.quantizer.look_up(codes))
 
     def _vectors(self, image: Tensor) -> Tensor:
         return self.quantizer.place(self.encoder(image).float())  # distances of near codes need float32
@@ -137,8 +134,8 @@ class Quantizer(nn.Module):
         # a batch that is not finite is reported and skipped: the codes must outlive it
         dead = (self.usage < DEAD_BELOW) & torch.isfinite(drawn).all(dim=1)
         self.codebook.data.copy_(torch.where(dead[:, None], drawn, self.codebook))
-        self.sums.copy_(torch.where(dead[:, None], drawn, self.sums))
-        self.usage.masked_fill_(dead, 1.0)
+        self.sums.copy_(torch.where(dead[:, None], REVIVED_AT * drawn, self.sums))
+        self.usage.masked_fill_(dead, REVIVED_AT)
 
     @torch.no_grad()
     def follow(self, vectors: Tensor, codes: Tensor) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from medgen.config import Model
 from medgen.models import build_model
-from medgen.models.vqvae import DEAD_BELOW, EMA_DECAY, Quantizer
+from medgen.models.vqvae import DEAD_BELOW, EMA_DECAY, REVIVED_AT, Quantizer
 
 KINDS = ["ema", "gradient", "cosine"]
 
@@ -144,7 +144,7 @@ def test_only_dead_codes_are_put_on_vectors_of_the_batch(kind):
     pool = {tuple(vector) for vector in vectors.movedim(1, -1).reshape(-1, 3).tolist()}
     found.revive(vectors)
     assert {tuple(code) for code in found.codebook.tolist()} <= pool  # the first step: no code was ever used
-    assert torch.equal(found.usage, torch.ones(6))
+    assert torch.equal(found.usage, torch.full((6,), REVIVED_AT))
     found.usage[2] = DEAD_BELOW / 2
     before = found.codebook.detach().clone()
     later = found.place(torch.randn(2, 3, 4, 4))
@@ -189,6 +189,6 @@ def test_the_codebook_rests_outside_training():
 def test_decoding_starts_from_codes_however_it_is_asked(kind):
     model = model_of(kind).eval()
     latent = model.encode(torch.rand(2, 1, 16, 16))
-    expected = model.decode_codes(latent.codes)
+    expected = model.decode(model.codes[latent.codes].movedim(-1, 1))
     torch.testing.assert_close(model.decode(latent.mean), expected)
     torch.testing.assert_close(model.decode(latent.mean + 1e-4), expected)  # such as a prior's draw
