@@ -256,8 +256,8 @@ def write_gif(path: Path, frames: Sequence[Path], seconds_per_frame: float = 0.5
     shown = [pictures[i * len(pictures) // num_shown] for i in range(num_shown)]
     width, height = shown[0].size
     sheet = Image.new("RGB", (width, height * num_shown))
-    for number, picture in enumerate(shown):
-        sheet.paste(picture, (0, height * number))
+    for number in range(num_shown):
+        sheet.paste(shown[number], (0, height * number))
     palette = sheet.quantize(256, method=Image.Quantize.MEDIANCUT)
     indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     milliseconds = 10 * max(1, round(100 * seconds_per_frame))
