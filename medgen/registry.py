@@ -230,7 +230,7 @@ def _register(
                 # the whole package: a version loads where medgen is not installed
                 code_paths=[str(Path(__file__).parent)],
                 signature=_signature(info) if makes == "image" else _mask_signature(info),
-                input_example=_example(info) if makes == "image" else _mask_example(info),
+                input_example=_example() if makes == "image" else _mask_example(info),
                 pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
                 registered_model_name=registry.model_name,
                 tags={CONTENT_TAG: content},
@@ -259,13 +259,11 @@ def _signature(info: BundleInfo) -> "ModelSignature":
     )
 
 
-def _example(info: BundleInfo) -> Any:
+def _example() -> Any:
+    """Without a label: it may be left out, and a prior or model that tells no classes apart refuses one."""
     import pandas as pd  # type: ignore[import-untyped]
 
-    columns: dict[str, list[Any]] = {"n": [2], "seed": [0]}
-    if info.classes:
-        columns["label"] = [info.classes[0]]
-    return pd.DataFrame(columns)
+    return pd.DataFrame({"n": [2], "seed": [0]})
 
 
 def _mask_signature(info: BundleInfo) -> "ModelSignature":

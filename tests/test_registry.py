@@ -197,6 +197,25 @@ def test_label_and_seed_may_be_left_out(generator: Any) -> None:
     assert not np.array_equal(first, second)  # without a seed, others each time
 
 
+def test_the_input_example_is_answered_whatever_the_prior(project: Project, tmp_path: Path) -> None:
+    """A prior that tells no classes apart refuses a label, on labelled data too."""
+    from types import SimpleNamespace
+
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{project.root}/mlflow.db")
+    example = mlflow.pyfunc.load_model("models:/medgen/1").input_example
+    other = Project(tmp_path)
+    write_model(other, seed=0)
+    latents, labels = torch.randn(64, 4, 4, 4), torch.arange(64) % 2
+    save_prior(other.prior, PRIORS["normal"].fit(latents, labels, 2, Prior()), bundle.digest(other.model))
+    from medgen.pyfunc import Generator
+
+    answering = Generator()
+    answering.load_context(SimpleNamespace(artifacts={"model": other.model, "prior": other.prior}))
+    assert answering.predict(None, example).shape == (2, 16, 16, 1)
+
+
 def test_find_model_fetches_a_version(project: Project) -> None:
     folder = registry.find_model(project, tracking=Tracking(), place="models:/medgen@candidate")
     for part in ("model/model.safetensors", "model/model.json", "prior/prior.safetensors", "prior/prior.json"):
