@@ -5,6 +5,7 @@ medgen evaluate
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from medgen.data.store import Split, Store, open_store
 from medgen.data.weights import WEIGHTS, checked_weights
 from medgen.distributed import pick_device
 from medgen.errors import UserError
-from medgen.evaluation_report import NO_INCEPTION, Row, findings, key_numbers, print_table, write_page
+from medgen.evaluation_report import NEXT_STEPS, NO_INCEPTION, Row, findings, key_numbers, print_table, write_page
 from medgen.figures import write_grid, write_images, write_pairs, write_stacks
 from medgen.files import write_atomic
 from medgen.metrics import generation, latent, privacy, reconstruction
@@ -58,8 +59,9 @@ class Subject:
 
     @property
     def num_latent(self) -> int:
-        """How many numbers a latent has."""
-        return torch.Size(self.model.latent_shape).numel()
+        """How many numbers a latent has; with a codebook, how many codes: a code's vector follows from its number."""
+        shape = self.model.latent_shape
+        return math.prod(shape if self.model.codes is None else shape[1:])
 
     @property
     def conditional(self) -> bool:
@@ -101,6 +103,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     model, info = bundle.load_for(store, project.model, device)
     for picture in (label_report.PICTURE, NEAREST):  # an earlier model's: this one may have none
         (project.figures / picture).unlink(missing_ok=True)
+    shutil.rmtree(project.images, ignore_errors=True)
     if not isinstance(model, GenerativeModel):
         return judge_masks(project, store, model, info, evaluate, tracking)
     subject = load(project, store, model, info, evaluate)
@@ -155,6 +158,7 @@ def judge_masks(
         rows,
         segmentation_report.findings(metrics),
         segmentation_report.PICTURES,
+        NEXT_STEPS,
     )
     record(project, info, params, tracking, metrics)
     print_table(rows)
@@ -209,8 +213,8 @@ def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor, d
     pca = reconstruction.pca_ssim(train, test, [min(count, most) for count in (subject.num_latent, *PCA_COMPONENTS)])
     metrics = {f"reconstruction/{name}": value for name, value in scores.items()}
     metrics["reconstruction/pca_ssim"] = pca[min(subject.num_latent, most)]
-    metrics["latent/active_units"] = latent.active_units(torch.cat(means))
-    if divergences:
+    if divergences:  # means are measured against N(0, I)
+        metrics["latent/active_units"] = latent.active_units(torch.cat(means))
         metrics["latent/kl_nats"] = float(torch.cat(divergences).mean())
     if codes:
         used = latent.codebook_use(torch.cat(codes), subject.info.model.num_codes)

@@ -20,6 +20,7 @@ PICTURES = {
     "progress.gif": "Samples from the first epoch to the last",
     "loss.png": "Loss by epoch, linear and logarithmic",
     "ssim.png": "SSIM of the validation split by epoch",
+    "codebook.png": "Codes in use on the validation split by epoch",
 }
 
 NO_INCEPTION = (
@@ -27,6 +28,12 @@ NO_INCEPTION = (
     "weights of the Inception network. Run `medgen weights fetch inception`, and `medgen evaluate` again."
 )
 
+NEXT_STEPS = (  # HTML
+    "<code>medgen ui</code> shows this run and the others, with curves and samples by epoch.",
+    "<code>medgen compare</code> puts runs side by side.",
+    "<code>reports/metrics.json</code> has every number, <code>reports/provenance.json</code> their origin.",
+)
+MORE_IMAGES = "<code>medgen generate --n 25 --out outputs/new</code> makes more images."
 
 LOW_USAGE = 0.5  # of a codebook
 LABEL_TOLERANCE = 0.05  # by which samples may agree less with their label than real images do
@@ -49,7 +56,7 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
     Args:
         metrics: the content of metrics.json.
         pca: SSIM by number of principal components.
-        num_latent: how many numbers the latent has.
+        num_latent: how many numbers the latent has; of a model with a codebook, how many codes.
     """
     m = {name: f"{value:.4g}" for name, value in metrics.items()}
     kid = [m[f"generation/kid_domain{end}"] for end in ("", "_ci_low", "_ci_high", "_floor")]
@@ -82,8 +89,9 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
         usage, perplexity = f"{metrics['latent/codebook_usage']:.1%}", m["latent/codebook_perplexity"]
         rows.append(Row("Codebook usage", usage, "", "share of all codes that occur in the test split"))
         rows.append(Row("Codebook perplexity", perplexity, "", "as many codes, evenly used, would say as much"))
-    active = f"{metrics['latent/active_units']:.0f}"
-    rows.append(Row("Active latent numbers", active, "", "vary with the image (variance above 0.01)"))
+    if "latent/active_units" in m:
+        active = f"{metrics['latent/active_units']:.0f}"
+        rows.append(Row("Active latent numbers", active, "", "vary with the image (variance above 0.01)"))
     return rows
 
 
@@ -145,7 +153,7 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
         found.append(
             "Samples can be told from test images (KID's interval lies above the real-against-real floor). Compare the "
             "pictures below: where reconstructions look as wrong as samples, train longer; where only samples do, "
-            "raise the KL weight (beta.end in train.phases) or take a smaller latent."
+            f"{_say_less(metrics)}."
         )
     else:
         found.append("KID does not tell samples from test images: its interval reaches the real-against-real floor.")
@@ -154,10 +162,16 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
     found += _privacy_findings(metrics)
     if metrics.get("latent/codebook_usage", 1.0) < LOW_USAGE:
         found.append(
-            f"Only {metrics['latent/codebook_usage']:.0%} of the codes are used: take fewer (model.num_codes), or let "
-            "them follow the encoder (model.codebook: ema)."
+            f"Only {metrics['latent/codebook_usage']:.0%} of the codes are used: take fewer (model.num_codes), or "
+            "train them another way (model.codebook)."
         )
     return found + _label_findings(metrics)
+
+
+def _say_less(metrics: Mapping[str, float]) -> str:
+    """What makes a latent say less, of a model with a KL term or without."""
+    weight = "raise the KL weight (beta.end in train.phases) or " if "latent/kl_nats" in metrics else ""
+    return f"{weight}take a smaller latent"
 
 
 def _privacy_findings(metrics: Mapping[str, float]) -> list[str]:
@@ -190,7 +204,7 @@ def _label_findings(metrics: Mapping[str, float]) -> list[str]:
     if (agreement := metrics.get("generation/label_agreement_wrong", 1.0)) < real - LABEL_TOLERANCE:
         found.append(
             f"Decoded with a wrong label, test images show it in {agreement:.0%} only: the latent still says the "
-            "class. Raise the KL weight (beta.end in train.phases) or take a smaller latent (model.latent_channels)."
+            f"class. To mend it, {_say_less(metrics)} (model.latent_channels)."
         )
     return found
 
@@ -212,6 +226,7 @@ def write_page(
     rows: Sequence[Row],
     findings: Sequence[str],
     pictures: Mapping[str, str] = PICTURES,
+    next_steps: Sequence[str] = (*NEXT_STEPS, MORE_IMAGES),
 ) -> None:
     """Writes one HTML page that needs no other file.
 
@@ -221,6 +236,7 @@ def write_page(
         rows: the key numbers.
         findings: sentences.
         pictures: file name -> caption.
+        next_steps: what to look at next, as HTML.
     """
     shown = "".join(
         figure((path.parent / "figures" / name).read_bytes(), Path(name).suffix.removeprefix("."), caption)
@@ -236,8 +252,5 @@ def write_page(
 <h2>Pictures</h2>{shown}
 <h2>What was trained</h2>{table((), facts.items())}
 <h2>What to look at next</h2>
-<ul><li><code>medgen ui</code> shows this run and the others, with curves and samples by epoch.</li>
-<li><code>medgen compare</code> puts runs side by side.</li>
-<li><code>medgen generate --n 25 --out outputs/new</code> makes more images.</li>
-<li><code>reports/metrics.json</code> has every number, <code>reports/provenance.json</code> their origin.</li></ul>"""
+<ul>{"".join(f"<li>{step}</li>" for step in next_steps)}</ul>"""
     write_atomic(path, page("medgen: evaluation", body))

@@ -110,9 +110,11 @@ def test_reconstruction_metrics_cover_every_test_image(judged: tuple[Project, di
 def test_again_is_the_same_bytes(judged: tuple[Project, dict[str, float]]) -> None:
     project, _ = judged
     before = {name: (project.reports / name).read_bytes() for name in REPORTS}
+    (project.images / "generated").mkdir(parents=True)  # of an earlier model
     torch.rand(3)
     evaluate.run(project, evaluate=SMALL, tracking=OFF)
     assert {name: (project.reports / name).read_bytes() for name in REPORTS} == before
+    assert not project.images.exists()
 
 
 def test_it_joins_the_record_of_the_training(judged: tuple[Project, dict[str, float]]) -> None:
@@ -357,3 +359,24 @@ def test_findings_follow_the_numbers(change: dict[str, float], words: list[str])
         words = [*words, "No sign of copied train images"]
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize("has_kl", [True, False])
+def test_advice_names_the_kl_weight_only_where_there_is_one(has_kl: bool) -> None:
+    metrics = {
+        "reconstruction/ssim": 0.9,
+        "reconstruction/pca_ssim": 0.8,
+        "generation/kid_domain_ci_low": 0.3,
+        "generation/kid_domain_floor": 0.1,
+        "generation/ms_ssim_diversity": 0.3,
+        "generation/ms_ssim_diversity_real": 0.3,
+        "generation/label_agreement_real": 0.9,
+        "generation/label_agreement_wrong": 0.1,
+        "latent/codebook_usage": 0.1,
+        "privacy/copy_rate": 0.01,
+        "privacy/held_out_limit": 0.5,
+        "run/num_test": 300,
+    }
+    text = " ".join(findings(metrics | ({"latent/kl_nats": 9.0} if has_kl else {})))
+    assert text.count("take a smaller latent") == 2 and text.count("raise the KL weight") == 2 * has_kl
+    assert "or train them another way (model.codebook)" in text

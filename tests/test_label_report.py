@@ -84,6 +84,8 @@ def test_a_codebook_is_judged_and_a_picture_of_an_earlier_model_goes(tiny_store:
     assert metrics["latent/codebook_perplexity"] == pytest.approx(expected, rel=1e-5)
     page = (project.reports / "index.html").read_text()
     assert "Codebook usage" in page and "Codebook perplexity" in page
+    assert "64 latent numbers" in page, "an 8x8 grid of codes"
+    assert "latent/active_units" not in metrics and "medgen generate" in page
     assert not stale.exists() and "generation/label_agreement" not in metrics
 
 

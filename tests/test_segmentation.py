@@ -109,7 +109,7 @@ def test_what_dvc_declares_is_there(done: tuple[Project, dict[str, float]], root
     assert json.loads((project.reports / "metrics.json").read_text()) == metrics
     page = (project.reports / "index.html").read_text()
     assert f"{metrics['segmentation/dice']:.4f}" in page and page.count("<img") == 5
-    assert "drawn through the prior" not in page
+    assert "drawn through the prior" not in page and "medgen generate" not in page and "medgen compare" in page
     with (project.reports / "curves.csv").open() as file:
         assert {"val/dice", "train/bce", "train/dice_loss"} <= set(next(csv.reader(file)))
 
