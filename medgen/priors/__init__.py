@@ -24,6 +24,7 @@ from medgen.files import write_folder
 from medgen.priors.flow import Flow
 from medgen.priors.gaussian import Gaussian, Normal
 from medgen.priors.gmm import GaussianMixture
+from medgen.priors.tokens import Tokens
 from medgen.types import Decoder
 
 
@@ -124,7 +125,7 @@ class LearnedPrior(Prior, Protocol):
 
 
 FITTED: dict[str, type[FittedPrior]] = {"normal": Normal, "gaussian": Gaussian, "gmm": GaussianMixture}
-LEARNED: dict[str, type[LearnedPrior]] = {"flow": Flow}
+LEARNED: dict[str, type[LearnedPrior]] = {"flow": Flow, "tokens": Tokens}
 PRIORS: dict[str, type[Prior]] = {**FITTED, **LEARNED}
 
 
