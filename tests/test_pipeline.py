@@ -1,5 +1,6 @@
 """dvc.yaml is held to the code, and runs end to end on a small set."""
 
+import ast
 import hashlib
 import importlib
 import inspect
@@ -15,6 +16,13 @@ from ruamel.yaml import YAML
 from medgen.config import Params, load
 
 STAGES = ("preprocess", "features", "train", "prior", "evaluate")
+CARRIERS = {  # code that carries a result from place to place and does not shape it
+    f"medgen/{name}.py"
+    for name in (
+        *("__init__", "data/__init__", "metrics/__init__", "types", "errors", "files", "machine", "progress"),
+        *("checkpoint", "distributed", "data/store", "data/weights", "data/download"),
+    )
+}
 NOT_DEPENDED_ON = {"tracking", "registry"}  # where a run is recorded does not change what it makes
 
 
@@ -35,6 +43,38 @@ def test_every_code_dependency_exists(pipeline, root):
         for path in stage["deps"]:
             if path.startswith("medgen/"):
                 assert (root / path).exists(), path
+
+
+def imported(module, root):
+    """Files of the package, from its root, that a module imports, and those that they import."""
+    found, ahead = set(), [module]
+    while ahead:
+        place = root.joinpath(*ahead.pop().split("."))
+        files = [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
+        for path in files:
+            if path.relative_to(root).as_posix() in found:
+                continue
+            found.add(path.relative_to(root).as_posix())
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    ahead += [name.name for name in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    ahead += [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+    return {path for path in found if path.startswith("medgen/")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_runs_again_when_code_that_shapes_its_result_changes(pipeline, root, stage):
+    deps = pipeline["stages"][stage]["deps"]
+    used = {path for path in imported(f"medgen.{stage}", root) if path not in CARRIERS}
+    assert f"medgen/{stage}.py" in used and "medgen/config.py" in used
+    left_out = {path for path in used if not any(path == dep or path.startswith(f"{dep}/") for dep in deps)}
+    assert not {path for path in left_out if not path.startswith("medgen/tracking/")}
+
+
+def test_every_picture_among_the_plots_is_made_by_a_stage(pipeline):
+    made = {path for stage in pipeline["stages"].values() for path in stage["outs"] if isinstance(path, str)}
+    assert {plot for plot in pipeline["plots"] if isinstance(plot, str)} <= made
 
 
 def test_every_params_file_is_valid_and_has_the_sections_dvc_asks_for(root, pipeline):

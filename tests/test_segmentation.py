@@ -101,7 +101,8 @@ def test_what_dvc_declares_is_there(done: tuple[Project, dict[str, float]], root
     from ruamel.yaml import YAML
 
     project, metrics = done
-    stages = YAML(typ="safe").load((root / "dvc.yaml").read_text())["stages"]
+    pipeline = YAML(typ="safe").load((root / "dvc.yaml").read_text())
+    stages = pipeline["stages"]
     for stage in ("preprocess", "train", "prior", "evaluate"):
         for out in stages[stage]["outs"]:
             assert (project.root / out).exists(), out
@@ -111,7 +112,10 @@ def test_what_dvc_declares_is_there(done: tuple[Project, dict[str, float]], root
     assert f"{metrics['segmentation/dice']:.4f}" in page and page.count("<img") == 5
     assert "drawn through the prior" not in page and "medgen generate" not in page and "medgen compare" in page
     with (project.reports / "curves.csv").open() as file:
-        assert {"val/dice", "train/bce", "train/dice_loss"} <= set(next(csv.reader(file)))
+        columns = set(next(csv.reader(file)))
+    assert {"val/dice", "train/bce", "train/dice_loss"} <= columns
+    for plot in (plot for plots in pipeline["plots"] if isinstance(plots, dict) for plot in plots.values()):
+        assert {plot["x"], *plot["y"]["reports/curves.csv"]} <= columns
 
 
 def test_it_learns_and_is_recorded(done: tuple[Project, dict[str, float]]) -> None:
