@@ -25,7 +25,7 @@ from medgen.config import seed_of
 from medgen.errors import UserError
 from medgen.priors.gaussian import class_frequencies
 
-SAMPLING_STEPS = 10  # the paper's figure 7 has its best between 8 and 12
+SAMPLING_STEPS = 10  # the paper finds its best between 8 and 12
 # of the Gumbel noise on log-probabilities at the first step, as in the paper's published code; measured on quantised
 # random fields: with 1 the places of a grid are too much alike, with 0 nearly all of one code
 CHOICE_TEMPERATURE = 4.5
@@ -193,7 +193,7 @@ class MaskedTransformer(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.bias = nn.Parameter(torch.zeros(num_codes))
         for embedding in (self.code.weight, self.label.weight, self.row, self.column):
-            nn.init.normal_(embedding, std=0.2)  # with 0.02, as is usual, hundreds of steps pass before it learns
+            nn.init.normal_(embedding, std=0.2)  # with 0.02, as is usual, it learns more slowly
         nn.init.constant_(self.norm.weight, 0.1)  # so that the first logits are near 0 all the same
 
     def forward(self, codes: Tensor, label: Tensor) -> Tensor:
