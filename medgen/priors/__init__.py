@@ -177,7 +177,6 @@ def class_index(label: str, classes: Sequence[str]) -> int:
     """The index of a class given by its name or its index.
 
     Raises:
-    Raises:
         UserError: there is no such class.
     """
     if label in classes:
@@ -190,6 +189,7 @@ def class_index(label: str, classes: Sequence[str]) -> int:
 def find_label(label: str, classes: Sequence[str], prior: Prior, model: Decoder) -> int:
     """The index of a class, given by its name or its index, to draw images of.
 
+    Raises:
         UserError: there is no such class, or neither prior nor model tells classes apart.
     """
     if not classes:
