@@ -6,10 +6,10 @@ x_t, t and the class, and moving noise along the mean gives latents. Times are l
 3.1): those near 0 and 1 are easy. Labels are dropped now and then, so that a label's strength can be chosen when
 sampling (Ho & Salimans 2022).
 
-Were the standardised latents white noise, the velocity would be (2t - 1) x_t / s² with s² = (1 - t)² + t², the
-variance of x_t. The network gives the rest, in units of the rest's own scale (the preconditioning of Karras et al.
-2022): it need not carry the noise through its layers. In y = x_t / s, which is x at both ends, the same way is
-dy/dt = network(y, t) / s². Steps are taken in y: exact where the network says nothing.
+The network gives only what differs from the velocity of Gaussian latents (path.py), in units of the path's own scale
+(the preconditioning of Karras et al. 2022): it need neither carry the noise through its layers nor find the latents'
+covariance, and before its first step the flow draws from the Gaussian. Steps are taken in y, which is x_t over its
+deviations along the principal axes: exact where the network says nothing.
 
 Shapes: N latents, B of them in a batch, D numbers in a flattened latent.
 """
@@ -23,13 +23,12 @@ from torch.nn import functional as F
 
 from medgen import config
 from medgen.config import seed_of
-from medgen.errors import UserError
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
+from medgen.priors.path import GaussianPath
 from medgen.priors.velocity import VelocityNetwork
 
 SAMPLING_STEPS = 25
 LABEL_DROPOUT = 0.1
-_SCALE_FLOOR = 0.1  # of the channel's root-mean-square deviation, and of all numbers' for a channel
 _BATCH_SIZE = 256  # latents that move together: bounds the memory of a large draw
 _SETTINGS = {"channels", "blocks", "dropout", "sampling_steps", "solver", "guidance"}
 
@@ -48,8 +47,7 @@ class Flow:
         prior: config.Prior,
     ) -> None:
         self.latent_shape = latent_shape
-        self.mean = tensors["mean"]  # (*latent_shape)
-        self.scale = tensors["scale"]  # (*latent_shape)
+        self.path = GaussianPath.restore(tensors)
         self.noise = tensors["noise"]  # (D,) root of the mean posterior variance; empty without one
         self.frequencies = tensors["frequencies"]  # (num_classes,)
         self.network = network
@@ -67,9 +65,9 @@ class Flow:
         codebook: Tensor | None = None,
     ) -> Self:
         """See `medgen.priors.LearnedPrior.start`; a codebook is not used."""
-        mean, scale = _mean_and_scale(latents.cpu())
+        path = GaussianPath.fit(latents.cpu())
         frequencies = class_frequencies(labels, num_classes)
-        tensors = {"mean": mean, "scale": scale, "noise": posterior_noise(variance), "frequencies": frequencies}
+        tensors = {**vars(path), "noise": posterior_noise(variance), "frequencies": frequencies}
         latent_shape = tuple(latents.shape[1:])
         conditional = prior.conditional and len(frequencies) > 0
         with torch.random.fork_rng():
@@ -79,11 +77,9 @@ class Flow:
 
     def velocity(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """Mean velocity of standardised latents (B, *latent_shape) at times (B,), given labels (B,), -1 for none."""
-        t = time.view(-1, *[1] * len(self.latent_shape))
-        square = (1.0 - t).square() + t.square()
-        scale = square.sqrt()
+        scale = self._scale(time)
         rest: Tensor = self.network(x / scale, time, labels).float()
-        return (2.0 * t - 1.0) / square * x + rest / scale
+        return self.path.velocity(x, time) + rest / scale
 
     def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error of the velocity over all numbers; see `medgen.priors.LearnedPrior.loss`."""
@@ -91,9 +87,10 @@ class Flow:
         time = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
         dropped = (torch.rand(len(latents), generator=generator) < LABEL_DROPOUT).to(latents.device)
         labels = labels.masked_fill(dropped, -1) if self.conditional else torch.full_like(labels, -1)
-        white = (latents.float() - self.mean.to(latents.device)) / self.scale.to(latents.device)
-        x = torch.lerp(noise, white, time.view(-1, *[1] * len(self.latent_shape)))
-        return F.mse_loss(self.velocity(x, time, labels), white - noise)
+        self.path = self.path.to(latents.device)
+        standard = self.path.standardise(latents)
+        x = torch.lerp(noise, standard, time.view(-1, *[1] * len(self.latent_shape)))
+        return F.mse_loss(self.velocity(x, time, labels), standard - noise)
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -107,6 +104,7 @@ class Flow:
         self._check(labels)
         device = next(self.network.parameters()).device
         noise = torch.randn(n, *self.latent_shape, generator=generator)
+        self.path = self.path.to(device)
         training = self.network.training
         self.network.eval()
         parts = [
@@ -114,12 +112,11 @@ class Flow:
             for rows in (slice(start, start + _BATCH_SIZE) for start in range(0, n, _BATCH_SIZE))
         ]
         self.network.train(training)
-        flat = (self.mean + self.scale * torch.cat(parts)).flatten(1)
-        return add_noise(flat, self.noise, generator).view(n, *self.latent_shape)
+        return add_noise(torch.cat(parts).flatten(1), self.noise, generator).view(n, *self.latent_shape)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values that `restore` takes."""
-        own = {name: getattr(self, name) for name in ("mean", "scale", "noise", "frequencies")}
+        own = {**vars(self.path), "noise": self.noise, "frequencies": self.frequencies}
         learnt = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in {**own, **learnt}.items()}
         settings = self.prior.model_dump(mode="json", include=_SETTINGS)
@@ -136,29 +133,38 @@ class Flow:
         network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
         return cls(latent_shape, tensors, network.eval(), conditional, prior)
 
-    def _move(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Noise (B, *latent_shape) -> standardised latents, by steps of Euler's or the midpoint rule."""
+    def _move(self, y: Tensor, labels: Tensor) -> Tensor:
+        """Noise (B, *latent_shape) -> latents, by steps of Euler's or the midpoint rule."""
         num_steps = self.prior.sampling_steps or SAMPLING_STEPS
         for step in range(num_steps):
-            ahead = x
+            time, ahead = y.new_full((len(y),), step / num_steps), y
             if self.prior.solver == "midpoint":
-                ahead = x + 0.5 / num_steps * self._slope(x, step / num_steps, labels)
-            middle = 0.5 if self.prior.solver == "midpoint" else 0.0
-            x = x + self._slope(ahead, (step + middle) / num_steps, labels) / num_steps
-        return x
+                ahead = y + 0.5 / num_steps * self._slope(y, time, labels)
+                time = time + 0.5 / num_steps
+            y = y + self._slope(ahead, time, labels) / num_steps
+        end = self.path.spread(y.new_ones(len(y))).sqrt()
+        return self.path.restore_scale(self.path.stretch(y, end))
 
-    def _slope(self, y: Tensor, time: float, labels: Tensor) -> Tensor:
-        """dy/dt of latents y = x / s (B, *latent_shape), with the label's strength of `prior.guidance`."""
-        guidance, times = self.prior.guidance, y.new_full((len(y),), time)
-        if guidance == 1.0 or not bool((labels >= 0).any()):
-            rest: Tensor = self.network(y, times, labels)
-        elif guidance == 0.0:
-            rest = self.network(y, times, torch.full_like(labels, -1))
-        else:
-            both = torch.cat([labels, torch.full_like(labels, -1)])
-            told, untold = self.network(y.repeat(2, *[1] * (y.dim() - 1)), times.repeat(2), both).chunk(2)
-            rest = torch.lerp(untold, told, guidance)
-        return rest.float() / ((1.0 - time) ** 2 + time**2)
+    def _slope(self, y: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """dy/dt of `y` (B, *latent_shape): what the network adds to a Gaussian's way, along which y stays."""
+        deviations, scale = self.path.spread(time).sqrt(), self._scale(time)
+        rest = self._guided(self.path.stretch(y, deviations) / scale, time, labels)
+        return self.path.stretch(rest / scale, 1.0 / deviations)
+
+    def _guided(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """The network's say with the label's strength of `prior.guidance`: untold + guidance · (told - untold)."""
+        guidance, none = self.prior.guidance, torch.full_like(labels, -1)
+        if guidance in (0.0, 1.0) or bool((labels < 0).all()):
+            told: Tensor = self.network(x, time, none if guidance == 0.0 else labels)
+            return told.float()
+        twice = x.repeat(2, *[1] * (x.dim() - 1))
+        told, untold = self.network(twice, time.repeat(2), torch.cat([labels, none])).float().chunk(2)
+        return torch.lerp(untold, told, guidance)
+
+    def _scale(self, time: Tensor) -> Tensor:
+        """Deviation of x_t were all variances 1, at times (B,): (B, 1 ...)."""
+        square = (1.0 - time).square() + time.square()
+        return square.sqrt().view(-1, *[1] * len(self.latent_shape))
 
     def _check(self, labels: Tensor) -> None:
         known = (self.frequencies > 0).nonzero()[:, 0].tolist()
@@ -169,29 +175,3 @@ class Flow:
 
 def _build(latent_shape: tuple[int, ...], num_classes: int, prior: config.Prior) -> VelocityNetwork:
     return VelocityNetwork(latent_shape, num_classes, prior.channels, prior.blocks, prior.dropout)
-
-
-def _mean_and_scale(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (*latent_shape) of each number of the latents (N, *latent_shape).
-
-    A number that hardly varies (a corner that is always black) gets a tenth of its channel's deviation at least, and a
-    channel a tenth of the whole latent's: the flow would spend itself on what the decoder does not notice.
-
-    Raises:
-        UserError: the latents are not finite, or do not vary.
-    """
-    latents = latents.double()
-    if not bool(torch.isfinite(latents).all()):
-        raise UserError("prior: the encoder gave NaN or infinite latents; run `medgen train` again")
-    mean = latents.mean(0)
-    variance = (latents - mean).square().mean(0)
-    # relative to the squares themselves: equal latents leave rounding errors only
-    if bool(variance.sum() <= 1e-12 * latents.square().mean(0).sum()):
-        raise UserError(
-            f"prior: the latents of {len(latents)} training images do not vary, so there is nothing to learn: too few "
-            "images, or the posterior collapsed (lower beta.end in train.phases, or set loss.free_bits)"
-        )
-    channels = variance.flatten(1).mean(1) if variance.dim() > 1 else variance
-    floor = _SCALE_FLOOR**2 * channels.clamp_min(_SCALE_FLOOR**2 * variance.mean())
-    floor = floor.view(-1, *[1] * (variance.dim() - 1))
-    return mean.float(), variance.clamp_min(floor).sqrt().float()

@@ -64,7 +64,7 @@ def two_classes():
     labels = (torch.arange(2000) % 4 == 3).long()
     latents = CENTRES[labels] + (torch.randn(2000, 1, 3, generator=generator) @ MIXING[labels])[:, 0]
     prior = Prior(name="flow", channels=16, blocks=2, dropout=0.0)
-    return train(Flow.start(latents, labels, 2, prior), latents, labels, steps=400)
+    return train(Flow.start(latents, labels, 2, prior), latents, labels, steps=250)
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -114,7 +114,7 @@ def test_sampler_follows_the_velocity_that_the_loss_trains(shape):
         for step in range(100):  # the midpoint rule in x itself
             half = x + flow.velocity(x, torch.full((4,), step / 100), labels) / 200
             x = x + flow.velocity(half, torch.full((4,), (step + 0.5) / 100), labels) / 100
-    np.testing.assert_allclose(drawn, flow.mean + flow.scale * x, atol=5e-3)
+    np.testing.assert_allclose(drawn, flow.path.restore_scale(x), atol=5e-3)
 
 
 @pytest.mark.parametrize("conditional", [True, False])
@@ -131,30 +131,48 @@ def test_loss_is_the_formula_written_out(conditional):
     assert 0 < kept.sum() < 30
     total = 0.0
     for latent, label, x0, t, keep in zip(latents, labels, noise, times, kept, strict=True):
-        x1 = (latent - flow.mean) / flow.scale
+        x1 = (latent - flow.path.mean) / flow.path.scale
         told = label if conditional and keep else torch.tensor(-1)
         predicted = flow.velocity(((1 - t) * x0 + t * x1)[None], t[None], told[None])[0]
         total += float(((predicted.detach() - (x1 - x0)) ** 2).mean())
     assert float(loss) == pytest.approx(total / 30, rel=1e-5)
 
 
-def test_untrained_velocity_is_exact_for_white_noise():
+def test_untrained_velocity_is_the_regression_of_gaussian_latents():
     generator = torch.Generator().manual_seed(0)
-    x0, x1 = torch.randn(2, 200_000, generator=generator)
-    for t in (0.1, 0.5, 0.8):
+    mixing = torch.randn(3, 3, generator=generator)
+    latents = torch.randn(100_000, 3, generator=generator) @ mixing
+    flow = Flow.start(latents, None, 0, Prior(channels=8, blocks=1))
+    x0, x1 = torch.randn(latents.shape, generator=generator), flow.path.standardise(latents)
+    for t in (0.0, 0.3, 0.8, 1.0):
         x = (1 - t) * x0 + t * x1
-        slope = np.polyfit(x, x1 - x0, 1)[0]  # the regression of the velocity on x is linear there
-        found = start((1,)).velocity(torch.ones(1, 1), torch.tensor([t]), torch.tensor([-1]))
-        assert float(found.detach()) == pytest.approx(slope, abs=0.01)
+        slopes = torch.linalg.lstsq(x, x1 - x0).solution  # the mean velocity given x is linear there
+        found = flow.velocity(torch.eye(3), torch.full((3,), t), torch.full((3,), -1)).detach()
+        np.testing.assert_allclose(found, slopes, atol=0.03, rtol=0.03)
+
+
+def test_untrained_flow_draws_the_moments_of_the_latents():
+    generator = torch.Generator().manual_seed(0)
+    latents = 2.0 + torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    flow = Flow.start(latents, None, 0, Prior(channels=8, blocks=1, sampling_steps=1))
+    drawn = flow.sample(20_000, None, generator)
+    np.testing.assert_allclose(drawn.mean(0), latents.mean(0), atol=0.1)
+    scale = float(latents.var(0).max())
+    np.testing.assert_allclose(np.cov(drawn.T) / scale, np.cov(latents.T) / scale, atol=0.04)
 
 
 @pytest.mark.parametrize(("shape", "solver"), itertools.product(SHAPES, ["euler", "midpoint"]))
-def test_untrained_flow_draws_white_noise_in_the_latents_own_scale(shape, solver):
+def test_untrained_flow_draws_exactly_its_base(shape, solver):
     flow = start(shape, variance=torch.full(shape, 0.25), solver=solver)
     drawn = flow.sample(5, torch.tensor([0, 1, 2, 2, -1]), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
-    expected = flow.mean + flow.scale * torch.randn(5, *shape, generator=generator)
-    assert torch.equal(drawn, expected + 0.5 * torch.randn(5, *shape[:1], *shape[1:], generator=generator))
+    path, white = flow.path, torch.randn(5, *shape, generator=generator)
+    factors = path.variances.sqrt().expand(5, -1)  # the same noise, stretched along the principal axes
+    base = path.mean + path.scale * path.stretch(white, factors)
+    assert torch.equal(drawn, base + 0.5 * torch.randn(5, *shape, generator=generator))
+    dense = path.directions.T @ torch.diag(factors[0, :-1] - factors[0, -1]) @ path.directions
+    matrix = dense + factors[0, -1] * torch.eye(len(dense))
+    np.testing.assert_allclose(path.stretch(white, factors).flatten(1), white.flatten(1) @ matrix, atol=1e-5)
     assert drawn.dtype == torch.float32
 
 
@@ -177,7 +195,7 @@ def test_neighbours_that_go_together_do_so_in_samples():
     fields = torch.randn(400, 1, 7, 7, generator=generator)
     latents = nn.functional.avg_pool2d(fields, 3, stride=1)  # (400, 1, 5, 5): neighbours share two thirds
     flow = Flow.start(latents, None, 0, Prior(channels=8, blocks=2, dropout=0.0, sampling_steps=8))
-    train(flow, latents, torch.full((400,), -1), steps=120, batch_size=64)
+    train(flow, latents, torch.full((400,), -1), steps=80, batch_size=64)
     drawn = flow.sample(400, None, generator)[:, 0]
     for apart, expected in ((1, 2 / 3), (3, 0.0)):
         found = np.corrcoef(drawn[:, :, :-apart].flatten(), drawn[:, :, apart:].flatten())[0, 1]
@@ -263,10 +281,10 @@ def test_numbers_that_hardly_vary_are_not_blown_up():
     latents[:, 0, 0] = 3.0  # always the same
     latents[:, 1] *= 1e-6
     flow = Flow.start(latents, None, 0, Prior(channels=8))
-    np.testing.assert_allclose(flow.scale[0, 1:], 1.0, atol=0.15)
-    np.testing.assert_allclose(flow.scale[0, 0], 0.1 * 0.75**0.5, rtol=0.05)
-    assert (flow.scale[1] > 0.005).all()
-    np.testing.assert_allclose(flow.mean, latents.mean(0), atol=1e-6)
+    np.testing.assert_allclose(flow.path.scale[0, 1:], 1.0, atol=0.15)
+    np.testing.assert_allclose(flow.path.scale[0, 0], 0.1 * 0.75**0.5, rtol=0.05)
+    assert (flow.path.scale[1] > 0.005).all()
+    np.testing.assert_allclose(flow.path.mean, latents.mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize(

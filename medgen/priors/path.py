@@ -1,0 +1,109 @@
+"""The straight path from noise to latents, and how it moves where latents are Gaussian.
+
+Between noise x0 and a standardised latent x1 lies x_t = (1 - t) x0 + t x1. Were latents Gaussian, with variances λ
+along their principal axes, then x_t would have the variances (1 - t)² + t² λ and the mean velocity, given x_t, would
+be (t λ - (1 - t)) / ((1 - t)² + t² λ) · x_t along each axis.
+
+Shapes: N latents, B of them in a batch, D numbers in a flattened latent, K axes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from medgen.errors import UserError
+from medgen.priors.axes import PrincipalAxes
+
+_MAX_AXES = 256  # bounds the matrix; the directions beyond share one variance
+_IMAGES_PER_AXIS = 12  # with more axes, unseen latents are less likely: the last ones are chance
+_SCALE_FLOOR = 0.1  # of the channel's root-mean-square deviation, and of all numbers' for a channel
+_VARIANCE_FLOOR = 1e-2  # of a standardised number's variance, 1
+
+
+@dataclass(frozen=True)
+class GaussianPath:
+    """Scales of the latents, and the variances of standardised latents along their principal axes."""
+
+    mean: Tensor  # (*latent_shape)
+    scale: Tensor  # (*latent_shape)
+    directions: Tensor  # (K, D) orthonormal rows
+    variances: Tensor  # (K + 1,), the last one that of every other direction
+
+    @classmethod
+    def fit(cls, latents: Tensor) -> Self:
+        """The path to latents (N, *latent_shape) on the CPU.
+
+        Raises:
+            UserError: the latents are not finite, or do not vary.
+        """
+        mean, scale = _mean_and_scale(latents.double())
+        flat = ((latents.double() - mean) / scale).flatten(1)
+        num, size = flat.shape
+        axes = PrincipalAxes.fit(flat)
+        kept = min(_MAX_AXES, max(1, num // _IMAGES_PER_AXIS), len(axes.scales))
+        variances = axes.scales.square()
+        others = variances[kept:].sum() / max(1, size - kept)
+        variances = torch.cat([variances[:kept], others[None]]).clamp_min(_VARIANCE_FLOOR)
+        return cls(mean.float(), scale.float(), axes.directions[:kept].float().contiguous(), variances.float())
+
+    def standardise(self, latents: Tensor) -> Tensor:
+        """Latents (B, *latent_shape) in units of their own scales."""
+        return (latents.float() - self.mean) / self.scale
+
+    def restore_scale(self, x: Tensor) -> Tensor:
+        """Standardised latents (B, *latent_shape) -> latents."""
+        return self.mean + self.scale * x
+
+    def spread(self, time: Tensor) -> Tensor:
+        """Variances (B, K + 1) of x_t at times (B,)."""
+        t = time[:, None]
+        return (1.0 - t).square() + t.square() * self.variances
+
+    def velocity(self, x: Tensor, time: Tensor) -> Tensor:
+        """Mean velocity of Gaussian latents that are at `x` (B, *latent_shape) at times (B,)."""
+        t = time[:, None]
+        return self.stretch(x, (t * self.variances - (1.0 - t)) / self.spread(time))
+
+    def stretch(self, x: Tensor, factors: Tensor) -> Tensor:
+        """`x` (B, *latent_shape) times `factors` (B, K + 1) along each axis and in all other directions."""
+        with torch.autocast(x.device.type, enabled=False):  # half precision would blur what is not learnt
+            flat, others = x.flatten(1), factors[:, -1:]
+            along = (factors[:, :-1] - others) * (flat @ self.directions.T)  # (B, K)
+            return (others * flat + along @ self.directions).view(x.shape)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The path whose fields are among `tensors`."""
+        return cls(**{name: tensors[name] for name in ("mean", "scale", "directions", "variances")})
+
+
+def _mean_and_scale(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (*latent_shape) of each number of the latents (N, *latent_shape), float64.
+
+    A number that hardly varies (a corner that is always black) gets a tenth of its channel's deviation at least, and a
+    channel a tenth of the whole latent's: the flow would spend itself on what the decoder does not notice.
+
+    Raises:
+        UserError: the latents are not finite, or do not vary.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        raise UserError("prior: the encoder gave NaN or infinite latents; run `medgen train` again")
+    mean = latents.mean(0)
+    variance = (latents - mean).square().mean(0)
+    # relative to the squares themselves: equal latents leave rounding errors only
+    if bool(variance.sum() <= 1e-12 * latents.square().mean(0).sum()):
+        raise UserError(
+            f"prior: the latents of {len(latents)} training images do not vary, so there is nothing to learn: too few "
+            "images, or the posterior collapsed (lower beta.end in train.phases, or set loss.free_bits)"
+        )
+    channels = variance.flatten(1).mean(1) if variance.dim() > 1 else variance
+    floor = _SCALE_FLOOR**2 * channels.clamp_min(_SCALE_FLOOR**2 * variance.mean())
+    floor = floor.view(-1, *[1] * (variance.dim() - 1))
+    return mean, variance.clamp_min(floor).sqrt()
