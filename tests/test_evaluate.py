@@ -19,7 +19,7 @@ from medgen.evaluation_report import findings
 from medgen.figures import write_grid
 from medgen.metrics import generation, inception, reconstruction
 from medgen.models import build_model
-from medgen.priors import PRIORS, save_prior
+from medgen.priors import FITTED, save_prior
 from medgen.tracking import history, read_run
 
 OFF = Tracking(enabled=False)
@@ -65,7 +65,7 @@ def trained(project: Project, prior: str = "gmm", conditional: bool = True) -> P
     labels = torch.from_numpy(train.labels.copy())
     params = Prior(conditional=conditional, components=(1,))
     save_prior(
-        project.prior, PRIORS[prior].fit(means, labels, len(store.classes), params), bundle.digest(project.model)
+        project.prior, FITTED[prior].fit(means, labels, len(store.classes), params), bundle.digest(project.model)
     )
     features.run(project, features=Features(width=8, epochs=1))
     return project

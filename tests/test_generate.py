@@ -16,7 +16,7 @@ from medgen.data.images import read_image
 from medgen.data.squares import to_square
 from medgen.errors import UserError
 from medgen.models import build_model
-from medgen.priors import PRIORS, save_prior
+from medgen.priors import FITTED, save_prior
 from medgen.types import Latent
 
 MODEL = Model(base_channels=8, max_channels=16, latent_channels=4, latent_size=4, attention_resolutions=())
@@ -41,7 +41,7 @@ def build(root, prior="gmm", classes=CLASSES):
     )
     labels = torch.arange(180) % 2 * 2 if classes else torch.full((180,), -1)  # no image of class 1
     latents = torch.randn(180, 4, 4, 4) + 5.0 * labels[:, None, None, None]
-    fitted = PRIORS[prior].fit(latents, labels, len(classes), Prior(components=(1,)))
+    fitted = FITTED[prior].fit(latents, labels, len(classes), Prior(components=(1,)))
     save_prior(project.prior, fitted, bundle.digest(project.model))
     return project
 
@@ -185,7 +185,7 @@ def build_flat(root, sizes, prior="gaussian"):
         torch.nn.init.normal_(parameter)  # as built, all latents give nearly one picture
     bundle.save(project.model, model, dataclasses.replace(INFO, model=sizes))
     latents = torch.randn(90, 6) * torch.tensor([0.1, 3.0, 0.5, 1.0, 0.2, 2.0]) + 1.0
-    fitted = PRIORS[prior].fit(latents, torch.arange(90) % 3, 3, Prior(components=(1,)))
+    fitted = FITTED[prior].fit(latents, torch.arange(90) % 3, 3, Prior(components=(1,)))
     save_prior(project.prior, fitted, bundle.digest(project.model))
     return project, model, latents
 

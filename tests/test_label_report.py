@@ -16,7 +16,7 @@ from medgen.evaluation_report import findings
 from medgen.metrics.features import load_extractor
 from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model
-from medgen.priors import PRIORS, load_prior, sample_images, save_prior
+from medgen.priors import FITTED, load_prior, sample_images, save_prior
 from medgen.types import Latent
 
 OFF = Tracking(enabled=False)
@@ -39,7 +39,7 @@ def judge(store_folder: Path, root: Path, sizes: Model) -> tuple[Project, dict[s
     labels = torch.from_numpy(train.labels.copy())
     with torch.no_grad():
         means = model.encode(torch.from_numpy(train.images.copy()).float() / 255, labels).mean
-    prior = PRIORS["gaussian"].fit(means, labels, len(store.classes), Prior())
+    prior = FITTED["gaussian"].fit(means, labels, len(store.classes), Prior())
     save_prior(project.prior, prior, bundle.digest(project.model))
     features.run(project, features=Features(width=8, epochs=1))
     return project, evaluate.run(project, evaluate=SMALL, tracking=OFF), model

@@ -1,5 +1,6 @@
 """`medgen prior`: from store and model to a fitted prior, its record, and clear words when something is missing."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -11,9 +12,9 @@ from medgen import bundle, prior
 from medgen.bundle import BundleInfo
 from medgen.config import Model, Preprocess, Prior, Tracking
 from medgen.data.store import open_store
-from medgen.errors import UserError
+from medgen.errors import NonFiniteError, UserError
 from medgen.models import build_model
-from medgen.priors import PRIORS, load_prior
+from medgen.priors import FITTED, load_prior
 from medgen.tracking import history, read_run
 
 MODEL = Model(base_channels=8, max_channels=16, latent_channels=4, latent_size=4, attention_resolutions=())
@@ -38,7 +39,7 @@ def project(tiny_project):
     return tiny_project
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", FITTED)
 def test_fits_and_records(project, name):
     fitted = prior.run(project, prior=Prior(name=name), tracking=QUIET)
     assert load_prior(project.prior, bundle.digest(project.model)).name == fitted.name == name
@@ -90,7 +91,7 @@ def test_too_many_latents_are_thinned(project, monkeypatch):
 
 def test_unsplit_classes_do_not_break_the_check():
     latents, labels = torch.randn(120, 5), torch.arange(120) % 2
-    fitted = PRIORS["gmm"].fit(latents, labels, 3, Prior())  # class 2 has no training image
+    fitted = FITTED["gmm"].fit(latents, labels, 3, Prior())  # class 2 has no training image
     seen = prior.Encoded(torch.randn(6, 5), torch.tensor([0, 1, 2, 2, 1, 0]), None, [])
     value = prior.mean_log_likelihood(fitted, seen)
     assert value == value
@@ -120,3 +121,74 @@ def test_no_warning_escapes(project):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prior.run(project, prior=Prior(components=(1, 2)), tracking=QUIET)
+
+
+SMALL_FLOW = Prior(name="flow", channels=8, blocks=1, epochs=2, batch_size=4, sampling_steps=2)
+
+
+@pytest.fixture
+def short_epochs(monkeypatch):
+    monkeypatch.setattr(prior.LatentTask, "num_batches", 4)
+
+
+def trained(project, params=SMALL_FLOW):
+    prior.run(project, prior=params, tracking=QUIET)
+    return {path.name: path.read_bytes() for path in project.prior.iterdir()}
+
+
+def test_a_learned_prior_is_trained_kept_and_recorded(project, short_epochs):
+    trained(project)
+    made = load_prior(project.prior, bundle.digest(project.model))
+    assert made.name == "flow" and made.conditional
+    run = project.runs / "0123456789ab"
+    (metrics,) = history(run)
+    assert {"prior/train_loss", "prior/val_loss"} == set(metrics) - {"step"}
+    assert read_run(run).params["prior.epochs"] == "2" or read_run(run).params["prior.epochs"] == 2
+    (scratch,) = run.glob("prior_*")
+    losses = [record["val/loss"] for record in history(scratch)]
+    assert metrics["prior/val_loss"] == pytest.approx(min(losses)), "the epoch that fits held-out latents best"
+    assert (scratch / "prior_samples.png").stat().st_size > 0 and (scratch / "prior_loss.png").stat().st_size > 0
+
+
+def test_an_interrupted_prior_ends_as_an_uninterrupted_one(project, short_epochs, monkeypatch):
+    whole = trained(project)
+    shutil.rmtree(project.prior)
+    shutil.rmtree(project.runs)
+    losses, number = prior.LatentTask.losses, iter(range(100))
+
+    def killed(self, network, position, phase, epoch):
+        if next(number) == 6:
+            raise KeyboardInterrupt
+        return losses(self, network, position, phase, epoch)
+
+    monkeypatch.setattr(prior.LatentTask, "losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(project)
+    assert trained(project) == whole
+
+
+def test_how_it_is_sampled_does_not_train_it_anew(project, short_epochs, monkeypatch):
+    trained(project)
+    monkeypatch.setattr(prior.LatentTask, "losses", lambda *_: pytest.fail("trained again"))
+    trained(project, SMALL_FLOW.model_copy(update={"sampling_steps": 3, "solver": "euler", "guidance": 2.0}))
+    meta = json.loads((project.prior / "prior.json").read_text())
+    assert meta["prior"]["sampling_steps"] == 3 and meta["prior"]["guidance"] == 2.0
+
+
+def test_a_prior_that_goes_infinite_is_stopped_and_named(project, short_epochs, monkeypatch):
+    losses = prior.LatentTask.losses
+
+    def infinite(self, network, position, phase, epoch):
+        found = losses(self, network, position, phase, epoch)
+        return dataclasses.replace(found, total=found.total * torch.inf) if position == 5 else found
+
+    monkeypatch.setattr(prior.LatentTask, "losses", infinite)
+    with pytest.raises(NonFiniteError, match="not finite at step 5"):
+        trained(project)
+    (report,) = project.runs.glob("*/prior_*/nonfinite_step_5_*.json")
+    assert len(json.loads(report.read_text())["files"]) == 4
+
+
+def test_tokens_are_refused_where_latents_are_no_codes(project):
+    with pytest.raises(UserError, match=r"prior\.name: tokens needs a model whose latents are made of codes"):
+        prior.run(project, prior=Prior(name="tokens"), tracking=QUIET)

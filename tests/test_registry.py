@@ -20,7 +20,7 @@ from medgen.bundle import BundleInfo
 from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
 from medgen.errors import UserError
 from medgen.models import build_model
-from medgen.priors import PRIORS, load_prior, sample_images, save_prior
+from medgen.priors import FITTED, load_prior, sample_images, save_prior
 from medgen.tracking import Tracker, lineage
 from medgen.tracking.mirror import MIRROR, connect
 
@@ -50,7 +50,7 @@ def write_model(project: Project, seed: int, run: str = RUN) -> None:
     bundle.save(project.model, model, BundleInfo(MODEL, preprocess, SHAPE, ("NORMAL", "ILL"), DATASET, run, "2.15"))
     latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
     save_prior(
-        project.prior, PRIORS["gmm"].fit(latents, labels, 2, Prior(components=(1,))), bundle.digest(project.model)
+        project.prior, FITTED["gmm"].fit(latents, labels, 2, Prior(components=(1,))), bundle.digest(project.model)
     )
 
 
@@ -208,7 +208,7 @@ def test_the_input_example_is_answered_whatever_the_prior(project: Project, tmp_
     other = Project(tmp_path)
     write_model(other, seed=0)
     latents, labels = torch.randn(64, 4, 4, 4), torch.arange(64) % 2
-    save_prior(other.prior, PRIORS["normal"].fit(latents, labels, 2, Prior()), bundle.digest(other.model))
+    save_prior(other.prior, FITTED["normal"].fit(latents, labels, 2, Prior()), bundle.digest(other.model))
     from medgen.pyfunc import Generator
 
     answering = Generator()

@@ -11,7 +11,7 @@ from torch import nn
 
 from medgen.config import Prior
 from medgen.errors import UserError
-from medgen.priors import PRIORS, load_prior, sample_images, save_prior
+from medgen.priors import FITTED, load_prior, sample_images, save_prior
 from medgen.priors.axes import PrincipalAxes
 
 SHAPES = [(4, 3, 3), (7,)]
@@ -31,12 +31,12 @@ def make(shape, counts, seed=0):
 
 def fit(name, shape=(4, 3, 3), counts=(200, 22, 400), variance=None, **params):
     latents, labels = make(shape, counts)
-    return PRIORS[name].fit(latents, labels, len(counts), Prior(name=name, **params), variance)
+    return FITTED[name].fit(latents, labels, len(counts), Prior(name=name, **params), variance)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", FITTED)
 def test_draws_have_the_latent_shape_and_follow_the_seed(name, shape, counts):
     prior = fit(name, shape, counts)
     first = prior.sample(10, None, torch.Generator().manual_seed(3))
@@ -47,7 +47,7 @@ def test_draws_have_the_latent_shape_and_follow_the_seed(name, shape, counts):
     assert torch.isfinite(prior.log_likelihood(first)).all()
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", FITTED)
 def test_saved_prior_draws_the_same_and_has_the_same_bytes(name, tmp_path):
     prior = fit(name, variance=torch.full((4, 3, 3), 0.1))
     save_prior(tmp_path / "a", prior, "m")
@@ -86,7 +86,7 @@ def test_prior_of_another_model_is_refused(tmp_path):
 
 def test_gaussian_has_the_moments_of_the_latents():
     latents, labels = make((6,), (500,))
-    prior = PRIORS["gaussian"].fit(latents, labels, 1, Prior())
+    prior = FITTED["gaussian"].fit(latents, labels, 1, Prior())
     axes = prior.axes
     covariance = axes.directions.T @ torch.diag(axes.scales.square()) @ axes.directions
     np.testing.assert_allclose(covariance, np.cov(latents.numpy().T), rtol=1e-4, atol=1e-4)
@@ -99,7 +99,7 @@ def test_gaussian_has_the_moments_of_the_latents():
 def test_gaussian_adds_the_posterior_variance_to_the_covariance_of_the_means():
     latents, labels = make((3,), (500,))
     variance = torch.tensor([5.0, 0.0, 20.0])
-    prior = PRIORS["gaussian"].fit(latents, labels, 1, Prior(), variance)
+    prior = FITTED["gaussian"].fit(latents, labels, 1, Prior(), variance)
     drawn = prior.sample(300_000, None, torch.Generator().manual_seed(0)).numpy()
     np.testing.assert_allclose(np.cov(drawn.T), np.cov(latents.numpy().T) + np.diag(variance), rtol=0.05, atol=0.1)
 
@@ -117,7 +117,7 @@ def test_log_likelihood_is_scipys(name):
     latents = torch.randn(400, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0])
     latents[:, 0] += 10.0 * (torch.arange(400) % 2)  # two clusters for the mixture
     labels = torch.zeros(400, dtype=torch.long)
-    prior = PRIORS[name].fit(latents, labels, 1, Prior(variance_kept=1.0, components=(2,)))
+    prior = FITTED[name].fit(latents, labels, 1, Prior(variance_kept=1.0, components=(2,)))
     axes = prior.axes
     scaled = axes.scales[:, None].double() * axes.directions.double()  # latent = mean + white @ scaled
     if name == "gaussian":
@@ -142,7 +142,7 @@ def test_held_out_likelihood_finds_the_clusters(num_clusters):
     centres = 6.0 * torch.eye(4)[:num_clusters]
     owner = torch.arange(800) % num_clusters
     latents = centres[owner] + torch.randn(800, 4, generator=generator)
-    prior = PRIORS["gmm"].fit(latents, None, 0, Prior(variance_kept=1.0, components=(1, 2, 4, 8)))
+    prior = FITTED["gmm"].fit(latents, None, 0, Prior(variance_kept=1.0, components=(1, 2, 4, 8)))
     assert prior.choices[0]["components"] == num_clusters
     found = prior.axes.colour(prior.centres)  # (M, D)
     nearest = torch.cdist(centres, found).min(1).values
@@ -155,7 +155,7 @@ def test_mixture_beats_the_gaussian_on_unseen_clusters():
     generator = torch.Generator().manual_seed(1)
     latents = 8.0 * torch.eye(4)[torch.arange(1200) % 4] + torch.randn(1200, 4, generator=generator)
     used, unseen = latents[:800], latents[800:]
-    scores = {n: PRIORS[n].fit(used, None, 0, Prior()).log_likelihood(unseen).mean() for n in PRIORS}
+    scores = {n: FITTED[n].fit(used, None, 0, Prior()).log_likelihood(unseen).mean() for n in FITTED}
     assert scores["gmm"] > scores["gaussian"] > scores["normal"]
 
 
@@ -201,12 +201,12 @@ def test_unconditional_mixture_ignores_labels_but_knows_their_frequency():
 )
 def test_latents_without_information_are_refused(latents, message):
     with pytest.raises(UserError, match=message):
-        PRIORS["gmm"].fit(latents, None, 0, Prior())
+        FITTED["gmm"].fit(latents, None, 0, Prior())
 
 
 @pytest.mark.parametrize("num", [1, 40])
 def test_gaussian_of_equal_latents_draws_their_value(num):
-    prior = PRIORS["gaussian"].fit(torch.full((num, 5), 3.0), None, 0, Prior())
+    prior = FITTED["gaussian"].fit(torch.full((num, 5), 3.0), None, 0, Prior())
     assert torch.equal(prior.sample(2, None, torch.Generator()), torch.full((2, 5), 3.0))
 
 
