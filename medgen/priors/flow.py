@@ -8,8 +8,8 @@ sampling (Ho & Salimans 2022).
 
 The network gives only what differs from the velocity of Gaussian latents (path.py), in units of the path's own scale
 (the preconditioning of Karras et al. 2022): it need neither carry the noise through its layers nor find the latents'
-covariance, and before its first step the flow draws from the Gaussian. Steps are taken in y, which is x_t over its
-deviations along the principal axes: exact where the network says nothing.
+covariance and the classes' centres, and untrained the flow draws from those Gaussians. Steps are taken in y, which is
+x_t less its mean and over its deviations along the principal axes: exact where the network says nothing.
 
 Shapes: N latents, B of them in a batch, D numbers in a flattened latent.
 """
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from medgen import config
 from medgen.config import seed_of
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
-from medgen.priors.path import GaussianPath
+from medgen.priors.path import GaussianPath, expand
 from medgen.priors.velocity import VelocityNetwork
 
 SAMPLING_STEPS = 25
@@ -65,11 +65,12 @@ class Flow:
         codebook: Tensor | None = None,
     ) -> Self:
         """See `medgen.priors.LearnedPrior.start`; a codebook is not used."""
-        path = GaussianPath.fit(latents.cpu())
         frequencies = class_frequencies(labels, num_classes)
+        conditional = prior.conditional and len(frequencies) > 0
+        known = labels.cpu() if labels is not None and conditional else torch.full((len(latents),), -1)
+        path = GaussianPath.fit(latents.cpu(), known, len(frequencies) if conditional else 0)
         tensors = {**vars(path), "noise": posterior_noise(variance), "frequencies": frequencies}
         latent_shape = tuple(latents.shape[1:])
-        conditional = prior.conditional and len(frequencies) > 0
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(prior.seed))
             network = _build(latent_shape, len(frequencies) if conditional else 0, prior)
@@ -77,9 +78,9 @@ class Flow:
 
     def velocity(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """Mean velocity of standardised latents (B, *latent_shape) at times (B,), given labels (B,), -1 for none."""
-        scale = self._scale(time)
+        scale = _scale(time, x)
         rest: Tensor = self.network(x / scale, time, labels).float()
-        return self.path.velocity(x, time) + rest / scale
+        return self.path.velocity(x, time, labels) + rest / scale
 
     def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error of the velocity over all numbers; see `medgen.priors.LearnedPrior.loss`."""
@@ -89,7 +90,7 @@ class Flow:
         labels = labels.masked_fill(dropped, -1) if self.conditional else torch.full_like(labels, -1)
         self.path = self.path.to(latents.device)
         standard = self.path.standardise(latents)
-        x = torch.lerp(noise, standard, time.view(-1, *[1] * len(self.latent_shape)))
+        x = torch.lerp(noise, standard, expand(time, noise))
         return F.mse_loss(self.velocity(x, time, labels), standard - noise)
 
     @torch.no_grad()
@@ -142,14 +143,18 @@ class Flow:
                 ahead = y + 0.5 / num_steps * self._slope(y, time, labels)
                 time = time + 0.5 / num_steps
             y = y + self._slope(ahead, time, labels) / num_steps
-        end = self.path.spread(y.new_ones(len(y))).sqrt()
-        return self.path.restore_scale(self.path.stretch(y, end))
+        return self.path.restore_scale(self._place(y, y.new_ones(len(y)), labels))
+
+    def _place(self, y: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """x_t where Gaussian latents of the class, its strength counted in, would come to from the noise `y`."""
+        centre = self.prior.guidance * self.path.centres[labels + 1]
+        return expand(time, y) * centre + self.path.stretch(y, self.path.spread(time).sqrt())
 
     def _slope(self, y: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """dy/dt of `y` (B, *latent_shape): what the network adds to a Gaussian's way, along which y stays."""
-        deviations, scale = self.path.spread(time).sqrt(), self._scale(time)
-        rest = self._guided(self.path.stretch(y, deviations) / scale, time, labels)
-        return self.path.stretch(rest / scale, 1.0 / deviations)
+        """dy/dt of `y` (B, *latent_shape), where x_t = _place(y, t): what the network adds to the Gaussian's way."""
+        x = self._place(y, time, labels)
+        scale = _scale(time, x)
+        return self.path.stretch(self._guided(x / scale, time, labels) / scale, self.path.spread(time).rsqrt())
 
     def _guided(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """The network's say with the label's strength of `prior.guidance`: untold + guidance · (told - untold)."""
@@ -161,11 +166,6 @@ class Flow:
         told, untold = self.network(twice, time.repeat(2), torch.cat([labels, none])).float().chunk(2)
         return torch.lerp(untold, told, guidance)
 
-    def _scale(self, time: Tensor) -> Tensor:
-        """Deviation of x_t were all variances 1, at times (B,): (B, 1 ...)."""
-        square = (1.0 - time).square() + time.square()
-        return square.sqrt().view(-1, *[1] * len(self.latent_shape))
-
     def _check(self, labels: Tensor) -> None:
         known = (self.frequencies > 0).nonzero()[:, 0].tolist()
         missing = sorted(set(labels.tolist()) - {-1, *known})
@@ -175,3 +175,8 @@ class Flow:
 
 def _build(latent_shape: tuple[int, ...], num_classes: int, prior: config.Prior) -> VelocityNetwork:
     return VelocityNetwork(latent_shape, num_classes, prior.channels, prior.blocks, prior.dropout)
+
+
+def _scale(time: Tensor, x: Tensor) -> Tensor:
+    """Deviation of x_t at times (B,) were all variances 1: (B, 1 ...)."""
+    return expand(((1.0 - time).square() + time.square()).sqrt(), x)

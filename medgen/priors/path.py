@@ -1,8 +1,9 @@
 """The straight path from noise to latents, and how it moves where latents are Gaussian.
 
-Between noise x0 and a standardised latent x1 lies x_t = (1 - t) x0 + t x1. Were latents Gaussian, with variances λ
-along their principal axes, then x_t would have the variances (1 - t)² + t² λ and the mean velocity, given x_t, would
-be (t λ - (1 - t)) / ((1 - t)² + t² λ) · x_t along each axis.
+Between noise x0 and a standardised latent x1 lies x_t = (1 - t) x0 + t x1. Were the latents of a class Gaussian, around
+a centre μ and with variances λ along principal axes that all classes share, then x_t would have the mean t μ and the
+variances (1 - t)² + t² λ, and the mean velocity, given x_t, would along each axis be
+μ + (t λ - (1 - t)) / ((1 - t)² + t² λ) · (x_t - t μ).
 
 Shapes: N latents, B of them in a batch, D numbers in a flattened latent, K axes.
 """
@@ -25,29 +26,33 @@ _VARIANCE_FLOOR = 1e-2  # of a standardised number's variance, 1
 
 @dataclass(frozen=True)
 class GaussianPath:
-    """Scales of the latents, and the variances of standardised latents along their principal axes."""
+    """Scales of the latents; centres of standardised latents, and their variances along principal axes."""
 
     mean: Tensor  # (*latent_shape)
     scale: Tensor  # (*latent_shape)
+    centres: Tensor  # (num_classes + 1, *latent_shape), the first one, 0, that of latents without a label
     directions: Tensor  # (K, D) orthonormal rows
     variances: Tensor  # (K + 1,), the last one that of every other direction
 
     @classmethod
-    def fit(cls, latents: Tensor) -> Self:
-        """The path to latents (N, *latent_shape) on the CPU.
+    def fit(cls, latents: Tensor, labels: Tensor, num_classes: int) -> Self:
+        """The path to latents (N, *latent_shape) with labels (N,), -1 where unlabelled, on the CPU.
 
         Raises:
             UserError: the latents are not finite, or do not vary.
         """
         mean, scale = _mean_and_scale(latents.double())
-        flat = ((latents.double() - mean) / scale).flatten(1)
+        standard = (latents.double() - mean) / scale
+        centres = _centres(standard, labels, num_classes)
+        flat = (standard - centres[labels + 1]).flatten(1)
         num, size = flat.shape
         axes = PrincipalAxes.fit(flat)
         kept = min(_MAX_AXES, max(1, num // _IMAGES_PER_AXIS), len(axes.scales))
         variances = axes.scales.square()
         others = variances[kept:].sum() / max(1, size - kept)
         variances = torch.cat([variances[:kept], others[None]]).clamp_min(_VARIANCE_FLOOR)
-        return cls(mean.float(), scale.float(), axes.directions[:kept].float().contiguous(), variances.float())
+        directions = axes.directions[:kept].contiguous()
+        return cls(*(tensor.float() for tensor in (mean, scale, centres, directions, variances)))
 
     def standardise(self, latents: Tensor) -> Tensor:
         """Latents (B, *latent_shape) in units of their own scales."""
@@ -62,10 +67,11 @@ class GaussianPath:
         t = time[:, None]
         return (1.0 - t).square() + t.square() * self.variances
 
-    def velocity(self, x: Tensor, time: Tensor) -> Tensor:
-        """Mean velocity of Gaussian latents that are at `x` (B, *latent_shape) at times (B,)."""
-        t = time[:, None]
-        return self.stretch(x, (t * self.variances - (1.0 - t)) / self.spread(time))
+    def velocity(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """Mean velocity of Gaussian latents of classes (B,) that are at `x` (B, *latent_shape) at times (B,)."""
+        t, centre = time[:, None], self.centres[labels + 1]
+        factors = (t * self.variances - (1.0 - t)) / self.spread(time)
+        return centre + self.stretch(x - expand(time, x) * centre, factors)
 
     def stretch(self, x: Tensor, factors: Tensor) -> Tensor:
         """`x` (B, *latent_shape) times `factors` (B, K + 1) along each axis and in all other directions."""
@@ -81,7 +87,27 @@ class GaussianPath:
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The path whose fields are among `tensors`."""
-        return cls(**{name: tensors[name] for name in ("mean", "scale", "directions", "variances")})
+        return cls(**{name: tensors[name] for name in ("mean", "scale", "centres", "directions", "variances")})
+
+
+def expand(time: Tensor, x: Tensor) -> Tensor:
+    """Times (B,) as (B, 1 ...), to go with `x` (B, *latent_shape)."""
+    return time.view(-1, *[1] * (x.dim() - 1))
+
+
+def _centres(standard: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Centres (num_classes + 1, *latent_shape) of standardised latents, those of rare classes drawn towards 0.
+
+    A mean of few latents is mostly chance; it is shrunk by chance's share of its square (James & Stein 1961).
+    """
+    centres = standard.new_zeros(num_classes + 1, *standard.shape[1:])
+    for label in range(num_classes):
+        rows = standard[labels == label]
+        if len(rows) > 1:  # one latent alone does not say how far its class spreads
+            centre = rows.mean(0)
+            chance = rows.var(0).sum() / len(rows)
+            centres[label + 1] = centre * (1.0 - chance / centre.square().sum()).clamp_min(0.0)
+    return centres
 
 
 def _mean_and_scale(latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,6 @@ class Condition(nn.Module):
         self.num_frequencies = channels // 2
         self.time = nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
         self.label = nn.Embedding(num_classes + 1, 4 * channels)  # row 0 is "no label"
-        nn.init.normal_(self.label.weight, std=0.02)
 
     def forward(self, time: Tensor, label: Tensor) -> Tensor:
         """Times (B,) and labels (B,) -> (B, 4·C)."""

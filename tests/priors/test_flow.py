@@ -64,18 +64,18 @@ def two_classes():
     labels = (torch.arange(2000) % 4 == 3).long()
     latents = CENTRES[labels] + (torch.randn(2000, 1, 3, generator=generator) @ MIXING[labels])[:, 0]
     prior = Prior(name="flow", channels=16, blocks=2, dropout=0.0)
-    return train(Flow.start(latents, labels, 2, prior), latents, labels, steps=250)
+    return train(Flow.start(latents, labels, 2, prior), latents, labels, steps=150)
 
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_class_has_the_mean_and_covariance_it_was_shown(two_classes, label):
-    drawn = draw(two_classes, 3000, label, sampling_steps=10).numpy()
+    drawn = draw(two_classes, 2000, label, sampling_steps=10).numpy()
     np.testing.assert_allclose(drawn.mean(0), CENTRES[label], atol=0.2)
     np.testing.assert_allclose(np.cov(drawn.T), MIXING[label].T @ MIXING[label], atol=0.35)
 
 
 def test_without_a_label_the_train_mix_is_drawn(two_classes):
-    drawn = draw(two_classes, 3000, sampling_steps=10)
+    drawn = draw(two_classes, 2000, sampling_steps=10)
     nearest = torch.cdist(drawn, CENTRES).argmin(1)
     assert abs(float(nearest.float().mean()) - 0.25) < 0.05
 
@@ -151,14 +151,30 @@ def test_untrained_velocity_is_the_regression_of_gaussian_latents():
         np.testing.assert_allclose(found, slopes, atol=0.03, rtol=0.03)
 
 
-def test_untrained_flow_draws_the_moments_of_the_latents():
+def test_untrained_flow_draws_each_classs_moments():
     generator = torch.Generator().manual_seed(0)
-    latents = 2.0 + torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
-    flow = Flow.start(latents, None, 0, Prior(channels=8, blocks=1, sampling_steps=1))
-    drawn = flow.sample(20_000, None, generator)
-    np.testing.assert_allclose(drawn.mean(0), latents.mean(0), atol=0.1)
+    labels = torch.arange(800) % 2
+    mixing = torch.randn(6, 6, generator=generator)
+    latents = 4.0 * labels[:, None] + torch.randn(800, 6, generator=generator) @ mixing
+    flow = Flow.start(latents, labels, 2, Prior(channels=8, blocks=1, sampling_steps=1))
     scale = float(latents.var(0).max())
-    np.testing.assert_allclose(np.cov(drawn.T) / scale, np.cov(latents.T) / scale, atol=0.04)
+    for label in (0, 1):
+        drawn = draw(flow, 20_000, label)
+        np.testing.assert_allclose(drawn.mean(0), latents[labels == label].mean(0), atol=0.1)
+        np.testing.assert_allclose(np.cov(drawn.T) / scale, mixing.T @ mixing / scale, atol=0.1)
+
+
+def test_centre_of_a_rare_class_is_drawn_towards_the_others():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 200 + [1] * 200 + [2] * 4 + [3])
+    latents = torch.randn(405, 50, generator=generator) + torch.tensor([0.0, 2.0, 0.0, 0.0])[labels][:, None]
+    flow = Flow.start(latents, labels, 4, Prior(channels=8, blocks=1))
+    plain = [flow.path.standardise(latents[labels == label]).mean(0) for label in range(4)]
+    kept = [float(centre.norm() / mean.norm()) for centre, mean in zip(flow.path.centres[1:], plain, strict=True)]
+    assert kept[0] > 0.97 and kept[1] > 0.97
+    assert 0.0 < kept[2] < 0.9
+    assert kept[3] == 0.0
+    assert not flow.path.centres[0].any()
 
 
 @pytest.mark.parametrize(("shape", "solver"), itertools.product(SHAPES, ["euler", "midpoint"]))
@@ -168,7 +184,7 @@ def test_untrained_flow_draws_exactly_its_base(shape, solver):
     generator = torch.Generator().manual_seed(3)
     path, white = flow.path, torch.randn(5, *shape, generator=generator)
     factors = path.variances.sqrt().expand(5, -1)  # the same noise, stretched along the principal axes
-    base = path.mean + path.scale * path.stretch(white, factors)
+    base = path.mean + path.scale * (path.centres[[1, 2, 3, 3, 0]] + path.stretch(white, factors))
     assert torch.equal(drawn, base + 0.5 * torch.randn(5, *shape, generator=generator))
     dense = path.directions.T @ torch.diag(factors[0, :-1] - factors[0, -1]) @ path.directions
     matrix = dense + factors[0, -1] * torch.eye(len(dense))
