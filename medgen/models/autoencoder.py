@@ -24,12 +24,12 @@ class Stage(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.double = DoubleConv(in_channels, out_channels)
+        self.convolutions = DoubleConv(in_channels, out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H, W)."""
-        return self.shortcut(x) + self.double(x)  # type: ignore[no-any-return]
+        return self.shortcut(x) + self.convolutions(x)  # type: ignore[no-any-return]
 
 
 class Autoencoder(GenerativeModel):
