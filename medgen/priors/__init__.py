@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -159,7 +160,7 @@ def load_prior(folder: Path, model: str) -> Prior:
     try:
         prior = PRIORS[meta["name"]].restore(safetensors.torch.load(weights), meta)
         fitted_to = meta["model"]
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValidationError) as error:
         raise UserError(f"{path}: incomplete ({error}); run `medgen prior` again") from None
     if fitted_to != model:
         raise UserError(

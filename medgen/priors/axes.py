@@ -38,8 +38,7 @@ class PrincipalAxes:
             UserError: the latents are not finite.
         """
         flat = flat.double()
-        if not bool(torch.isfinite(flat).all()):
-            raise UserError("prior: the encoder gave NaN or infinite latents; run `medgen train` again")
+        check_finite(flat)
         num, size = flat.shape
         mean = flat.mean(0)
         centred = flat - mean
@@ -101,3 +100,17 @@ def num_axes(variances: Tensor, share: float) -> int:
         return len(variances)
     cumulative = variances.cumsum(0) / variances.sum()
     return int((cumulative < share).sum()) + 1
+
+
+def check_finite(latents: Tensor) -> None:
+    """Raises UserError where there is a latent that is not finite."""
+    if not bool(torch.isfinite(latents).all()):
+        raise UserError("prior: the encoder gave NaN or infinite latents; run `medgen train` again")
+
+
+def all_alike(latents: Tensor, mend: str = "lower beta.end in train.phases, or set loss.free_bits") -> UserError:
+    """The error for latents (N, ...) that do not vary; `mend` is what to do about a collapsed model."""
+    return UserError(
+        f"prior: the latents of {len(latents)} training images do not vary, so there is nothing to learn: too few "
+        f"images, or the latent collapsed ({mend})"
+    )

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import Prior
-from medgen.errors import UserError
-from medgen.priors.axes import LOG_TAU, PrincipalAxes, num_axes
+from medgen.priors.axes import LOG_TAU, PrincipalAxes, all_alike, num_axes
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 
 RARE = 50  # a class with fewer images gets its own mean and the covariance all classes share
@@ -79,10 +78,7 @@ class GaussianMixture:
         flat = latents.flatten(1).double().cpu()
         axes = PrincipalAxes.fit(flat, max(_RESIDUAL_SHARE, prior.variance_kept))
         if len(axes.scales) == 0:
-            raise UserError(
-                f"prior: the latents of {len(flat)} training images do not vary, so there is nothing to fit: too few "
-                "images, or the posterior collapsed (lower beta.end in train.phases, or set loss.free_bits)"
-            )
+            raise all_alike(latents)
         kept = num_axes(axes.scales.square(), prior.variance_kept)
         white = axes.whiten(flat)[:, :kept]
         frequencies = class_frequencies(labels, num_classes)

@@ -15,8 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from medgen.errors import UserError
-from medgen.priors.axes import PrincipalAxes
+from medgen.priors.axes import PrincipalAxes, all_alike, check_finite
 
 _MAX_AXES = 256  # bounds the matrix; the directions beyond share one variance
 _IMAGES_PER_AXIS = 12  # with more axes, unseen latents are less likely: the last ones are chance
@@ -119,16 +118,12 @@ def _mean_and_scale(latents: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: the latents are not finite, or do not vary.
     """
-    if not bool(torch.isfinite(latents).all()):
-        raise UserError("prior: the encoder gave NaN or infinite latents; run `medgen train` again")
+    check_finite(latents)
     mean = latents.mean(0)
     variance = (latents - mean).square().mean(0)
     # relative to the squares themselves: equal latents leave rounding errors only
     if bool(variance.sum() <= 1e-12 * latents.square().mean(0).sum()):
-        raise UserError(
-            f"prior: the latents of {len(latents)} training images do not vary, so there is nothing to learn: too few "
-            "images, or the posterior collapsed (lower beta.end in train.phases, or set loss.free_bits)"
-        )
+        raise all_alike(latents)
     channels = variance.flatten(1).mean(1) if variance.dim() > 1 else variance
     floor = _SCALE_FLOOR**2 * channels.clamp_min(_SCALE_FLOOR**2 * variance.mean())
     floor = floor.view(-1, *[1] * (variance.dim() - 1))

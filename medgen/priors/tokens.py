@@ -2,8 +2,7 @@
 
 MaskGIT (Chang et al. 2022): a transformer sees a grid of codes of which some are masked, and learns what they were.
 From a grid that is all mask, a few steps fill it: at each one every masked place is drawn, and those the network is
-surest of are kept. Labels are dropped now and then, so that a label's strength can be chosen when sampling (Ho &
-Salimans 2022; on logits, Chang et al., Muse, 2023).
+surest of are kept. A label's strength acts on logits (Chang et al., Muse, 2023).
 
 Labels of codes are not smoothed, as they are in the paper: with 512 codes of which a place takes few, a tenth of the
 draws would be codes that are never seen there, and the loss would not be a likelihood. Dropout and the choice of the
@@ -14,46 +13,36 @@ Shapes: B latents in a batch, K codes of Z numbers, h w sides of the grid, P = h
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen import config
-from medgen.config import seed_of
 from medgen.errors import UserError
+from medgen.priors.axes import all_alike, check_finite
 from medgen.priors.gaussian import class_frequencies
+from medgen.priors.learned import NetworkPrior
 
 SAMPLING_STEPS = 10  # the paper finds its best between 8 and 12
 # of the Gumbel noise on log-probabilities at the first step, as in the paper's published code; measured on quantised
 # random fields: with 1 the places of a grid are too much alike, with 0 nearly all of one code
 CHOICE_TEMPERATURE = 4.5
-LABEL_DROPOUT = 0.1
 HEAD_CHANNELS = 32
 _MAX_COMPARED = 1 << 24  # numbers of a table of places times codes: 64 MB
-_SETTINGS = {"channels", "blocks", "dropout", "sampling_steps", "guidance"}
 
 
-class Tokens:
+class Tokens(NetworkPrior):
     """Masked-token transformer over the codes of a latent grid; told the class where `conditional`."""
 
     name: ClassVar[str] = "tokens"
 
     def __init__(
-        self,
-        latent_shape: tuple[int, ...],
-        tensors: Mapping[str, Tensor],
-        network: nn.Module,
-        conditional: bool,
-        prior: config.Prior,
+        self, latent_shape: tuple[int, ...], known: Mapping[str, Tensor], network: nn.Module, prior: config.Prior
     ) -> None:
-        self.latent_shape = latent_shape
-        self.codebook = tensors["codebook"]  # (K, Z)
-        self.frequencies = tensors["frequencies"]  # (num_classes,)
-        self.network = network
-        self.conditional = conditional
-        self.prior = prior
+        super().__init__(latent_shape, known, network, prior)
+        self.codebook = known["codebook"]  # (K, Z)
 
     @classmethod
     def start(
@@ -66,7 +55,6 @@ class Tokens:
         codebook: Tensor | None = None,
     ) -> Self:
         """See `medgen.priors.LearnedPrior.start`; a code has no variance."""
-        latent_shape = tuple(latents.shape[1:])
         if codebook is None:
             raise UserError(
                 "prior.name: tokens needs a model whose latents are made of codes (model.name: vqvae); "
@@ -74,60 +62,31 @@ class Tokens:
             )
         codebook = codebook.detach().float().cpu()
         _check_codes(latents.float().cpu(), codebook)
-        frequencies = class_frequencies(labels, num_classes)
-        conditional = prior.conditional and len(frequencies) > 0
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_of(prior.seed))
-            network = _build(latent_shape, len(codebook), len(frequencies) if conditional else 0, prior)
-        return cls(latent_shape, {"codebook": codebook, "frequencies": frequencies}, network, conditional, prior)
+        known = {"codebook": codebook, "frequencies": class_frequencies(labels, num_classes)}
+        return cls.begin(tuple(latents.shape[1:]), known, prior)
+
+    @staticmethod
+    def build(
+        latent_shape: tuple[int, ...], known: Mapping[str, Tensor], num_classes: int, prior: config.Prior
+    ) -> "MaskedTransformer":
+        """See `NetworkPrior.build`."""
+        _, height, width = latent_shape
+        sizes = ((height, width), len(known["codebook"]), num_classes)
+        return MaskedTransformer(*sizes, prior.channels, prior.blocks, prior.dropout)
 
     def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy in nats of the masked codes, mean over them; see `medgen.priors.LearnedPrior.loss`."""
         codes = nearest_codes(latents, self.codebook.to(latents.device))
         masked = draw_mask(len(codes), codes.shape[1], generator).to(latents.device)
-        dropped = (torch.rand(len(latents), generator=generator) < LABEL_DROPOUT).to(latents.device)
-        labels = labels.masked_fill(dropped, -1) if self.conditional else torch.full_like(labels, -1)
+        labels = self.told(labels, generator)
         logits = self.network(codes.masked_fill(masked, len(self.codebook)), labels)
         return F.cross_entropy(logits[masked].float(), codes[masked])
 
-    @torch.no_grad()
-    def sample(self, n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """`n` latents (n, *latent_shape) of codes, of the classes `labels` (n,), or of the train split's mix.
-
-        Raises:
-            ValueError: no training image has one of the labels.
-        """
-        if labels is None or not self.conditional:
-            labels = torch.full((n,), -1)
-        self._check(labels)
-        device = next(self.network.parameters()).device
+    def _draw(self, labels: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
         sides = self.latent_shape[1:]
-        training = self.network.training
-        self.network.eval()
         size = max(1, _MAX_COMPARED // (math.prod(sides) * len(self.codebook)))
         parts = [self._fill(part.to(device), generator).cpu() for part in torch.split(labels, size)]
-        self.network.train(training)
-        return F.embedding(torch.cat(parts).view(n, *sides), self.codebook).movedim(-1, 1).contiguous()
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values that `restore` takes."""
-        own = {"codebook": self.codebook, "frequencies": self.frequencies}
-        learnt = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in {**own, **learnt}.items()}
-        settings = self.prior.model_dump(mode="json", include=_SETTINGS)
-        return tensors, {"latent_shape": list(self.latent_shape), "conditional": self.conditional, "prior": settings}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:
-        """The prior whose `state` this is."""
-        latent_shape, conditional = tuple(meta["latent_shape"]), bool(meta["conditional"])
-        prior = config.Prior(name=cls.name, conditional=conditional, **meta["prior"])
-        num_classes = len(tensors["frequencies"]) if conditional else 0
-        with torch.device("meta"):  # no random weights that would be overwritten
-            network = _build(latent_shape, len(tensors["codebook"]), num_classes, prior)
-        network = network.to_empty(device="cpu")
-        network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
-        return cls(latent_shape, tensors, network.eval(), conditional, prior)
+        return F.embedding(torch.cat(parts).view(-1, *sides), self.codebook).movedim(-1, 1).contiguous()
 
     def _fill(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Codes (B, P) of labels (B,), from all masked; the paper's section 3.2."""
@@ -156,12 +115,6 @@ class Tokens:
         if guidance == 0.0:
             return untold  # type: ignore[no-any-return]
         return untold + guidance * (self.network(codes, labels).float() - untold)  # type: ignore[no-any-return]
-
-    def _check(self, labels: Tensor) -> None:
-        known = (self.frequencies > 0).nonzero()[:, 0].tolist()
-        missing = sorted(set(labels.tolist()) - {-1, *known})
-        if missing:
-            raise ValueError(f"labels: found {missing}, expected classes with training images: {known}")
 
 
 class MaskedTransformer(nn.Module):
@@ -265,25 +218,16 @@ def draw_codes(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return (cumulative <= reached).sum(dim=-1).clamp_max(probabilities.shape[-1] - 1)
 
 
-def _build(latent_shape: tuple[int, ...], num_codes: int, num_classes: int, prior: config.Prior) -> MaskedTransformer:
-    _, height, width = latent_shape
-    return MaskedTransformer((height, width), num_codes, num_classes, prior.channels, prior.blocks, prior.dropout)
-
-
 def _check_codes(latents: Tensor, codebook: Tensor) -> None:
     """Raises UserError where latents (N, Z, h, w) are not finite, not of the codebook (K, Z), or all alike."""
-    if not bool(torch.isfinite(latents).all()):
-        raise UserError("prior: the encoder gave NaN or infinite latents; run `medgen train` again")
+    check_finite(latents)
     if latents.dim() != 4 or latents.shape[1] != codebook.shape[1] or not _are_codes(latents, codebook):
         raise UserError(
             f"prior.name: tokens needs latents that are made of the model's codes; those of shape "
             f"{tuple(latents.shape[1:])} are not; set prior.name to gmm or flow"
         )
     if bool((latents == latents[:1]).all()):
-        raise UserError(
-            f"prior: the latents of {len(latents)} training images do not vary, so there is nothing to learn: too few "
-            "images, or the codebook collapsed (try another model.codebook)"
-        )
+        raise all_alike(latents, "try another model.codebook")
 
 
 def _are_codes(latents: Tensor, codebook: Tensor) -> bool:

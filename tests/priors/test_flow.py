@@ -10,7 +10,8 @@ from torch import nn
 from medgen.config import Prior
 from medgen.errors import UserError
 from medgen.priors import load_prior, save_prior
-from medgen.priors.flow import LABEL_DROPOUT, Flow
+from medgen.priors.flow import Flow
+from medgen.priors.learned import LABEL_DROPOUT
 
 SHAPES = [(7,), (1,), (3, 4, 4), (2, 5, 7), (4, 1, 1), (2, 1, 9), (2, 13, 3), (1, 17, 6)]
 CENTRES = torch.tensor([[-2.0, 0.0, 5.0], [2.0, 1.0, 5.0]])
