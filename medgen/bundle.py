@@ -127,4 +127,4 @@ def load_with_prior(
         UserError: one of them is missing or damaged, or the prior was fitted to another model.
     """
     model, info = load_generative(model_folder, device)
-    return model, info, load_prior(prior_folder, digest(model_folder))
+    return model, info, load_prior(prior_folder, digest(model_folder), device)

@@ -168,7 +168,7 @@ def judge_masks(
 def load(project: Project, store: Store, model: GenerativeModel, info: BundleInfo, evaluate: Evaluate) -> Subject:
     """Opens the other parts and refuses those that do not belong together."""
     device = next(model.parameters()).device
-    prior = load_prior(project.prior, bundle.digest(project.model))
+    prior = load_prior(project.prior, bundle.digest(project.model), device)
     extractor, digest = load_extractor(project.features, store.fingerprint)
     for name in ("train", "test"):
         if store.counts[name] < MIN_IMAGES:

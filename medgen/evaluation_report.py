@@ -169,9 +169,9 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _say_less(metrics: Mapping[str, float]) -> str:
-    """What makes a latent say less, of a model with a KL term or without."""
-    weight = "raise the KL weight (beta.end in train.phases) or " if "latent/kl_nats" in metrics else ""
-    return f"{weight}take a smaller latent"
+    """What makes a latent easier to draw, of a model with a KL term or without."""
+    weight = "raise the KL weight (beta.end in train.phases), " if "latent/kl_nats" in metrics else ""
+    return f"{weight}take a smaller latent, or another prior (prior.name: flow)"
 
 
 def _privacy_findings(metrics: Mapping[str, float]) -> list[str]:

@@ -90,7 +90,7 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
         scratch = project.runs / info.run / f"prior_{fingerprint(digest, plain, code())}"
         metrics, pictures = learn(project, task, scratch, name, digest)
     metrics = {f"prior/{key}": value for key, value in metrics.items()}
-    record(project, info, prior, tracking, metrics, pictures)
+    record(project, info, prior.model_copy(update={"name": name}), tracking, metrics, pictures)
     values = ", ".join(f"{key.split('/')[1].replace('_', ' ')} {value:.3f}" for key, value in metrics.items())
     Console(highlight=False).print(f"prior {name}: {values}", markup=False)
     return made

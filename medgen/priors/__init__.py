@@ -25,6 +25,7 @@ from medgen.files import write_folder
 from medgen.priors.flow import Flow
 from medgen.priors.gaussian import Gaussian, Normal
 from medgen.priors.gmm import GaussianMixture
+from medgen.priors.learned import NetworkPrior
 from medgen.priors.tokens import Tokens
 from medgen.types import Decoder
 
@@ -139,8 +140,8 @@ def save_prior(folder: Path, prior: Prior, model: str) -> None:
     write_folder(folder, files)
 
 
-def load_prior(folder: Path, model: str) -> Prior:
-    """Reads what `save_prior` wrote, for the model whose weights have the SHA-256 `model`.
+def load_prior(folder: Path, model: str, device: torch.device | str = "cpu") -> Prior:
+    """Reads what `save_prior` wrote, for the model whose weights have the SHA-256 `model`; a network is on `device`.
 
     Raises:
         UserError: there is no prior, it is damaged, or it was fitted to another model's latents.
@@ -159,6 +160,8 @@ def load_prior(folder: Path, model: str) -> Prior:
         raise UserError(f"{folder / 'prior.safetensors'}: not the file prior.json describes; run `medgen prior` again")
     try:
         prior = PRIORS[meta["name"]].restore(safetensors.torch.load(weights), meta)
+        if isinstance(prior, NetworkPrior):
+            prior.network.to(device)
         fitted_to = meta["model"]
     except (SafetensorError, KeyError, RuntimeError, TypeError, ValidationError) as error:
         raise UserError(f"{path}: incomplete ({error}); run `medgen prior` again") from None
