@@ -223,7 +223,7 @@ class Prior(Section):
     # flow and tokens are networks, trained on the latents; an epoch of theirs is 100 steps
     channels: Annotated[int, Field(ge=8, multiple_of=8)] = 64  # width of the network
     blocks: Count = 4  # residual blocks (flow), transformer blocks (tokens)
-    epochs: Count = 40
+    epochs: Count = 20
     batch_size: Count = 64
     learning_rate: Positive = 1e-3
     dropout: Fraction = 0.1
