@@ -20,7 +20,7 @@ from medgen.bundle import BundleInfo
 from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
 from medgen.errors import UserError
 from medgen.models import build_model
-from medgen.priors import FITTED, load_prior, sample_images, save_prior
+from medgen.priors import FITTED, LEARNED, load_prior, sample_images, save_prior
 from medgen.tracking import Tracker, lineage
 from medgen.tracking.mirror import MIRROR, connect
 
@@ -43,15 +43,14 @@ def mlflow_run(project: Project, run: str) -> str:
 
 
 def write_model(project: Project, seed: int, run: str = RUN) -> None:
-    """An untrained model and a prior fitted to noise: the registry does not ask how good they are."""
+    """An untrained model and an untrained prior that is a network: the registry does not ask how good they are."""
     torch.manual_seed(seed)
     model = build_model(MODEL, SHAPE, 2)
     preprocess = Preprocess(image_size=SHAPE[1])
     bundle.save(project.model, model, BundleInfo(MODEL, preprocess, SHAPE, ("NORMAL", "ILL"), DATASET, run, "2.15"))
     latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
-    save_prior(
-        project.prior, FITTED["gmm"].fit(latents, labels, 2, Prior(components=(1,))), bundle.digest(project.model)
-    )
+    small = Prior(name="flow", channels=8, blocks=1, sampling_steps=2)
+    save_prior(project.prior, LEARNED["flow"].start(latents, labels, 2, small), bundle.digest(project.model))
 
 
 @pytest.fixture(scope="module")
