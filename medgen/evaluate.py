@@ -111,7 +111,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     samples = draw_samples(subject)
     train, test = pixels(store.split("train")), pixels(subject.test)
     domain = DomainFeatures(*(features(subject, images) for images in (samples, train, test)))
-    metrics |= judge_samples(subject, samples, domain)
+    metrics |= judge_samples(subject, samples, train, test, domain)
     copies, pairs = judge_privacy(domain, samples, train, test)
     metrics |= copies
     swapped = swap_labels(subject)
@@ -231,14 +231,14 @@ def draw_samples(subject: Subject) -> Tensor:
 
 
 @torch.no_grad()
-def judge_samples(subject: Subject, images: Tensor, domain: DomainFeatures) -> dict[str, float]:
+def judge_samples(
+    subject: Subject, images: Tensor, train: Tensor, test: Tensor, domain: DomainFeatures
+) -> dict[str, float]:
     """Generated against test images, and beside it as many train images, or all, against the same test images."""
     params, seed = subject.params, seed_of(subject.params.seed)
-    train = pixels(subject.store.split("train"))
-    train = generation.thin(train, min(len(train), params.num_generated))
-    test = pixels(subject.test)
+    num_train = min(len(domain.train), params.num_generated)
     generated_features, test_features = domain.samples, domain.test
-    train_features = generation.thin(domain.train, len(train))
+    train_features = generation.thin(domain.train, num_train)
     kid = generation.kid(test_features, generated_features, patients(subject.test))
     metrics = {
         "kid_domain": kid.value,
@@ -254,7 +254,9 @@ def judge_samples(subject: Subject, images: Tensor, domain: DomainFeatures) -> d
     real = generation.manifold(test_features, train_features)._asdict()
     metrics |= {f"{name}_real": value for name, value in real.items()}
     if subject.inception:
-        seen, train_seen, test_seen = (subject.inception(part) for part in (images, train, test))
+        seen, train_seen, test_seen = (
+            subject.inception(part) for part in (images, generation.thin(train, num_train), test)
+        )
         metrics |= judge_through_inception(seen, train_seen, test_seen, patients(subject.test), seed)
     return {f"generation/{name}": value for name, value in metrics.items()}
 
