@@ -1,9 +1,19 @@
 """Fixtures every room shares."""
 
+import itertools
 import os
+import secrets
 import shutil
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -65,3 +75,93 @@ def small_params() -> dict:
         "train": {"batch_size": 8, "sample_every": 1, "phases": [{"name": "one", "epochs": 2, "learning_rate": 1e-3}]},
         "evaluate": {"num_generated": 24, "grid_images": 6},
     }
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Callable[[], str]]:
+    """Makes an empty database at each call and gives its postgresql:// URL; skips where PostgreSQL is not installed.
+
+    The databases are on a server of this session's own (with xdist: of this worker's), on loopback only. Its password
+    has every character that a URL wants quoted: code that takes a URL apart by hand fails here, not at a user's.
+    """
+    installed = Path("/usr/lib/postgresql").glob("*/bin/initdb")  # Debian keeps them out of PATH
+    initdb = shutil.which("initdb") or max(installed, key=lambda path: float(path.parts[-3]), default=None)
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    import psycopg
+
+    password = secrets.token_hex(8) + "@:/?#% "
+    numbers = itertools.count()
+
+    def connect() -> Any:
+        login = {"user": "medgen", "password": password, "dbname": "postgres"}
+        return psycopg.connect(host="127.0.0.1", port=port, connect_timeout=10, autocommit=True, **login)
+
+    def new_database() -> str:
+        name = f"test{next(numbers)}"
+        with connect() as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return f"postgresql://medgen:{quote(password, safe='')}@127.0.0.1:{port}/{name}"
+
+    with ExitStack() as cleanup:
+        # not in pytest's own folder: that one is closed to the account which the server runs as
+        folder = Path(tempfile.mkdtemp(prefix="medgen-postgres-", dir="/tmp"))
+        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        (folder / "password").write_text(password)
+        account = _unprivileged()
+        for path in (folder, folder / "password"):
+            os.chown(path, account.get("user", -1), account.get("group", -1))
+        command = [initdb, "-D", folder / "data", "-U", "medgen", "--pwfile", folder / "password"]
+        command += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        made = subprocess.run(command, cwd=folder, capture_output=True, text=True, **account)
+        assert made.returncode == 0, made.stderr
+
+        for _ in range(3):  # another process may take the port between our look and the server's
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            command = [Path(initdb).resolve().parent / "postgres", "-D", folder / "data", "-p", str(port)]
+            command += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
+            if setpriv := shutil.which("setpriv"):  # a killed pytest cleans nothing up: the kernel stops the server
+                command = [setpriv, "--pdeathsig", "INT", *command]
+            with (folder / "log").open("ab") as log:
+                server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, **account)
+            cleanup.callback(_stop, server)
+            if _answers(server, connect, psycopg.OperationalError):
+                break
+        else:
+            raise RuntimeError(f"PostgreSQL did not start:\n{(folder / 'log').read_text()}")
+        yield new_database
+
+
+def _unprivileged() -> dict[str, Any]:
+    """Popen's arguments that keep PostgreSQL from refusing to run: as root it does."""
+    if os.geteuid() != 0:
+        return {}
+    import pwd
+
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    entry = pwd.getpwnam("postgres" if "postgres" in names else "nobody")
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+
+def _answers(server: subprocess.Popen[bytes], connect: Callable[[], Any], refused: type[Exception]) -> bool:
+    """Whether it let us in within a minute; False at once when it ended. Our password tells it from another server."""
+    deadline = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            connect().close()
+            return True
+        except refused:
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=0.02)
+    return False
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown: it does not wait for clients that are still there
+    try:
+        server.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
