@@ -39,6 +39,11 @@ def load(scratch: Path) -> dict[str, Any] | None:
         ) from None
 
 
+def remove(scratch: Path) -> None:
+    """Removes the run's checkpoint, if there is one: what is left cannot be trained on."""
+    (scratch / NAME).unlink(missing_ok=True)
+
+
 def code_fingerprint(sources: Iterable[Path]) -> str:
     """Hash of what Python files do: comments, docstrings and layout leave it as it is.
 

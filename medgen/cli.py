@@ -141,6 +141,22 @@ def reconstruct(
 
 
 @app.command()
+def tune(
+    trials: Annotated[int, typer.Option(min=1, help="How many the study shall have, earlier ones included.")] = 50,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; by default one for each GPU, or one.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which no trial begins.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Write the best values into the params file.")] = False,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Search for better parameters; the same command again goes on (docs/tune.md)."""
+    words = {"trials": trials, "workers": workers, "timeout": timeout, "apply": apply}
+    _call("tune", "run", params, overrides, file=params, **words)
+
+
+@app.command()
 def compare(as_json: AsJson = False) -> None:
     """Show runs side by side: parameters that differ, metrics."""
     _module("report").compare(_project(), as_json=as_json)
@@ -270,6 +286,8 @@ def _call(verb: str, function: str, params_file: Path, overrides: list[str] | No
     call = getattr(_module(verb), function)
     wanted = inspect.signature(call).parameters
     sections = {name: getattr(params, name) for name in Params.model_fields if name in wanted and name not in words}
+    if "params" in wanted:
+        sections["params"] = params
     return call(_project(), **sections, **words)
 
 

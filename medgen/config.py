@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -250,6 +250,56 @@ class Evaluate(Section):
         return self
 
 
+class Searched(Section):
+    """The values of one parameter that a search may take: from `low` to `high`, both included, or one of `choices`."""
+
+    low: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    high: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    log: bool = False  # even in the logarithm
+    step: Positive | None = None
+    choices: Annotated[tuple[str | int | float | bool, ...], Field(min_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _is_a_range_or_choices(self) -> Self:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log or self.step is not None:
+                raise ValueError("expected choices, or low and high, found both")
+            if len(set(self.choices)) < len(self.choices):
+                raise ValueError(f"choices must differ, found {list(self.choices)}")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("expected low and high, or choices")
+        if self.low >= self.high:
+            raise ValueError(f"the range is empty: low must lie below high, found {self.low:g} and {self.high:g}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs a low above 0 and no step")
+        if self.step is not None and self.step > self.high - self.low:
+            raise ValueError(f"step {self.step:g} is longer than the range")
+        return self
+
+
+class TrialBudget(Section):
+    """What makes a trial cheaper than the training it stands for."""
+
+    epochs: Count | None = None  # of all phases in sum; their shares stay, ramps and schedules shrink with them
+    subset: Count | None = None  # only this many training images, spread over the split
+    num_generated: Annotated[int, Field(ge=3)] = 500
+
+
+class Tune(Section):
+    """The search for better parameters; every trial is judged on the val split."""
+
+    space: dict[str, Searched] = {}  # dotted key of model, loss, train, prior -> its values; empty: see tune/space.py
+    # a key of docs/contract.md, or pareto: 1 - MS-SSIM (1 - SSIM of small images) against KID. None:
+    # generation/kid_domain; segmentation/dice of models that find masks
+    objective: str | None = None
+    ssim_floor: Fraction | None = None  # a winner's reconstruction/ssim at least; None: what params.yaml itself reaches
+    pruner: Literal["median", "hyperband", "none"] = "median"  # by val/ssim (val/dice) after each epoch
+    storage: str = "optuna.journal"  # a file, relative to the project's folder, or postgresql://…
+    seed: int = 0
+    trial: TrialBudget = TrialBudget()
+
+
 class Tracking(Section):
     """Where runs are recorded."""
 
@@ -278,6 +328,7 @@ class Params(Section):
     train: Train = Train()
     prior: Prior = Prior()
     evaluate: Evaluate = Evaluate()
+    tune: Tune = Tune()
     tracking: Tracking = Tracking()
     registry: Registry = Registry()
 
@@ -287,6 +338,7 @@ class Project:
     """The folder a command runs in, and where everything stands in it."""
 
     root: Path
+    trial: Path | None = None  # the folder of a search's trial: its model, prior, runs and reports stand there
 
     @property
     def dataset(self) -> Path:
@@ -298,27 +350,31 @@ class Project:
 
     @property
     def model(self) -> Path:
-        return self.root / "artifacts" / "model"
+        return self._own / "artifacts" / "model"
 
     @property
     def prior(self) -> Path:
-        return self.root / "artifacts" / "prior"
+        return self._own / "artifacts" / "prior"
 
     @property
     def runs(self) -> Path:
-        return self.root / "runs"
+        return self._own / "runs"
 
     @property
     def reports(self) -> Path:
-        return self.root / "reports"
+        return self._own / "reports"
 
     @property
     def figures(self) -> Path:
-        return self.root / "reports" / "figures"
+        return self._own / "reports" / "figures"
 
     @property
     def images(self) -> Path:
-        return self.root / "reports" / "images"
+        return self._own / "reports" / "images"
+
+    @property
+    def _own(self) -> Path:
+        return self.trial or self.root
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:
@@ -330,10 +386,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
     tree = _read_yaml(path)
     for override in overrides:
         _apply(tree, override)
-    try:
-        return Params.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: " + "\n".join(_explain(item) for item in error.errors())) from None
+    return _validate(tree, str(path))
+
+
+def replace(params: Params, values: Mapping[str, Any], source: str) -> Params:
+    """The parameters with other values at dotted keys, such as train.phases.0.epochs.
+
+    Args:
+        params: what the others are taken from.
+        values: dotted key to value.
+        source: where the values come from, for messages.
+
+    Raises:
+        UserError: a key is unknown or a value is wrong.
+    """
+    tree = params.model_dump(mode="json")
+    for key, value in values.items():
+        set_at(tree, key, value, f"{source}.{key}")
+    return _validate(tree, source)
 
 
 def fingerprint(*parts: object) -> str:
@@ -369,24 +439,39 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _validate(tree: Mapping[str, Any], source: str) -> Params:
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "\n".join(_explain(item) for item in error.errors())) from None
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         raise UserError(f"--set {override}: expected key=value with a dotted key, such as train.batch_size=16")
     try:
         value = YAML(typ="safe", pure=True).load(io.StringIO(text))
     except YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML: {error}") from None
-    node: Any = tree
+    set_at(tree, key.strip(), value, f"--set {override}")
+
+
+def set_at(tree: Any, key: str, value: Any, source: str) -> None:
+    """Puts a value at a dotted key of nested mappings and lists; mappings that are missing are made.
+
+    Raises:
+        UserError: the key leads through a value, or past the end of a list; `source` opens the message.
+    """
+    node, parts = tree, key.split(".")
     for position, part in enumerate(parts):
-        if isinstance(node, list):
+        if isinstance(node, MutableSequence):
             if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"--set {override}: {part!r} is no index into a list of {len(node)}")
+                raise UserError(f"{source}: {part!r} is no index into a list of {len(node)}")
             part = int(part)  # type: ignore[assignment]  # an index from here on
-        elif not isinstance(node, dict):
-            raise UserError(f"--set {override}: {'.'.join(parts[:position])} holds a value, not a section")
-        elif part not in node:
+        elif not isinstance(node, MutableMapping):
+            raise UserError(f"{source}: {'.'.join(parts[:position])} holds a value, not a section")
+        elif part not in node or node[part] is None:
             node[part] = {}
         if position == len(parts) - 1:
             node[part] = value
@@ -408,8 +493,8 @@ def _explain(error: Any) -> str:
 def _fields_at(location: Sequence[str | int]) -> list[str]:
     section: Any = Params
     for part in location:
-        if isinstance(part, int):
-            continue
+        if isinstance(part, int) or part not in section.model_fields:
+            continue  # a position in a list, or a key of tune.space
         annotation = section.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))

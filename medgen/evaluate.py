@@ -28,7 +28,7 @@ from medgen.figures import write_grid, write_images, write_pairs, write_stacks
 from medgen.files import write_atomic
 from medgen.metrics import generation, latent, privacy, reconstruction
 from medgen.metrics.features import DomainExtractor, load_extractor
-from medgen.metrics.inception import Inception, Seen, fid, inception_score, load_inception
+from medgen.metrics.inception import Inception, fid, inception_score, load_inception
 from medgen.models import GenerativeModel, ImageModel
 from medgen.priors import Prior, load_prior, sample_images, tells_classes_apart
 from medgen.tracking import Tracker, history, lineage
@@ -47,7 +47,7 @@ class Subject:
     """What is judged, and with what."""
 
     store: Store
-    test: Split
+    held_out: Split  # what it is judged on: test, or val while parameters are searched
     model: GenerativeModel
     info: BundleInfo
     prior: Prior
@@ -87,7 +87,7 @@ class DomainFeatures(NamedTuple):
 
     samples: Tensor
     train: Tensor  # all of the split
-    test: Tensor
+    held_out: Tensor
 
 
 def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
@@ -107,11 +107,16 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     if not isinstance(model, GenerativeModel):
         return judge_masks(project, store, model, info, evaluate, tracking)
     subject = load(project, store, model, info, evaluate)
-    metrics, reconstructions, pca = judge_reconstructions(subject)
+    metrics, reconstructions = judge_reconstructions(subject)
     samples = draw_samples(subject)
-    train, test = pixels(store.split("train")), pixels(subject.test)
+    train, test = pixels(store.split("train")), pixels(subject.held_out)
+    pca = judge_pca(subject, train, test)
+    metrics["reconstruction/pca_ssim"] = next(iter(pca.values()))
     domain = DomainFeatures(*(features(subject, images) for images in (samples, train, test)))
-    metrics |= judge_samples(subject, samples, train, test, domain)
+    metrics |= judge_samples(subject, domain)
+    metrics |= judge_data(subject, samples, test, domain)
+    if subject.inception:
+        metrics |= judge_through_inception(subject, samples, train, test)
     copies, pairs = judge_privacy(domain, samples, train, test)
     metrics |= copies
     swapped = swap_labels(subject)
@@ -141,6 +146,33 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     return metrics
 
 
+def judge_validation(project: Project, *, evaluate: Evaluate) -> dict[str, float]:
+    """The metrics of the model and its prior on the val split, what a search may look at; writes figures/samples.png.
+
+    Those that are the same for every model, PCA's mark and the floors, are left out.
+
+    Raises:
+        UserError: as `run`.
+    """
+    store, device = open_store(project.dataset), pick_device("auto")
+    model, info = bundle.load_for(store, project.model, device)
+    if not isinstance(model, GenerativeModel):
+        found = segmentation_report.judge(store, model, device, evaluate.batch_size, "val")
+        segmentation_report.draw(project.figures, found, evaluate.grid_images)
+        return found.metrics
+    subject = load(project, store, model, info, evaluate, "val")
+    metrics, _ = judge_reconstructions(subject)
+    samples = draw_samples(subject)
+    write_grid(project.figures / "samples.png", generation.thin(samples, min(len(samples), evaluate.grid_images)))
+    train, val = pixels(store.split("train")), pixels(subject.held_out)
+    domain = DomainFeatures(*(features(subject, images) for images in (samples, train, val)))
+    metrics |= judge_samples(subject, domain)
+    if subject.inception:
+        metrics |= judge_through_inception(subject, samples, train, val)
+    metrics |= judge_privacy(domain, samples, train, val)[0]
+    return metrics | judge_labels(subject, samples, swap_labels(subject))
+
+
 def judge_masks(
     project: Project, store: Store, model: ImageModel, info: BundleInfo, params: Evaluate, tracking: Tracking
 ) -> dict[str, float]:
@@ -165,21 +197,23 @@ def judge_masks(
     return metrics
 
 
-def load(project: Project, store: Store, model: GenerativeModel, info: BundleInfo, evaluate: Evaluate) -> Subject:
+def load(
+    project: Project, store: Store, model: GenerativeModel, info: BundleInfo, evaluate: Evaluate, split: str = "test"
+) -> Subject:
     """Opens the other parts and refuses those that do not belong together."""
     device = next(model.parameters()).device
     prior = load_prior(project.prior, bundle.digest(project.model), device)
     extractor, digest = load_extractor(project.features, store.fingerprint)
-    for name in ("train", "test"):
+    for name in ("train", split):
         if store.counts[name] < MIN_IMAGES:
             raise UserError(
                 f"{project.dataset}: {store.counts[name]} images in the {name} split, expected at least {MIN_IMAGES}; "
-                "change preprocess.test_fraction or bring more images"
+                f"change preprocess.{split}_fraction or bring more images"
             )
     if evaluate.num_generated < MIN_IMAGES:
         raise UserError(f"evaluate.num_generated: found {evaluate.num_generated}, expected at least {MIN_IMAGES}")
-    test, inception = store.split("test"), find_inception(evaluate, device)
-    return Subject(store, test, model, info, prior, extractor.to(device), digest, inception, device, evaluate)
+    held_out, inception = store.split(split), find_inception(evaluate, device)
+    return Subject(store, held_out, model, info, prior, extractor.to(device), digest, inception, device, evaluate)
 
 
 def find_inception(params: Evaluate, device: torch.device) -> Inception | None:
@@ -195,10 +229,10 @@ def find_inception(params: Evaluate, device: torch.device) -> Inception | None:
 
 
 @torch.no_grad()
-def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor, dict[int, float]]:
-    """Metrics of the whole test split, its reconstructions (N, C, H, W), and PCA's SSIM by number of components."""
+def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor]:
+    """Metrics of the whole held-out split, and its reconstructions (N, C, H, W)."""
     originals, results, means, divergences, codes = [], [], [], [], []
-    for batch in Loader(subject.test, subject.params.batch_size, subject.device).sequential():
+    for batch in Loader(subject.held_out, subject.params.batch_size, subject.device).sequential():
         encoded = subject.model.encode(batch.image, batch.label)
         originals.append(batch.image.cpu())
         results.append(subject.model.decode(encoded.mean, batch.label).float().cpu())
@@ -208,18 +242,20 @@ def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor, d
         if encoded.codes is not None:
             codes.append(encoded.codes.cpu())
     scores = reconstruction.compare(zip(originals, results, strict=True))
-    train, test = pixels(subject.store.split("train")), pixels(subject.test)
-    most = min(len(train) - 1, test[0].numel())
-    pca = reconstruction.pca_ssim(train, test, [min(count, most) for count in (subject.num_latent, *PCA_COMPONENTS)])
     metrics = {f"reconstruction/{name}": value for name, value in scores.items()}
-    metrics["reconstruction/pca_ssim"] = pca[min(subject.num_latent, most)]
     if divergences:  # means are measured against N(0, I)
         metrics["latent/active_units"] = latent.active_units(torch.cat(means))
         metrics["latent/kl_nats"] = float(torch.cat(divergences).mean())
     if codes:
         used = latent.codebook_use(torch.cat(codes), subject.info.model.num_codes)
         metrics |= {f"latent/{name}": value for name, value in used.items()}
-    return metrics, torch.cat(results), pca
+    return metrics, torch.cat(results)
+
+
+def judge_pca(subject: Subject, train: Tensor, test: Tensor) -> dict[int, float]:
+    """SSIM of PCA by number of components: first as many as the latent has numbers, then some round ones."""
+    most = min(len(train) - 1, test[0].numel())
+    return reconstruction.pca_ssim(train, test, [min(count, most) for count in (subject.num_latent, *PCA_COMPONENTS)])
 
 
 @torch.no_grad()
@@ -230,63 +266,64 @@ def draw_samples(subject: Subject) -> Tensor:
     return sample_images(subject.prior, subject.model, params.num_generated, labels, params.seed, params.batch_size)
 
 
-@torch.no_grad()
-def judge_samples(
-    subject: Subject, images: Tensor, train: Tensor, test: Tensor, domain: DomainFeatures
-) -> dict[str, float]:
-    """Generated against test images, and beside it as many train images, or all, against the same test images."""
-    params, seed = subject.params, seed_of(subject.params.seed)
-    num_train = min(len(domain.train), params.num_generated)
-    generated_features, test_features = domain.samples, domain.test
-    train_features = generation.thin(domain.train, num_train)
-    kid = generation.kid(test_features, generated_features, patients(subject.test))
+def judge_samples(subject: Subject, domain: DomainFeatures) -> dict[str, float]:
+    """Generated against held-out images."""
+    kid = generation.kid(domain.held_out, domain.samples, patients(subject.held_out))
     metrics = {
         "kid_domain": kid.value,
         "kid_domain_ci_low": kid.low,
         "kid_domain_ci_high": kid.high,
-        "kid_domain_floor": generation.kid(test_features, train_features).value,
-        "fd_domain": generation.frechet_distance(test_features, generated_features),
-        "fd_domain_floor": generation.frechet_distance(test_features, train_features),
-        "ms_ssim_diversity": generation.ms_ssim_diversity(images, seed=seed),
+        "fd_domain": generation.frechet_distance(domain.held_out, domain.samples),
+    }
+    metrics |= generation.manifold(domain.held_out, domain.samples)._asdict()
+    return {f"generation/{name}": value for name, value in metrics.items()}
+
+
+def judge_data(subject: Subject, samples: Tensor, test: Tensor, domain: DomainFeatures) -> dict[str, float]:
+    """As many train images as samples, or all, against the same test images; and how diverse samples and tests are."""
+    seed = seed_of(subject.params.seed)
+    train = generation.thin(domain.train, min(len(domain.train), subject.params.num_generated))
+    metrics = {
+        "kid_domain_floor": generation.kid(domain.held_out, train).value,
+        "fd_domain_floor": generation.frechet_distance(domain.held_out, train),
+        "ms_ssim_diversity": generation.ms_ssim_diversity(samples, seed=seed),
         "ms_ssim_diversity_real": generation.ms_ssim_diversity(test.float() / 255.0, seed=seed),
     }
-    metrics |= generation.manifold(test_features, generated_features)._asdict()
-    real = generation.manifold(test_features, train_features)._asdict()
+    real = generation.manifold(domain.held_out, train)._asdict()
     metrics |= {f"{name}_real": value for name, value in real.items()}
-    if subject.inception:
-        seen, train_seen, test_seen = (
-            subject.inception(part) for part in (images, generation.thin(train, num_train), test)
-        )
-        metrics |= judge_through_inception(seen, train_seen, test_seen, patients(subject.test), seed)
     return {f"generation/{name}": value for name, value in metrics.items()}
 
 
 def judge_privacy(
-    domain: DomainFeatures, samples: Tensor, train: Tensor, test: Tensor
+    domain: DomainFeatures, samples: Tensor, train: Tensor, held_out: Tensor
 ) -> tuple[dict[str, float], privacy.Pairs]:
-    """Whether samples are copies of train images, held against the test images; and the closest pairs."""
-    parts = (privacy.nearest_by_features(part, domain.train) for part in (domain.samples, domain.test))
+    """Whether samples are copies of train images, held against the held-out images; and the closest pairs."""
+    parts = (privacy.nearest_by_features(part, domain.train) for part in (domain.samples, domain.held_out))
     by_features = privacy.judge(*parts)
-    by_pixels = privacy.judge(*(privacy.nearest_by_pixels(part, train) for part in (samples, test)))
+    by_pixels = privacy.judge(*(privacy.nearest_by_pixels(part, train) for part in (samples, held_out)))
     metrics = {f"privacy/{name}": value for name, value in privacy.metrics(by_features, by_pixels).items()}
     return metrics, privacy.closest_pairs(by_features, by_pixels, NUM_NEAREST)
 
 
-def judge_through_inception(
-    generated: Seen, train: Seen, test: Seen, groups: list[str] | None, seed: int
-) -> dict[str, float]:
-    """The metrics of published systems: Inception Score, FID and KID."""
-    kid = generation.kid(test.features, generated.features, groups)
-    return {
+@torch.no_grad()
+def judge_through_inception(subject: Subject, samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
+    """The metrics of published systems: Inception Score, FID and KID, and their floors."""
+    assert subject.inception is not None
+    seed = seed_of(subject.params.seed)
+    thinned = generation.thin(train, min(len(train), subject.params.num_generated))
+    generated, real, held = (subject.inception(images) for images in (samples, thinned, held_out))
+    kid = generation.kid(held.features, generated.features, patients(subject.held_out))
+    metrics = {
         "inception_score": inception_score(generated.logits, seed),
-        "inception_score_real": inception_score(test.logits, seed),
-        "fd_inception": fid(test.features, generated.features),
-        "fd_inception_floor": fid(test.features, train.features),
+        "inception_score_real": inception_score(held.logits, seed),
+        "fd_inception": fid(held.features, generated.features),
+        "fd_inception_floor": fid(held.features, real.features),
         "kid_inception": kid.value,
         "kid_inception_ci_low": kid.low,
         "kid_inception_ci_high": kid.high,
-        "kid_inception_floor": generation.kid(test.features, train.features).value,
+        "kid_inception_floor": generation.kid(held.features, real.features).value,
     }
+    return {f"generation/{name}": value for name, value in metrics.items()}
 
 
 def swap_labels(subject: Subject) -> label_report.Swapped | None:
@@ -294,15 +331,15 @@ def swap_labels(subject: Subject) -> label_report.Swapped | None:
     if not subject.model.conditional or len(subject.prior.frequencies) == 0:
         return None
     known, seed = subject.prior.frequencies > 0, seed_of(subject.params.seed, 2)
-    return label_report.swap_labels(subject.model, subject.test, known, subject.params.batch_size, seed)
+    return label_report.swap_labels(subject.model, subject.held_out, known, subject.params.batch_size, seed)
 
 
 def judge_labels(subject: Subject, samples: Tensor, swapped: label_report.Swapped | None) -> dict[str, float]:
     """How often the domain classifier sees the label asked for, in samples, wrongly labelled and real images."""
-    asked, labels = subject.asked_labels, torch.from_numpy(subject.test.labels.copy())
+    asked, labels = subject.asked_labels, torch.from_numpy(subject.held_out.labels.copy())
     if asked is None or len(subject.store.classes) < 2 or not bool((labels >= 0).any()):
         return {}  # one class alone: the extractor has learnt quarter turns
-    shown = {"": (samples, asked), "_real": (pixels(subject.test), labels)}
+    shown = {"": (samples, asked), "_real": (pixels(subject.held_out), labels)}
     if swapped:
         shown["_wrong"] = (swapped.decoded, swapped.given)
     return {
@@ -366,7 +403,7 @@ def draw(project: Project, subject: Subject, reconstructions: Tensor) -> None:
     images = sample_images(subject.prior, subject.model, num_images, labels, seed, subject.params.batch_size)
     write_grid(project.figures / "samples.png", images, columns, captions)
     size = min(NUM_PAIRS, len(reconstructions))
-    originals = generation.thin(pixels(subject.test), size)
+    originals = generation.thin(pixels(subject.held_out), size)
     write_pairs(project.figures / "reconstructions.png", originals, generation.thin(reconstructions, size))
 
 

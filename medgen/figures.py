@@ -7,9 +7,10 @@ compared and cached by hash. Files appear whole or not at all.
 import io
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from medgen.files import swap, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -210,11 +214,10 @@ def write_curves(
     """
     if not series:
         raise ValueError("series: found none, expected at least one named list of numbers")
-    import matplotlib as mpl  # heavy, and most callers never draw
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "backend": "agg"}):
+    with plot_style():
         scales = ("linear", "log") if log else ("linear",)
         figure = Figure(figsize=(5.2 * len(scales), 3.6), dpi=110, layout="constrained")
         for axes, scale in zip(figure.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
@@ -226,8 +229,22 @@ def write_curves(
             axes.set(xlabel=x_label, ylabel=f"{y_label} ({scale})" if log else y_label, yscale=scale)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        write_plot(path, figure)
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """Plots that are made and written within have the house's style, whatever the user's own is."""
+    import matplotlib as mpl  # heavy, and most callers never plot
+
+    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "backend": "agg"}):
+        yield
+
+
+def write_plot(path: Path, figure: "Figure") -> None:
+    """Writes a matplotlib figure as PNG, without the version that matplotlib puts in."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
     write_atomic(path, buffer.getvalue())
 
 

@@ -1,5 +1,7 @@
 """The training loop: one for everything that learns by gradient, models and priors alike."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from medgen import guard, optim
@@ -9,13 +11,16 @@ from medgen.job import Job, Meter
 from medgen.progress import Display
 from medgen.tracking import Tracker
 
+AfterEpoch = Callable[[int, Mapping[str, float]], None]
 
-def train_to_end(job: Job, tracker: Tracker | None) -> None:
+
+def train_to_end(job: Job, tracker: Tracker | None, after_epoch: AfterEpoch | None = None) -> None:
     """Trains to the end of the last phase, from the checkpoint where there is one.
 
     Args:
         job: what is trained.
         tracker: the run's record; None in processes other than the main one.
+        after_epoch: is given how many epochs are done and the last one's record; what it raises ends the training.
 
     Raises:
         UserError: the checkpoint is damaged, or from a longer training.
@@ -26,7 +31,9 @@ def train_to_end(job: Job, tracker: Tracker | None) -> None:
     with Display(job.epochs_done, job.total_epochs, job.world.is_main) as display:
         while (phase := job.phase()) is not None:
             if train_epoch(job, phase, display):
-                finish_epoch(job, phase, tracker, display)
+                record = finish_epoch(job, phase, tracker, display)
+                if after_epoch:
+                    after_epoch(job.epochs_done, record)
 
 
 def train_epoch(job: Job, phase: Phase, display: Display) -> bool:
@@ -66,8 +73,8 @@ def train_epoch(job: Job, phase: Phase, display: Display) -> bool:
     return True
 
 
-def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Display) -> None:
-    """Validates, logs, draws, saves."""
+def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Display) -> dict[str, float]:
+    """Validates, logs, draws, saves; returns the epoch's record."""
     state = job.state
     state.step -= 1  # the epoch's last step: at its end a schedule may already begin anew
     used = {"learning_rate": job.rate(phase), **job.task.record(phase, job.epoch)}
@@ -95,6 +102,7 @@ def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Displ
                 tracker.image(name, path, step=job.epochs_done)
         display.epoch(job.epochs_done, phase.name, record)
     job.save()
+    return record
 
 
 def recover(job: Job, phase: Phase, bad: int) -> None:

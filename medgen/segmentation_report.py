@@ -31,7 +31,7 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class Found:
-    """The masks a model finds in the test split, and what they are worth."""
+    """The masks a model finds in a held-out split, and what they are worth."""
 
     metrics: dict[str, float]
     images: Tensor  # (N, C, H, W) uint8
@@ -42,18 +42,18 @@ class Found:
 
 
 @torch.no_grad()
-def judge(store: Store, model: ImageModel, device: torch.device, batch_size: int) -> Found:
-    """Runs the model over the test split's images that have a mask.
+def judge(store: Store, model: ImageModel, device: torch.device, batch_size: int, split: str = "test") -> Found:
+    """Runs the model over the images of a held-out split that have a mask.
 
     Raises:
         UserError: there is none, or no mask has anything in it.
     """
     num_classes = store.preprocess.mask_classes
-    test, train = store.split("test"), store.split("train")
+    test, train = store.split(split), store.split("train")
     if not len(test.masked_rows) or not len(train.masked_rows):
         raise UserError(
-            f"{store.folder}: {len(train.masked_rows)} train and {len(test.masked_rows)} test images have a mask; "
-            "expected some of both. Change preprocess.test_fraction or bring more masks"
+            f"{store.folder}: {len(train.masked_rows)} train and {len(test.masked_rows)} {split} images have a mask; "
+            f"expected some of both. Change preprocess.{split}_fraction or bring more masks"
         )
     images, true, predicted = [], [], []
     for batch in Loader(test, batch_size, device, with_masks=True).sequential():
@@ -65,7 +65,7 @@ def judge(store: Store, model: ImageModel, device: torch.device, batch_size: int
     masks, guessed = torch.cat(true), torch.cat(predicted)
     if not bool((masks > 0).any()):
         raise UserError(
-            f"{store.folder}: every mask of the test split is empty, expected one at least with something in it; "
+            f"{store.folder}: every mask of the {split} split is empty, expected one at least with something in it; "
             "change preprocess.seed or bring more masks"
         )
     dice, iou = dice_and_iou(guessed, masks, num_classes)

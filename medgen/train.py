@@ -23,7 +23,7 @@ from medgen.distributed import World, join, pick_precision
 from medgen.errors import UserError
 from medgen.files import write_atomic
 from medgen.job import Job
-from medgen.loop import train_to_end
+from medgen.loop import AfterEpoch, train_to_end
 from medgen.losses import SCORES, Losses, Objective, beta_at
 from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model
@@ -36,8 +36,18 @@ CODE = ("models/*.py", "losses.py", "optim.py", "guard.py", "job.py", "loop.py",
 NOT_IN_FINGERPRINT = {"sample_every", "checkpoint_seconds", "on_nonfinite", "max_rollbacks", "device"}
 
 
-def run(project: Project, *, model: Model, loss: Loss, train: Train, tracking: Tracking) -> Path:
+def run(
+    project: Project,
+    *,
+    model: Model,
+    loss: Loss,
+    train: Train,
+    tracking: Tracking,
+    after_epoch: AfterEpoch | None = None,
+) -> Path:
     """Trains to the end of the last phase, exports artifacts/model, returns the run's scratch folder.
+
+    What `after_epoch` raises ends the training (`medgen.loop.train_to_end`).
 
     Raises:
         UserError: the store, a parameter or the weights of the perceptual term are missing or wrong.
@@ -49,7 +59,7 @@ def run(project: Project, *, model: Model, loss: Loss, train: Train, tracking: T
         name = run_fingerprint(task.store.fingerprint, model, loss, train)
         job = Job(task, world, train, project.runs / name)
         with job.stop.listening(), record(job, task, project, tracking) as tracker:
-            train_to_end(job, tracker)
+            train_to_end(job, tracker, after_epoch)
             if tracker:
                 with job.final_weights():
                     task.export(project.model, name)
@@ -239,6 +249,10 @@ def run_fingerprint(dataset: str, model: Model, loss: Loss, train: Train) -> str
     """
     plain = train.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
     del plain["phases"][-1]["epochs"]
+    return fingerprint(dataset, model, loss, plain, code())
+
+
+def code() -> str:
+    """Hash of the code that decides what a trained model becomes."""
     folder = Path(medgen.__file__).parent
-    code = checkpoint.code_fingerprint(source for pattern in CODE for source in folder.glob(pattern))
-    return fingerprint(dataset, model, loss, plain, code)
+    return checkpoint.code_fingerprint(source for pattern in CODE for source in folder.glob(pattern))

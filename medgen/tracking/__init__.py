@@ -29,6 +29,8 @@ from medgen.tracking.worker import Worker
 
 LOCK_PATIENCE_SECONDS = 10.0  # lets a process that is ending end
 
+RECORDS = ("*", "tune/*", "tune/*/trial_*/runs/*")  # in runs/: trainings, searches, and after them their trials
+
 __all__ = ["RunRecord", "Synced", "Tracker", "history", "lineage", "mirror_run", "read_run", "sync"]
 
 
@@ -39,11 +41,10 @@ class Tracker:
     dropped; a changed value is appended, and the last one counts.
     """
 
-    def __init__(self, scratch: Path, tracking: Tracking, project: Project, run_name: str, lock: FileLock) -> None:
+    def __init__(self, scratch: Path, tracking: Tracking, project: Project, record: History, lock: FileLock) -> None:
         self._lock = lock
         self._scratch = scratch
-        self._history = History(scratch / HISTORY)
-        self._history.start(run_name)
+        self._history = record
         self._history.append("status", status="RUNNING")
         self._finished = False
         self._worker = Worker(self._history, Mirror(scratch, tracking, project), tracking)
@@ -51,8 +52,18 @@ class Tracker:
             self._worker.start()
 
     @classmethod
-    def open(cls, scratch: Path, tracking: Tracking, project: Project, run_name: str) -> Self:
+    def open(
+        cls,
+        scratch: Path,
+        tracking: Tracking,
+        project: Project,
+        run_name: str,
+        identity: str | None = None,
+        parent: str | None = None,
+    ) -> Self:
         """Starts or continues the record of the run whose folder is `scratch`.
+
+        A new record takes `identity` (32 hexadecimal digits; None: its own), and may belong to the record `parent`.
 
         Raises:
             UserError: another process is writing this run.
@@ -64,7 +75,9 @@ class Tracker:
         except Timeout:
             raise UserError(f"{scratch}: another process is writing this run; wait for it to end, or stop it") from None
         try:
-            return cls(scratch, tracking, project, run_name, lock)
+            record = History(scratch / HISTORY)
+            record.start(run_name, identity, parent)
+            return cls(scratch, tracking, project, record, lock)
         except BaseException:
             lock.release()
             raise
@@ -145,7 +158,7 @@ def sync(project: Project, tracking: Tracking) -> Synced:
         raise UserError("tracking.enabled: false, so there is no MLflow to send to; set it to true")
     num_sent = num_refused = 0
     live = []
-    folders = sorted(path.parent for path in project.runs.glob(f"*/{HISTORY}"))
+    folders = [path.parent for pattern in RECORDS for path in sorted(project.runs.glob(f"{pattern}/{HISTORY}"))]
     for folder in folders:
         try:
             mirror = mirror_run(folder, project, tracking, patience=0)

@@ -85,10 +85,15 @@ class History:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._descriptor, end)  # a line torn by a kill or a power cut
 
-    def start(self, run_name: str) -> None:
-        """Gives a new record its identity; a continued one keeps its own."""
+    def start(self, run_name: str, identity: str | None = None, parent: str | None = None) -> None:
+        """Gives a new record its identity; a continued one keeps its own.
+
+        `identity` is given where several machines write to the same MLflow run; `parent` is that of the record this
+        one belongs to.
+        """
         if not self.knows(("run", "", None)):
-            self.append("run", id=os.urandom(16).hex(), name=run_name)
+            own: dict[str, Any] = {} if parent is None else {"parent": parent}
+            self.append("run", id=identity or os.urandom(16).hex(), name=run_name, **own)
 
     def knows(self, identity: Identity) -> bool:
         """Whether anything was said of this kind, name and step."""

@@ -116,11 +116,12 @@ class Mirror:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        made = client.search_runs([experiment], filter_string=f"tags.`medgen.id` = '{start['id']}'")
-        if made:
-            return made[0]
+        if (made := _search(client, experiment, start["id"])) is not None:
+            return made
         tags = {"medgen.id": start["id"], "medgen.run": self._scratch.name, "mlflow.source.name": "medgen"}
         tags |= {"mlflow.source.type": "LOCAL", "mlflow.user": _user()}
+        if "parent" in start and (parent := _search(client, experiment, start["parent"])) is not None:
+            tags["mlflow.parentRunId"] = parent.info.run_id
         return client.create_run(experiment, int(start["time"] * 1000), tags, start["name"])
 
     def _send_batch(self, client: "MlflowClient", events: list[Event], end: int) -> None:
@@ -260,6 +261,12 @@ def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:
     with FileLock(f"{path}.lock", timeout=120):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, (project.root / "mlartifacts").resolve().as_uri())
+
+
+def _search(client: "MlflowClient", experiment: str, identity: str) -> "Run | None":
+    """The run that a record of this identity was sent to."""
+    found = client.search_runs([experiment], filter_string=f"tags.`medgen.id` = '{identity}'")
+    return found[0] if found else None
 
 
 def _log_dataset(client: "MlflowClient", run_id: str, event: Event) -> None:

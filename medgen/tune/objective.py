@@ -1,0 +1,107 @@
+"""What a search improves: a metric of the val split by its key, or two of them that are traded for each other."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from medgen.config import Evaluate
+from medgen.errors import UserError
+from medgen.metrics.reconstruction import ms_ssim_window
+
+Direction = Literal["minimize", "maximize"]
+
+PARETO = "pareto"
+SSIM = "reconstruction/ssim"
+MS_SSIM = "reconstruction/ms_ssim"
+KID = "generation/kid_domain"
+DICE = "segmentation/dice"
+# keys of docs/contract.md that have a better end; the others describe
+DIRECTIONS: dict[str, Direction] = {
+    "reconstruction/(l1|mse)": "minimize",
+    "reconstruction/(psnr|ssim|ms_ssim)": "maximize",
+    "generation/(kid|fd)_(domain|inception)": "minimize",
+    "generation/inception_score": "maximize",
+    "generation/(precision|recall|density|coverage)": "maximize",
+    "generation/label_agreement(_wrong)?": "maximize",
+    "latent/(active_units|codebook_usage|codebook_perplexity)": "maximize",
+    "privacy/copy_rate(_features|_pixels)?": "minimize",
+    "segmentation/(dice|iou)(_[0-9]+)?": "maximize",
+}
+CHOICES = f"{KID} (the default), {SSIM}, {DICE} for masks, {PARETO}, or another key of docs/contract.md"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One metric or two, and which way is better."""
+
+    name: str  # as tune.objective says it
+    keys: tuple[str, ...]
+    directions: tuple[Direction, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{way} {label}" for way, label in zip(self.directions, self.labels, strict=True))
+
+    @property
+    def is_pareto(self) -> bool:
+        """Whether two metrics are traded for each other."""
+        return self.name == PARETO
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether a trial's reconstructions must not be worse than a floor: samples alone can be had from a model that
+        reconstructs nothing.
+        """
+        return not self.is_pareto and self.keys[0].startswith(("generation/", "latent/", "privacy/"))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the values are, for figures and tables."""
+        return tuple(f"1 − {key}" if self.is_pareto and key != KID else key for key in self.keys)
+
+    def values(self, metrics: Mapping[str, float]) -> list[float]:
+        """The values of a trial, from its metrics; some may not be finite.
+
+        Raises:
+            UserError: this model or data has no such metric.
+        """
+        if missing := [key for key in self.keys if key not in metrics]:
+            raise UserError(
+                f"tune.objective: {missing[0]} is not among this model's metrics; expected one of {', '.join(metrics)}"
+            )
+        values = [metrics[key] for key in self.keys]
+        return [1.0 - values[0], values[1]] if self.is_pareto else values
+
+
+def choose_objective(name: str | None, target: str, image_side: int, evaluate: Evaluate) -> Objective:
+    """The objective that `tune.objective` names.
+
+    Args:
+        name: a metric's key, "pareto", or None for the default.
+        target: what the model learns, "image" or "mask".
+        image_side: shorter side of the images, in pixels.
+        evaluate: says which extractors are asked.
+
+    Raises:
+        UserError: it is a loss, no metric, one without a better end, or not this model's.
+    """
+    name = name or (KID if target == "image" else DICE)
+    if name == "loss" or name.startswith(("train/", "val/")):
+        raise UserError(
+            f"tune.objective: {name!r} is what training lowers, and no objective: the loss is weighed by β and by the "
+            "weights that are searched, so it is lowest with all of them at their lower bounds, whatever the images "
+            f"look like. Expected {CHOICES}"
+        )
+    if name == PARETO and target == "image":
+        similarity = SSIM if ms_ssim_window(image_side) is None else MS_SSIM
+        return Objective(name, (similarity, KID), ("minimize", "minimize"))
+    direction = next((way for pattern, way in DIRECTIONS.items() if re.fullmatch(pattern, name)), None)
+    if direction is None:
+        raise UserError(f"tune.objective: {name!r} is no metric with a better end; expected {CHOICES}")
+    if (target == "mask") != name.startswith("segmentation/"):
+        raise UserError(f"tune.objective: {name!r} does not judge a model that learns {target}s; expected {CHOICES}")
+    if name == MS_SSIM and ms_ssim_window(image_side) is None:
+        raise UserError(f"tune.objective: {name} needs larger images than {image_side} px; expected {SSIM}")
+    if "inception" in name and "inception" not in evaluate.extractors:
+        raise UserError(f"tune.objective: {name} needs evaluate.extractors: [domain, inception]")
+    return Objective(name, (name,), (direction,))

@@ -1,0 +1,217 @@
+"""What is searched: `tune.space` of params.yaml, held against the schema; what it makes of the parameters in a trial.
+
+Without `tune.space`: each phase's learning rate and β, and the weights of the loss terms that params.yaml has.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import optuna
+
+from medgen.config import Beta, Params, Phase, Schedule, Searched, Train, TrialBudget, replace, unknown_name
+from medgen.data.weights import weights_path
+from medgen.errors import UserError
+
+SECTIONS = ("model", "loss", "train", "prior")  # data and extractor are made once, and judge all trials
+SOURCE = "tune.space"
+SIGNIFICANT_DIGITS = 4  # of what is tried: nobody reads more, and the rest is noise
+LEARNING_RATE = (1e-4, 1e-2)
+BETA = (1e-3, 1.0)  # where 1 is the evidence lower bound
+BETA_FACTOR = 30.0  # either way, where β has another scale
+WEIGHTS = {"l1": (0.1, 2.0), "ssim": (0.05, 2.0), "perceptual": (0.01, 1.0), "bce": (0.1, 2.0), "dice": (0.1, 2.0)}
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A searched parameter: its dotted key, its values, and the one params.yaml has."""
+
+    key: str
+    values: Searched
+    start: Value
+
+    @property
+    def distribution(self) -> optuna.distributions.BaseDistribution:
+        """As Optuna says it."""
+        values = self.values
+        if values.choices is not None:
+            return optuna.distributions.CategoricalDistribution(values.choices)
+        assert values.low is not None and values.high is not None
+        if isinstance(self.start, int):
+            step = 1 if values.step is None else int(values.step)
+            return optuna.distributions.IntDistribution(int(values.low), int(values.high), values.log, step)
+        return optuna.distributions.FloatDistribution(values.low, values.high, values.log, values.step)
+
+    def suggest(self, trial: optuna.Trial) -> Value:
+        """Asks Optuna for this trial's value, or what it suggested earlier."""
+        values, distribution = self.values, self.distribution
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            assert values.choices is not None
+            return trial.suggest_categorical(self.key, values.choices)  # type: ignore[return-value]  # none is None
+        if isinstance(distribution, optuna.distributions.IntDistribution):
+            low, high, step = distribution.low, distribution.high, distribution.step
+            return trial.suggest_int(self.key, low, high, step=step, log=values.log)
+        assert isinstance(distribution, optuna.distributions.FloatDistribution)
+        return trial.suggest_float(
+            self.key, distribution.low, distribution.high, step=distribution.step, log=values.log
+        )
+
+    def tried(self, suggested: Value) -> Value:
+        """The value a trial takes: what Optuna suggested, less the digits that say nothing."""
+        if suggested == self.start or not isinstance(suggested, float):
+            return suggested
+        if self.values.choices is not None or self.values.step is not None:
+            return suggested
+        assert self.values.low is not None and self.values.high is not None
+        return min(max(float(f"{suggested:.{SIGNIFICANT_DIGITS}g}"), self.values.low), self.values.high)
+
+
+def build_space(params: Params) -> dict[str, Dimension]:
+    """The dimensions of `tune.space`, or the default ones, by key.
+
+    Raises:
+        UserError: a key is unknown or may not be searched, a range is of the wrong type, or params.yaml's own value,
+            which the first trial takes, lies outside.
+    """
+    space = params.tune.space or default_space(params)
+    return {key: _dimension(params, key, values) for key, values in space.items()}
+
+
+def default_space(params: Params) -> dict[str, Searched]:
+    """Learning rates, β and weights, as far as params.yaml has them, in ranges that hold its own values."""
+    space = {}
+    for number, phase in enumerate(params.train.phases):
+        if not phase.epochs:
+            continue
+        key = f"train.phases.{number}"
+        space[f"{key}.learning_rate"] = _around(phase.learning_rate, *LEARNING_RATE)
+        if (beta := phase.beta.end) > 0:
+            elbo = params.loss.kl_reduction == "elbo"
+            bounds = BETA if elbo else (beta / BETA_FACTOR, beta * BETA_FACTOR)
+            space[f"{key}.beta.end"] = _around(beta, *bounds)
+    weights = {name: weight for name, weight in params.loss.weights.model_dump().items() if weight > 0}
+    if len(weights) > 1 and any(phase.weights is None for phase in params.train.phases):  # one alone: only a scale
+        space |= {f"loss.weights.{name}": _around(weights[name], *WEIGHTS[name]) for name in WEIGHTS if name in weights}
+    return space
+
+
+def check_weights(params: Params, space: Mapping[str, Dimension]) -> None:
+    """Refuses to search the perceptual weight where the network that it asks is not here.
+
+    Raises:
+        UserError: as `medgen.data.weights.weights_path`.
+    """
+    if any(key.endswith("weights.perceptual") for key in space) or params.loss.weights.perceptual > 0:
+        weights_path("vgg16")
+
+
+def trial_params(params: Params, values: Mapping[str, Value]) -> Params:
+    """The parameters of a trial: searched values in place, cut down to `tune.trial`.
+
+    Raises:
+        UserError: values that are good one by one do not go together.
+    """
+    chosen = replace(params, values, SOURCE)
+    budget = params.tune.trial
+    train = shortened(chosen.train, budget)
+    train = train.model_copy(
+        update={
+            "subset": budget.subset or train.subset,
+            "sample_every": sum(phase.epochs for phase in train.phases),  # the first epoch's and the last one's grids
+            "on_nonfinite": "raise",  # parameters that need to be nursed are not what is searched for
+            "compile": "off" if train.compile == "auto" else train.compile,  # a trial is over before it pays
+        }
+    )
+    evaluate = chosen.evaluate.model_copy(update={"num_generated": budget.num_generated})
+    return chosen.model_copy(update={"train": train, "evaluate": evaluate})
+
+
+def shortened(train: Train, budget: TrialBudget) -> Train:
+    """Phases of `budget.epochs` in sum, each with its share and one epoch at least; what is told in epochs or warm-up
+    steps shrinks alike.
+    """
+    total = sum(phase.epochs for phase in train.phases)
+    if budget.epochs is None or budget.epochs >= total:
+        return train
+    factor = budget.epochs / total
+    ends = [0, *(round(factor * end) for end in accumulate(phase.epochs for phase in train.phases))]
+    lengths = [end - begin for begin, end in pairwise(ends)]
+    phases = [_shortened(phase, length, factor) for phase, length in zip(train.phases, lengths, strict=True)]
+    return train.model_copy(update={"phases": tuple(phases)})
+
+
+def value_at(params: Params, key: str) -> Any:
+    """The value at a dotted key.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    node: Any = params.model_dump()
+    for part in key.split("."):
+        try:
+            node = node[int(part)] if isinstance(node, tuple) else node[part]
+        except (KeyError, ValueError, IndexError, TypeError):
+            replace(params, {key: None}, SOURCE)  # says what is wrong with the key
+            raise UserError(f"{SOURCE}.{key}: leads through a value that params.yaml leaves at null; set it") from None
+    return node
+
+
+def _dimension(params: Params, key: str, values: Searched) -> Dimension:
+    section = key.partition(".")[0]
+    if section not in SECTIONS:
+        known = f"keys of {', '.join(SECTIONS)} can be searched"
+        if section in type(params).model_fields:
+            raise UserError(f"{SOURCE}.{key}: {section} is the same for all trials, which are compared by it; {known}")
+        raise unknown_name(f"{SOURCE}.{key}: section", section, SECTIONS)
+    start = value_at(params, key)
+    for value in _ends(values):
+        taken = value_at(replace(params, {key: value}, SOURCE), key)
+        if values.choices is None and isinstance(taken, bool):
+            raise UserError(f"{SOURCE}.{key}: is true or false, found a range; expected choices: [true, false]")
+        if values.choices is None and isinstance(taken, int) and values.step is not None and values.step % 1:
+            raise UserError(f"{SOURCE}.{key}: a whole number, found step {values.step:g}; expected a whole step")
+    if not isinstance(start, Value):
+        raise UserError(
+            f"{SOURCE}.{key}: params.yaml has {start!r} there, and the first trial is params.yaml itself; set a value"
+        )
+    if not _holds(values, start):
+        raise UserError(
+            f"{SOURCE}.{key}: params.yaml has {start!r}, and the first trial is params.yaml itself; widen the range, "
+            "or change the value"
+        )
+    return Dimension(key, values, start)
+
+
+def _ends(values: Searched) -> Iterable[Any]:
+    return values.choices if values.choices is not None else (values.low, values.high)
+
+
+def _holds(values: Searched, start: Value) -> bool:
+    if values.choices is not None:
+        return start in values.choices
+    assert values.low is not None and values.high is not None and not isinstance(start, str)
+    steps = 0.0 if values.step is None else (start - values.low) / values.step
+    return values.low <= start <= values.high and abs(steps - round(steps)) < 1e-6
+
+
+def _around(value: float, low: float, high: float) -> Searched:
+    return Searched(low=min(low, value), high=max(high, value), log=True)
+
+
+def _shortened(phase: Phase, epochs: int, factor: float) -> Phase:
+    def scaled(length: int) -> int:
+        return max(1, round(factor * length))
+
+    schedule, beta = phase.schedule, phase.beta
+    shorter: dict[str, int | Schedule | Beta] = {
+        "epochs": max(1, epochs) if phase.epochs else 0,
+        "warmup_steps": round(factor * phase.warmup_steps),
+        "schedule": schedule.model_copy(
+            update={"period": scaled(schedule.period), "patience": scaled(schedule.patience)}
+        ),
+        "beta": beta.model_copy(update={"epochs": scaled(beta.epochs)}),
+    }
+    return phase.model_copy(update=shorter)

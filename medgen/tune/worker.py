@@ -1,0 +1,260 @@
+"""One worker of a search: a process that claims trials, trains and judges them, and tells the study."""
+
+import dataclasses
+import gc
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NoReturn
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from medgen import checkpoint, evaluate, prior, train
+from medgen.config import Params, Project, Tracking
+from medgen.data.store import open_store
+from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
+from medgen.models import MODELS
+from medgen.tracking import Tracker, history
+from medgen.tune.objective import SSIM, Objective, choose_objective
+from medgen.tune.space import build_space, trial_params
+from medgen.tune.storage import lost, open_storage
+from medgen.tune.study import Claim, Study
+
+WAIT_SECONDS = 0.5
+UNTRACKED = Tracking(enabled=False)  # a search has one process that writes to MLflow: the one that started the workers
+WATCHED = {"image": "val/ssim", "mask": "val/dice"}  # what the pruner compares; more is better
+STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What every process of a search knows."""
+
+    project: Project
+    params: Params
+    study: str
+    num_trials: int  # that the study shall have
+    started: datetime
+    deadline: float | None  # seconds since 1970; no trial begins after it
+
+    @property
+    def folder(self) -> Path:
+        """Scratch of the study."""
+        return self.project.runs / "tune" / self.study
+
+    def trial_folder(self, number: int) -> Path:
+        """Where a trial's model, prior, runs and reports stand."""
+        return self.folder / f"trial_{number:04d}"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's place on the machine."""
+
+    number: int
+    threads: int
+    gpu: str | None  # as CUDA_VISIBLE_DEVICES takes it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial."""
+
+    state: TrialState
+    reason: str = ""
+    values: list[float] | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # more that is said of it, by tag
+
+
+def open_study(search: Search) -> Study:
+    """The study, in this process.
+
+    Raises:
+        UserError: as `medgen.tune.run`.
+    """
+    params = search.params
+    space, objective = build_space(params), objective_of(search.project, params)
+    epochs = sum(phase.epochs for phase in trial_params(params, {}).train.phases)
+    storage = open_storage(search.project, params.tune.storage)
+    return Study(storage, search.study, params, space, objective, epochs)
+
+
+def objective_of(project: Project, params: Params) -> Objective:
+    """What is improved, for this model on this data."""
+    side = min(open_store(project.dataset).image_shape[1:])
+    return choose_objective(params.tune.objective, MODELS[params.model.name].target, side, params.evaluate)
+
+
+def work(search: Search, seat: Seat) -> None:
+    """The process: trial after trial until there is none; what it prints goes to the study's folder.
+
+    SIGTERM stops it after the step it is in, and so does the end of the process that started it; its trial stays
+    running in the study, and whoever claims next takes it up from its checkpoint.
+    """
+    log = (search.folder / f"worker_{seat.number}.log").open("a", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches all: the parent decides
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    torch.set_num_threads(seat.threads)
+    try:
+        with lost(search.params.tune.storage):
+            run_trials(search)
+    except (UserError, TrainingInterrupted) as error:
+        print(f"worker {seat.number}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def run_trials(search: Search) -> None:
+    """All trials that are left for this worker."""
+    study = open_study(search)
+    while search.deadline is None or time.time() < search.deadline:
+        claim = study.claim(search.num_trials, search.started)
+        if claim is None:
+            return
+        if claim == "wait":
+            time.sleep(WAIT_SECONDS)
+        else:
+            run_trial(search, study, claim)
+
+
+def stop(*_: object) -> NoReturn:
+    """Ends a worker that is between two trainings."""
+    raise TrainingInterrupted("asked to stop")
+
+
+def stop_with_parent() -> None:
+    """Asks this process to stop when the one that started it is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_trial(search: Search, study: Study, claim: Claim) -> None:
+    """Trains, fits the prior, judges on the val split; records it and tells the study."""
+    number = claim.trial.number
+    project = dataclasses.replace(search.project, trial=search.trial_folder(number))
+    print(f"trial {number}, attempt {claim.attempt}: {claim.values}", flush=True)
+    scratch = None
+    try:
+        params = trial_params(search.params, claim.values)
+        scratch = scratch_of(project, params)
+        with Tracker.open(scratch, UNTRACKED, project, f"trial {number}", parent=study.record) as tracker:
+            tracker.finish("RUNNING")
+        outcome = attempt(project, params, study, claim)
+    except (TrainingInterrupted, KeyboardInterrupt):
+        raise
+    except NonFiniteError as error:
+        reason = f"{error.term} not finite at step {error.step} (phase {error.phase})"
+        facts = {"nonfinite_step": str(error.step), "nonfinite_term": error.term}
+        outcome = Outcome(TrialState.PRUNED, reason, facts=facts)
+    except optuna.TrialPruned as pruned:
+        outcome = Outcome(TrialState.PRUNED, str(pruned))
+    except Exception as error:  # whatever breaks one trial is written down, and the search goes on
+        traceback.print_exc()
+        outcome = Outcome(TrialState.FAIL, describe(error))
+    print(f"trial {number}: {outcome.state.name.lower()} {outcome.reason}", flush=True)
+    if scratch is not None:
+        record(project, scratch, study, claim, outcome)
+    for name, value in {"reason": outcome.reason, **outcome.facts}.items():
+        if value:
+            claim.trial.set_user_attr(name, value)
+    if outcome.metrics:
+        claim.trial.set_user_attr("metrics", dict(outcome.metrics))
+    if study.objective.has_floor and outcome.state == TrialState.COMPLETE:
+        own = outcome.metrics[SSIM]
+        claim.trial.set_constraint(SSIM, (own if claim.ssim_floor is None else claim.ssim_floor) - own)
+    study.tell(claim, outcome.state, outcome.values)
+    tidy(project, scratch)
+
+
+def attempt(project: Project, params: Params, study: Study, claim: Claim) -> Outcome:
+    """The trial itself.
+
+    Raises:
+        NonFiniteError, optuna.TrialPruned: it is given up.
+        UserError: its parameters do not go together.
+    """
+    trial, objective = claim.trial, study.objective
+    watched = WATCHED[MODELS[params.model.name].target]
+    last = sum(phase.epochs for phase in params.train.phases)
+    sign = 1.0 if objective.directions[0] == "maximize" else -1.0  # Optuna compares all values the study's way
+    first = study.trials[0].intermediate_values if trial.number > 0 and objective.has_floor else {}
+
+    def after_epoch(epoch: int, values: Mapping[str, float]) -> None:
+        if objective.is_pareto or not math.isfinite(values[watched]):
+            return  # Optuna compares nothing where there are two objectives
+        # where SSIM is a floor and not the aim, to have more of it than params.yaml is no merit
+        trial.report(sign * min(values[watched], sign * first.get(epoch, sign * math.inf)), epoch)
+        if epoch < last and trial.number > 0 and trial.should_prune():  # the first is params.yaml, the yardstick
+            raise optuna.TrialPruned(f"{watched} {values[watched]:.4f} after epoch {epoch}: worse than other trials'")
+
+    sections = {"model": params.model, "loss": params.loss, "train": params.train}
+    train.run(project, **sections, tracking=UNTRACKED, after_epoch=after_epoch)  # type: ignore[arg-type]
+    prior.run(project, prior=params.prior, tracking=UNTRACKED)
+    metrics = evaluate.judge_validation(project, evaluate=params.evaluate)
+    values = objective.values(metrics)
+    checked = dict(zip(objective.labels, values, strict=True))
+    checked |= {SSIM: metrics[SSIM]} if objective.has_floor else {}
+    if broken := [f"{name} is {value}" for name, value in checked.items() if not math.isfinite(value)]:
+        return Outcome(TrialState.PRUNED, f"what is searched by is not finite: {', '.join(broken)}")
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Outcome(TrialState.COMPLETE, values=values, metrics=finite)
+
+
+def record(project: Project, scratch: Path, study: Study, claim: Claim, outcome: Outcome) -> None:
+    """Ends the trial's record: its state and reason, its metrics, its samples."""
+    with Tracker.open(scratch, UNTRACKED, project, f"trial {claim.trial.number}", parent=study.record) as tracker:
+        tags = {"tune.study": study.name, "tune.trial": str(claim.trial.number)}
+        tags["tune.state"] = outcome.state.name.lower()
+        tracker.tags(tags | ({"tune.reason": outcome.reason} if outcome.reason else {}) | dict(outcome.facts))
+        records = history(scratch)
+        step = records[-1]["step"] if records else 0
+        tracker.metrics({f"val/{name}": value for name, value in outcome.metrics.items()}, step)
+        samples = project.figures / "samples.png"
+        if outcome.metrics and samples.exists():
+            tracker.artifact(samples, "figures")
+        tracker.finish(STATUS[outcome.state])
+
+
+def scratch_of(project: Project, params: Params) -> Path:
+    """Where `medgen.train` keeps the training of these parameters."""
+    dataset = open_store(project.dataset).fingerprint
+    return project.runs / train.run_fingerprint(dataset, params.model, params.loss, params.train)
+
+
+def describe(error: Exception) -> str:
+    """Why a trial failed, in a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return f"out of memory: {text}"
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def tidy(project: Project, scratch: Path | None) -> None:
+    """Removes what an ended trial does not need: weights, checkpoints. The record and the pictures stay."""
+    assert project.trial is not None
+    shutil.rmtree(project.trial / "artifacts", ignore_errors=True)
+    if scratch is not None:
+        checkpoint.remove(scratch)
+        for folder in scratch.glob("prior_*"):
+            shutil.rmtree(folder)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,84 @@
+"""What may be searched for: metrics with a better end, never a loss."""
+
+import pytest
+
+from medgen import train
+from medgen.config import Beta, Evaluate, Loss, Model, Phase, Tracking, Train, Weights
+from medgen.errors import UserError
+from medgen.tracking import history
+from medgen.tune.objective import choose_objective
+
+BOTH = Evaluate(extractors=("domain", "inception"))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "keys", "directions"),
+    [
+        (None, "image", ("generation/kid_domain",), ("minimize",)),
+        (None, "mask", ("segmentation/dice",), ("maximize",)),
+        ("reconstruction/ssim", "image", ("reconstruction/ssim",), ("maximize",)),
+        ("generation/fd_inception", "image", ("generation/fd_inception",), ("minimize",)),
+        ("generation/recall", "image", ("generation/recall",), ("maximize",)),
+        ("privacy/copy_rate", "image", ("privacy/copy_rate",), ("minimize",)),
+        ("segmentation/iou_2", "mask", ("segmentation/iou_2",), ("maximize",)),
+        ("pareto", "image", ("reconstruction/ms_ssim", "generation/kid_domain"), ("minimize", "minimize")),
+    ],
+)
+def test_a_metric_is_taken_towards_its_better_end(name, target, keys, directions):
+    objective = choose_objective(name, target, 128, BOTH)
+    assert (objective.keys, objective.directions) == (keys, directions)
+
+
+def test_of_small_images_the_front_trades_plain_ssim():
+    objective = choose_objective("pareto", "image", 64, Evaluate())
+    assert objective.values({"reconstruction/ssim": 0.75, "generation/kid_domain": 2.0}) == [0.25, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "side", "evaluate", "words"),
+    [
+        ("train/loss", "image", 64, Evaluate(), "lower bounds"),
+        ("val/loss", "image", 64, Evaluate(), "lower bounds"),
+        ("loss", "mask", 64, Evaluate(), "lower bounds"),
+        ("generation/kid", "image", 64, Evaluate(), "no metric with a better end"),
+        ("reconstruction/pca_ssim", "image", 64, Evaluate(), "no metric with a better end"),
+        ("generation/kid_domain_floor", "image", 64, Evaluate(), "no metric with a better end"),
+        ("segmentation/dice", "image", 64, Evaluate(), "learns images"),
+        ("generation/kid_domain", "mask", 64, Evaluate(), "learns masks"),
+        ("pareto", "mask", 64, Evaluate(), "no metric with a better end"),
+        ("reconstruction/ms_ssim", "image", 64, Evaluate(), "larger images than 64"),
+        ("generation/kid_inception", "image", 64, Evaluate(), r"evaluate.extractors: \[domain, inception\]"),
+    ],
+)
+def test_what_cannot_be_an_objective_is_refused_with_the_reason(name, target, side, evaluate, words):
+    with pytest.raises(UserError, match=words) as refusal:
+        choose_objective(name, target, side, evaluate)
+    assert str(refusal.value).startswith("tune.objective: ")
+
+
+def test_a_model_without_the_metric_says_so():
+    with pytest.raises(UserError, match="label_agreement_wrong is not among this model's metrics"):
+        choose_objective("generation/label_agreement_wrong", "image", 64, Evaluate()).values(
+            {"reconstruction/ssim": 1.0}
+        )
+
+
+@pytest.mark.slow
+def test_why_the_loss_is_refused_its_lowest_value_is_at_the_lower_bounds(tiny_project):
+    """Trainings that differ only in what the loss weighs: it falls with β and with the weights, whatever is learnt."""
+    betas, weights = (1e-3, 1.0), (0.1, 1.0)
+    losses = {}
+    for beta in betas:
+        for weight in weights:
+            phase = Phase(name="one", epochs=2, learning_rate=1e-3, beta=Beta(end=beta))
+            scratch = train.run(
+                tiny_project,
+                model=Model(base_channels=8, latent_size=8, latent_channels=4),
+                loss=Loss(weights=Weights(l1=weight, ssim=0.5 * weight)),
+                train=Train(batch_size=16, phases=(phase,)),
+                tracking=Tracking(enabled=False),
+            )
+            losses[beta, weight] = history(scratch)[-1]["train/loss"]
+    assert min(losses, key=losses.__getitem__) == (min(betas), min(weights))
+    for weight in weights:
+        assert losses[betas[0], weight] < losses[betas[1], weight]

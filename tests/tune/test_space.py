@@ -1,0 +1,162 @@
+"""What is searched is held against the schema before the first trial, and a trial is the parameters cut down."""
+
+import pytest
+
+from medgen.config import (
+    Beta,
+    Loss,
+    Params,
+    Phase,
+    Schedule,
+    Searched,
+    Train,
+    TrialBudget,
+    Tune,
+    Weights,
+    load,
+    replace,
+)
+from medgen.errors import UserError
+from medgen.tune.space import build_space, shortened, trial_params, value_at
+
+TWO_PHASES = (
+    Phase(name="a", epochs=30, learning_rate=2e-3, warmup_steps=50, schedule=Schedule(period=30)),
+    Phase(name="b", epochs=10, learning_rate=5e-4, beta=Beta(schedule="linear", end=0.1, epochs=8)),
+)
+ONE_EPOCH = Phase(name="a", epochs=1)
+
+
+def params_of(space=None, **sections):
+    sections = {"train": Train(phases=TWO_PHASES)} | sections
+    return Params(tune=Tune(space=space or {}), **sections)
+
+
+def test_by_default_learning_rates_beta_and_weights_are_searched_around_what_there_is():
+    space = build_space(params_of())
+    assert list(space) == [
+        "train.phases.0.learning_rate",
+        "train.phases.1.learning_rate",
+        "train.phases.1.beta.end",
+        "loss.weights.l1",
+        "loss.weights.ssim",
+    ]
+    for dimension in space.values():
+        assert dimension.values.log and dimension.values.low <= dimension.start <= dimension.values.high
+
+
+@pytest.mark.parametrize(
+    ("sections", "absent"),
+    [
+        ({"loss": Loss(weights=Weights(l1=1.0))}, "loss.weights.l1"),  # one weight alone is a scale
+        ({"loss": Loss(weights=Weights(l1=1.0, ssim=1.0))}, "loss.weights.perceptual"),
+        (
+            {"train": Train(phases=(Phase(name="a", epochs=1), Phase(name="b", epochs=0)))},
+            "train.phases.1.learning_rate",
+        ),
+        ({"train": Train(phases=(Phase(name="a", epochs=1),))}, "train.phases.0.beta.end"),
+    ],
+)
+def test_by_default_nothing_is_searched_that_is_not_in_use(sections, absent):
+    assert absent not in build_space(params_of(**sections))
+
+
+def test_every_kind_of_value_can_be_searched():
+    space = build_space(
+        params_of(
+            {
+                "train.batch_size": Searched(low=8, high=64, step=8),
+                "model.base_channels": Searched(low=8, high=64, log=True),
+                "train.horizontal_flip": Searched(choices=(False, True)),
+                "model.name": Searched(choices=("spatial_vae", "vae")),
+                "loss.free_bits": Searched(low=0, high=0.5),
+                "prior.variance_kept": Searched(low=0.5, high=1.0),
+            }
+        )
+    )
+    kinds = {key: type(dimension.distribution).__name__ for key, dimension in space.items()}
+    assert kinds == {
+        "train.batch_size": "IntDistribution",
+        "model.base_channels": "IntDistribution",
+        "train.horizontal_flip": "CategoricalDistribution",
+        "model.name": "CategoricalDistribution",
+        "loss.free_bits": "FloatDistribution",
+        "prior.variance_kept": "FloatDistribution",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "words"),
+    [
+        ("train.lerning_rate", Searched(low=1e-4, high=1e-2), "unknown key"),
+        ("train.phases.0.learning_rte", Searched(low=1e-4, high=1e-2), "did you mean 'learning_rate'"),
+        ("train.phases.2.learning_rate", Searched(low=1e-4, high=1e-2), "no index into a list of 2"),
+        ("trian.batch_size", Searched(low=8, high=64), "did you mean 'train'"),
+        ("preprocess.image_size", Searched(low=32, high=64), "the same for all trials"),
+        ("evaluate.seed", Searched(low=0, high=9), "the same for all trials"),
+        ("train.phases.0.learning_rate", Searched(low=-1, high=1e-2), "greater than 0"),
+        ("train.batch_size", Searched(low=8.5, high=64), "valid integer"),
+        ("train.batch_size", Searched(low=8, high=64, step=0.5), "whole step"),
+        ("train.horizontal_flip", Searched(low=0, high=1), "true or false"),
+        ("train.precision", Searched(choices=("fp32", "fp64")), "fp64"),
+        ("train.phases.0.learning_rate", Searched(low=3e-3, high=1e-2), "has 0.002"),
+        ("train.batch_size", Searched(choices=(8, 16)), "has 32"),
+        ("train.batch_size", Searched(low=20, high=60, step=5), "has 32"),
+        ("model.latent_channels", Searched(low=4, high=16), "has None"),
+        ("model.attention_resolutions", Searched(choices=("a", "b")), "attention_resolutions"),
+    ],
+)
+def test_a_key_or_range_that_cannot_be_is_refused_by_name(key, values, words):
+    with pytest.raises(UserError, match=words) as refusal:
+        build_space(params_of({key: values}))
+    assert "tune.space" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{low: 1, high: 1}", "the range is empty"),
+        ("{low: 2, high: 1}", "the range is empty"),
+        ("{low: 1}", "expected low and high, or choices"),
+        ("{low: 0, high: 1, log: true}", "log needs a low above 0"),
+        ("{low: 1, high: 2, step: 3}", "longer than the range"),
+        ("{low: 1, high: .inf}", "finite"),
+        ("{choices: [1]}", "at least 2"),
+        ("{choices: [1, 1]}", "choices must differ"),
+        ("{choices: [1, 2], low: 1}", "expected choices, or low and high"),
+        ("{low: 1, hgh: 2}", "did you mean 'high'"),
+    ],
+)
+def test_a_range_that_says_nothing_is_refused_when_the_file_is_read(tmp_path, text, words):
+    path = tmp_path / "params.yaml"
+    path.write_text(f"tune: {{space: {{train.batch_size: {text}}}}}\n")
+    with pytest.raises(UserError, match=words) as refusal:
+        load(path)
+    assert "tune.space.train.batch_size" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "lengths"), [(None, [30, 10]), (80, [30, 10]), (8, [6, 2]), (3, [2, 1]), (1, [1, 1])]
+)
+def test_a_budget_keeps_the_phases_shares(epochs, lengths):
+    short = shortened(Train(phases=TWO_PHASES), TrialBudget(epochs=epochs))
+    assert [phase.epochs for phase in short.phases] == lengths
+
+
+def test_what_is_told_in_epochs_and_warm_up_steps_shrinks_with_the_phases():
+    first, second = shortened(Train(phases=TWO_PHASES), TrialBudget(epochs=10)).phases
+    assert (first.schedule.period, first.warmup_steps, second.beta.epochs) == (8, 12, 2)
+    assert (first.learning_rate, second.beta.end) == (2e-3, 0.1)
+
+
+def test_a_trial_is_params_yaml_with_its_values_and_the_budget():
+    params = replace(params_of(), {"tune.trial.subset": 64, "tune.trial.num_generated": 100}, "test")
+    trial = trial_params(params, {"train.phases.1.beta.end": 0.5, "train.batch_size": 8})
+    assert (value_at(trial, "train.phases.1.beta.end"), trial.train.batch_size) == (0.5, 8)
+    assert (trial.train.subset, trial.evaluate.num_generated, trial.train.on_nonfinite) == (64, 100, "raise")
+    assert trial.model == params.model and trial.train.phases[0].learning_rate == 2e-3
+
+
+def test_values_are_tried_with_the_digits_that_are_written():
+    dimension = build_space(params_of())["train.phases.0.learning_rate"]
+    assert dimension.tried(0.00123456789) == 0.001235
+    assert dimension.tried(1e-2 - 1e-9) == 1e-2
