@@ -16,7 +16,8 @@ run: setup  ## set up, then preprocess, train, judge and register a model (dvc r
 	@echo "  $(UV) run medgen generate --n 25 --out outputs/first    new images"
 
 setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## fetch uv if the machine lacks it, and the locked packages
-	$(UV) sync --locked
+	@# bytecode now and once: where Python may not write it (PYTHONDONTWRITEBYTECODE), every process compiles for 15 s
+	$(UV) sync --locked --compile-bytecode
 
 .uv/bin/uv:
 	python3 -m pip install --quiet --target .uv uv \
