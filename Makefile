@@ -5,6 +5,8 @@
 export PYTHONUNBUFFERED = 1
 
 UV := $(if $(shell command -v uv 2>/dev/null),uv,.uv/bin/uv)
+# a process a core; a file's tests stay in one process, which makes their shared fixtures once
+PYTEST := $(UV) run --no-sync pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 run: setup  ## set up, then preprocess, train, judge and register a model (dvc repro --pull)
 	$(UV) run --no-sync dvc repro --pull
@@ -14,7 +16,8 @@ run: setup  ## set up, then preprocess, train, judge and register a model (dvc r
 	@echo "  $(UV) run medgen generate --n 25 --out outputs/first    new images"
 
 setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## fetch uv if the machine lacks it, and the locked packages
-	$(UV) sync --locked
+	@# bytecode now and once: where Python may not write it (PYTHONDONTWRITEBYTECODE), every process compiles for 15 s
+	$(UV) sync --locked --compile-bytecode
 
 .uv/bin/uv:
 	python3 -m pip install --quiet --target .uv uv \
@@ -22,10 +25,10 @@ setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## fetch uv if the machine lacks 
 	@test -x $@ || { echo "uv could not be fetched: install it (https://docs.astral.sh/uv) and run make again"; exit 2; }
 
 test: setup  ## all tests, slow ones too
-	$(UV) run --no-sync pytest
+	$(PYTEST)
 
 test-fast: setup  ## tests of a few seconds each
-	$(UV) run --no-sync pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup  ## style, types, floors
 	$(UV) run --no-sync ruff check

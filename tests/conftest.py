@@ -17,7 +17,26 @@ from urllib.parse import quote
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers fill the cores. If each, and each process that a test starts, had a thread for every core too, the threads
+    # would wait for each other in busy loops: several times slower. Read when torch is first imported, so set here.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`pytest -n auto`: one worker a core that this process may use; 8 at most, for each takes more than 1 GB."""
+    from medgen.machine import num_cores
+
+    return min(num_cores(), 8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: begun last, one of them would keep a single worker busy after all others ended."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
