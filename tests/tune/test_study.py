@@ -1,8 +1,8 @@
 """Which trial is next, and whose: exact counts whoever dies, on a file and on PostgreSQL alike."""
 
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from threading import Barrier
 
 import optuna
 import pytest
@@ -216,26 +216,15 @@ def test_a_torn_last_line_of_the_journal_costs_only_itself(tmp_path):
     assert [trial.state.name for trial in open_study(tmp_path).trials] == ["COMPLETE", "COMPLETE"]
 
 
-OPEN = """
-import sys
-from pathlib import Path
-from medgen.config import Project
-from medgen.tune.storage import open_storage
-print("ready", flush=True)
-sys.stdin.readline()
-open_storage(Project(Path()), sys.argv[1])
-"""
+def test_an_empty_database_may_be_opened_by_many_at_once(postgres, tmp_path):
+    url, gate = postgres(), Barrier(4)
 
+    def open_one(_):
+        gate.wait()
+        return open_study(tmp_path, storage=url).name
 
-def test_processes_may_open_an_empty_database_at_once(postgres):
-    command = [sys.executable, "-c", OPEN, postgres()]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
-    for process in processes:
-        process.stdout.readline()
-    for process in processes:
-        process.stdin.write(b"go\n")
-        process.stdin.flush()
-    assert [process.wait() for process in processes] == [0, 0, 0]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(open_one, range(4))) == ["name"] * 4
 
 
 def test_a_database_that_is_not_there_is_said_without_its_password(tmp_path):
