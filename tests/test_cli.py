@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": {"--params", "--set"},
     "generate": {"--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--model", "--params", "--set"},
     "reconstruct": {"--out", "--label", "--model", "--params", "--set"},
+    "tune": {"--trials", "--workers", "--timeout", "--apply", "--params", "--set"},
     "compare": {"--json"},
     "register": {"--params", "--set"},
     "ui": {"--port", "--params", "--set"},
@@ -199,5 +200,5 @@ def test_doctor_reports_json(medgen, tmp_path):
 
 def test_sections_of_the_schema_are_the_contract():
     assert set(Params.model_fields) == {
-        "data", "preprocess", "features", "model", "loss", "train", "prior", "evaluate", "tracking", "registry"
+        "data", "preprocess", "features", "model", "loss", "train", "prior", "evaluate", "tune", "tracking", "registry"
     }  # fmt: skip
