@@ -31,7 +31,7 @@ from medgen.tune.record import Sender, keep_record
 from medgen.tune.report import print_summary
 from medgen.tune.space import build_space, check_weights, trial_params
 from medgen.tune.storage import lost
-from medgen.tune.study import Study, study_name
+from medgen.tune.study import Study, ssim_of, study_name
 from medgen.tune.worker import Search, Seat, objective_of, open_study
 
 POLL_SECONDS = 1.0
@@ -177,10 +177,10 @@ def line_of(study: Study, trial: FrozenTrial) -> str:
     name = trial.state.name.lower()
     if trial.user_attrs.get("reason"):
         return f"trial {trial.number} {name}: {trial.user_attrs['reason']}"
-    labelled = zip(study.objective.labels, trial.values, strict=True)
-    return f"trial {trial.number} {name}: {', '.join(f'{label} {value:.4g}' for label, value in labelled)}; " + (
-        state_of(study)
-    )
+    scores = ", ".join(f"{label.rpartition('/')[2]} {value:.4g}" for label, value in study.scores(trial).items())
+    floor = study.ssim_floor(study.trials)
+    below = f" (below the SSIM floor of {floor:.4g})" if floor is not None and ssim_of(trial) < floor else ""
+    return f"trial {trial.number} {name}: {scores}{below}; {state_of(study)}"
 
 
 def state_of(study: Study) -> str:

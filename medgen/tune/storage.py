@@ -23,6 +23,8 @@ POSTGRES = ("postgresql://", "postgresql+")
 # how soon the database notices a machine that is gone, and frees its locks: one minute of silence, then four questions
 KEEPALIVE = "-c tcp_keepalives_idle=60 -c tcp_keepalives_interval=15 -c tcp_keepalives_count=4"
 
+LOST = (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError)  # the database is out of reach
+
 Release = Callable[[], object]
 
 
@@ -161,7 +163,7 @@ def lost(storage: str) -> Iterator[None]:
     """
     try:
         yield
-    except (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError) as error:
+    except LOST as error:
         cause = error if isinstance(error, sqlalchemy.exc.OperationalError) else error.__cause__ or error
         reason = str(getattr(cause, "orig", cause)).strip().splitlines()[0]
         shown = sqlalchemy.make_url(storage).render_as_string(hide_password=True)

@@ -30,7 +30,7 @@ from medgen.models import MODELS
 from medgen.tracking import Tracker, history
 from medgen.tune.objective import SSIM, Objective, choose_objective
 from medgen.tune.space import build_space, trial_params
-from medgen.tune.storage import lost, open_storage
+from medgen.tune.storage import LOST, lost, open_storage
 from medgen.tune.study import Claim, Study
 
 WAIT_SECONDS = 0.5
@@ -151,14 +151,14 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
     number = claim.trial.number
     project = dataclasses.replace(search.project, trial=search.trial_folder(number))
     print(f"trial {number}, attempt {claim.attempt}: {claim.values}", flush=True)
-    scratch = None
+    scratch, started = None, time.monotonic()
     try:
         params = trial_params(search.params, claim.values)
         scratch = scratch_of(project, params)
         with Tracker.open(scratch, UNTRACKED, project, f"trial {number}", parent=study.record) as tracker:
             tracker.finish("RUNNING")
         outcome = attempt(project, params, study, claim)
-    except (TrainingInterrupted, KeyboardInterrupt):
+    except (TrainingInterrupted, *LOST):  # no fault of the trial: it stays running, and is taken up again
         raise
     except NonFiniteError as error:
         reason = f"{error.term} not finite at step {error.step} (phase {error.phase})"
@@ -172,6 +172,7 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
     print(f"trial {number}: {outcome.state.name.lower()} {outcome.reason}", flush=True)
     if scratch is not None:
         record(project, scratch, study, claim, outcome)
+    claim.trial.set_user_attr("seconds", round(time.monotonic() - started, 2))
     for name, value in {"reason": outcome.reason, **outcome.facts}.items():
         if value:
             claim.trial.set_user_attr(name, value)
