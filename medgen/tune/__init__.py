@@ -20,7 +20,7 @@ from medgen import evaluate, features, preprocess
 from medgen.config import Params, Project, load, unknown_name
 from medgen.data.store import Store, open_store
 from medgen.data.weights import checked_weights
-from medgen.errors import UserError
+from medgen.errors import TrainingInterrupted, UserError
 from medgen.machine import gpus, num_threads
 from medgen.metrics.features import load_extractor
 from medgen.models import MODELS
@@ -80,17 +80,15 @@ def run(
             with heeding_sigterm():
                 supervise(search, study, places, sender, console)
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, TrainingInterrupted) as stop:
             status = "KILLED"
-            console.print("stopped; running trials are saved, the same command goes on")
+            if isinstance(stop, KeyboardInterrupt):
+                console.print("stopped; running trials are saved, the same command goes on")
             raise
         finally:
             best = study.winner()
             folder = project.reports / "tune"
-            files = [
-                *write_figures(study, folder),
-                *([write_best(study, best, file, folder)] if best else []),
-            ]
+            files = write_figures(study, folder) + ([write_best(study, best, file, folder)] if best else [])
             keep_record(search, study, status, best, files)
             print_summary(study, file)
             sender.send_rest(console)
