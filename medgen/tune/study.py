@@ -208,7 +208,8 @@ def study_name(params: Params, space: dict[str, Dimension], objective: Objective
 def build_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
     """The pruner of `tune.pruner`; it looks after each of `num_epochs` epochs."""
     if name == "median":
-        return optuna.pruners.MedianPruner(NUM_STARTUP_TRIALS, n_warmup_steps=num_epochs // 3)
+        # not in the first half: a small learning rate begins slowly, and may end well
+        return optuna.pruners.MedianPruner(NUM_STARTUP_TRIALS, n_warmup_steps=num_epochs // 2)
     if name == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=max(1, num_epochs // 9), max_resource=num_epochs)
     return optuna.pruners.NopPruner()

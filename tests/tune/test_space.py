@@ -17,6 +17,9 @@ from medgen.config import (
     replace,
 )
 from medgen.errors import UserError
+from medgen.models import MODELS
+from medgen.recipes import known
+from medgen.tune.objective import choose_objective
 from medgen.tune.space import build_space, shortened, trial_params, value_at
 
 TWO_PHASES = (
@@ -160,3 +163,14 @@ def test_values_are_tried_with_the_digits_that_are_written():
     dimension = build_space(params_of())["train.phases.0.learning_rate"]
     assert dimension.tried(0.00123456789) == 0.001235
     assert dimension.tried(1e-2 - 1e-9) == 1e-2
+
+
+@pytest.mark.parametrize("name", sorted(known()))
+def test_every_recipe_can_be_searched_as_it_is(name, root):
+    params = load(root / "recipes" / f"{name}.yaml", ["tune.trial.epochs=2"])
+    space = build_space(params)
+    objective = choose_objective(None, MODELS[params.model.name].target, params.preprocess.image_size, params.evaluate)
+    assert "train.phases.0.learning_rate" in space and objective.keys
+    trial = trial_params(params, {key: dimension.start for key, dimension in space.items()})
+    assert sum(phase.epochs for phase in trial.train.phases) == max(2, len(params.train.phases))
+    assert [phase.learning_rate for phase in trial.train.phases] == [p.learning_rate for p in params.train.phases]
