@@ -443,7 +443,14 @@ def _validate(tree: Mapping[str, Any], source: str) -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "\n".join(_explain(item) for item in error.errors())) from None
+        found = error.errors()
+        # what is wrong within a list says it all, and not that the list is wrong too
+        inner = [item for item in found if not any(_lies_within(other["loc"], item["loc"]) for other in found)]
+        raise UserError(f"{source}: " + "\n".join(map(_explain, inner))) from None
+
+
+def _lies_within(place: Sequence[str | int], outer: Sequence[str | int]) -> bool:
+    return len(place) > len(outer) and tuple(place[: len(outer)]) == tuple(outer)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -466,7 +473,7 @@ def set_at(tree: Any, key: str, value: Any, source: str) -> None:
     node, parts = tree, key.split(".")
     for position, part in enumerate(parts):
         if isinstance(node, MutableSequence):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdigit() or part != str(int(part)) or int(part) >= len(node):
                 raise UserError(f"{source}: {part!r} is no index into a list of {len(node)}")
             part = int(part)  # type: ignore[assignment]  # an index from here on
         elif not isinstance(node, MutableMapping):

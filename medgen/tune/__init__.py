@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medgen import evaluate, features, preprocess
+from medgen import evaluate, features, preprocess, train
 from medgen.config import Params, Project, load, unknown_name
 from medgen.data.store import Store, open_store
 from medgen.data.weights import checked_weights
+from medgen.distributed import World
 from medgen.errors import TrainingInterrupted, UserError
+from medgen.files import write_atomic
 from medgen.machine import gpus, num_threads
 from medgen.metrics.features import load_extractor
 from medgen.models import MODELS
@@ -32,7 +35,7 @@ from medgen.tune.report import print_summary
 from medgen.tune.space import build_space, check_weights, trial_params
 from medgen.tune.storage import lost
 from medgen.tune.study import Study, ssim_of, study_name
-from medgen.tune.worker import Search, Seat, objective_of, open_study
+from medgen.tune.worker import Search, Seat, objective_of, open_study, tidy
 
 POLL_SECONDS = 1.0
 SHAPING = ("data", "preprocess", "features", "model", "loss", "train", "prior")  # sections that shape a result
@@ -63,13 +66,13 @@ def run(
         UserError: data, space, objective or storage are wrong, or the last trials failed alike.
         TrainingInterrupted: SIGTERM or SIGUSR1 asked to stop.
     """
-    if apply and any(getattr(load(file), name) != getattr(params, name) for name in SHAPING):
-        raise UserError(
-            f"--apply: with --set, other values were searched with than {file} has; write them into it first, or leave "
-            "--apply out"
-        )
+    if apply:
+        check_same(file, params)
     console = Console(highlight=False)
     search = prepare(project, params, trials, timeout)
+    write_atomic(
+        search.folder / file.name, file.read_bytes()
+    )  # best.yaml is made from it, whatever is edited meanwhile
     devices = [] if params.train.device == "cpu" else gpus()
     places = seats(workers or max(1, len(devices)), num_threads(), devices)
     with lost(params.tune.storage):
@@ -86,15 +89,43 @@ def run(
                 console.print("stopped; running trials are saved, the same command goes on")
             raise
         finally:
-            best = study.winner()
-            folder = project.reports / "tune"
-            files = write_figures(study, folder) + ([write_best(study, best, file, folder)] if best else [])
-            keep_record(search, study, status, best, files)
-            print_summary(study, file)
-            sender.send_rest(console)
-    if apply and best is not None:
+            best = conclude(search, study, status, file, sender, console)
+    if best is None:
+        raise UserError("no trial can be recommended, for the reasons above; widen tune.space or mend what failed")
+    if apply:
+        check_same(file, params)
         changed = apply_best(study, best, file)
         console.print(f"{file}: {'now has the best values; next: dvc repro' if changed else 'has the best values'}")
+
+
+def check_same(file: Path, params: Params) -> None:
+    """Refuses to write into a params file that says other things than were searched with.
+
+    Raises:
+        UserError: it does, by --set or since it was edited.
+    """
+    if any(getattr(load(file), name) != getattr(params, name) for name in SHAPING):
+        raise UserError(
+            f"--apply: {file} has other values than the search was run with, by --set or an edit; write what you set "
+            "into the file and search again, or leave --apply out: reports/tune/best.yaml has the best values too"
+        )
+
+
+def conclude(
+    search: Search, study: Study, status: str, file: Path, sender: Sender, console: Console
+) -> FrozenTrial | None:
+    """Says what was found, draws it, writes best.yaml, ends the record; returns the best trial."""
+    best, folder = study.winner(), search.project.reports / "tune"
+    print_summary(study, file)
+    files = write_figures(study, folder)
+    if best is not None:
+        try:
+            files.append(write_best(study, best, search.folder / file.name, folder))
+        except UserError as error:
+            console.print(f"no best.yaml: {error}", markup=False, soft_wrap=True)
+    keep_record(search, study, status, best, files)
+    sender.send_rest(console)
+    return best
 
 
 def prepare(project: Project, params: Params, trials: int, timeout: float | None) -> Search:
@@ -107,7 +138,7 @@ def prepare(project: Project, params: Params, trials: int, timeout: float | None
         raise unknown_name("model.name", params.model.name, MODELS)
     space = build_space(params)
     check_weights(params, space)
-    trial_params(params, {key: dimension.start for key, dimension in space.items()})
+    first = trial_params(params, {})
     project.runs.mkdir(parents=True, exist_ok=True)
     with FileLock(project.runs / "tune.lock"):
         store = prepare_store(project, params)
@@ -117,6 +148,8 @@ def prepare(project: Project, params: Params, trials: int, timeout: float | None
             f"{project.dataset}: {store.counts['val']} images in the val split, which trials are judged on; expected "
             f"at least {evaluate.MIN_IMAGES}; raise preprocess.val_fraction or bring more images"
         )
+    # what is wrong with model, loss or masks would break every trial: it is said here
+    train.ModelTask(project, World(0, 1, torch.device("cpu")), first.model, first.loss, first.train)
     objective = objective_of(project, params)
     if any("inception" in key for key in objective.keys):
         checked_weights("inception")
@@ -165,6 +198,7 @@ def supervise(search: Search, study: Study, places: Sequence[Seat], sender: Send
             for trial in study.trials:
                 if trial.state.is_finished() and trial.number not in ended:
                     ended.add(trial.number)
+                    tidy(search.trial_folder(trial.number))  # its worker may have been killed before
                     console.print(line_of(study, trial), markup=False, soft_wrap=True)
             bar.update(task, completed=len(ended), description=state_of(study))
             sender.send()

@@ -34,18 +34,23 @@ class Pool:
         self._ended = 0
 
     def __enter__(self) -> Self:
-        for seat in self._deaths:
-            self._start(seat)
+        try:
+            for seat in self._deaths:
+                self._start(seat)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            for worker in self._workers.values():
+            started = [worker for worker in self._workers.values() if worker.pid is not None]
+            for worker in started:
                 worker.terminate()
-            for worker in self._workers.values():
+            for worker in started:
                 worker.join()
         except BaseException:  # a second Ctrl-C does not wait
-            for worker in self._workers.values():
+            for worker in started:
                 worker.kill()
             raise
 
@@ -84,9 +89,9 @@ class Pool:
         if seat.gpu is not None:
             variables["CUDA_VISIBLE_DEVICES"] = seat.gpu
         worker = self._spawn.Process(target=work, args=(self._search, seat), name=f"worker {seat.number}")
-        with environment(variables):
-            worker.start()
         self._workers[seat] = worker
+        with environment(variables), ignoring_ctrl_c():
+            worker.start()
 
     def _last_words(self, seat: Seat) -> str:
         path = self._search.folder / f"worker_{seat.number}.log"
@@ -108,6 +113,16 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def ignoring_ctrl_c() -> Iterator[None]:
+    """Processes that are started meanwhile never hear Ctrl-C, which a terminal sends to all: the parent decides."""
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 @contextmanager

@@ -24,12 +24,15 @@ class Sender:
     def __init__(self, search: Search, study: Study, tracking: Tracking) -> None:
         self._search, self._study, self._tracking = search, study, tracking
         self._sent: set[int] = set()
+        self._has_parent = False
         self._retry_at = 0.0
 
     def send(self) -> None:
-        """The records of trials that have ended on this machine."""
+        """The study's record, which those of its trials belong to; then those of trials that have ended here."""
+        if not self._has_parent:
+            self.send_parent()
         for trial in self._study.trials:
-            if trial.state.is_finished() and trial.number not in self._sent:
+            if self._has_parent and trial.state.is_finished() and trial.number not in self._sent:
                 folders = self._search.folder.glob(f"trial_{trial.number:04d}/runs/*")
                 if all([self._send_one(folder) for folder in folders]):
                     self._sent.add(trial.number)
@@ -37,7 +40,7 @@ class Sender:
     def send_parent(self) -> None:
         """The study's own record; in turn, so that two machines do not make its MLflow run twice."""
         with self._study.storage.turn():
-            self._send_one(self._search.folder)
+            self._has_parent = self._send_one(self._search.folder)
 
     def send_rest(self, console: Console) -> None:
         """All that is left, or a line that says what to do."""

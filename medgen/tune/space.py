@@ -15,6 +15,9 @@ from medgen.data.weights import weights_path
 from medgen.errors import UserError
 
 SECTIONS = ("model", "loss", "train", "prior")  # data and extractor are made once, and judge all trials
+OVERRULED = tuple(  # these change nothing that is learnt, or tune.trial decides them
+    f"train.{name}" for name in ("subset", "sample_every", "on_nonfinite", "max_rollbacks", "checkpoint_seconds")
+)
 SOURCE = "tune.space"
 SIGNIFICANT_DIGITS = 4  # of what is tried: nobody reads more, and the rest is noise
 LEARNING_RATE = (1e-4, 1e-2)
@@ -154,7 +157,8 @@ def value_at(params: Params, key: str) -> Any:
         try:
             node = node[int(part)] if isinstance(node, tuple) else node[part]
         except (KeyError, ValueError, IndexError, TypeError):
-            replace(params, {key: None}, SOURCE)  # says what is wrong with the key
+            if node is not None:
+                replace(params, {key: None}, SOURCE)  # says what is wrong with the key
             raise UserError(f"{SOURCE}.{key}: leads through a value that params.yaml leaves at null; set it") from None
     return node
 
@@ -166,9 +170,13 @@ def _dimension(params: Params, key: str, values: Searched) -> Dimension:
         if section in type(params).model_fields:
             raise UserError(f"{SOURCE}.{key}: {section} is the same for all trials, which are compared by it; {known}")
         raise unknown_name(f"{SOURCE}.{key}: section", section, SECTIONS)
+    if key in OVERRULED:
+        raise UserError(f"{SOURCE}.{key}: the same in all trials, where it is not tune.trial's; leave it out")
     start = value_at(params, key)
     for value in _ends(values):
         taken = value_at(replace(params, {key: value}, SOURCE), key)
+        if values.choices is not None and isinstance(taken, bool) != isinstance(value, bool):
+            raise UserError(f"{SOURCE}.{key}: found choice {value!r}, expected values like params.yaml's {start!r}")
         if values.choices is None and isinstance(taken, bool):
             raise UserError(f"{SOURCE}.{key}: is true or false, found a range; expected choices: [true, false]")
         if values.choices is None and isinstance(taken, int) and values.step is not None and values.step % 1:

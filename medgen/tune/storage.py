@@ -23,6 +23,7 @@ POSTGRES = ("postgresql://", "postgresql+")
 # how soon the database notices a machine that is gone, and frees its locks: one minute of silence, then four questions
 KEEPALIVE = "-c tcp_keepalives_idle=60 -c tcp_keepalives_interval=15 -c tcp_keepalives_count=4"
 
+FIRST = b'{"op_code":'  # what a journal begins with
 LOST = (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError)  # the database is out of reach
 
 Release = Callable[[], object]
@@ -52,13 +53,21 @@ def open_storage(project: Project, storage: str) -> Storage:
         UserError: it is of no known kind, or does not answer.
     """
     if storage.startswith(POSTGRES):
-        return PostgresStorage(storage)
+        try:
+            return PostgresStorage(storage)
+        except LOST:
+            raise
+        except (ValueError, RuntimeError, sqlalchemy.exc.SQLAlchemyError) as error:
+            raise UserError(f"tune.storage: not a database that can keep studies: {_first_line(error)}") from None
     if "://" in storage:
         raise UserError(
             f"tune.storage: {storage.partition('://')[0]}:// is not supported; expected a journal file, such as "
             "optuna.journal, or postgresql://user:password@host/database (SQLite breaks under parallel first use)"
         )
-    return JournalStorage(project.root / storage)
+    try:
+        return JournalStorage(project.root / storage)
+    except OSError as error:
+        raise UserError(f"tune.storage: {storage!r} cannot be a journal file: {error}") from None
 
 
 class JournalStorage:
@@ -67,6 +76,11 @@ class JournalStorage:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        path.touch()
+        with path.open("rb") as file:
+            head = file.read(len(FIRST))
+        if not FIRST.startswith(head):
+            raise UserError(f"tune.storage: {path} is another file; expected a new name, or a journal of Optuna's")
         backend = JournalFileBackend(str(path), JournalLock(path))  # type: ignore[arg-type]  # its base is private
         self.optuna = optuna.storages.JournalStorage(backend)
 
@@ -164,13 +178,17 @@ def lost(storage: str) -> Iterator[None]:
     try:
         yield
     except LOST as error:
-        cause = error if isinstance(error, sqlalchemy.exc.OperationalError) else error.__cause__ or error
-        reason = str(getattr(cause, "orig", cause)).strip().splitlines()[0]
+        reason = _first_line(error)
         shown = sqlalchemy.make_url(storage).render_as_string(hide_password=True)
         raise UserError(
             f"tune.storage: {shown} does not answer ({reason}); start it, or mend the address; nothing is lost, the "
             "same command goes on"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+    return (str(getattr(cause, "orig", cause)).strip() or type(error).__name__).splitlines()[0]
 
 
 def _key(name: str) -> int:

@@ -11,32 +11,38 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from medgen import prior, train
+import medgen
+from medgen import checkpoint, prior, train
 from medgen.config import Params, fingerprint, seed_of, set_at
 from medgen.errors import UserError
 from medgen.tune.objective import KID, SSIM, Objective
-from medgen.tune.space import SECTIONS, Dimension, Value
+from medgen.tune.space import SECTIONS, Dimension, Value, trial_params
 from medgen.tune.storage import Release, Storage
 
 COPY_RATE = "privacy/copy_rate"
 MAX_ATTEMPTS = 3  # a trial that kills its worker so often is given up
 SAME_FAILURES = 3  # in a row stop a search
 NUM_STARTUP_TRIALS = 10  # drawn at random before the sampler learns from them, and before any is compared with others
-NOT_COMPARED = train.NOT_IN_FINGERPRINT | {"compile", "precision"}
+NOT_COMPARED = {  # keys that leave a trial's values as they are
+    "train": train.NOT_IN_FINGERPRINT | {"compile"},
+    "evaluate": {"grid_images", "save_images"},
+}
+JUDGES = ("evaluate.py", "label_report.py", "segmentation_report.py", "metrics/*.py")  # code that decides a value
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that this process works on, until `release` is called."""
+    """A trial that this process works on, until `release` is called: nobody else takes it."""
 
     trial: optuna.Trial
     values: dict[str, Value]  # by key, as they are tried
-    attempt: int  # 1 the first time
+    attempt: int  # 1 the first time, and again after it got on by an epoch
     ssim_floor: float | None
     release: Release
 
@@ -87,7 +93,8 @@ class Study:
             since: failures before are forgiven.
 
         Returns:
-            The trial; "wait" while the first one runs that the SSIM floor comes from; None when there is nothing to do.
+            The trial; "wait" while others work on the first, which the SSIM floor comes from, or on the last ones; None
+            when all are done.
 
         Raises:
             UserError: the last trials failed for the same reason.
@@ -99,16 +106,14 @@ class Study:
                     f"the last {SAME_FAILURES} trials failed alike: {reason}. Mend it and run the same command again"
                 )
             for left in trials:
-                if left.state != TrialState.RUNNING or (release := self._lock(left.number)) is None:
-                    continue
-                if (claim := self._take_over(left, release)) is not None:
+                if left.state == TrialState.RUNNING and (claim := self._take_over(left)) is not None:
                     return claim
-            trials = self.trials  # one may have been given up
-            if self._waits_for_floor(trials):
+            trials = self.trials
+            states = [trial.state for trial in trials]
+            if self.objective.has_floor and states[:1] == [TrialState.RUNNING]:
                 return "wait"
-            waiting = any(trial.state == TrialState.WAITING for trial in trials)
-            if not waiting and len(trials) >= wanted:
-                return None
+            if TrialState.WAITING not in states and len(trials) >= wanted:
+                return "wait" if TrialState.RUNNING in states else None  # who works on it may yet be killed
             if not trials:
                 self.optuna.enqueue_trial({key: dimension.start for key, dimension in self.space.items()})
             trial = self.optuna.ask()
@@ -119,7 +124,6 @@ class Study:
     def tell(self, claim: Claim, state: TrialState, values: Sequence[float] | None = None) -> None:
         """Ends a trial; one that another process has ended meanwhile stays as it is."""
         self.optuna.tell(claim.trial.number, values, state, skip_if_finished=True)
-        claim.release()
 
     def counts(self) -> dict[str, int]:
         """How many trials ended complete, pruned and failed."""
@@ -162,22 +166,19 @@ class Study:
         values = dict(zip(self.objective.labels, trial.values or (), strict=False))
         return values | {name: metrics[name] for name in (SSIM, KID, COPY_RATE) if name in metrics}
 
-    def _waits_for_floor(self, trials: Sequence[FrozenTrial]) -> bool:
-        needed = self.objective.has_floor and self.params.tune.ssim_floor is None
-        return needed and bool(trials) and trials[0].state == TrialState.RUNNING
-
     def _lock(self, number: int) -> Release | None:
         return self.storage.try_lock(f"{self.name}-{number}")
 
-    def _take_over(self, trial: FrozenTrial, release: Release) -> Claim | None:
-        attempt = int(trial.user_attrs.get("attempts", 0)) + 1
-        taken = optuna.Trial(self.optuna, trial._trial_id)
-        if attempt > MAX_ATTEMPTS:
-            taken.set_user_attr("reason", f"its worker was killed {MAX_ATTEMPTS} times; was there enough memory?")
-            self.optuna.tell(trial.number, state=TrialState.FAIL)
+    def _take_over(self, left: FrozenTrial) -> Claim | None:
+        """A running trial, if nobody works on it."""
+        release = self._lock(left.number)
+        if release is None:
+            return None
+        trial = optuna.Trial(self.optuna, left._trial_id)
+        if self.storage.optuna.get_trial(left._trial_id).state.is_finished():  # just now: its lock came free with it
             release()
             return None
-        return self._claimed(taken, attempt, release)
+        return self._claimed(trial, int(trial.user_attrs.get("attempts", 0)) + 1, release)
 
     def _claimed(self, trial: optuna.Trial, attempt: int, release: Release) -> Claim:
         # seeded by the number: a search that was stopped and goes on suggests what an unbroken one does
@@ -192,17 +193,21 @@ class Study:
 def study_name(params: Params, space: dict[str, Dimension], objective: Objective, dataset: str, extractor: str) -> str:
     """Names a study by what makes its trials comparable: another space, budget, objective, data or code is another.
 
-    The values of searched keys are left out: after `--apply` the study is still the same.
+    The values of searched keys are left out, and the ranges that are made around them without tune.space: after
+    `--apply` the study is still the same.
     """
-    plain: dict[str, Any] = {name: getattr(params, name).model_dump(mode="json") for name in (*SECTIONS, "evaluate")}
-    for key in NOT_COMPARED:
-        del plain["train"][key]
+    shortened = trial_params(params, {})
+    plain: dict[str, Any] = {name: getattr(shortened, name).model_dump(mode="json") for name in (*SECTIONS, "evaluate")}
+    for section, keys in NOT_COMPARED.items():
+        for key in keys:
+            del plain[section][key]
     for key in space:
         set_at(plain, key, None, "tune.space")
-    searched = {key: dimension.values.model_dump(mode="json") for key, dimension in space.items()}
-    budget = params.tune.trial.model_dump(mode="json")
-    parts = (plain, searched, budget, objective.keys, params.tune.ssim_floor, dataset, extractor)
-    return f"{params.model.name}-{fingerprint(*parts, train.code(), prior.code())}"
+    searched = {key: values.model_dump(mode="json") for key, values in params.tune.space.items()} or sorted(space)
+    folder = Path(medgen.__file__).parent
+    judges = checkpoint.code_fingerprint(source for pattern in JUDGES for source in folder.glob(pattern))
+    parts = (plain, searched, objective.keys, params.tune.ssim_floor, dataset, extractor)
+    return f"{params.model.name}-{fingerprint(*parts, train.code(), prior.code(), judges)}"
 
 
 def build_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:

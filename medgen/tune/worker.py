@@ -31,9 +31,9 @@ from medgen.tracking import Tracker, history
 from medgen.tune.objective import SSIM, Objective, choose_objective
 from medgen.tune.space import build_space, trial_params
 from medgen.tune.storage import LOST, lost, open_storage
-from medgen.tune.study import Claim, Study
+from medgen.tune.study import MAX_ATTEMPTS, Claim, Study
 
-WAIT_SECONDS = 0.5
+WAIT_SECONDS = 1.0
 UNTRACKED = Tracking(enabled=False)  # a search has one process that writes to MLflow: the one that started the workers
 WATCHED = {"image": "val/ssim", "mask": "val/dice"}  # what the pruner compares; more is better
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
@@ -108,7 +108,6 @@ def work(search: Search, seat: Seat) -> None:
     log = (search.folder / f"worker_{seat.number}.log").open("a", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches all: the parent decides
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     torch.set_num_threads(seat.threads)
@@ -129,8 +128,11 @@ def run_trials(search: Search) -> None:
             return
         if claim == "wait":
             time.sleep(WAIT_SECONDS)
-        else:
+            continue
+        try:
             run_trial(search, study, claim)
+        finally:
+            claim.release()
 
 
 def stop(*_: object) -> NoReturn:
@@ -151,14 +153,21 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
     number = claim.trial.number
     project = dataclasses.replace(search.project, trial=search.trial_folder(number))
     print(f"trial {number}, attempt {claim.attempt}: {claim.values}", flush=True)
-    scratch, started = None, time.monotonic()
+    scratch, started = project.runs / "not_begun", time.monotonic()
     try:
         params = trial_params(search.params, claim.values)
         scratch = scratch_of(project, params)
         with Tracker.open(scratch, UNTRACKED, project, f"trial {number}", parent=study.record) as tracker:
             tracker.finish("RUNNING")
-        outcome = attempt(project, params, study, claim)
-    except (TrainingInterrupted, *LOST):  # no fault of the trial: it stays running, and is taken up again
+        if claim.attempt > MAX_ATTEMPTS:
+            reason = f"its worker was killed {MAX_ATTEMPTS} times without getting on; was there enough memory?"
+            outcome = Outcome(TrialState.FAIL, reason)
+        else:
+            outcome = attempt(project, params, study, claim)
+    except TrainingInterrupted:  # asked to: no fault of the trial, which stays running and is taken up again
+        claim.trial.set_user_attr("attempts", claim.attempt - 1)
+        raise
+    except LOST:  # no fault of the trial either, but nothing can be said
         raise
     except NonFiniteError as error:
         reason = f"{error.term} not finite at step {error.step} (phase {error.phase})"
@@ -170,8 +179,7 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
         traceback.print_exc()
         outcome = Outcome(TrialState.FAIL, describe(error))
     print(f"trial {number}: {outcome.state.name.lower()} {outcome.reason}", flush=True)
-    if scratch is not None:
-        record(project, scratch, study, claim, outcome)
+    record(project, scratch, study, claim, outcome)
     claim.trial.set_user_attr("seconds", round(time.monotonic() - started, 2))
     for name, value in {"reason": outcome.reason, **outcome.facts}.items():
         if value:
@@ -182,7 +190,10 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
         own = outcome.metrics[SSIM]
         claim.trial.set_constraint(SSIM, (own if claim.ssim_floor is None else claim.ssim_floor) - own)
     study.tell(claim, outcome.state, outcome.values)
-    tidy(project, scratch)
+    tidy(search.trial_folder(number))
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def attempt(project: Project, params: Params, study: Study, claim: Claim) -> Outcome:
@@ -199,6 +210,8 @@ def attempt(project: Project, params: Params, study: Study, claim: Claim) -> Out
     first = study.trials[0].intermediate_values if trial.number > 0 and objective.has_floor else {}
 
     def after_epoch(epoch: int, values: Mapping[str, float]) -> None:
+        if claim.attempt > 1:
+            trial.set_user_attr("attempts", 1)  # it got on
         if objective.is_pareto or not math.isfinite(values[watched]):
             return  # Optuna compares nothing where there are two objectives
         # where SSIM is a floor and not the aim, to have more of it than params.yaml is no merit
@@ -248,14 +261,10 @@ def describe(error: Exception) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def tidy(project: Project, scratch: Path | None) -> None:
+def tidy(folder: Path) -> None:
     """Removes what an ended trial does not need: weights, checkpoints. The record and the pictures stay."""
-    assert project.trial is not None
-    shutil.rmtree(project.trial / "artifacts", ignore_errors=True)
-    if scratch is not None:
+    shutil.rmtree(folder / "artifacts", ignore_errors=True)
+    for scratch in folder.glob("runs/*"):
         checkpoint.remove(scratch)
-        for folder in scratch.glob("prior_*"):
-            shutil.rmtree(folder)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        for prior_scratch in scratch.glob("prior_*"):
+            shutil.rmtree(prior_scratch, ignore_errors=True)

@@ -29,7 +29,7 @@ def tiny_features(tiny_store, tmp_path_factory):
 def search_project(tiny_store, tiny_features, small_params, tmp_path):
     """A function: a project folder with store, extractor and params.yaml whose tune section is as given."""
 
-    def make(tracking=False, phases=None, **tune):
+    def make(tracking=False, phases=None, sections=None, **tune):
         root = tmp_path / "project"
         if not root.exists():
             shutil.copytree(tiny_store, root / "artifacts" / "dataset")
@@ -38,6 +38,7 @@ def search_project(tiny_store, tiny_features, small_params, tmp_path):
         phase = {"name": "one", "epochs": 2, "learning_rate": 1e-3, "beta": {"end": 0.1}}
         plain["train"] |= {"batch_size": 16, "phases": phases or [phase]}
         plain["tune"] = {"space": SPACE, "trial": {"num_generated": 16}} | tune
+        plain |= sections or {}
         plain["tracking"] = {"enabled": tracking, "system_metrics": False}
         with (root / "params.yaml").open("w") as file:
             YAML().dump(plain, file)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from medgen import evaluate, train, tune
@@ -19,6 +20,7 @@ from medgen.machine import gpus
 from medgen.tracking import history, read_run
 from medgen.tune import worker
 from medgen.tune.pool import environment, seats
+from medgen.tune.study import MAX_ATTEMPTS
 
 LONG = [{"name": "one", "epochs": 40, "learning_rate": 1e-3, "beta": {"end": 0.1}}]
 
@@ -137,6 +139,42 @@ def test_a_trial_that_breaks_is_failed_with_its_reason_and_three_alike_stop_the_
     assert read_run(scratch_of(search, 0)).status == "FAILED"
 
 
+def test_a_trial_that_kills_its_worker_again_and_again_is_failed_like_any_other(search_project):
+    project, params = search_project()
+    search = search_of(project, params, 1)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        claim = worker.open_study(search).claim(1, search.started)
+        assert (claim.trial.number, claim.attempt) == (0, attempt)
+        claim.release()  # what the kernel does when the worker is killed
+    worker.run_trials(search)
+    (trial,) = worker.open_study(search).trials
+    assert trial.state == TrialState.FAIL and "killed 3 times" in trial.user_attrs["reason"]
+    assert read_run(scratch_of(search, 0)).status == "FAILED"
+
+
+def test_stops_and_lost_databases_are_no_fault_of_the_trial(search_project, monkeypatch):
+    project, params = search_project(phases=[LONG[0] | {"epochs": 6}])
+    search = search_of(project, params, 1)
+    learn = train.run
+    for error in (TrainingInterrupted("asked to stop"), StorageInternalError("gone"), TrainingInterrupted("again")):
+
+        def stopped(*args, after_epoch, error=error, **words):
+            def stop(epoch, values):
+                after_epoch(epoch, values)
+                raise error
+
+            return learn(*args, after_epoch=stop, **words)
+
+        monkeypatch.setattr(train, "run", stopped)
+        with pytest.raises(type(error)):
+            worker.run_trials(search)
+        assert [trial.state.name for trial in worker.open_study(search).trials] == ["RUNNING"]
+    monkeypatch.setattr(train, "run", learn)
+    worker.run_trials(search)
+    (trial,) = worker.open_study(search).trials
+    assert trial.state == TrialState.COMPLETE and epochs_of(search, 0) == [1, 2, 3, 4, 5, 6]
+
+
 def test_one_broken_trial_does_not_stop_the_others(search_project, monkeypatch):
     project, params = search_project()
     calls = []
@@ -193,6 +231,8 @@ def test_data_and_extractor_are_made_once_where_they_are_missing(search_project,
         ({"space": {"loss.weights.perceptual": {"low": 0.0, "high": 1.0}}}, "medgen weights fetch vgg16"),
         ({"space": {"prior.nme": {"choices": ["gmm", "normal"]}}}, "did you mean 'name'"),
         ({"storage": "mysql://host/db"}, "mysql:// is not supported"),
+        ({"sections": {"model": {"name": "unet"}}}, "learns masks"),
+        ({"sections": {"loss": {"weights": {"dice": 1.0, "l1": 1.0}}}}, "dice compares masks"),
     ],
 )
 def test_what_would_break_every_trial_is_said_before_the_first(
@@ -293,7 +333,7 @@ def test_killed_workers_and_parents_cost_no_trial_and_count_none_twice(search_pr
 
     _, study = run_here(project, params, 2)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
-    assert [trial.user_attrs["attempts"] for trial in study.trials] == [2, 2]
+    assert "trial 0, attempt 2" in (search.folder / "worker_0.log").read_text()
     for number in (0, 1):  # from its checkpoint: every epoch once
         assert epochs_of(search, number) == list(range(1, 41))
 

@@ -105,6 +105,10 @@ def test_every_kind_of_value_can_be_searched():
         ("train.batch_size", Searched(choices=(8, 16)), "has 32"),
         ("train.batch_size", Searched(low=20, high=60, step=5), "has 32"),
         ("model.latent_channels", Searched(low=4, high=16), "has None"),
+        ("train.phases.0.weights.l1", Searched(low=0.1, high=1), "leaves at null"),
+        ("train.phases.00.learning_rate", Searched(low=1e-4, high=1e-2), "'00' is no index"),
+        ("train.phases.1.beta.end", Searched(choices=(0.1, True)), "found choice True"),
+        ("train.subset", Searched(low=8, high=64), "leave it out"),
         ("model.attention_resolutions", Searched(choices=("a", "b")), "attention_resolutions"),
     ],
 )
