@@ -122,7 +122,7 @@ def ignoring_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if earlier is None else earlier)
 
 
 @contextmanager
@@ -139,4 +139,4 @@ def heeding_sigterm() -> Iterator[None]:
         yield
     finally:
         for number, handler in earlier.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -287,7 +287,14 @@ def command(trials, *more):
 
 def start(project, trials, *more):
     return subprocess.Popen(
-        command(trials, *more), cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(trials, *more),
+        cwd=project.root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
     )
 
 
