@@ -1,5 +1,6 @@
 """The exported model: model.safetensors and model.json. Loading runs no code from the file."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,16 @@ def save(folder: Path, model: ImageModel, info: BundleInfo) -> None:
 def digest(folder: Path) -> str:
     """SHA-256 of the weights: what a prior was fitted to, and what a report judged."""
     return hash_file(folder / WEIGHTS)
+
+
+def content(model: Path, prior: Path) -> str:
+    """SHA-256 of the names and bytes of all files of a model and its prior: what a version is, and what was judged."""
+    digest = hashlib.sha256()
+    for folder, name in ((model, "model"), (prior, "prior")):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{name}/{path.relative_to(folder).as_posix()}\n".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def load_info(folder: Path) -> BundleInfo:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
+from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, printable
 
 if TYPE_CHECKING:
     from medgen.config import Project
@@ -47,9 +47,7 @@ def main() -> None:
     try:
         app()
     except (UserError, NonFiniteError, TrainingInterrupted) as error:
-        # names of files come from anywhere: nothing in them may steer the terminal
-        text = "".join(letter for letter in str(error) if letter == "\n" or letter.isprintable())
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -86,10 +84,21 @@ def prior(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+def evaluate(
+    model: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="Instead: a registered one, such as models:/medgen@champion.")
+    ] = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
     """Judge the model on the test split and register it as candidate (stage 5)."""
-    _call("evaluate", "run", params, overrides)
-    _call("registry", "register_if_wanted", params, overrides)
+    if model is None:
+        _call("evaluate", "run", params, overrides)
+        _call("registry", "register_if_wanted", params, overrides)
+    else:
+        version, folder = _call("registry", "fetch_to_judge", params, overrides, place=model)
+        _call("evaluate", "judge_version", params, overrides, folder=folder)
+        _call("registry", "take_metrics", params, overrides, version=version, folder=folder)
 
 
 @app.command()
@@ -166,6 +175,51 @@ def compare(as_json: AsJson = False) -> None:
 def register(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Register the model and its prior in MLflow, as candidate."""
     _call("registry", "run", params, overrides)
+
+
+@app.command()
+def promote(
+    version: Annotated[int | None, typer.Option(min=1, help="Its number; without it, the candidate.")] = None,
+    force: Annotated[
+        str | None, typer.Option(metavar="WHY", help="Promote although gates do not hold; the reason is recorded.")
+    ] = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Make a registered version the champion, if it holds all gates (docs/registry.md)."""
+    _call("registry.promotion", "promote", params, overrides, version=version, force=force)
+
+
+@app.command()
+def rollback(
+    why: Annotated[str, typer.Option(help="Recorded in the history.")] = "rolled back",
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Make the champion before this one champion again."""
+    _call("registry.promotion", "rollback", params, overrides, why=why)
+
+
+@app.command()
+def history(
+    dataset: Annotated[
+        str | None, typer.Option(metavar="HASH", help="Only versions trained on it: its fingerprint or md5.")
+    ] = None,
+    reproduce: Annotated[
+        int | None, typer.Option(metavar="VERSION", min=1, help="Instead: the commands that rebuild a version.")
+    ] = None,
+    run: Annotated[bool, typer.Option("--run", help="With --reproduce: rebuild it, and compare.")] = False,
+    as_json: AsJson = False,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Show the registered versions, what each was made from, and who became champion when and why."""
+    if reproduce is None:
+        if run:
+            raise typer.BadParameter("--run rebuilds a version; name it with --reproduce VERSION")
+        _call("registry.promotion", "history", params, overrides, dataset=dataset, as_json=as_json)
+    else:
+        _call("registry.rebuild", "reproduce", params, overrides, version=reproduce, run=run)
 
 
 @app.command()

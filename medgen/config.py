@@ -310,11 +310,25 @@ class Tracking(Section):
     timeout_seconds: Positive = 5.0  # for one call to a tracking server
 
 
+class Gates(Section):
+    """What a version must show to become champion; docs/registry.md says why. Masks are held to Dice alone."""
+
+    ssim_floor: Fraction = 0.6  # reconstruction/ssim at least
+    ssim_margin: NonNegative = 0.05  # and at most this below the champion's
+    kid_margin: NonNegative = 0.0  # generation/kid_domain at most this above the upper end of the champion's interval
+    copy_rate_ceiling: Annotated[float, Field(ge=0.0, le=1.0)] | None = (
+        None  # privacy/copy_rate; None: as chance has it
+    )
+    dice_floor: Fraction = 0.6  # segmentation/dice at least
+    dice_margin: NonNegative = 0.01  # and at most this below the champion's
+
+
 class Registry(Section):
-    """How a model becomes a registered version."""
+    """How a model becomes a registered version, and a version the champion."""
 
     model_name: str = "medgen"
     register_after_evaluate: bool = True
+    gates: Gates = Gates()
 
 
 class Params(Section):
@@ -338,7 +352,7 @@ class Project:
     """The folder a command runs in, and where everything stands in it."""
 
     root: Path
-    trial: Path | None = None  # the folder of a search's trial: its model, prior, runs and reports stand there
+    apart: Path | None = None  # where model, prior, runs and reports stand instead: of a search's trial, of a version
 
     @property
     def dataset(self) -> Path:
@@ -374,7 +388,7 @@ class Project:
 
     @property
     def _own(self) -> Path:
-        return self.trial or self.root
+        return self.apart or self.root
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:

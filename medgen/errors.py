@@ -3,6 +3,11 @@
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """`text` without what could steer a terminal: names of files, tags and reasons come from anywhere."""
+    return "".join(letter for letter in text if letter == "\n" or letter.isprintable())
+
+
 class UserError(Exception):
     """Input that the user can mend: one message, no traceback, exit code 2.
 
@@ -10,6 +15,12 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+class Refused(UserError):
+    """A gate was not passed, exit code 3: nothing was changed."""
+
+    exit_code = 3
 
 
 class NonFiniteError(Exception):

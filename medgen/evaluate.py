@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -126,9 +127,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     metrics["run/num_generated"] = evaluate.num_generated
     metrics = rounded(project, metrics)
     write_json(project, "metrics.json", metrics)
-    extractors = {name: {"sha256": digest} for name, digest in subject.hashes.items()}
-    own = {"extractors": extractors, "prior": subject.prior.name}
-    write_json(project, "provenance.json", provenance(project, info, evaluate, device) | own)
+    write_json(project, "provenance.json", provenance(project, store, info, evaluate, device, subject.hashes))
     draw(project, subject, reconstructions)
     draw_nearest(project, samples, train, pairs)
     if swapped:
@@ -154,23 +153,74 @@ def judge_validation(project: Project, *, evaluate: Evaluate) -> dict[str, float
     Raises:
         UserError: as `run`.
     """
-    store, device = open_store(project.dataset), pick_device("auto")
-    model, info = bundle.load_for(store, project.model, device)
+    store = open_store(project.dataset)
+    model, info = bundle.load_for(store, project.model, pick_device("auto"))
+    return judge(project, store, model, info, evaluate, "val")[0]
+
+
+def judge_version(project: Project, *, folder: Path, evaluate: Evaluate) -> dict[str, float]:
+    """Judges another model, such as a registered version, on this project's test split with its extractor.
+
+    Of a model that was trained on other data, `privacy/` is left out: its train images are not here.
+
+    Args:
+        project: whose data and extractor judge.
+        folder: holds model/ and prior/; metrics.json, provenance.json and figures/samples.png go to its reports/.
+        evaluate: how.
+
+    Returns:
+        The metrics, without those that are the same for every model.
+
+    Raises:
+        UserError: as `run`, or the model makes images of other classes or another shape than the data has.
+    """
+    own, store, device = Project(project.root, apart=folder), open_store(project.dataset), pick_device("auto")
+    model, info = bundle.load(own.model, device)
+    for what, theirs, ours in (
+        ("images of shape", info.image_shape, store.image_shape),
+        ("classes", info.classes, tuple(store.classes)),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"{own.model}: made for {what} {theirs}, and {project.dataset} has {ours}: they cannot be judged with "
+                "each other; expected a project whose data it fits"
+            )
+    metrics, hashes = judge(own, store, model, info, evaluate, "test")
+    if info.dataset != store.fingerprint:
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("privacy/")}
+        warning = (
+            f"warning: trained on dataset {info.dataset}, judged on {store.fingerprint}: whether it copies its train "
+            "images is not told here, and images that it may have been trained on flatter it"
+        )
+        Console(stderr=True, highlight=False).print(warning, style="yellow", markup=False, soft_wrap=True)
+    counts = store.counts
+    metrics |= {"run/num_train": counts["train"], "run/num_test": counts["test"]}
+    metrics["run/num_generated"] = evaluate.num_generated
+    metrics = rounded(own, metrics)
+    write_json(own, "metrics.json", metrics)
+    write_json(own, "provenance.json", provenance(own, store, info, evaluate, device, hashes))
+    return metrics
+
+
+def judge(
+    project: Project, store: Store, model: ImageModel, info: BundleInfo, params: Evaluate, split: str
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The metrics that tell models apart, and the SHA-256 of each extractor; writes figures/samples.png."""
     if not isinstance(model, GenerativeModel):
-        found = segmentation_report.judge(store, model, device, evaluate.batch_size, "val")
-        segmentation_report.draw(project.figures, found, evaluate.grid_images)
-        return found.metrics
-    subject = load(project, store, model, info, evaluate, "val")
+        found = segmentation_report.judge(store, model, next(model.parameters()).device, params.batch_size, split)
+        segmentation_report.draw(project.figures, found, params.grid_images)
+        return found.metrics, {}
+    subject = load(project, store, model, info, params, split)
     metrics, _ = judge_reconstructions(subject)
     samples = draw_samples(subject)
-    write_grid(project.figures / "samples.png", generation.thin(samples, min(len(samples), evaluate.grid_images)))
-    train, val = pixels(store.split("train")), pixels(subject.held_out)
-    domain = DomainFeatures(*(features(subject, images) for images in (samples, train, val)))
+    write_grid(project.figures / "samples.png", generation.thin(samples, min(len(samples), params.grid_images)))
+    train, held_out = pixels(store.split("train")), pixels(subject.held_out)
+    domain = DomainFeatures(*(features(subject, images) for images in (samples, train, held_out)))
     metrics |= judge_samples(subject, domain)
     if subject.inception:
-        metrics |= judge_through_inception(subject, samples, train, val)
-    metrics |= judge_privacy(domain, samples, train, val)[0]
-    return metrics | judge_labels(subject, samples, swap_labels(subject))
+        metrics |= judge_through_inception(subject, samples, train, held_out)
+    metrics |= judge_privacy(domain, samples, train, held_out)[0]
+    return metrics | judge_labels(subject, samples, swap_labels(subject)), subject.hashes
 
 
 def judge_masks(
@@ -181,7 +231,7 @@ def judge_masks(
     found = segmentation_report.judge(store, model, device, params.batch_size)
     metrics = rounded(project, found.metrics)
     write_json(project, "metrics.json", metrics)
-    write_json(project, "provenance.json", provenance(project, info, params, device))
+    write_json(project, "provenance.json", provenance(project, store, info, params, device, {}))
     segmentation_report.draw(project.figures, found, params.grid_images)
     rows = [Row(*cells) for cells in segmentation_report.key_numbers(metrics)]
     write_page(
@@ -441,12 +491,19 @@ def described(store: Store, info: BundleInfo) -> dict[str, str]:
     }
 
 
-def provenance(project: Project, info: BundleInfo, params: Evaluate, device: torch.device) -> dict[str, object]:
-    """Where the numbers come from; unlike metrics.json it differs from machine to machine."""
+def provenance(
+    project: Project, store: Store, info: BundleInfo, params: Evaluate, device: torch.device, hashes: Mapping[str, str]
+) -> dict[str, object]:
+    """Where the numbers come from; unlike metrics.json it differs from machine to machine.
+
+    `content` is the SHA-256 of all that was judged, `hashes` are those of the extractors it was judged through.
+    """
     return {
         "model": bundle.digest(project.model),
-        "dataset": info.dataset,
+        "content": bundle.content(project.model, project.prior),
         "run": info.run,
+        "dataset": store.fingerprint,
+        "extractors": {name: {"sha256": digest} for name, digest in hashes.items()},
         "evaluate": params.model_dump(mode="json"),
         "lineage": lineage(project, params, device=str(device), precision="fp32"),
     }

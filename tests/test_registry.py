@@ -27,6 +27,7 @@ from medgen.tracking.mirror import MIRROR, connect
 SHAPE = (1, 16, 16)
 RUN = "0123456789ab"
 DATASET = "ba9876543210"
+EXTRACTOR = "e" * 64
 MODEL = Model(base_channels=8, max_channels=8, latent_channels=4, latent_size=4, attention_resolutions=())
 
 
@@ -63,8 +64,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         tracker.metrics({"val/ssim": 0.8}, step=1)
     project.reports.mkdir()
     (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.875, "run/num_test": 100}')
-    (project.reports / "provenance.json").write_text(json.dumps({"model": bundle.digest(project.model)}))
-    version = registry.run(project, tracking=Tracking(), registry=Registry())
+    provenance = {"content": bundle.content(project.model, project.prior), "dataset": DATASET}
+    provenance |= {"extractors": {"domain": {"sha256": EXTRACTOR}}, "evaluate": {"num_generated": 24}}
+    (project.reports / "provenance.json").write_text(json.dumps(provenance))
+    version = registry.run(project, params=Params())
     assert (version.number, version.is_new) == (1, True)
     return project
 
@@ -105,7 +108,7 @@ def test_version_says_where_it_comes_from(project: Project) -> None:
 
 
 def test_the_same_content_is_the_same_version(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    version = registry.run(project, tracking=Tracking(), registry=Registry())
+    version = registry.run(project, params=Params())
     assert (version.number, version.is_new) == (1, False)
     assert "already registered as models:/medgen/1" in capsys.readouterr().out
 
@@ -237,7 +240,7 @@ def test_new_weights_are_a_new_candidate_with_or_without_their_record(project: P
     """The model came from a DVC remote: its training was recorded on another machine."""
     write_model(project, seed=1, run="fedcba987654")
     try:
-        version = registry.run(project, tracking=Tracking(), registry=Registry())
+        version = registry.run(project, params=Params())
         client, _ = connect(project, Tracking())
         assert (version.number, version.is_new) == (2, True)
         assert client.get_model_version_by_alias("medgen", "candidate").version == 2
@@ -245,13 +248,13 @@ def test_new_weights_are_a_new_candidate_with_or_without_their_record(project: P
         assert version.run_id != mlflow_run(project, RUN)
     finally:
         write_model(project, seed=0)
-        assert registry.run(project, tracking=Tracking(), registry=Registry()).number == 1
+        assert registry.run(project, params=Params()).number == 1
 
 
 def test_a_server_that_is_away(project: Project, away: Tracking, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="does not answer"):
-        registry.run(project, tracking=away, registry=Registry())
-    assert registry.register_if_wanted(project, tracking=away, registry=Registry()) is None
+        registry.run(project, params=Params(tracking=away))
+    assert registry.register_if_wanted(project, params=Params(tracking=away)) is None
     told = capsys.readouterr().err
     assert "warning: tracking.uri" in told
     assert "medgen register" in told
@@ -259,22 +262,22 @@ def test_a_server_that_is_away(project: Project, away: Tracking, capsys: pytest.
 
 def test_registering_can_be_switched_off(project: Project) -> None:
     off = Registry(register_after_evaluate=False)
-    assert registry.register_if_wanted(project, tracking=Tracking(), registry=off) is None
-    assert registry.register_if_wanted(project, tracking=Tracking(enabled=False), registry=Registry()) is None
+    assert registry.register_if_wanted(project, params=Params(registry=off)) is None
+    assert registry.register_if_wanted(project, params=Params(tracking=Tracking(enabled=False))) is None
     with pytest.raises(UserError, match=r"tracking\.enabled: false"):
-        registry.run(project, tracking=Tracking(enabled=False), registry=Registry())
+        registry.run(project, params=Params(tracking=Tracking(enabled=False)))
 
 
 def test_nothing_to_register(tmp_path: Path) -> None:
     project = Project(tmp_path)
     with pytest.raises(UserError, match="run `medgen train`"):
-        registry.run(project, tracking=Tracking(), registry=Registry())
+        registry.run(project, params=Params())
     write_model(project, seed=0)
     (project.prior / "prior.json").unlink()
     (project.prior / "prior.safetensors").unlink()
     project.prior.rmdir()
     with pytest.raises(UserError, match="run `medgen prior`"):
-        registry.run(project, tracking=Tracking(), registry=Registry())
+        registry.run(project, params=Params())
 
 
 def test_ui_refuses_what_it_cannot_show(project: Project, away: Tracking) -> None:
@@ -298,6 +301,6 @@ def test_a_registration_that_fails_leaves_the_training_finished(project: Project
 
     monkeypatch.setattr(mlflow.pyfunc, "log_model", fail)
     with pytest.raises(OSError, match="full"):
-        registry.run(project, tracking=Tracking(), registry=Registry())
+        registry.run(project, params=Params())
     client, _ = connect(project, Tracking())
     assert client.get_run(mlflow_run(project, RUN)).info.status == "FINISHED"

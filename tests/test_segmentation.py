@@ -19,10 +19,10 @@ from medgen.config import (
     Evaluate,
     Loss,
     Model,
+    Params,
     Phase,
     Preprocess,
     Project,
-    Registry,
     Tracking,
     Train,
     Weights,
@@ -177,7 +177,7 @@ def test_a_registered_version_finds_the_same_masks(
     mlflow.set_tracking_uri(address)
     # an earlier test may have left its own project's here
     monkeypatch.setattr("mlflow.tracking._model_registry.utils._registry_uri", address)
-    version = registry.run(project, tracking=Tracking(), registry=Registry())
+    version = registry.run(project, params=Params())
     segmenter: Any = mlflow.pyfunc.load_model(version.uri)
     picture = cv2.imread(str(project.root / "data" / "images" / "03.png"), cv2.IMREAD_GRAYSCALE)
     masks = segmenter.predict(picture[None, :, :, None])

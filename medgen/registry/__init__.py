@@ -4,37 +4,49 @@ medgen register     medgen generate --model models:/medgen@candidate --n 25 --ou
 """
 
 import json
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 from rich.console import Console
 
 from medgen import bundle
 from medgen.bundle import BundleInfo
-from medgen.config import Project, Registry, Tracking
+from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import UserError
 from medgen.models import MODELS
-from medgen.registry.packing import CONTENT_TAG, PYFUNC, content_hash, pack
+from medgen.registry.packing import CONTENT_TAG, PYFUNC, pack
 from medgen.registry.page import ui
-from medgen.registry.versions import CANDIDATE, Version, answering, load
+from medgen.registry.versions import CANDIDATE, Version, answering, find, load, set_metrics
 from medgen.tracking import RunRecord, Tracker, lineage, mirror_run, read_run
 from medgen.tracking.mirror import connect
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-__all__ = ["PYFUNC", "Version", "find_model", "load", "register_if_wanted", "run", "ui"]
+__all__ = [
+    "PYFUNC",
+    "Version",
+    "fetch_to_judge",
+    "find_model",
+    "load",
+    "register_if_wanted",
+    "run",
+    "take_metrics",
+    "ui",
+]
 
 
-def run(project: Project, *, tracking: Tracking, registry: Registry) -> Version:
+def run(project: Project, *, params: Params) -> Version:
     """Registers artifacts/model and artifacts/prior and points the alias `candidate` at them.
 
-    The same content again is the same version.
+    The same content again is the same version. `params` are kept in it, with what model and prior say of themselves.
 
     Raises:
         UserError: a part is missing, tracking is off, or the store does not answer.
     """
+    tracking, name = params.tracking, params.registry.model_name
     if not tracking.enabled:
         raise UserError("tracking.enabled: false, so there is no MLflow to register with; set it to true")
     info = bundle.load_info(project.model)
@@ -43,25 +55,26 @@ def run(project: Project, *, tracking: Tracking, registry: Registry) -> Version:
     with answering(project, tracking, "nothing is registered: run `medgen register` later"):
         client, _ = connect(project, tracking)  # first of all: a store that is away ends it here
         record, run_id = _run_of(project, tracking, info)
-        content = content_hash(project.model, project.prior)
-        number = _registered(client, registry.model_name, content)
+        content = bundle.content(project.model, project.prior)
+        number = _registered(client, name, content)
         is_new = number is None
         if number is None:
-            number = pack(client, project, tracking, registry, info, run_id, content)
-        _describe(client, registry.model_name, number, project, record, info)
-        client.set_registered_model_alias(registry.model_name, CANDIDATE, str(number))
-    version = Version(registry.model_name, number, run_id, is_new=is_new)
+            number = pack(client, project, _trained_with(project, params, info), info, run_id, content)
+        _describe(client, name, number, record, info)
+        set_metrics(client, name, number, *_metrics(project, content))
+        client.set_registered_model_alias(name, CANDIDATE, str(number))
+    version = Version(name, number, run_id, is_new=is_new)
     word = "registered as" if is_new else "already registered as"
     Console(highlight=False).print(f"{word} {version.uri}, alias models:/{version.name}@{CANDIDATE}")
     return version
 
 
-def register_if_wanted(project: Project, *, tracking: Tracking, registry: Registry) -> Version | None:
+def register_if_wanted(project: Project, *, params: Params) -> Version | None:
     """What follows evaluate by itself: registers unless switched off; a store that is away is only a warning."""
-    if not (registry.register_after_evaluate and tracking.enabled):
+    if not (params.registry.register_after_evaluate and params.tracking.enabled):
         return None
     try:
-        return run(project, tracking=tracking, registry=registry)
+        return run(project, params=params)
     except UserError as error:
         Console(stderr=True, highlight=False).print(f"warning: {error}", style="yellow", markup=False)
         return None
@@ -87,6 +100,31 @@ def find_model(project: Project, *, tracking: Tracking, place: str | None) -> Pa
     return folder
 
 
+def fetch_to_judge(project: Project, *, tracking: Tracking, registry: Registry, place: str) -> tuple[Version, Path]:
+    """A version, and a folder of runs/ with its model/ and prior/ in it, for `medgen evaluate --model`.
+
+    Raises:
+        UserError: `place` is no version of the project's registered model, or the store does not answer.
+    """
+    with answering(project, tracking, "nothing was fetched: start the server first"):
+        client, _ = connect(project, tracking)
+        version = find(client, registry.model_name, place)
+    folder = project.runs / "versions" / f"{version.name}-{version.number}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(load(version.uri, project, tracking), folder / "artifacts")
+    return version, folder
+
+
+def take_metrics(project: Project, *, tracking: Tracking, version: Version, folder: Path) -> None:
+    """Makes what `medgen evaluate --model` left in a folder of `fetch_to_judge` the version's metrics."""
+    judged = Project(project.root, apart=folder)
+    metrics, provenance = _metrics(judged, bundle.content(judged.model, judged.prior))
+    with answering(project, tracking, f"{version.uri} keeps its metrics: run the same command later"):
+        client, _ = connect(project, tracking)
+        set_metrics(client, version.name, version.number, metrics, provenance)
+    Console(highlight=False).print(f"{len(metrics)} metrics are now those of {version.uri}")
+
+
 def _run_of(project: Project, tracking: Tracking, info: BundleInfo) -> tuple[RunRecord, str]:
     """The record and the MLflow run that trained the model; a record begun here where the training's is absent."""
     scratch = project.runs / info.run
@@ -110,13 +148,22 @@ def _registered(client: "MlflowClient", name: str, content: str) -> int | None:
     return max((int(version.version) for version in found), default=None)
 
 
-def _describe(
-    client: "MlflowClient", name: str, number: int, project: Project, record: RunRecord, info: BundleInfo
-) -> None:
-    """Lineage and metrics as tags of the version, and a few words on it."""
+def _trained_with(project: Project, params: Params, info: BundleInfo) -> Params:
+    """The parameters that made what is registered: the file may have changed since, or `--set` overruled it."""
+    plain = params.model_dump(mode="json")
+    record = project.runs / info.run / "params.json"
+    if record.is_file():
+        plain |= json.loads(record.read_text(encoding="utf-8"))
+    if (judged := _provenance(project)).get("content") == bundle.content(project.model, project.prior):
+        plain["evaluate"] = judged["evaluate"]
+    own = {"model": info.model.model_dump(mode="json"), "preprocess": info.preprocess.model_dump(mode="json")}
+    return Params.model_validate(plain | own)
+
+
+def _describe(client: "MlflowClient", name: str, number: int, record: RunRecord, info: BundleInfo) -> None:
+    """Lineage as tags of the version, and a few words on it."""
     tags = {key: value for key, value in record.tags.items() if not key.startswith("mlflow.")}
     tags |= {"run": info.run, "dataset.fingerprint": info.dataset}
-    tags |= {key: f"{value:.6g}" for key, value in _metrics(project).items()}
     for key, value in tags.items():
         client.set_model_version_tag(name, str(number), key, value)
     classes = ", ".join(info.classes) or "none"
@@ -133,11 +180,17 @@ def _describe(
     client.update_model_version(name, str(number), about)
 
 
-def _metrics(project: Project) -> dict[str, float]:
-    """reports/metrics.json, where it judges the model that is here: provenance.json beside it says which it does."""
+def _metrics(project: Project, content: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """metrics.json and provenance.json of the reports, where they judge this model and this prior; else nothing."""
+    provenance = _provenance(project)
+    if provenance.get("content") != content:
+        return {}, {}
+    return json.loads((project.reports / "metrics.json").read_text(encoding="utf-8")), provenance
+
+
+def _provenance(project: Project) -> dict[str, Any]:
     try:
-        provenance = json.loads((project.reports / "provenance.json").read_text(encoding="utf-8"))
-        metrics: dict[str, float] = json.loads((project.reports / "metrics.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((project.reports / "provenance.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return metrics if provenance.get("model") == bundle.digest(project.model) else {}
+    return found

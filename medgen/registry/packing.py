@@ -1,12 +1,12 @@
 """What a version is made of: code, model/ and prior/, what it takes and gives, and what it needs installed."""
 
-import hashlib
 import importlib.metadata
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgen.bundle import BundleInfo
-from medgen.config import Project, Registry, Tracking
+from medgen.config import Params, Project
 from medgen.models import MODELS
 from medgen.tracking.mirror import store_uri
 
@@ -18,38 +18,33 @@ PACKAGE = Path(__file__).parent.parent
 # by what the model is trained towards; MLflow wants the file, not a module
 PYFUNC = {"image": PACKAGE / "pyfunc.py", "mask": PACKAGE / "pyfunc_masks.py"}
 CONTENT_TAG = "medgen.content"
+PARAMS = "params.json"  # of a version: the parameters that made it
 # What the code imports that loads and generates (tests/test_registry.py holds it to that).
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic", "ruamel.yaml")
 MASK_REQUIREMENTS = ("opencv-python-headless",)  # besides: what turns a picture into the model's input
 
 
-def pack(
-    client: "MlflowClient",
-    project: Project,
-    tracking: Tracking,
-    registry: Registry,
-    info: BundleInfo,
-    run_id: str,
-    content: str,
-) -> int:
-    """Logs the model with code, model/ and prior/ to its run, and makes it a version; its number."""
+def pack(client: "MlflowClient", project: Project, params: Params, info: BundleInfo, run_id: str, content: str) -> int:
+    """Logs the model with code, model/, prior/ and params.json to its run, and makes it a version; its number."""
     import mlflow
 
     makes = MODELS[info.model.name].target
     requirements = REQUIREMENTS if makes == "image" else (*REQUIREMENTS, *MASK_REQUIREMENTS)
-    mlflow.set_tracking_uri(store_uri(project, tracking))
+    mlflow.set_tracking_uri(store_uri(project, params.tracking))
     try:
-        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id, log_system_metrics=False):
+            kept = Path(folder) / PARAMS
+            kept.write_text(params.model_dump_json(indent=2), encoding="utf-8")
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(PYFUNC[makes]),
-                artifacts={"model": str(project.model), "prior": str(project.prior)},
+                artifacts={"model": str(project.model), "prior": str(project.prior), "params": str(kept)},
                 # the whole package: a version loads where medgen is not installed
                 code_paths=[str(PACKAGE)],
                 signature=_signature(info) if makes == "image" else _mask_signature(info),
                 input_example=_example() if makes == "image" else _mask_example(info),
                 pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
-                registered_model_name=registry.model_name,
+                registered_model_name=params.registry.model_name,
                 tags={CONTENT_TAG: content},
             )
     except BaseException:
@@ -100,16 +95,6 @@ def _mask_example(info: BundleInfo) -> Any:
 
     channels, height, width = info.image_shape
     return np.zeros((1, height, width, channels), np.uint8)
-
-
-def content_hash(*folders: Path) -> str:
-    """SHA-256 of names and bytes of all files."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\n".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _public_version(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medgen.config import Project, Tracking
 from medgen.errors import UserError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
+JUDGED_ON, JUDGED_BY = "evaluated.dataset", "evaluated.extractor"  # tags: what its metrics were measured with
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
 
 
@@ -54,6 +55,45 @@ def all_versions(client: "MlflowClient", name: str) -> list[Version]:
             return sorted((_version(one) for one in found), key=lambda version: version.number)
 
 
+def find(client: "MlflowClient", name: str, reference: str | int) -> Version:
+    """One version of a registered model, by its number, an alias, or its URI (models:/NAME/1, models:/NAME@ALIAS).
+
+    Raises:
+        UserError: there is none; lists those there are.
+    """
+    known = {version.number: version for version in all_versions(client, name)}
+    called = aliases(client, name)
+    text = str(reference).removeprefix(f"models:/{name}").lstrip("/@")
+    number = int(text) if text.isdecimal() else called.get(text)
+    if number in known:
+        return known[number]
+    there = ", ".join([*map(str, known), *(f"@{alias} ({number})" for alias, number in sorted(called.items()))])
+    raise UserError(
+        f"{reference}: no such version of models:/{name}. There are: {there or 'none; run `medgen register` first'}"
+    )
+
+
+def set_metrics(
+    client: "MlflowClient", name: str, number: int, metrics: Mapping[str, float], provenance: Mapping[str, Any]
+) -> None:
+    """Makes these, where there are any, the metrics of a version; what it had before goes.
+
+    `privacy/` stays where it is not among the new ones: how near samples come to train images is measured against
+    those, and a later evaluation on other data does not have them.
+    """
+    if not metrics:
+        return
+    tags = {key: f"{value:.6g}" for key, value in metrics.items()}
+    extractors = {of: found["sha256"] for of, found in provenance["extractors"].items()}
+    tags |= {JUDGED_ON: provenance["dataset"], **({JUDGED_BY: extractors["domain"]} if extractors else {})}
+    stays = () if any(key.startswith("privacy/") for key in metrics) else ("privacy/",)
+    for key in client.get_model_version(name, str(number)).tags:
+        if key.startswith(METRIC_GROUPS) and not key.startswith(stays) and key not in tags:
+            client.delete_model_version_tag(name, str(number), key)
+    for key, value in tags.items():
+        client.set_model_version_tag(name, str(number), key, value)
+
+
 def aliases(client: "MlflowClient", name: str) -> dict[str, int]:
     """Alias to version number; empty where there is no such model."""
     from mlflow.exceptions import MlflowException
@@ -86,6 +126,19 @@ def answering(project: Project, tracking: Tracking, otherwise: str) -> Iterator[
         raise unreachable(project, tracking, error, otherwise) from error
     except RequestException as error:
         raise unreachable(project, tracking, error, otherwise) from error
+
+
+def fetch_file(uri: str, name: str, project: Project, tracking: Tracking) -> Path | None:
+    """Fetches one file of a version's artifacts; None where it has none of the name, as those of an older medgen."""
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    store = store_uri(project, tracking)
+    if name not in {Path(found.path).name for found in list_artifacts(f"{uri}/artifacts", tracking_uri=store)}:
+        return None
+    folder = tempfile.mkdtemp(prefix="medgen-model-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    place = f"{uri}/artifacts/{name}"
+    return Path(download_artifacts(place, dst_path=folder, tracking_uri=store, registry_uri=store))
 
 
 def load(uri: str, project: Project, tracking: Tracking) -> Path:

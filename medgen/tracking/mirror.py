@@ -119,7 +119,7 @@ class Mirror:
         if (made := _search(client, experiment, start["id"])) is not None:
             return made
         tags = {"medgen.id": start["id"], "medgen.run": self._scratch.name, "mlflow.source.name": "medgen"}
-        tags |= {"mlflow.source.type": "LOCAL", "mlflow.user": _user()}
+        tags |= {"mlflow.source.type": "LOCAL", "mlflow.user": user()}
         if "parent" in start and (parent := _search(client, experiment, start["parent"])) is not None:
             tags["mlflow.parentRunId"] = parent.info.run_id
         return client.create_run(experiment, int(start["time"] * 1000), tags, start["name"])
@@ -347,7 +347,10 @@ def first_line(error: Exception) -> str:
     return text.rpartition("Caused by ")[2][:200]  # urllib3's own reason, without the tale around it
 
 
-def _user() -> str:
+def user() -> str:
+    """Who works here: the name given to an MLflow server that asks for one, or the account's."""
+    if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        return name
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name

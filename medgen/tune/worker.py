@@ -151,7 +151,7 @@ def stop_with_parent() -> None:
 def run_trial(search: Search, study: Study, claim: Claim) -> None:
     """Trains, fits the prior, judges on the val split; records it and tells the study."""
     number = claim.trial.number
-    project = dataclasses.replace(search.project, trial=search.trial_folder(number))
+    project = dataclasses.replace(search.project, apart=search.trial_folder(number))
     print(f"trial {number}, attempt {claim.attempt}: {claim.values}", flush=True)
     scratch, started = project.runs / "not_begun", time.monotonic()
     try:

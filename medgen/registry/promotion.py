@@ -1,0 +1,275 @@
+"""Which version is champion: `medgen promote`, `rollback`, `history`.
+
+Aliases say who stands where: `candidate` is the version registered last, `champion` the one that is used, `previous`
+the champion before it. The ledger says why.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from medgen.config import Project, Registry, Tracking
+from medgen.errors import Refused, UserError, printable
+from medgen.registry.gates import COPIES, DICE, KID, NOTHING, SHORT, SSIM, Gate, are_alike, judge
+from medgen.registry.ledger import MAX_WHY, Entry, append, champions, entries, entry, turn
+from medgen.registry.versions import (
+    CANDIDATE,
+    CHAMPION,
+    PREVIOUS,
+    Version,
+    aliases,
+    all_versions,
+    answering,
+    find,
+)
+from medgen.tracking.mirror import connect
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+LEDGER = "promotions.jsonl"
+SHOWN = (SSIM, KID, COPIES, DICE)
+UNCHANGED = "nothing was changed: start the server first"
+
+
+def promote(
+    project: Project, *, tracking: Tracking, registry: Registry, version: int | None = None, force: str | None = None
+) -> Entry | None:
+    """Makes a version the champion, where all gates of `registry.gates` are passed.
+
+    Args:
+        project: whose registry.
+        tracking: where the registry is.
+        registry: its model's name, and the gates.
+        version: its number; None is the candidate.
+        force: why it is to become champion though gates are not passed.
+
+    Returns:
+        What was written to the ledger; None where the version is champion already.
+
+    Raises:
+        Refused: a gate was not passed, or another promotion was quicker.
+        UserError: there is no such version, or the store does not answer.
+    """
+    name = registry.model_name
+    if force is not None:
+        _check_why("--force", force)
+    with answering(project, tracking, UNCHANGED):
+        client, _ = connect(project, tracking)
+        standing = aliases(client, name)
+        candidate = find(client, name, CANDIDATE if version is None else version)
+        champion = _champion(client, name, standing)
+        if champion is not None and champion.number == candidate.number:
+            print(f"{candidate.uri} is the champion already")
+            return None
+        gates = judge(candidate, champion, registry.gates)
+        _print(gates, candidate, champion)
+        failed = list(dict.fromkeys(gate.name for gate in gates if not gate.passed))
+        if failed and force is None:
+            raise Refused(_refusal(candidate, champion, failed))
+        why = force or "all gates passed"
+        metrics = {key: candidate.metrics[key] for key in SHOWN if key in candidate.metrics}
+        number = champion.number if champion else None
+        new = entry("promote", number, candidate.number, why, bool(failed), metrics, failed)
+        _change(client, project, name, new, previous=number)
+    forced = f", although {', '.join(failed)} did not hold" if failed else ""
+    print(f"{candidate.uri} is now the champion{forced}")
+    return new
+
+
+def rollback(project: Project, *, tracking: Tracking, registry: Registry, why: str = "rolled back") -> Entry:
+    """Makes the champion before the present one champion again; once more, the one before that.
+
+    Raises:
+        UserError: there is none, it was deleted, or the store does not answer.
+        Refused: another promotion was quicker.
+    """
+    name = registry.model_name
+    _check_why("--why", why)
+    with answering(project, tracking, UNCHANGED):
+        client, _ = connect(project, tracking)
+        standing = aliases(client, name)
+        champion = _champion(client, name, standing)
+        if champion is None:
+            raise UserError(
+                f"models:/{name}: has no champion, so there is nothing to go back from; run `medgen promote`"
+            )
+        changes = entries(client, name)
+        earlier = [number for number in champions(changes) if number != champion.number]
+        if not earlier:
+            raise UserError(
+                f"{champion.uri} is the first champion, there is none to go back to; `medgen promote --version N` "
+                "makes another version champion"
+            )
+        target = find(client, name, earlier[-1])
+        metrics = {key: target.metrics[key] for key in SHOWN if key in target.metrics}
+        new = entry("rollback", champion.number, target.number, why, metrics=metrics)
+        before = [number for number in champions([*changes, new]) if number != target.number]
+        _change(client, project, name, new, previous=before[-1] if before else None)
+    print(f"{target.uri} is the champion again, in place of version {champion.number}")
+    return new
+
+
+def history(
+    project: Project, *, tracking: Tracking, registry: Registry, dataset: str | None = None, as_json: bool = False
+) -> dict[str, Any]:
+    """Prints all versions, what each was made from, and how the champion changed.
+
+    Args:
+        project: whose registry.
+        tracking: where the registry is.
+        registry: its model's name.
+        dataset: only versions trained on it: what its fingerprint or its data's md5 begins with.
+        as_json: prints JSON instead.
+
+    Raises:
+        UserError: nothing is registered, no version was trained on that dataset, or the store does not answer.
+    """
+    name = registry.model_name
+    with answering(project, tracking, "its history cannot be read: start the server first"):
+        client, _ = connect(project, tracking)
+        versions = all_versions(client, name)
+        if not versions:
+            raise UserError(f"models:/{name}: no versions yet; run `medgen register` (or `dvc repro`) first")
+        standing, changes = aliases(client, name), entries(client, name)
+    if dataset is not None:
+        versions = [version for version in versions if _was_trained_on(version, dataset)]
+        if not versions:
+            raise UserError(
+                f"--dataset {dataset}: no version of models:/{name} was trained on it; expected what the fingerprint "
+                "(artifacts/dataset/dataset.json) or the md5 (data.dvc) of a dataset begins with"
+            )
+        shown = {version.number for version in versions}
+        changes = [change for change in changes if {change.before, change.after} & shown]
+    found = {
+        "model": name,
+        "aliases": standing,
+        "versions": [_plain(version, standing) for version in versions],
+        "promotions": [asdict(change) for change in changes],
+    }
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_versions(versions, standing)
+        _print_changes(changes)
+        if dataset is None and changes and standing.get(CHAMPION) != changes[-1].after:
+            _say(
+                f"The champion is version {standing.get(CHAMPION, 'none')}, the last change says "
+                f"{changes[-1].after}: it was cut short, or the alias was moved by other means. `medgen promote` again."
+            )
+    return found
+
+
+def _change(client: "MlflowClient", project: Project, name: str, new: Entry, previous: int | None) -> None:
+    """Writes to the ledger and moves the aliases, unless the champion is not what it was when `new` was decided."""
+    with turn(client, name) as check:
+        now = aliases(client, name).get(CHAMPION)
+        if now != new.before:
+            raise Refused(
+                f"version {new.after} is not promoted: while its gates were looked at, version {now} became champion "
+                f"in place of {new.before or 'none'}; look at `medgen history`, and run the command again"
+            )
+        check()
+        # first the word, then the deed: what a kill leaves half done is seen in the history
+        append(client, name, new, project.reports / LEDGER)
+        if previous is None:
+            client.delete_registered_model_alias(name, PREVIOUS)
+        else:
+            client.set_registered_model_alias(name, PREVIOUS, str(previous))
+        client.set_registered_model_alias(name, CHAMPION, str(new.after))
+
+
+def _champion(client: "MlflowClient", name: str, standing: Mapping[str, int]) -> Version | None:
+    return find(client, name, standing[CHAMPION]) if CHAMPION in standing else None
+
+
+def _check_why(option: str, why: str) -> None:
+    if not why.strip() or len(why) > MAX_WHY or printable(why) != why:
+        raise UserError(f"{option}: expected a reason of 1 to {MAX_WHY} printable characters, found {len(why)}")
+
+
+def _refusal(candidate: Version, champion: Version | None, failed: Sequence[str]) -> str:
+    stays = f"; version {champion.number} stays champion" if champion else ""
+    text = f"{candidate.uri} is not promoted: {', '.join(failed)} did not hold{stays}."
+    to_judge = [version for version in (champion, candidate) if version and not _is_judged(version)]
+    if champion and not to_judge and not are_alike(candidate, champion):
+        to_judge = [champion, candidate]
+    if to_judge:
+        commands = " and ".join(f"`medgen evaluate --model {version.uri}`" for version in to_judge)
+        text += f" To judge both alike: {commands}, then promote again."
+    return f'{text} `--force "why"` promotes all the same, and is recorded'
+
+
+def _is_judged(version: Version) -> bool:
+    return SSIM in version.metrics or DICE in version.metrics
+
+
+def _was_trained_on(version: Version, dataset: str) -> bool:
+    return any(version.tags.get(key, "").startswith(dataset) for key in ("dataset.fingerprint", "data.md5"))
+
+
+def _plain(version: Version, standing: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "version": version.number,
+        "aliases": sorted(alias for alias, number in standing.items() if number == version.number),
+        "created": version.created,
+        "run": version.tags.get("run", "unknown"),
+        "mlflow_run": version.run_id,
+        "git_commit": version.tags.get("git.commit", "unknown"),
+        "git_dirty": version.tags.get("git.dirty", "unknown"),
+        "dataset": version.tags.get("dataset.fingerprint", "unknown"),
+        "data_md5": version.tags.get("data.md5", "unknown"),
+        "params": version.tags.get("params.fingerprint", "unknown"),
+        "metrics": dict(sorted(version.metrics.items())),
+    }
+
+
+def _say(text: str) -> None:
+    Console(highlight=False).print(printable(text), markup=False, soft_wrap=True)
+
+
+def _cells(*texts: object) -> list[Text]:
+    """Plain text: a name or a reason may hold what rich takes for markup."""
+    return [Text(printable(str(text))) for text in texts]
+
+
+def _print(gates: Sequence[Gate], candidate: Version, champion: Version | None) -> None:
+    against = f"version {champion.number}, the champion" if champion else "no champion yet"
+    table = Table(title=f"{candidate.uri} against {against}", title_justify="left")
+    for heading in ("gate", f"version {candidate.number}", "champion", "wanted", ""):
+        table.add_column(heading, overflow="fold")
+    for gate in gates:
+        table.add_row(*_cells(gate.name, gate.candidate, gate.champion, gate.wanted, "yes" if gate.passed else "NO"))
+    Console(highlight=False).print(table)
+
+
+def _print_versions(versions: Sequence[Version], standing: Mapping[str, int]) -> None:
+    keys = [key for key in SHOWN if any(key in version.metrics for version in versions)]
+    table = Table(title=f"Versions of models:/{versions[0].name}", title_justify="left")
+    for heading in ("", "alias", "commit", "dataset", "data md5", *(key.partition("/")[2] for key in keys)):
+        table.add_column(heading, overflow="fold")
+    for version in versions:
+        plain = _plain(version, standing)
+        hashes = (plain[key][:SHORT] for key in ("git_commit", "dataset", "data_md5"))
+        numbers = (f"{version.metrics[key]:.4g}" if key in version.metrics else NOTHING for key in keys)
+        table.add_row(*_cells(version.number, " ".join(plain["aliases"]), *hashes, *numbers))
+    Console(highlight=False).print(table)
+
+
+def _print_changes(changes: Sequence[Entry]) -> None:
+    if not changes:
+        _say("No version was promoted yet: `medgen promote` makes the candidate champion.")
+        return
+    table = Table(title="Champions", title_justify="left")
+    for heading in ("when (UTC)", "who", "did", "from", "to", "why"):
+        table.add_column(heading, overflow="fold")
+    for change in changes:
+        did = f"{change.action}, forced" if change.forced else change.action
+        when = change.time[:16].replace("T", " ")
+        table.add_row(*_cells(when, change.who, did, change.before or NOTHING, change.after, change.why))
+    Console(highlight=False).print(table)

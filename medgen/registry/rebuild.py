@@ -1,0 +1,225 @@
+"""From a version back to what made it: `medgen history --reproduce VERSION` says how, `--run` rebuilds it.
+
+Rebuilt is in a work tree of its own, by the code, parameters and data that the version names, all stages anew.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from medgen import bundle
+from medgen.config import Params, Project, Registry, Section, Tracking, load
+from medgen.errors import Refused, UserError
+from medgen.registry.gates import DICE, KID, KID_HIGH, SSIM
+from medgen.registry.packing import CONTENT_TAG, PARAMS
+from medgen.registry.versions import JUDGED_ON, Version, answering, fetch_file, find
+from medgen.tracking.mirror import connect
+
+KID_LOW = "generation/kid_domain_ci_low"
+TOLERANCE = 0.01  # of SSIM and Dice: what rounding on another machine makes of the same training
+ELSEWHERE = {"tracking", "registry", "tune"}  # sections that do not change what is made
+REPRO = ("repro", "--force", "--no-run-cache")  # all stages anew: what DVC has from before proves nothing
+
+
+def reproduce(
+    project: Project, *, tracking: Tracking, registry: Registry, version: int, run: bool = False
+) -> dict[str, float]:
+    """Prints the commands that rebuild a version; with `run` rebuilds it in a scratch work tree and compares.
+
+    Returns:
+        The metrics of what was rebuilt; nothing without `run`.
+
+    Raises:
+        UserError: the version does not say what made it, this repository does not have it, or a stage failed.
+        Refused: what was rebuilt is not as good as the version says.
+    """
+    with answering(project, tracking, "start the server first"):
+        client, _ = connect(project, tracking)
+        found = find(client, registry.model_name, version)
+        kept = fetch_file(found.uri, PARAMS, project, tracking)
+    commit, folder = _commit(project, found), _prefix(project.root)
+    there = [
+        Path(path).name for path in _git(project.root, "ls-tree", "--name-only", commit, folder or ".").split("\n")
+    ]
+    data = next((name for name in ("data.dvc", *sorted(there)) if name.endswith(".dvc") and name in there), None)
+    params = None if kept is None else Params.model_validate_json(kept.read_text(encoding="utf-8"))
+    if params is not None and "params.yaml" in there and _makes_the_same(params, project.root, f"{commit}:{folder}"):
+        params = None  # the commit has them
+    if not run:
+        _print_commands(project, found, commit, folder, data, params)
+        return {}
+    if found.tags.get("git.dirty") != "false":
+        raise UserError(
+            f"{found.uri}: was trained with changes that commit {commit[:12]} does not hold, so it cannot be rebuilt; "
+            "`medgen history --reproduce` without --run prints how to come near"
+        )
+    scratch = Path(tempfile.mkdtemp(prefix="medgen-rebuild-"))
+    tree = scratch / "tree"
+    _git(project.root, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(tree), commit)
+    try:
+        rebuilt = _rebuild(Project(tree / folder), project, data, params)
+    except UserError as error:
+        raise UserError(f"{error}; its work tree is left for a look: {tree}") from None
+    metrics = json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8"))
+    same = bundle.content(rebuilt.model, rebuilt.prior) == found.tags.get(CONTENT_TAG)
+    _git(project.root, "worktree", "remove", "--force", str(tree))
+    scratch.rmdir()
+    _compare(found, metrics, same)
+    return dict(metrics)
+
+
+def _commit(project: Project, version: Version) -> str:
+    commit = version.tags.get("git.commit", "unknown")
+    if commit == "unknown":
+        raise UserError(f"{version.uri}: does not say from which commit it was made: it was trained outside of git")
+    try:
+        _git(project.root, "cat-file", "-e", f"{commit}^{{commit}}")
+    except UserError:
+        raise UserError(
+            f"{version.uri}: made from commit {commit}, which this repository does not have; run `git fetch --all`, or "
+            "go to the repository it was trained in"
+        ) from None
+    return commit
+
+
+def _prefix(root: Path) -> str:
+    """The project's folder inside its repository, with a slash behind it; empty at the top."""
+    return _git(root, "rev-parse", "--show-prefix")
+
+
+def _makes_the_same(params: Params, root: Path, place: str) -> bool:
+    """Whether params.yaml at `place`, a commit and folder, has the parameters that a version was made with."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "params.yaml"
+        path.write_text(_git(root, "show", f"{place}params.yaml") + "\n", encoding="utf-8")
+        try:
+            committed = load(path)
+        except UserError:  # of a medgen that knew other keys
+            return False
+    sections = Params.model_fields.keys() - ELSEWHERE
+    return all(_section(committed, name) == _section(params, name) for name in sections)
+
+
+def _section(params: Params, name: str) -> Section:
+    section: Section = getattr(params, name)
+    return section
+
+
+def _print_commands(
+    project: Project, version: Version, commit: str, folder: str, data: str | None, params: Params | None
+) -> None:
+    tree = f"../{version.name}-{version.number}"
+    lines = [
+        f"git worktree add --detach {shlex.quote(tree)} {commit}",
+        f"cd {shlex.quote(os.path.join(tree, folder).rstrip('/'))}",
+    ]
+    if data:
+        lines += [
+            f"dvc config --local cache.dir {shlex.quote(str(_cache(project)))}",
+            f"dvc checkout {data} || dvc pull {data}    # data md5 {version.tags.get('data.md5', 'unknown')}",
+        ]
+    if params is not None:
+        lines += [
+            "# its parameters are not those of params.yaml there",
+            f"mlflow artifacts download --artifact-uri {version.uri}/artifacts/{PARAMS} --dst-path .",
+            f"mv {PARAMS} params.yaml",
+        ]
+    lines.append(f"dvc {' '.join(REPRO)}")
+    notes = [f"# {version.uri}"]
+    if version.tags.get("git.dirty") != "false":
+        notes.append("# trained with changes that are not in this commit: what comes out may differ")
+    if (torch := version.tags.get("version.torch")) is not None:
+        notes.append(f"# trained with torch {torch} on {version.tags.get('device', 'unknown')}")
+    print("\n".join(notes + lines))
+
+
+def _rebuild(there: Project, project: Project, data: str | None, params: Params | None) -> Project:
+    """Runs all stages in the work tree; nothing of it is recorded or registered."""
+    if data:
+        _dvc(there, "config", "--local", "cache.dir", str(_cache(project)))
+        try:
+            _dvc(there, "checkout", data)
+        except UserError:
+            _dvc(there, "pull", data)
+    params = params or load(there.root / "params.yaml")
+    untracked = params.model_copy(update={"tracking": params.tracking.model_copy(update={"enabled": False})})
+    (there.root / "params.yaml").write_text(untracked.model_dump_json(indent=2), encoding="utf-8")
+    _dvc(there, *REPRO)
+    return there
+
+
+def _cache(project: Project) -> Path:
+    """Where DVC keeps this project's files: a work tree has its own .dvc, which is empty."""
+    return Path(_command(project.root, sys.executable, "-m", "dvc", "cache", "dir").strip())
+
+
+def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None:
+    """Prints registered beside rebuilt.
+
+    Raises:
+        Refused: they differ by more than the machine accounts for.
+    """
+    dataset = version.tags.get("dataset.fingerprint")
+    if (judged_on := version.tags.get(JUDGED_ON)) not in (None, dataset):
+        print(f"{version.uri} was judged again on dataset {judged_on}; the rebuilt one is judged on its own, {dataset}")
+    both = sorted(version.metrics.keys() & metrics.keys())
+    different = [key for key in both if version.metrics[key] != metrics[key]]
+    table = Table(title=f"{version.uri}, registered and rebuilt", title_justify="left")
+    for heading in ("metric", "registered", "rebuilt"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for key in different or [key for key in (SSIM, KID, DICE) if key in both]:
+        table.add_row(key, f"{version.metrics[key]:.6g}", f"{metrics[key]:.6g}")
+    Console(highlight=False).print(table)
+    if same:
+        print(
+            f"The same model and prior, byte for byte; {len(both) - len(different)} of {len(both)} metrics are equal."
+        )
+        return
+    far = [key for key in (SSIM, DICE) if key in both and abs(version.metrics[key] - metrics[key]) > TOLERANCE]
+    if KID in both and not version.metrics[KID_LOW] <= metrics[KID] <= version.metrics[KID_HIGH]:
+        far.append(KID)
+    if far or not both:
+        raise Refused(
+            f"{version.uri}: what was rebuilt is another model: {', '.join(far) or 'no metric in common'}. Compare the "
+            "versions of torch and the device among its tags"
+        )
+    print(
+        f"As good: other bytes, as another machine or thread count makes; {len(different)} of {len(both)} metrics "
+        "differ, none by more than chance."
+    )
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return _command(root, "git", *arguments).strip()
+
+
+def _command(root: Path, *command: str) -> str:
+    """What a command prints.
+
+    Raises:
+        UserError: it failed; with what it said.
+    """
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]}: not found on this machine; install it first") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise UserError(f"`{shlex.join(command)}` failed: {said[-1] if said else f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _dvc(there: Project, *arguments: str) -> None:
+    """A DVC command that the user watches; its stages run with this very Python."""
+    environment = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=there.root, env=environment, check=False)
+    if done.returncode:
+        raise UserError(f"`dvc {' '.join(arguments)}` ended with exit code {done.returncode}, for the reason above")

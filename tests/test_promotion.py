@@ -1,0 +1,455 @@
+"""What a user is promised of promotion: the better model becomes champion, and every change of it is on record."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medgen.config import Gates, Project, Registry, Tracking
+from medgen.errors import Refused, UserError
+from medgen.registry import ledger
+from medgen.registry.gates import judge
+from medgen.registry.promotion import history, promote, rollback
+from medgen.registry.versions import Version, aliases, set_metrics
+from medgen.tracking.mirror import connect
+
+LINEAGE = {"git.commit": "c" * 40, "git.dirty": "false", "data.md5": "d" * 32 + ".dir", "params.fingerprint": "abc123"}
+JUDGED = {"evaluated.dataset": "ba9876543210", "evaluated.extractor": "e" * 64}
+METRICS = {
+    "reconstruction/ssim": 0.85,
+    "generation/kid_domain": 0.10,
+    "generation/kid_domain_ci_low": 0.05,
+    "generation/kid_domain_ci_high": 0.15,
+    "privacy/copy_rate": 0.01,
+    "privacy/held_out_limit": 0.5,
+    "run/num_test": 200.0,
+}
+MASKS = {"segmentation/dice": 0.9, "segmentation/iou": 0.8, "run/num_test": 50.0}
+REGISTRY = Registry()
+
+
+def tags(metrics: dict[str, float], **changes: str | None) -> dict[str, str]:
+    """A version's tags; a change to None leaves one out."""
+    changed = {name.replace("_", "."): value for name, value in changes.items()}
+    whole = LINEAGE | JUDGED | {name: f"{value:g}" for name, value in metrics.items()} | changed
+    return {name: value for name, value in whole.items() if value is not None}
+
+
+def version(number: int = 2, metrics: dict[str, float] = METRICS, **changes: str | None) -> Version:
+    return Version("medgen", number, "run", tags(metrics, **changes))
+
+
+CHAMPION = version(1)
+REFUSALS: dict[str, tuple[Version, Version | None, Gates, set[str]]] = {
+    "as good": (version(), CHAMPION, Gates(), set()),
+    "the first": (version(), None, Gates(), set()),
+    "kid at the interval's end": (version(metrics=METRICS | {"generation/kid_domain": 0.15}), CHAMPION, Gates(), set()),
+    "kid above the interval": (
+        version(metrics=METRICS | {"generation/kid_domain": 0.1501}),
+        CHAMPION,
+        Gates(),
+        {"generation/kid_domain"},
+    ),
+    "kid within the margin": (
+        version(metrics=METRICS | {"generation/kid_domain": 0.19}),
+        CHAMPION,
+        Gates(kid_margin=0.05),
+        set(),
+    ),
+    "kid of the first": (version(metrics=METRICS | {"generation/kid_domain": 9.0}), None, Gates(), set()),
+    "blurred": (
+        version(metrics=METRICS | {"reconstruction/ssim": 0.5}),
+        None,
+        Gates(),
+        {"reconstruction/ssim"},
+    ),
+    "more blurred than the champion": (
+        version(metrics=METRICS | {"reconstruction/ssim": 0.79}),
+        CHAMPION,
+        Gates(),
+        {"reconstruction/ssim"},
+    ),
+    "copies": (version(metrics=METRICS | {"privacy/copy_rate": 0.06}), None, Gates(), {"privacy/copy_rate"}),
+    "copies, and a ceiling of one's own": (
+        version(metrics=METRICS | {"privacy/copy_rate": 0.06}),
+        None,
+        Gates(copy_rate_ceiling=0.1),
+        set(),
+    ),
+    "few test images: chance allows 1 - 0.005 ** (1 / 20)": (
+        version(metrics=METRICS | {"privacy/copy_rate": 0.23, "run/num_test": 20.0}),
+        None,
+        Gates(),
+        set(),
+    ),
+    "few test images, and more than that": (
+        version(metrics=METRICS | {"privacy/copy_rate": 0.24, "run/num_test": 20.0}),
+        None,
+        Gates(),
+        {"privacy/copy_rate"},
+    ),
+    "copies cannot be told": (
+        version(metrics=METRICS | {"privacy/held_out_limit": 0.1}),
+        None,
+        Gates(),
+        {"privacy/copy_rate"},
+    ),
+    "copies were not looked for": (
+        version(metrics={name: value for name, value in METRICS.items() if not name.startswith("privacy/")}),
+        None,
+        Gates(),
+        {"privacy/copy_rate"},
+    ),
+    "changed files": (version(git_dirty="true"), None, Gates(), {"git commit"}),
+    "no git": (version(git_commit="unknown", git_dirty="unknown"), None, Gates(), {"git commit"}),
+    "no word of git": (version(git_commit=None, git_dirty=None), None, Gates(), {"git commit"}),
+    "data without a version": (version(data_md5="unknown"), None, Gates(), {"data md5"}),
+    "no parameters": (version(params_fingerprint=None), None, Gates(), {"params hash"}),
+    "other test images": (
+        version(evaluated_dataset="0" * 12),
+        CHAMPION,
+        Gates(),
+        {"data and extractor", "reconstruction/ssim", "generation/kid_domain"},
+    ),
+    "another extractor": (
+        version(evaluated_extractor="0" * 64),
+        CHAMPION,
+        Gates(),
+        {"data and extractor", "reconstruction/ssim", "generation/kid_domain"},
+    ),
+    "not judged": (
+        version(metrics={}, evaluated_dataset=None, evaluated_extractor=None),
+        None,
+        Gates(),
+        {"data and extractor", "reconstruction/ssim", "generation/kid_domain", "privacy/copy_rate"},
+    ),
+    "masks as good": (
+        version(metrics=MASKS, evaluated_extractor=None),
+        version(1, MASKS, evaluated_extractor=None),
+        Gates(),
+        set(),
+    ),
+    "masks worse": (
+        version(metrics=MASKS | {"segmentation/dice": 0.88}, evaluated_extractor=None),
+        version(1, MASKS, evaluated_extractor=None),
+        Gates(),
+        {"segmentation/dice"},
+    ),
+    "masks poor": (
+        version(metrics=MASKS | {"segmentation/dice": 0.5}, evaluated_extractor=None),
+        None,
+        Gates(),
+        {"segmentation/dice"},
+    ),
+    "masks against images": (
+        version(metrics=MASKS, evaluated_extractor=None),
+        CHAMPION,
+        Gates(),
+        {"data and extractor", "segmentation/dice"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_gates(case: str) -> None:
+    candidate, champion, gates, refused = REFUSALS[case]
+    assert {gate.name for gate in judge(candidate, champion, gates) if not gate.passed} == refused
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        project = Project(tmp_path_factory.mktemp("project"))
+        connect(project, Tracking())  # a database takes seconds to make
+    return project
+
+
+@pytest.fixture
+def register(project: Project, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A registry of this test's own: `register(metrics)` adds a version, which is the candidate then."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    name = re.sub(r"\W+", "-", request.node.name)
+    client, _ = connect(project, Tracking())
+    client.create_registered_model(name)
+
+    def add(metrics: dict[str, float] = METRICS, **changes: str | None) -> int:
+        made = client.create_model_version(name, source=str(project.root), tags=tags(metrics, **changes))
+        client.set_registered_model_alias(name, "candidate", made.version)
+        return int(made.version)
+
+    add.registry, add.client, add.name = Registry(model_name=name), client, name  # type: ignore[attr-defined]
+    add.aliases = lambda: aliases(client, name)  # type: ignore[attr-defined]
+    return add
+
+
+def test_the_better_one_is_promoted_and_aliases_say_so(project: Project, register: Any, capsys: Any) -> None:
+    first = register()
+    assert promote(project, tracking=Tracking(), registry=register.registry)
+    assert register.aliases() == {"candidate": first, "champion": first}
+    second = register(METRICS | {"reconstruction/ssim": 0.9})
+    entry = promote(project, tracking=Tracking(), registry=register.registry)
+    assert register.aliases() == {"candidate": second, "champion": second, "previous": first}
+    assert entry and (entry.action, entry.before, entry.after, entry.forced) == ("promote", first, second, False)
+    assert entry.metrics["reconstruction/ssim"] == 0.9
+    assert "0.85" in (told := capsys.readouterr().out) and "0.9" in told
+
+
+def test_a_refused_one_changes_nothing(project: Project, register: Any) -> None:
+    register()
+    promote(project, tracking=Tracking(), registry=register.registry)
+    before = register.aliases()
+    worse = register(METRICS | {"generation/kid_domain": 0.5})
+    with pytest.raises(Refused, match="generation/kid_domain did not hold; version 1 stays champion") as refused:
+        promote(project, tracking=Tracking(), registry=register.registry)
+    assert refused.value.exit_code == 3
+    assert register.aliases() == before | {"candidate": worse}
+    assert len(ledger.entries(register.client, register.name)) == 1
+
+
+def test_models_judged_unalike_are_refused_with_the_commands_that_mend_it(project: Project, register: Any) -> None:
+    register()
+    promote(project, tracking=Tracking(), registry=register.registry)
+    register(evaluated_extractor="0" * 64)
+    name = register.name
+    both = rf"`medgen evaluate --model models:/{name}/1` and `medgen evaluate --model models:/{name}/2`"
+    with pytest.raises(Refused, match=both):
+        promote(project, tracking=Tracking(), registry=register.registry)
+    register({})
+    with pytest.raises(Refused, match=rf"alike: `medgen evaluate --model models:/{name}/3`, then promote again"):
+        promote(project, tracking=Tracking(), registry=register.registry)
+
+
+def test_force_is_recorded(project: Project, register: Any) -> None:
+    register(METRICS | {"reconstruction/ssim": 0.1})
+    why = "the only one there is; Ärzte wissen es"
+    entry = promote(project, tracking=Tracking(), registry=register.registry, force=why)
+    assert entry and entry.forced and entry.gates == ["reconstruction/ssim"]
+    assert ledger.entries(register.client, register.name)[-1].why == why
+    assert register.aliases()["champion"] == 1
+
+
+@pytest.mark.parametrize("why", ["", "  ", "x" * 1001, "red \x1b[31m"])
+def test_a_reason_is_one(project: Project, why: str) -> None:
+    with pytest.raises(UserError, match="--force: expected a reason"):
+        promote(project, tracking=Tracking(), registry=REGISTRY, force=why)
+
+
+def test_the_longest_reason_fits_the_databases_column(project: Project, register: Any) -> None:
+    gone = {name: None for name in ("git_commit", "git_dirty", "data_md5", "params_fingerprint")}
+    register(METRICS | {"reconstruction/ssim": 0.1, "privacy/copy_rate": 0.9}, **gone)
+    entry = promote(project, tracking=Tracking(), registry=register.registry, force="ß" * ledger.MAX_WHY)
+    assert entry and len(entry.line) < 5000
+
+
+@pytest.mark.parametrize(("number", "said"), [(9, "9: no such version"), (None, "candidate: no such version")])
+def test_unknown_versions_are_named(project: Project, register: Any, number: int | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        promote(project, tracking=Tracking(), registry=register.registry, version=number)
+
+
+def test_rollback_goes_back_step_by_step(project: Project, register: Any) -> None:
+    for _ in range(3):
+        register()
+        promote(project, tracking=Tracking(), registry=register.registry)
+    back = rollback(project, tracking=Tracking(), registry=register.registry, why="blurred in practice")
+    assert (back.before, back.after, back.why) == (3, 2, "blurred in practice")
+    assert register.aliases() == {"candidate": 3, "champion": 2, "previous": 1}
+    rollback(project, tracking=Tracking(), registry=register.registry)
+    assert register.aliases() == {"candidate": 3, "champion": 1}
+    with pytest.raises(UserError, match="is the first champion"):
+        rollback(project, tracking=Tracking(), registry=register.registry)
+    promote(project, tracking=Tracking(), registry=register.registry)
+    assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
+
+
+def test_rollback_without_a_champion(project: Project, register: Any) -> None:
+    register()
+    with pytest.raises(UserError, match="has no champion"):
+        rollback(project, tracking=Tracking(), registry=register.registry)
+
+
+def test_the_ledger_is_in_the_registry_and_in_a_file_that_only_grows(project: Project, register: Any) -> None:
+    file = project.reports / "promotions.jsonl"
+    register()
+    promote(project, tracking=Tracking(), registry=register.registry)
+    before = file.read_text()
+    register()
+    promote(project, tracking=Tracking(), registry=register.registry)
+    assert file.read_text().startswith(before)
+    file.unlink()  # another machine's clone: it gets all that was before
+    rollback(project, tracking=Tracking(), registry=register.registry)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["action"], line["before"], line["after"]) for line in lines] == [
+        ("promote", None, 1),
+        ("promote", 1, 2),
+        ("rollback", 2, 1),
+    ]
+    assert all(line["who"] and line["time"].endswith("+00:00") for line in lines)
+
+
+def test_history_tells_all(project: Project, register: Any, capsys: Any) -> None:
+    register()
+    promote(project, tracking=Tracking(), registry=register.registry)
+    register(METRICS | {"reconstruction/ssim": 0.4}, data_md5="f" * 32)
+    promote(project, tracking=Tracking(), registry=register.registry, force="[bold]a try[/bold]")
+    history(project, tracking=Tracking(), registry=register.registry)
+    assert "[bold]a" in capsys.readouterr().out  # not taken for markup
+    history(project, tracking=Tracking(), registry=register.registry, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [one["version"] for one in told["versions"]] == [1, 2]
+    assert told["versions"][1]["aliases"] == ["candidate", "champion"]
+    assert told["promotions"][1]["forced"] is True
+    assert told["promotions"][1]["gates"] == ["reconstruction/ssim"]
+
+
+@pytest.mark.parametrize(("dataset", "numbers"), [("ffff", [2]), ("dddd", [1]), ("ba98", [1, 2])])
+def test_history_of_a_dataset(project: Project, register: Any, dataset: str, numbers: list[int]) -> None:
+    register(dataset_fingerprint="ba9876543210")
+    register(dataset_fingerprint="ba9876543210", data_md5="f" * 32)
+    found = history(project, tracking=Tracking(), registry=register.registry, dataset=dataset)
+    assert [one["version"] for one in found["versions"]] == numbers
+
+
+def test_an_unknown_dataset_is_named(project: Project, register: Any) -> None:
+    register()
+    with pytest.raises(UserError, match="--dataset 1234: no version"):
+        history(project, tracking=Tracking(), registry=register.registry, dataset="1234")
+
+
+def test_an_alias_moved_by_hand_is_seen(project: Project, register: Any, capsys: Any) -> None:
+    register()
+    promote(project, tracking=Tracking(), registry=register.registry)
+    register()
+    register.client.set_registered_model_alias(register.name, "champion", "2")
+    history(project, tracking=Tracking(), registry=register.registry)
+    assert "The champion is version 2, the last change says 1" in capsys.readouterr().out
+
+
+def test_later_metrics_take_the_place_of_earlier_ones_but_not_what_is_known_of_copies(register: Any) -> None:
+    number = register(METRICS | {"generation/fd_inception": 7.0})
+    later = {"reconstruction/ssim": 0.7, "generation/kid_domain": 0.3}
+    provenance = {"dataset": "later", "extractors": {"domain": {"sha256": "x"}}}
+    set_metrics(register.client, register.name, number, later, provenance)
+    found = register.client.get_model_version(register.name, str(number)).tags
+    metrics = {key: value for key, value in found.items() if "/" in key}
+    assert metrics == {
+        "reconstruction/ssim": "0.7",
+        "generation/kid_domain": "0.3",
+        "privacy/copy_rate": "0.01",
+        "privacy/held_out_limit": "0.5",
+    }
+    assert (found["evaluated.dataset"], found["evaluated.extractor"]) == ("later", "x")
+
+
+PROMOTE = """
+import sys
+from pathlib import Path
+from medgen.config import Project, Registry, Tracking
+from medgen.errors import UserError
+from medgen.registry import promotion
+
+change = promotion._change
+def after_the_other_has_looked(*words, **others):
+    print("looked", flush=True)
+    sys.stdin.readline()
+    change(*words, **others)
+
+promotion._change = after_the_other_has_looked
+try:
+    registry = Registry(model_name=sys.argv[2])
+    promotion.promote(Project(Path(sys.argv[1])), tracking=Tracking(), registry=registry, version=int(sys.argv[3]))
+except UserError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(project: Project, register: Any) -> None:
+    """Both have looked at the gates before either changes anything; then both go on at the same moment."""
+    numbers = [register(), register()]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    start = [sys.executable, "-c", PROMOTE, str(project.root), register.name]
+    both = [subprocess.Popen([*start, str(number)], **pipes) for number in numbers]
+    try:
+        for process in both:
+            while "looked" not in process.stdout.readline():
+                assert process.poll() is None
+        for process in both:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        told = [process.communicate(timeout=60)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 3], told
+    winner, loser = numbers[codes.index(0)], codes.index(3)
+    assert f"version {winner} became champion" in told[loser]
+    assert register.aliases()["champion"] == winner
+    assert [entry.after for entry in ledger.entries(register.client, register.name)] == [winner]
+
+
+def test_only_one_at_a_time_has_the_turn(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "PAUSE_SECONDS", (0.0, 0.02))
+    inside, most, done = 0, 0, []
+
+    def work() -> None:
+        nonlocal inside, most
+        with ledger.turn(register.client, register.name) as check:
+            inside += 1
+            most = max(most, inside)
+            check()
+            done.append(1)
+            inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert (most, len(done)) == (1, 4)
+    assert not ledger._claims(register.client, register.name)
+
+
+def test_a_killed_promotion_does_not_keep_the_turn(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(ledger, "PAUSE_SECONDS", (0.05, 0.05))
+    register.client.set_registered_model_tag(register.name, f"{ledger.CLAIM}dead", "someone@somewhere")
+    with ledger.turn(register.client, register.name) as check:
+        check()
+        register.client.delete_registered_model_tag(
+            register.name, next(iter(ledger._claims(register.client, register.name)))
+        )
+        with pytest.raises(UserError, match="lost its turn"):
+            check()
+
+
+ACTIONS: dict[str, tuple[list[tuple[str, int]], list[int]]] = {
+    "one": ([("promote", 1)], [1]),
+    "back": ([("promote", 1), ("promote", 2), ("rollback", 1)], [1]),
+    "there and back": ([("promote", 1), ("promote", 2), ("promote", 1), ("rollback", 2)], [1, 2]),
+    "back twice": ([("promote", n) for n in (1, 2, 3)] + [("rollback", 2), ("rollback", 1)], [1]),
+    "to what was never promoted": ([("promote", 1), ("rollback", 5)], [5]),
+}
+
+
+@pytest.mark.parametrize("case", ACTIONS)
+def test_standing_champions(case: str) -> None:
+    actions, expected = ACTIONS[case]
+    entry: Callable[..., Any] = ledger.entry
+    assert ledger.champions([entry(action, None, after, "why") for action, after in actions]) == expected
+
+
+def test_a_torn_line_does_not_swallow_the_next(project: Project, register: Any, tmp_path: Path) -> None:
+    file = tmp_path / "promotions.jsonl"
+    file.write_text('{"key": "to')
+    ledger.append(register.client, register.name, ledger.entry("promote", None, 1, "why"), file)
+    assert json.loads(file.read_text().splitlines()[-1])["after"] == 1
