@@ -16,7 +16,7 @@ from medgen.bundle import BundleInfo
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import UserError
 from medgen.models import MODELS
-from medgen.registry.packing import CONTENT_TAG, PYFUNC, pack
+from medgen.registry.packing import CONTENT_TAG, PARAMS_TAG, PYFUNC, pack
 from medgen.registry.page import ui
 from medgen.registry.versions import CANDIDATE, Version, answering, find, load, set_metrics
 from medgen.tracking import RunRecord, Tracker, lineage, mirror_run, read_run
@@ -164,6 +164,7 @@ def _describe(client: "MlflowClient", name: str, number: int, record: RunRecord,
     """Lineage as tags of the version, and a few words on it."""
     tags = {key: value for key, value in record.tags.items() if not key.startswith("mlflow.")}
     tags |= {"run": info.run, "dataset.fingerprint": info.dataset}
+    tags.pop(PARAMS_TAG, None)  # of the training alone; the version has that of all parameters
     for key, value in tags.items():
         client.set_model_version_tag(name, str(number), key, value)
     classes = ", ".join(info.classes) or "none"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgen.bundle import BundleInfo
-from medgen.config import Params, Project
+from medgen.config import Params, Project, Section, fingerprint
 from medgen.models import MODELS
 from medgen.tracking.mirror import store_uri
 
@@ -19,6 +19,8 @@ PACKAGE = Path(__file__).parent.parent
 PYFUNC = {"image": PACKAGE / "pyfunc.py", "mask": PACKAGE / "pyfunc_masks.py"}
 CONTENT_TAG = "medgen.content"
 PARAMS = "params.json"  # of a version: the parameters that made it
+PARAMS_TAG = "params.fingerprint"
+ELSEWHERE = {"tracking", "registry", "tune"}  # sections that do not change what is made
 # What the code imports that loads and generates (tests/test_registry.py holds it to that).
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic", "ruamel.yaml")
 MASK_REQUIREMENTS = ("opencv-python-headless",)  # besides: what turns a picture into the model's input
@@ -45,12 +47,17 @@ def pack(client: "MlflowClient", project: Project, params: Params, info: BundleI
                 input_example=_example() if makes == "image" else _mask_example(info),
                 pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
                 registered_model_name=params.registry.model_name,
-                tags={CONTENT_TAG: content},
+                tags={CONTENT_TAG: content, PARAMS_TAG: fingerprint(*making(params))},
             )
     except BaseException:
         client.set_terminated(run_id, "FINISHED")  # leaving start_run said FAILED, but the training is none the worse
         raise
     return int(logged.registered_model_version)
+
+
+def making(params: Params) -> list[Section]:
+    """The sections that decide what is made."""
+    return [getattr(params, name) for name in Params.model_fields if name not in ELSEWHERE]
 
 
 def _signature(info: BundleInfo) -> "ModelSignature":

@@ -241,7 +241,7 @@ def _cells(*texts: object) -> list[Text]:
 def _print(gates: Sequence[Gate], candidate: Version, champion: Version | None) -> None:
     against = f"version {champion.number}, the champion" if champion else "no champion yet"
     table = Table(title=f"{candidate.uri} against {against}", title_justify="left")
-    for heading in ("gate", f"version {candidate.number}", "champion", "wanted", ""):
+    for heading in ("gate", f"version {candidate.number}", "champion", "wanted", "holds"):
         table.add_column(heading, overflow="fold")
     for gate in gates:
         table.add_row(*_cells(gate.name, gate.candidate, gate.champion, gate.wanted, "yes" if gate.passed else "NO"))
@@ -251,13 +251,13 @@ def _print(gates: Sequence[Gate], candidate: Version, champion: Version | None) 
 def _print_versions(versions: Sequence[Version], standing: Mapping[str, int]) -> None:
     keys = [key for key in SHOWN if any(key in version.metrics for version in versions)]
     table = Table(title=f"Versions of models:/{versions[0].name}", title_justify="left")
-    for heading in ("", "alias", "commit", "dataset", "data md5", *(key.partition("/")[2] for key in keys)):
-        table.add_column(heading, overflow="fold")
+    for heading in ("", "alias", "commit", "dataset", "data", *(key.partition("/")[2] for key in keys)):
+        table.add_column(heading, no_wrap=True)
     for version in versions:
         plain = _plain(version, standing)
         hashes = (plain[key][:SHORT] for key in ("git_commit", "dataset", "data_md5"))
         numbers = (f"{version.metrics[key]:.4g}" if key in version.metrics else NOTHING for key in keys)
-        table.add_row(*_cells(version.number, " ".join(plain["aliases"]), *hashes, *numbers))
+        table.add_row(*_cells(version.number, "\n".join(plain["aliases"]), *hashes, *numbers))
     Console(highlight=False).print(table)
 
 

@@ -16,16 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen import bundle
-from medgen.config import Params, Project, Registry, Section, Tracking, load
+from medgen.config import Params, Project, Registry, Tracking, load
 from medgen.errors import Refused, UserError
 from medgen.registry.gates import DICE, KID, KID_HIGH, SSIM
-from medgen.registry.packing import CONTENT_TAG, PARAMS
+from medgen.registry.packing import CONTENT_TAG, PARAMS, making
 from medgen.registry.versions import JUDGED_ON, Version, answering, fetch_file, find
 from medgen.tracking.mirror import connect
 
 KID_LOW = "generation/kid_domain_ci_low"
 TOLERANCE = 0.01  # of SSIM and Dice: what rounding on another machine makes of the same training
-ELSEWHERE = {"tracking", "registry", "tune"}  # sections that do not change what is made
 REPRO = ("repro", "--force", "--no-run-cache")  # all stages anew: what DVC has from before proves nothing
 
 
@@ -104,13 +103,7 @@ def _makes_the_same(params: Params, root: Path, place: str) -> bool:
             committed = load(path)
         except UserError:  # of a medgen that knew other keys
             return False
-    sections = Params.model_fields.keys() - ELSEWHERE
-    return all(_section(committed, name) == _section(params, name) for name in sections)
-
-
-def _section(params: Params, name: str) -> Section:
-    section: Section = getattr(params, name)
-    return section
+    return making(committed) == making(params)
 
 
 def _print_commands(
