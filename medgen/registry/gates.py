@@ -10,7 +10,7 @@ from medgen.registry.versions import JUDGED_BY, JUDGED_ON, Version
 
 SSIM, DICE, KID, COPIES = "reconstruction/ssim", "segmentation/dice", "generation/kid_domain", "privacy/copy_rate"
 KID_HIGH, HELD_OUT_LIMIT, NUM_TEST = "generation/kid_domain_ci_high", "privacy/held_out_limit", "run/num_test"
-SHORT = 8  # characters of a hash that are shown
+SHORT = 7  # characters of a hash that are shown
 NOTHING, UNALIKE = "–", "judged alike"
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 LEDGER = "promotions.jsonl"
-SHOWN = (SSIM, KID, COPIES, DICE)
+SHOWN = {SSIM: "ssim", KID: "kid", COPIES: "copies", DICE: "dice"}  # metric -> heading
 UNCHANGED = "nothing was changed: start the server first"
 
 
@@ -251,7 +251,7 @@ def _print(gates: Sequence[Gate], candidate: Version, champion: Version | None) 
 def _print_versions(versions: Sequence[Version], standing: Mapping[str, int]) -> None:
     keys = [key for key in SHOWN if any(key in version.metrics for version in versions)]
     table = Table(title=f"Versions of models:/{versions[0].name}", title_justify="left")
-    for heading in ("", "alias", "commit", "dataset", "data", *(key.partition("/")[2] for key in keys)):
+    for heading in ("", "alias", "commit", "dataset", "data", *(SHOWN[key] for key in keys)):
         table.add_column(heading, no_wrap=True)
     for version in versions:
         plain = _plain(version, standing)
