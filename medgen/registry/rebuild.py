@@ -15,12 +15,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from medgen import bundle
-from medgen.config import Params, Project, Registry, Tracking, load
+from medgen import bundle, config
+from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import Refused, UserError
 from medgen.registry.gates import DICE, KID, KID_HIGH, SSIM
 from medgen.registry.packing import CONTENT_TAG, PARAMS, making
-from medgen.registry.versions import JUDGED_ON, Version, answering, fetch_file, find
+from medgen.registry.versions import JUDGED_ON, Version, answering, find, load
 from medgen.tracking.mirror import connect
 
 KID_LOW = "generation/kid_domain_ci_low"
@@ -43,14 +43,12 @@ def reproduce(
     with answering(project, tracking, "start the server first"):
         client, _ = connect(project, tracking)
         found = find(client, registry.model_name, version)
-        kept = fetch_file(found.uri, PARAMS, project, tracking)
     commit, folder = _commit(project, found), _prefix(project.root)
-    there = [
-        Path(path).name for path in _git(project.root, "ls-tree", "--name-only", commit, folder or ".").split("\n")
-    ]
+    there = _git(project.root, "ls-tree", "--name-only", commit).splitlines()  # of this folder, relative to it
     data = next((name for name in ("data.dvc", *sorted(there)) if name.endswith(".dvc") and name in there), None)
-    params = None if kept is None else Params.model_validate_json(kept.read_text(encoding="utf-8"))
-    if params is not None and "params.yaml" in there and _makes_the_same(params, project.root, f"{commit}:{folder}"):
+    kept = load(found.uri, project, tracking) / PARAMS  # versions of an older medgen have none
+    params = Params.model_validate_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
+    if params is not None and "params.yaml" in there and _makes_the_same(params, project.root, commit):
         params = None  # the commit has them
     if not run:
         _print_commands(project, found, commit, folder, data, params)
@@ -94,13 +92,13 @@ def _prefix(root: Path) -> str:
     return _git(root, "rev-parse", "--show-prefix")
 
 
-def _makes_the_same(params: Params, root: Path, place: str) -> bool:
-    """Whether params.yaml at `place`, a commit and folder, has the parameters that a version was made with."""
+def _makes_the_same(params: Params, root: Path, commit: str) -> bool:
+    """Whether the commit's params.yaml has the parameters that a version was made with."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "params.yaml"
-        path.write_text(_git(root, "show", f"{place}params.yaml") + "\n", encoding="utf-8")
+        path.write_text(_git(root, "show", f"{commit}:./params.yaml") + "\n", encoding="utf-8")
         try:
-            committed = load(path)
+            committed = config.load(path)
         except UserError:  # of a medgen that knew other keys
             return False
     return making(committed) == making(params)
@@ -142,7 +140,7 @@ def _rebuild(there: Project, project: Project, data: str | None, params: Params 
             _dvc(there, "checkout", data)
         except UserError:
             _dvc(there, "pull", data)
-    params = params or load(there.root / "params.yaml")
+    params = params or config.load(there.root / "params.yaml")
     untracked = params.model_copy(update={"tracking": params.tracking.model_copy(update={"enabled": False})})
     (there.root / "params.yaml").write_text(untracked.model_dump_json(indent=2), encoding="utf-8")
     _dvc(there, *REPRO)

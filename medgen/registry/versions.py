@@ -128,21 +128,8 @@ def answering(project: Project, tracking: Tracking, otherwise: str) -> Iterator[
         raise unreachable(project, tracking, error, otherwise) from error
 
 
-def fetch_file(uri: str, name: str, project: Project, tracking: Tracking) -> Path | None:
-    """Fetches one file of a version's artifacts; None where it has none of the name, as those of an older medgen."""
-    from mlflow.artifacts import download_artifacts, list_artifacts
-
-    store = store_uri(project, tracking)
-    if name not in {Path(found.path).name for found in list_artifacts(f"{uri}/artifacts", tracking_uri=store)}:
-        return None
-    folder = tempfile.mkdtemp(prefix="medgen-model-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    place = f"{uri}/artifacts/{name}"
-    return Path(download_artifacts(place, dst_path=folder, tracking_uri=store, registry_uri=store))
-
-
 def load(uri: str, project: Project, tracking: Tracking) -> Path:
-    """Fetches a registered version; its folder holds model/ and prior/.
+    """Fetches a registered version; its folder holds model/, prior/ and params.json.
 
     Raises:
         UserError: there is no such version, or the store does not answer.
