@@ -380,3 +380,34 @@ def test_advice_names_the_kl_weight_only_where_there_is_one(has_kl: bool) -> Non
     text = " ".join(findings(metrics | ({"latent/kl_nats": 9.0} if has_kl else {})))
     assert text.count("take a smaller latent") == 2 and text.count("raise the KL weight") == 2 * has_kl
     assert "or train them another way (model.codebook)" in text
+
+
+def test_a_model_trained_on_other_data_is_judged_without_saying_anything_of_copies(
+    judged: tuple[Project, dict[str, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A registered version, in a folder of its own: its metrics are those of `run`, where the data is the same."""
+    project, metrics = judged
+    version = tmp_path / "version"
+    for part in ("model", "prior"):
+        shutil.copytree(project.root / "artifacts" / part, version / "artifacts" / part)
+    before = (project.reports / "metrics.json").read_bytes()
+    found = evaluate.judge_version(project, folder=version, evaluate=SMALL)
+    assert found == {name: metrics[name] for name in found}
+    assert {name for name in metrics if name not in found} == {
+        "reconstruction/pca_ssim",
+        *(f"generation/{name}_floor" for name in ("kid_domain", "fd_domain")),
+        *(f"generation/ms_ssim_diversity{of}" for of in ("", "_real")),
+        *(f"generation/{name}_real" for name in ("precision", "recall", "density", "coverage")),
+    }
+    assert json.loads((version / "reports" / "metrics.json").read_text()) == found
+
+    description = version / "artifacts" / "model" / "model.json"
+    description.write_text(description.read_text().replace(open_store(project.dataset).fingerprint, "0" * 12))
+    elsewhere = evaluate.judge_version(project, folder=version, evaluate=SMALL)
+    assert elsewhere == {name: value for name, value in found.items() if not name.startswith("privacy/")}
+    assert "warning: trained on dataset 000000000000" in capsys.readouterr().err
+    assert (project.reports / "metrics.json").read_bytes() == before
+
+    description.write_text(description.read_text().replace('"NORMAL"', '"HEALTHY"'))
+    with pytest.raises(UserError, match=r"made for classes .*HEALTHY"):
+        evaluate.judge_version(project, folder=version, evaluate=SMALL)
