@@ -63,7 +63,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         tracker.metrics({"val/ssim": 0.8}, step=1)
     project.reports.mkdir()
     (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.875, "run/num_test": 100}')
-    (project.reports / "provenance.json").write_text(json.dumps({"model": bundle.digest(project.model)}))
+    judged = {"model": bundle.digest(project.model), "prior": "flow"}
+    (project.reports / "provenance.json").write_text(json.dumps(judged))
     version = registry.run(project, tracking=Tracking(), registry=Registry())
     assert (version.number, version.is_new) == (1, True)
     return project
@@ -88,7 +89,7 @@ def test_version_belongs_to_the_run_that_trained_it(project: Project) -> None:
     version = client.get_model_version("medgen", "1")
     assert version.run_id == mlflow_run(project, RUN)
     run = client.get_run(version.run_id)
-    assert run.data.metrics == {"val/ssim": 0.8}
+    assert run.data.metrics == {"val/ssim": 0.8, "reconstruction/ssim": 0.875, "run/num_test": 100}
     assert run.info.status == "FINISHED"
     experiment = client.get_experiment_by_name("medgen")
     assert len(client.search_runs([experiment.experiment_id], f"tags.`medgen.run` = '{RUN}'")) == 1
@@ -296,7 +297,7 @@ def test_a_registration_that_fails_leaves_the_training_finished(project: Project
     def fail(**_: Any) -> None:
         raise OSError("the artifact store is full")
 
-    monkeypatch.setattr(mlflow.pyfunc, "log_model", fail)
+    monkeypatch.setattr(mlflow.pyfunc, "save_model", fail)
     with pytest.raises(OSError, match="full"):
         registry.run(project, tracking=Tracking(), registry=Registry())
     client, _ = connect(project, Tracking())

@@ -2,15 +2,20 @@
 
 import hashlib
 import importlib.metadata
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgen.bundle import BundleInfo
 from medgen.config import Project, Registry, Tracking
 from medgen.models import MODELS
-from medgen.tracking.mirror import store_uri
+from medgen.registry.page import about_model
+from medgen.tracking.mirror import MAX_PARAM, store_uri
+from medgen.tracking.notes import marked
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
     from mlflow.tracking import MlflowClient
 
@@ -29,33 +34,53 @@ def pack(
     tracking: Tracking,
     registry: Registry,
     info: BundleInfo,
+    experiment: str,
     run_id: str,
-    content: str,
-) -> int:
-    """Logs the model with code, model/ and prior/ to its run, and makes it a version; its number."""
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+) -> "ModelVersion":
+    """Logs the model with code, model/ and prior/ to its run, and makes it a version with these tags.
+
+    `mlflow.pyfunc.log_model` would do it too, but reopens the run, and asks the server for each metric's history.
+    """
     import mlflow
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
 
     makes = MODELS[info.model.name].target
     requirements = REQUIREMENTS if makes == "image" else (*REQUIREMENTS, *MASK_REQUIREMENTS)
-    mlflow.set_tracking_uri(store_uri(project, tracking))
+    mlflow.set_tracking_uri(store_uri(project, tracking))  # where create_model_version looks for the logged model
+    logged = client.create_logged_model(
+        experiment,
+        name=f"{info.model.name}-{tags[CONTENT_TAG][:6]}",
+        source_run_id=run_id,
+        tags={CONTENT_TAG: tags[CONTENT_TAG]},
+        params={name: str(value)[:MAX_PARAM] for name, value in params.items()},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.pyfunc.save_model(
+            Path(folder, "model"),
+            python_model=str(PYFUNC[makes]),
+            artifacts={"model": str(project.model), "prior": str(project.prior)},
+            # the whole package: a version loads where medgen is not installed
+            code_paths=[str(PACKAGE)],
+            mlflow_model=Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id),
+            signature=_signature(info) if makes == "image" else _mask_signature(info),
+            input_example=_example() if makes == "image" else _mask_example(info),
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
+        )
+        client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    about = about_model(registry.model_name, ())
     try:
-        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
-            logged = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(PYFUNC[makes]),
-                artifacts={"model": str(project.model), "prior": str(project.prior)},
-                # the whole package: a version loads where medgen is not installed
-                code_paths=[str(PACKAGE)],
-                signature=_signature(info) if makes == "image" else _mask_signature(info),
-                input_example=_example() if makes == "image" else _mask_example(info),
-                pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
-                registered_model_name=registry.model_name,
-                tags={CONTENT_TAG: content},
-            )
-    except BaseException:
-        client.set_terminated(run_id, "FINISHED")  # leaving start_run said FAILED, but the training is none the worse
-        raise
-    return int(logged.registered_model_version)
+        client.create_registered_model(registry.model_name, marked(about), about)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"models:/{logged.model_id}"
+    return client.create_model_version(registry.model_name, source, run_id, dict(tags), model_id=logged.model_id)
 
 
 def _signature(info: BundleInfo) -> "ModelSignature":

@@ -25,6 +25,7 @@ from medgen.files import hash_file
 from medgen.tracking.history import HISTORY, LOCK, History, RunRecord, encode, history, read_run
 from medgen.tracking.lineage import lineage
 from medgen.tracking.mirror import Mirror, unreachable
+from medgen.tracking.naming import telling_tags
 from medgen.tracking.worker import Worker
 
 LOCK_PATIENCE_SECONDS = 10.0  # lets a process that is ending end
@@ -44,6 +45,7 @@ class Tracker:
     def __init__(self, scratch: Path, tracking: Tracking, project: Project, record: History, lock: FileLock) -> None:
         self._lock = lock
         self._scratch = scratch
+        self._among_runs = scratch.parent == project.runs  # not a search, a trained prior
         self._history = record
         self._history.append("status", status="RUNNING")
         self._finished = False
@@ -91,8 +93,15 @@ class Tracker:
         self.finish("FINISHED" if ended_well else "KILLED" if interrupted else "FAILED")
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Parameters; sections and mappings become dotted names, such as train.phases.0.epochs."""
-        self._history.append("params", values=_flatten(values))
+        """Parameters; sections and mappings become dotted names, such as train.phases.0.epochs.
+
+        The first ones of a training also say what sets it apart from the training before.
+        """
+        flat = _flatten(values)
+        known = read_run(self._scratch)
+        if self._among_runs and known and not known.params:
+            self.tags(telling_tags(self._scratch, flat))
+        self._history.append("params", values=flat)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags: text by name."""
