@@ -129,7 +129,7 @@ def test_each_version_keeps_its_own_picture(store: Tracking, registered: tuple[P
     client, _ = connect(project, store)
     for version, shade in zip(versions, (64, 192), strict=True):
         with Image.open(picture(client, version.description)) as image:
-            assert image.width <= 760
+            assert image.width <= 640
             assert image.getpixel((5, 5)) == shade
 
 
@@ -194,7 +194,7 @@ def test_names_from_outside_stay_text(name: str) -> None:
         "medgen", 1, info((name, "ILL")), "gmm", {"reconstruction/ssim": "0.5"}, has_picture=False
     )
     first, rest = text.split("\n\n", 1)
-    assert not re.search(r"[<>|`!\[\]\n]", first.replace("**spatial_vae**", ""))
+    assert not re.search(r"[<>|`!\[\]\n]", first)
     assert name in html.unescape(first)  # what a reader sees
     assert "SSIM of reconstructions  0.5" in rest
 
@@ -250,8 +250,6 @@ def test_an_experiment_is_described_and_a_persons_words_stay(
     project, tracking = Project(tmp_path), own(store, "described")
     assert note_of(project, tracking) == EXPERIMENT
     client, experiment = connect(project, tracking)
-    tags = client.get_experiment(experiment).tags
-    assert tags["mlflow.experimentKind"] == "custom_model_development"  # else the page shows traces, judges, prompts
     monkeypatch.setattr("medgen.tracking.mirror.EXPERIMENT", "A later medgen says it better.")
     assert note_of(project, tracking) == "A later medgen says it better."
     for words in ("Mine.", ""):

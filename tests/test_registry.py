@@ -294,7 +294,7 @@ def test_a_registration_that_fails_leaves_the_training_finished(project: Project
 
     write_model(project, seed=5)
 
-    def fail(**_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError("the artifact store is full")
 
     monkeypatch.setattr(mlflow.pyfunc, "save_model", fail)

@@ -25,15 +25,20 @@ from medgen.tracking.mirror import connect, store_uri, without_password
 
 PICTURE = "samples.png"
 FOLDER = "page"  # of a run's artifacts
-MAX_WIDTH = 760  # pixels: the page shows pictures at their own size, and cuts off what is wider than its column
+MAX_WIDTH = 640  # pixels: the page shows pictures at their own size, and cuts off what is wider than its column
 MARKS = (  # metric, its name, what it is to be held against, and how to read the two
-    ("reconstruction/ssim", "SSIM of reconstructions", "reconstruction/pca_ssim", "PCA, as many numbers; 1 is perfect"),
-    ("generation/kid_domain", "KID of samples", "generation/kid_domain_floor", "real against real; lower is better"),
+    (
+        "reconstruction/ssim",
+        "SSIM of reconstructions",
+        "reconstruction/pca_ssim",
+        "PCA with as many numbers; 1 is perfect",
+    ),
+    ("generation/kid_domain", "KID of samples", "generation/kid_domain_floor", "real against real; 0 is best"),
     ("generation/precision", "Precision of samples", "generation/precision_real", "real against real"),
     ("generation/recall", "Recall of samples", "generation/recall_real", "real against real"),
-    ("generation/label_agreement", "Label agreement", "generation/label_agreement_real", "real test images"),
-    ("privacy/copy_rate", "Copies of train images", "", "about 0.01 is chance"),
-    ("segmentation/dice", "Dice of masks", "segmentation/dice_mean_mask", "commonest train mask; 1 is perfect"),
+    ("generation/label_agreement", "Label agreement", "generation/label_agreement_real", "of real test images"),
+    ("privacy/copy_rate", "Copies of train images", "", "by chance about 0.01"),
+    ("segmentation/dice", "Dice of masks", "segmentation/dice_mean_mask", "the commonest train mask; 1 is perfect"),
     ("segmentation/iou", "IoU of masks", "", ""),
 )
 
@@ -97,14 +102,12 @@ def about_version(
         has_picture: whether samples were drawn when it was judged (`preview`).
     """
     uri = shlex.quote(f"models:/{name}/{number}")
-    commands = [f"mlflow models serve -m {uri} --env-manager local    # over HTTP; MLFLOW_TRACKING_URI names the store"]
+    commands = [f"mlflow models serve -m {uri} --env-manager local"]
     if prior is not None:
-        commands.insert(0, f"medgen generate --model {uri} --n 25 --out outputs/{number}    # new images")
+        commands.insert(0, f"medgen generate --model {uri} --n 25 --out outputs/{number}")
     if (commit := tags.get("git.commit", "unknown")) != "unknown":
-        dirty = " (its tree had changes that were not committed)" if tags.get("git.dirty") == "true" else ""
-        commands.append(
-            f"git checkout {commit[:12]} && dvc repro    # trains it again, with its run's parameters{dirty}"
-        )
+        dirty = ", and changes that were not committed" if tags.get("git.dirty") == "true" else ""
+        commands.append(f"git checkout {commit[:12]} && dvc repro    # and its run's parameters{dirty}")
     parts = [_what_it_is(info, prior), *_judged(tags)]
     if has_picture:
         parts.append(_picture("model-versions/get-artifact", {"path": PICTURE, "name": name, "version": number}))
@@ -144,25 +147,25 @@ def _what_it_is(info: BundleInfo, prior: str | None) -> str:
     channels, height, width = info.image_shape
     if MODELS[info.model.name].target == "mask":
         return (
-            f"**{info.model.name}**: finds masks of {info.preprocess.mask_classes} classes, {height}×{width} uint8. "
+            f"{info.model.name}: finds masks of {info.preprocess.mask_classes} classes, {height}×{width} uint8. "
             f"Input: images uint8 of any size, N × H × W × {channels}."
         )
     classes = ", ".join(map(plain, info.classes)) or "none"
     return (
-        f"**{info.model.name}** with the prior {prior}: draws images {height}×{width}×{channels} uint8; "
+        f"{info.model.name} with the prior {prior}: draws images {height}×{width}×{channels} uint8; "
         f"classes: {classes}. Input: n, label (optional), seed (optional)."
     )
 
 
 def _judged(tags: Mapping[str, str]) -> list[str]:
     """The key metrics; nothing where nothing was judged."""
-    rows = [("", "here", "held against")]
+    rows = [("", "here", "held against", "")]
     for key, name, beside, reading in MARKS:
         if key in tags:
-            rows.append((name, tags[key], f"{tags.get(beside, '')} {reading}".strip()))
+            rows.append((name, tags[key], tags.get(beside, ""), reading))
     if len(rows) == 1:
         return []
-    return [_code(*(f"{name:25}{value:10}{beside}".rstrip() for name, value, beside in rows))]
+    return [_code(*(f"{name:25}{value:10}{beside:13}{reading}".rstrip() for name, value, beside, reading in rows))]
 
 
 def _picture(route: str, words: Mapping[str, object]) -> str:

@@ -22,7 +22,7 @@ from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.files import write_atomic
 from medgen.tracking.history import HISTORY, Event, read
-from medgen.tracking.notes import EXPERIMENT, KIND, MARK, NOTE, is_ours, marked
+from medgen.tracking.notes import EXPERIMENT, MARK, NOTE, is_ours, marked
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -315,7 +315,7 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            tags = {**KIND, NOTE: EXPERIMENT, **marked(EXPERIMENT)}
+            tags = {NOTE: EXPERIMENT, **marked(EXPERIMENT)}
             return client.create_experiment(name, artifact_location=artifacts, tags=tags)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
