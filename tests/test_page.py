@@ -188,13 +188,15 @@ def test_registering_again_follows_the_numbers_but_not_over_a_persons_words(stor
     assert again.tags["reconstruction/ssim"] == "0.8125"
 
 
-@pytest.mark.parametrize("name", ["a|b<script>alert(1)</script>", "![x](http://elsewhere/x.png)", "```\n# big", "&lt;"])
+@pytest.mark.parametrize(
+    "name", ["a|b<script>alert(1)</script>", "![x](http://elsewhere/x.png)", "```\n# big", "&lt;", "_it_"]
+)
 def test_names_from_outside_stay_text(name: str) -> None:
     text = page.about_version(
         "medgen", 1, info((name, "ILL")), "gmm", {"reconstruction/ssim": "0.5"}, has_picture=False
     )
     first, rest = text.split("\n\n", 1)
-    assert not re.search(r"[<>|`!\[\]\n]", first)
+    assert not re.search(r"[<>|`!\[\]\n]|\b_|_\b", first)
     assert name in html.unescape(first)  # what a reader sees
     assert "SSIM of reconstructions  0.5" in rest
 

@@ -179,4 +179,4 @@ def _code(*lines: str) -> str:
 
 def plain(text: str) -> str:
     """Text from outside that Markdown and HTML show as it is."""
-    return re.sub(r"[^\w .-]", lambda found: f"&#{ord(found[0])};", text)
+    return re.sub(r"[^\w .-]|\b_|_\b", lambda found: f"&#{ord(found[0])};", text)
