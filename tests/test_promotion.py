@@ -16,7 +16,7 @@ from medgen.errors import Refused, UserError
 from medgen.registry import ledger
 from medgen.registry.gates import judge
 from medgen.registry.promotion import history, promote, rollback
-from medgen.registry.versions import Version, aliases, set_metrics
+from medgen.registry.versions import Version, aliases, metric_tags, set_tags
 from medgen.tracking.mirror import connect
 
 LINEAGE = {"git.commit": "c" * 40, "git.dirty": "false", "data.md5": "d" * 32 + ".dir", "params.fingerprint": "abc123"}
@@ -336,7 +336,8 @@ def test_later_metrics_take_the_place_of_earlier_ones_but_not_what_is_known_of_c
     number = register(METRICS | {"generation/fd_inception": 7.0})
     later = {"reconstruction/ssim": 0.7, "generation/kid_domain": 0.3}
     provenance = {"dataset": "later", "extractors": {"domain": {"sha256": "x"}}}
-    set_metrics(register.client, register.name, number, later, provenance)
+    version = register.client.get_model_version(register.name, str(number))
+    assert set_tags(register.client, version, metric_tags(later, provenance))
     found = register.client.get_model_version(register.name, str(number)).tags
     metrics = {key: value for key, value in found.items() if "/" in key}
     assert metrics == {

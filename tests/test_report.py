@@ -30,7 +30,7 @@ def test_runs_stand_side_by_side(project: Project, capsys: pytest.CaptureFixture
     rows = compare(project)
     assert [(row.run, row.name, row.status) for row in rows] == [
         ("bbb", "vae-bbb", "finished"),
-        ("aaa", "vae-aaa", "finished"),
+        ("aaa", "base_channels=64 (aaa)", "finished"),
     ]
     # What is the same in all runs is left out.
     assert [row.params for row in rows] == [{"model.base_channels": 32}, {"model.base_channels": 64}]

@@ -5,6 +5,9 @@ medgen register     medgen generate --model models:/medgen@candidate --n 25 --ou
 
 import json
 import shutil
+import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +18,16 @@ from medgen import bundle
 from medgen.bundle import BundleInfo
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import UserError
-from medgen.models import MODELS
+from medgen.registry import page
 from medgen.registry.packing import CONTENT_TAG, PARAMS_TAG, PYFUNC, pack
 from medgen.registry.page import ui
-from medgen.registry.versions import CANDIDATE, Version, answering, find, load, set_metrics
+from medgen.registry.versions import CANDIDATE, METRIC_GROUPS, Version, answering, find, load, metric_tags, set_tags
 from medgen.tracking import RunRecord, Tracker, lineage, mirror_run, read_run
 from medgen.tracking.mirror import connect
+from medgen.tracking.notes import NOTE, is_ours, marked
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
 __all__ = [
@@ -53,18 +58,19 @@ def run(project: Project, *, params: Params) -> Version:
     if not project.prior.is_dir():
         raise UserError(f"{project.prior}: no prior here; run `medgen prior` (or `dvc repro`) first")
     with answering(project, tracking, "nothing is registered: run `medgen register` later"):
-        client, _ = connect(project, tracking)  # first of all: a store that is away ends it here
+        client, experiment = connect(project, tracking)  # first of all: a store that is away ends it here
         record, run_id = _run_of(project, tracking, info)
         content = bundle.content(project.model, project.prior)
-        number = _registered(client, name, content)
-        is_new = number is None
-        if number is None:
-            number = pack(client, project, _trained_with(project, params, info), info, run_id, content)
-        _describe(client, name, number, record, info)
-        set_metrics(client, name, number, *_metrics(project, content))
-        client.set_registered_model_alias(name, CANDIDATE, str(number))
-    version = Version(name, number, run_id, is_new=is_new)
-    word = "registered as" if is_new else "already registered as"
+        metrics, provenance = _metrics(project, content)
+        tags = _tags(record, info) | metric_tags(metrics, provenance) | {CONTENT_TAG: content}
+        _describe_run(project, tracking, info, record, metrics, run_id)
+        found = _registered(client, name, content)
+        made = found or pack(client, project, _trained_with(project, params, info), info, experiment, run_id, tags)
+        if metrics or found is None:  # else it may have been judged before, and says so
+            _describe(client, made, project, info, tags, metrics)
+        client.set_registered_model_alias(name, CANDIDATE, made.version)
+    version = Version(name, int(made.version), run_id, is_new=found is None)
+    word = "registered as" if version.is_new else "already registered as"
     Console(highlight=False).print(f"{word} {version.uri}, alias models:/{version.name}@{CANDIDATE}")
     return version
 
@@ -121,7 +127,10 @@ def take_metrics(project: Project, *, tracking: Tracking, version: Version, fold
     metrics, provenance = _metrics(judged, bundle.content(judged.model, judged.prior))
     with answering(project, tracking, f"{version.uri} keeps its metrics: run the same command later"):
         client, _ = connect(project, tracking)
-        set_metrics(client, version.name, version.number, metrics, provenance)
+        found = client.get_model_version(version.name, str(version.number))
+        kept = {key: value for key, value in found.tags.items() if not key.startswith(METRIC_GROUPS)}
+        tags = kept | metric_tags(metrics, provenance)
+        _describe(client, found, judged, bundle.load_info(judged.model), tags, metrics)
     Console(highlight=False).print(f"{len(metrics)} metrics are now those of {version.uri}")
 
 
@@ -142,10 +151,16 @@ def _run_of(project: Project, tracking: Tracking, info: BundleInfo) -> tuple[Run
     return record, mirror.run_id
 
 
-def _registered(client: "MlflowClient", name: str, content: str) -> int | None:
+def _registered(client: "MlflowClient", name: str, content: str) -> "ModelVersion | None":
     """The newest version with this content."""
     found = client.search_model_versions(f"name = '{name}' and tags.`{CONTENT_TAG}` = '{content}'")
-    return max((int(version.version) for version in found), default=None)
+    return max(found, key=lambda version: int(version.version), default=None)
+
+
+def _tags(record: RunRecord, info: BundleInfo) -> dict[str, str]:
+    """Where a version comes from, less the hash of the training's own parameters: it has that of all."""
+    tags = {key: value for key, value in record.tags.items() if not key.startswith("mlflow.") and key != PARAMS_TAG}
+    return tags | {"run": info.run, "dataset.fingerprint": info.dataset}
 
 
 def _trained_with(project: Project, params: Params, info: BundleInfo) -> Params:
@@ -160,25 +175,63 @@ def _trained_with(project: Project, params: Params, info: BundleInfo) -> Params:
     return Params.model_validate(plain | own)
 
 
-def _describe(client: "MlflowClient", name: str, number: int, record: RunRecord, info: BundleInfo) -> None:
-    """Lineage as tags of the version, and a few words on it."""
-    tags = {key: value for key, value in record.tags.items() if not key.startswith("mlflow.")}
-    tags |= {"run": info.run, "dataset.fingerprint": info.dataset}
-    tags.pop(PARAMS_TAG, None)  # of the training alone; the version has that of all parameters
-    for key, value in tags.items():
-        client.set_model_version_tag(name, str(number), key, value)
-    classes = ", ".join(info.classes) or "none"
-    channels, height, width = info.image_shape
-    about = (
-        f"{info.model.name}, images {height}x{width}x{channels} uint8, classes: {classes}. "
-        "Input: n, label (optional), seed (optional)."
-    )
-    if MODELS[info.model.name].target == "mask":
-        about = (
-            f"{info.model.name}, masks {height}x{width} uint8 of {info.preprocess.mask_classes} classes. "
-            f"Input: images uint8 of any size, N x H x W x {channels}."
-        )
-    client.update_model_version(name, str(number), about)
+def _describe(
+    client: "MlflowClient",
+    version: "ModelVersion",
+    project: Project,
+    info: BundleInfo,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float],
+) -> None:
+    """A version's tags, description and picture, and the metrics of its logged model."""
+    from mlflow.entities import Metric
+
+    assert version.source and version.run_id
+    has_picture = bool(metrics) and page.picture_of(project).exists()
+    text = page.about_version(version.name, int(version.version), info, _prior_name(project), tags, has_picture)
+    if not set_tags(client, version, tags) and version.description == text:
+        return
+    model_id = version.source.removeprefix("models:/")
+    if metrics:
+        now = int(time.time() * 1000)
+        of_model = [Metric(name, value, now, 0, model_id=model_id) for name, value in metrics.items()]
+        client.log_batch(version.run_id, metrics=of_model)
+    if has_picture:
+        with tempfile.TemporaryDirectory() as folder:
+            client.log_model_artifact(model_id, str(page.preview(project, Path(folder))))
+    if is_ours(version.description, version.tags):
+        client.update_model_version(version.name, version.version, text)
+        set_tags(client, version, marked(text))
+
+
+def _describe_run(
+    project: Project,
+    tracking: Tracking,
+    info: BundleInfo,
+    record: RunRecord,
+    metrics: Mapping[str, float],
+    run_id: str,
+) -> None:
+    """Completes the run's description with what its model was judged to be."""
+    if not metrics:
+        return
+    has_picture = page.picture_of(project).exists()
+    written = record.tags.get(NOTE, "")
+    made = written.partition("\n\n")[0]  # what follows is of an earlier judgement
+    text = page.about_run(made, _prior_name(project), metric_tags(metrics), run_id, has_picture)
+    if text == written:
+        return
+    scratch = project.runs / info.run
+    with Tracker.open(scratch, tracking, project, record.name) as tracker:
+        if has_picture:
+            tracker.artifact(page.preview(project, scratch / page.FOLDER), page.FOLDER)
+        tracker.note(text)
+
+
+def _prior_name(project: Project) -> str | None:
+    """The prior's name; None where a model needs none."""
+    name: str | None = json.loads((project.prior / "prior.json").read_text(encoding="utf-8"))["name"]
+    return name
 
 
 def _metrics(project: Project, content: str) -> tuple[dict[str, float], dict[str, Any]]:

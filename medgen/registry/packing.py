@@ -2,15 +2,20 @@
 
 import importlib.metadata
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgen.bundle import BundleInfo
 from medgen.config import Params, Project, Section, fingerprint
 from medgen.models import MODELS
-from medgen.tracking.mirror import store_uri
+from medgen.registry.page import about_model
+from medgen.tracking import flatten
+from medgen.tracking.mirror import MAX_PARAM, store_uri
+from medgen.tracking.notes import marked
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
     from mlflow.tracking import MlflowClient
 
@@ -26,33 +31,61 @@ REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic",
 MASK_REQUIREMENTS = ("opencv-python-headless",)  # besides: what turns a picture into the model's input
 
 
-def pack(client: "MlflowClient", project: Project, params: Params, info: BundleInfo, run_id: str, content: str) -> int:
-    """Logs the model with code, model/, prior/ and params.json to its run, and makes it a version; its number."""
+def pack(
+    client: "MlflowClient",
+    project: Project,
+    params: Params,
+    info: BundleInfo,
+    experiment: str,
+    run_id: str,
+    tags: Mapping[str, str],
+) -> "ModelVersion":
+    """Logs the model with code, model/, prior/ and params.json to its run, and makes it a version with these tags.
+
+    `mlflow.pyfunc.log_model` would do it too, but reopens the run, and asks the server for each metric's history.
+    """
     import mlflow
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
 
     makes = MODELS[info.model.name].target
     requirements = REQUIREMENTS if makes == "image" else (*REQUIREMENTS, *MASK_REQUIREMENTS)
-    mlflow.set_tracking_uri(store_uri(project, params.tracking))
+    mlflow.set_tracking_uri(
+        store_uri(project, params.tracking)
+    )  # where create_model_version looks for the logged model
+    logged = client.create_logged_model(
+        experiment,
+        name=f"{info.model.name}-{tags[CONTENT_TAG][:6]}",
+        source_run_id=run_id,
+        tags={CONTENT_TAG: tags[CONTENT_TAG]},
+        params={name: str(value)[:MAX_PARAM] for name, value in flatten(params.model_dump(mode="json")).items()},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder, PARAMS)
+        kept.write_text(params.model_dump_json(indent=2), encoding="utf-8")
+        mlflow.pyfunc.save_model(
+            Path(folder, "model"),
+            python_model=str(PYFUNC[makes]),
+            artifacts={"model": str(project.model), "prior": str(project.prior), "params": str(kept)},
+            # the whole package: a version loads where medgen is not installed
+            code_paths=[str(PACKAGE)],
+            mlflow_model=Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id),
+            signature=_signature(info) if makes == "image" else _mask_signature(info),
+            input_example=_example() if makes == "image" else _mask_example(info),
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
+        )
+        client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    about = about_model(params.registry.model_name, ())
     try:
-        with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id, log_system_metrics=False):
-            kept = Path(folder) / PARAMS
-            kept.write_text(params.model_dump_json(indent=2), encoding="utf-8")
-            logged = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(PYFUNC[makes]),
-                artifacts={"model": str(project.model), "prior": str(project.prior), "params": str(kept)},
-                # the whole package: a version loads where medgen is not installed
-                code_paths=[str(PACKAGE)],
-                signature=_signature(info) if makes == "image" else _mask_signature(info),
-                input_example=_example() if makes == "image" else _mask_example(info),
-                pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
-                registered_model_name=params.registry.model_name,
-                tags={CONTENT_TAG: content, PARAMS_TAG: fingerprint(*making(params))},
-            )
-    except BaseException:
-        client.set_terminated(run_id, "FINISHED")  # leaving start_run said FAILED, but the training is none the worse
-        raise
-    return int(logged.registered_model_version)
+        client.create_registered_model(params.registry.model_name, marked(about), about)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source, own = f"models:/{logged.model_id}", {**tags, PARAMS_TAG: fingerprint(*making(params))}
+    return client.create_model_version(params.registry.model_name, source, run_id, own, model_id=logged.model_id)
 
 
 def making(params: Params) -> list[Section]:

@@ -17,6 +17,7 @@ from medgen.config import Project, Registry, Tracking
 from medgen.errors import Refused, UserError, printable
 from medgen.registry.gates import COPIES, DICE, KID, NOTHING, SHORT, SSIM, Gate, are_alike, judge
 from medgen.registry.ledger import MAX_WHY, Entry, append, champions, entries, entry, turn
+from medgen.registry.page import about_model, plain
 from medgen.registry.versions import (
     CANDIDATE,
     CHAMPION,
@@ -28,11 +29,13 @@ from medgen.registry.versions import (
     find,
 )
 from medgen.tracking.mirror import connect
+from medgen.tracking.notes import is_ours, marked
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 LEDGER = "promotions.jsonl"
+NUM_TOLD = 10  # last changes, in the registered model's description
 SHOWN = {SSIM: "ssim", KID: "kid", COPIES: "copies", DICE: "dice"}  # metric -> heading
 UNCHANGED = "nothing was changed: start the server first"
 
@@ -182,6 +185,26 @@ def _change(client: "MlflowClient", project: Project, name: str, new: Entry, pre
         else:
             client.set_registered_model_alias(name, PREVIOUS, str(previous))
         client.set_registered_model_alias(name, CHAMPION, str(new.after))
+        _tell(client, name)
+
+
+def _tell(client: "MlflowClient", name: str) -> None:
+    """The last changes in the registered model's description, unless a person has written that."""
+    model = client.get_registered_model(name)
+    if not is_ours(model.description, model.tags):
+        return
+    told = about_model(name, [_line(change) for change in entries(client, name)[: -NUM_TOLD - 1 : -1]])
+    client.update_registered_model(name, told)
+    for key, value in marked(told).items():
+        client.set_registered_model_tag(name, key, value)
+
+
+def _line(change: Entry) -> str:
+    """One change, as an item of a Markdown list."""
+    forced = f", forced against {', '.join(change.gates)}" if change.forced else ""
+    instead = f" in place of {change.before}" if change.before else ""
+    when = change.time[:16].replace("T", " ")
+    return f"- {when}: version {change.after}{instead}{forced}, by {plain(change.who)}: {plain(change.why)}"
 
 
 def _champion(client: "MlflowClient", name: str, standing: Mapping[str, int]) -> Version | None:

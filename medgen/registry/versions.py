@@ -73,25 +73,32 @@ def find(client: "MlflowClient", name: str, reference: str | int) -> Version:
     )
 
 
-def set_metrics(
-    client: "MlflowClient", name: str, number: int, metrics: Mapping[str, float], provenance: Mapping[str, Any]
-) -> None:
-    """Makes these, where there are any, the metrics of a version; what it had before goes.
+def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Metrics as tags, and with what they were measured: provenance.json; nothing where there are none."""
+    tags = {key: f"{value:.6g}" for key, value in metrics.items()}
+    if not metrics or provenance is None:
+        return tags
+    extractors = {of: found["sha256"] for of, found in provenance["extractors"].items()}
+    return tags | {JUDGED_ON: provenance["dataset"], **({JUDGED_BY: extractors["domain"]} if extractors else {})}
+
+
+def set_tags(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str, str]) -> bool:
+    """Sets a version's tags; metrics take the place of all it had. Whether anything was new.
 
     `privacy/` stays where it is not among the new ones: how near samples come to train images is measured against
     those, and a later evaluation on other data does not have them.
     """
-    if not metrics:
-        return
-    tags = {key: f"{value:.6g}" for key, value in metrics.items()}
-    extractors = {of: found["sha256"] for of, found in provenance["extractors"].items()}
-    tags |= {JUDGED_ON: provenance["dataset"], **({JUDGED_BY: extractors["domain"]} if extractors else {})}
-    stays = () if any(key.startswith("privacy/") for key in metrics) else ("privacy/",)
-    for key in client.get_model_version(name, str(number)).tags:
-        if key.startswith(METRIC_GROUPS) and not key.startswith(stays) and key not in tags:
-            client.delete_model_version_tag(name, str(number), key)
-    for key, value in tags.items():
-        client.set_model_version_tag(name, str(number), key, value)
+    news = {key: value for key, value in tags.items() if version.tags.get(key) != value}
+    stale: set[str] = set()
+    if any(key.startswith(METRIC_GROUPS) for key in tags):
+        stays = () if any(key.startswith("privacy/") for key in tags) else ("privacy/",)
+        judged = {key for key in version.tags if key.startswith((*METRIC_GROUPS, JUDGED_BY))}
+        stale = {key for key in judged if not key.startswith(stays)} - tags.keys()
+    for key in stale:
+        client.delete_model_version_tag(version.name, version.version, key)
+    for key, value in news.items():
+        client.set_model_version_tag(version.name, version.version, key, value)
+    return bool(news or stale)
 
 
 def aliases(client: "MlflowClient", name: str) -> dict[str, int]:

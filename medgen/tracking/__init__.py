@@ -25,13 +25,14 @@ from medgen.files import hash_file
 from medgen.tracking.history import HISTORY, LOCK, History, RunRecord, encode, history, read_run
 from medgen.tracking.lineage import lineage
 from medgen.tracking.mirror import Mirror, unreachable
+from medgen.tracking.naming import telling_tags
 from medgen.tracking.worker import Worker
 
 LOCK_PATIENCE_SECONDS = 10.0  # lets a process that is ending end
 
 RECORDS = ("*", "tune/*", "tune/*/trial_*/runs/*")  # in runs/: trainings, searches, and after them their trials
 
-__all__ = ["RunRecord", "Synced", "Tracker", "history", "lineage", "mirror_run", "read_run", "sync"]
+__all__ = ["RunRecord", "Synced", "Tracker", "flatten", "history", "lineage", "mirror_run", "read_run", "sync"]
 
 
 class Tracker:
@@ -44,6 +45,7 @@ class Tracker:
     def __init__(self, scratch: Path, tracking: Tracking, project: Project, record: History, lock: FileLock) -> None:
         self._lock = lock
         self._scratch = scratch
+        self._among_runs = scratch.parent == project.runs  # not a search, a trained prior
         self._history = record
         self._history.append("status", status="RUNNING")
         self._finished = False
@@ -91,8 +93,15 @@ class Tracker:
         self.finish("FINISHED" if ended_well else "KILLED" if interrupted else "FAILED")
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Parameters; sections and mappings become dotted names, such as train.phases.0.epochs."""
-        self._history.append("params", values=_flatten(values))
+        """Parameters; sections and mappings become dotted names, such as train.phases.0.epochs.
+
+        The first ones of a training also say what sets it apart from the training before.
+        """
+        flat = flatten(values)
+        known = read_run(self._scratch)
+        if self._among_runs and known and not known.params:
+            self.tags(telling_tags(self._scratch, flat))
+        self._history.append("params", values=flat)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags: text by name."""
@@ -193,7 +202,8 @@ def mirror_run(scratch: Path, project: Project, tracking: Tracking, patience: fl
     return mirror
 
 
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
+    """Sections and mappings within mappings as one, by dotted names such as train.phases.0.epochs."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Section):
@@ -201,7 +211,7 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
             value = {str(position): item for position, item in enumerate(value)}
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value if isinstance(value, str | int | float | bool | None) else str(value)
     return flat

@@ -61,7 +61,7 @@ def read_run(scratch: Path) -> RunRecord | None:
             last[event["kind"]].update(event.get("values", event))
     status = last["status"].get("status", "RUNNING")
     return RunRecord(
-        name=last["run"].get("name", scratch.name),
+        name=last["tags"].get("mlflow.runName") or last["run"].get("name", scratch.name),
         status="INTERRUPTED" if status == "RUNNING" and not is_live(scratch) else status,
         started=events[0]["time"],
         updated=events[-1]["time"],

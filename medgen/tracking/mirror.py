@@ -22,6 +22,7 @@ from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.files import write_atomic
 from medgen.tracking.history import HISTORY, Event, read
+from medgen.tracking.notes import EXPERIMENT, MARK, NOTE, is_ours, marked
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -31,6 +32,9 @@ MIRROR = "mirror.json"
 BATCHED = {"params", "tags", "metrics", "system"}
 BATCH_ENTITIES = 500
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow will never take this event: do not try again
+# What is said of the finished model, not of an epoch. The page draws bars, run beside run, of what it knows at step 0
+# only, and a dot on an axis of epochs of anything else.
+FINAL = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "prior/", "run/num_")
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow keeps
 
 
@@ -141,7 +145,9 @@ class Mirror:
             else:
                 when, step = int(event["time"] * 1000), event["step"]
                 finite = {name: value for name, value in values.items() if not isinstance(value, str)}
-                metrics += [Metric(name, value, when, step) for name, value in finite.items()]
+                metrics += [
+                    Metric(name, value, when, 0 if name.startswith(FINAL) else step) for name, value in finite.items()
+                ]
         new = {name: value for name, value in params.items() if name not in self._params}
         # A run trained on with other values (more epochs, say) keeps its first params and shows the new ones as tags.
         changed = {name: value for name, value in params.items() if self._params.get(name, value) != value}
@@ -299,16 +305,18 @@ def _log_image(client: "MlflowClient", run_id: str, event: Event, path: Path) ->
 
 
 def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
-    """Id of the experiment, which is made where it is missing.
+    """Id of the experiment, which is made, and described, where it is missing.
 
-    Its artifact folder is fixed at that moment, and by default depends on the current directory.
+    Its artifact folder is fixed at that moment, and by default depends on the current directory. The description is
+    kept up to date as long as it is ours: not where a person changed it, nor on an experiment that others made.
     """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=artifacts)
+            tags = {NOTE: EXPERIMENT, **marked(EXPERIMENT)}
+            return client.create_experiment(name, artifact_location=artifacts, tags=tags)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
                 raise
@@ -319,6 +327,9 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
             f"tracking.experiment: {name!r} was deleted in MLflow; "
             "choose another name, or restore it with `mlflow experiments restore`"
         )
+    if MARK in found.tags and found.tags.get(NOTE) != EXPERIMENT and is_ours(found.tags.get(NOTE), found.tags):
+        for key, value in {NOTE: EXPERIMENT, **marked(EXPERIMENT)}.items():
+            client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
 
