@@ -19,8 +19,10 @@ PACKAGE = Path(__file__).parent.parent
 PYFUNC = {"image": PACKAGE / "pyfunc.py", "mask": PACKAGE / "pyfunc_masks.py"}
 CONTENT_TAG = "medgen.content"
 # What the code imports that loads and generates (tests/test_registry.py holds it to that).
-REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic", "ruamel.yaml")
-MASK_REQUIREMENTS = ("opencv-python-headless",)  # besides: what turns a picture into the model's input
+REQUIREMENTS = (
+    *("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic", "ruamel.yaml"),
+    *("opencv-python-headless", "pillow"),  # what turns a picture into the model's input
+)
 
 
 def pack(
@@ -36,7 +38,6 @@ def pack(
     import mlflow
 
     makes = MODELS[info.model.name].target
-    requirements = REQUIREMENTS if makes == "image" else (*REQUIREMENTS, *MASK_REQUIREMENTS)
     mlflow.set_tracking_uri(store_uri(project, tracking))
     try:
         with mlflow.start_run(run_id=run_id, log_system_metrics=False):
@@ -48,7 +49,7 @@ def pack(
                 code_paths=[str(PACKAGE)],
                 signature=_signature(info) if makes == "image" else _mask_signature(info),
                 input_example=_example() if makes == "image" else _mask_example(info),
-                pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
+                pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
                 registered_model_name=registry.model_name,
                 tags={CONTENT_TAG: content},
             )
@@ -62,14 +63,17 @@ def _signature(info: BundleInfo) -> "ModelSignature":
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import AnyType
 
     channels, height, width = info.image_shape
+    whole: Any = AnyType()  # type: ignore[no-untyped-call]  # of `long` MLflow makes 1 from 1.5, "1" and true, and refuses a column with gaps
     return ModelSignature(
         inputs=Schema(
             [
-                ColSpec(DataType.long, "n"),
+                ColSpec(whole, "n", required=False),
                 ColSpec(DataType.string, "label", required=False),
-                ColSpec(DataType.long, "seed", required=False),
+                ColSpec(whole, "seed", required=False),
+                ColSpec(DataType.string, "image", required=False),
             ]
         ),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, height, width, channels))]),
