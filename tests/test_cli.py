@@ -24,6 +24,7 @@ COMMANDS = {
     "tune": {"--trials", "--workers", "--timeout", "--apply", "--params", "--set"},
     "compare": {"--json"},
     "register": {"--params", "--set"},
+    "serve": {"--model", "--host", "--port", "--params", "--set"},
     "ui": {"--port", "--params", "--set"},
     "sync": {"--params", "--set"},
     "data sample": {"--params", "--set", "--seed", "--n"},

@@ -17,6 +17,7 @@ from medgen.errors import UserError
 from medgen.models import MODELS
 from medgen.registry.packing import CONTENT_TAG, PYFUNC, content_hash, pack
 from medgen.registry.page import ui
+from medgen.registry.serving import serve
 from medgen.registry.versions import CANDIDATE, Version, answering, load
 from medgen.tracking import RunRecord, Tracker, lineage, mirror_run, read_run
 from medgen.tracking.mirror import connect
@@ -24,7 +25,7 @@ from medgen.tracking.mirror import connect
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-__all__ = ["PYFUNC", "Version", "find_model", "load", "register_if_wanted", "run", "ui"]
+__all__ = ["PYFUNC", "Version", "find_model", "load", "register_if_wanted", "run", "serve", "ui"]
 
 
 def run(project: Project, *, tracking: Tracking, registry: Registry) -> Version:
@@ -123,7 +124,7 @@ def _describe(
     channels, height, width = info.image_shape
     about = (
         f"{info.model.name}, images {height}x{width}x{channels} uint8, classes: {classes}. "
-        "Input: n, label (optional), seed (optional)."
+        "Input: n, label (optional), seed (optional); or image (a file in base64)."
     )
     if MODELS[info.model.name].target == "mask":
         about = (

@@ -1,6 +1,7 @@
 """Registered versions: asking the store for them, and fetching one."""
 
 import atexit
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
+_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
+_UNKNOWN = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # what MLflow says of versions that are not there
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
 
 
@@ -88,6 +91,29 @@ def answering(project: Project, tracking: Tracking, otherwise: str) -> Iterator[
         raise unreachable(project, tracking, error, otherwise) from error
 
 
+def find(uri: str, project: Project, tracking: Tracking) -> Version:
+    """The version that models:/NAME@ALIAS or models:/NAME/NUMBER names.
+
+    Raises:
+        UserError: there is no such version, or the store does not answer.
+    """
+    with answering(project, tracking, "the model cannot be found: start the server first"):
+        client, _ = connect(project, tracking)
+        from mlflow.exceptions import MlflowException
+
+        if (named := _URI.fullmatch(uri)) is None:
+            raise _no_such_version(client, uri)
+        name, alias, number = named.groups()
+        try:
+            if alias is None:
+                return _version(client.get_model_version(name, number))
+            return _version(client.get_model_version_by_alias(name, alias))
+        except MlflowException as error:
+            if error.error_code not in _UNKNOWN:
+                raise
+            raise _no_such_version(client, uri) from None
+
+
 def load(uri: str, project: Project, tracking: Tracking) -> Path:
     """Fetches a registered version; its folder holds model/ and prior/.
 
@@ -96,19 +122,33 @@ def load(uri: str, project: Project, tracking: Tracking) -> Path:
     """
     folder = tempfile.mkdtemp(prefix="medgen-model-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return fetch(uri, "artifacts", Path(folder), project, tracking)
+
+
+def fetch(uri: str, part: str, folder: Path, project: Project, tracking: Tracking) -> Path:
+    """Copies a registered version, or one part of it, into `folder`; where it stands then.
+
+    Raises:
+        UserError: there is no such version, or the store does not answer.
+    """
     with answering(project, tracking, "the model cannot be fetched: start the server first"):
         client, _ = connect(project, tracking)
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
         store = store_uri(project, tracking)
+        place = f"{uri}/{part}" if part else uri
         try:
-            return Path(download_artifacts(f"{uri}/artifacts", dst_path=folder, tracking_uri=store, registry_uri=store))
+            return Path(download_artifacts(place, dst_path=str(folder), tracking_uri=store, registry_uri=store))
         except MlflowException as error:
-            if error.error_code not in REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}:
+            if error.error_code not in _UNKNOWN:
                 raise
-            known = ", ".join(f"models:/{model.name}" for model in client.search_registered_models()) or "none"
-            raise UserError(
-                f"--model {uri}: no such version; expected models:/NAME@{CANDIDATE} or models:/NAME/1. "
-                f"Registered: {known}"
-            ) from None
+            raise _no_such_version(client, uri) from None
+
+
+def _no_such_version(client: "MlflowClient", uri: str) -> UserError:
+    known = ", ".join(f"models:/{model.name}" for model in client.search_registered_models()) or "none"
+    expected = f"expected models:/NAME@{CANDIDATE} or models:/NAME/1"
+    if uri.endswith(f"@{CHAMPION}"):
+        expected = f"make one with `medgen promote`, or name another, such as {uri.replace(CHAMPION, CANDIDATE)}"
+    return UserError(f"--model {uri}: no such version; {expected}. Registered: {known}")
