@@ -42,6 +42,7 @@ SIDE, CLASSES = 64, ("NORMAL", "ILL")
 JSON = {"Content-Type": "application/json"}
 CLIENTS, SIZES = (1, 10, 100), (1, 16)
 START_SECONDS = 180
+MEMORY_ROUNDS = 4  # parts of the requests: what is held after each must not grow with their number
 
 
 def main() -> None:
@@ -191,7 +192,7 @@ def survive(server: Server, requests: int) -> None:
     bodies = malformed()
     expected = server.ask(request(2), JSON)
     assert expected[0] == 200
-    before, peak, done = server.memory(), 0, threading.Event()
+    memory, peak, done = [server.memory()], 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -216,7 +217,9 @@ def survive(server: Server, requests: int) -> None:
     watcher.start()
     try:
         with ThreadPoolExecutor(100) as pool:
-            list(pool.map(one, range(requests)))
+            for _ in range(MEMORY_ROUNDS):
+                list(pool.map(one, range(requests // MEMORY_ROUNDS)))
+                memory.append(server.memory())
     finally:
         done.set()
         watcher.join()
@@ -225,9 +228,8 @@ def survive(server: Server, requests: int) -> None:
     print("| body | answers |\n|---|---|")
     for name, found in statuses.items():
         print(f"| {name} | {', '.join(f'{status}: {times}' for status, times in found.items())} |")
-    after = server.memory()
-    mebibytes = (f"{value / 2**20:.0f} MiB" for value in (before, peak, after))
-    print("\nresident memory before {}, at most {}, after {}".format(*mebibytes))
+    first, *others = (f"{value / 2**20:.0f}" for value in memory)
+    print(f"\nresident memory in MiB: {first} before, {', '.join(others)} after each part, {peak / 2**20:.0f} at most")
 
 
 def malformed() -> dict[str, tuple[bytes, dict[str, str]]]:

@@ -8,6 +8,7 @@ keeps medgen/types.py from being taken for Python's `types`.
 
 import argparse
 import asyncio
+import gc
 import io
 import json
 import logging
@@ -461,6 +462,7 @@ def serve(folder: Path, about: dict[str, Any], listener: socket.socket) -> None:
     os.environ["MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"] = str(24 * 60 * 60)
     model = mlflow.pyfunc.load_model(str(folder))
     about = {**about, "medgen": _own_medgen(folder), "mlflow": VERSION}
+    gc.freeze()  # what is loaded stays: the collector need not go through it while a large answer is made
     gateway = Gateway(scoring_server.init(Served(model)), about, Limits())  # type: ignore[arg-type]
     config = uvicorn.Config(
         gateway,
