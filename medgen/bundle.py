@@ -16,7 +16,7 @@ from medgen.data.store import Store
 from medgen.errors import UserError
 from medgen.files import hash_file, write_folder
 from medgen.models import GenerativeModel, ImageModel, build_model
-from medgen.priors import Prior, load_prior
+from medgen.priors import Prior, class_index, load_prior
 
 SCHEMA = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -139,3 +139,20 @@ def load_with_prior(
     """
     model, info = load_generative(model_folder, device)
     return model, info, load_prior(prior_folder, digest(model_folder), device)
+
+
+def label_to_encode(model: GenerativeModel, info: BundleInfo, label: str | None) -> int | None:
+    """The index of the class, given by its name or its index, that an image is encoded and decoded as.
+
+    None for a model that does not look at labels.
+
+    Raises:
+        UserError: the label is missing, unknown, or of no use.
+    """
+    if not model.conditional:
+        if label is not None:
+            raise UserError(f"label: found {label!r}, but {info.model.name} does not look at labels; leave it out")
+        return None
+    if label is None:
+        raise UserError(f"label: {info.model.name} looks at labels; give one. Known: {', '.join(info.classes)}")
+    return class_index(label, info.classes)

@@ -223,6 +223,20 @@ def history(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="URI", help="models:/NAME@ALIAS; without it, the champion.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8080,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Answer HTTP requests with a registered version's images (docs/serving.md)."""
+    _call("registry", "serve", params, overrides, model=model, host=host, port=port)
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(help="On this machine's loopback address.")] = 5000,
     params: ParamsFile = PARAMS,

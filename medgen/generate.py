@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from medgen import bundle
-from medgen.bundle import BundleInfo
+from medgen.bundle import BundleInfo, label_to_encode
 from medgen.config import Preprocess, Project
 from medgen.data.formats.raw import UnreadableImage
 from medgen.data.images import read_image
@@ -30,7 +30,7 @@ from medgen.figures import write_gif, write_grid, write_image
 from medgen.files import write_atomic
 from medgen.metrics.reconstruction import psnr, ssim
 from medgen.models import GenerativeModel
-from medgen.priors import Prior, class_index, find_label, iterate_samples, tells_classes_apart
+from medgen.priors import Prior, find_label, iterate_samples, tells_classes_apart
 from medgen.priors.axes import PrincipalAxes
 
 BATCH_SIZE = 64
@@ -212,17 +212,14 @@ def _decode(network: GenerativeModel, latents: Tensor, labels: Tensor | None) ->
 
 def _label_for(network: GenerativeModel, info: BundleInfo, label: str | None, file: Path | None) -> int | None:
     """The label that a model which looks at labels is given; None for other models."""
-    if not network.conditional:
-        if label is not None:
-            raise UserError(f"label: found {label!r}, but {info.model.name} does not look at labels; leave it out")
-        return None
-    if label is None and file is not None:
+    if network.conditional and label is None and file is not None:
         label = next((part for part in reversed(file.absolute().parts[:-1]) if part in info.classes), None)
-    known = ", ".join(info.classes)
-    if label is None:
-        where = f" and {file} stands in no folder of a class's name" if file else ""
-        raise UserError(f"label: {info.model.name} looks at labels{where}; give --label. Known: {known}")
-    return class_index(label, info.classes)
+        if label is None:
+            raise UserError(
+                f"label: {info.model.name} looks at labels and {file} stands in no folder of a class's name; "
+                f"give --label. Known: {', '.join(info.classes)}"
+            )
+    return label_to_encode(network, info, label)
 
 
 def _axes(prior: Prior) -> PrincipalAxes:

@@ -272,7 +272,7 @@ def test_axes_are_followed_from_the_mean_latent_by_their_own_deviations(tmp_path
 @pytest.mark.parametrize(
     ("sizes", "prior", "call", "words", "message"),
     [
-        (CVAE, "gaussian", "traverse", {}, "cvae looks at labels; give --label. Known: COVID19"),
+        (CVAE, "gaussian", "traverse", {}, "cvae looks at labels; give one. Known: COVID19"),
         (CVAE, "gaussian", "traverse", {"label": "NORMA"}, "did you mean 'NORMAL'"),
         (VAE, "gaussian", "traverse", {"label": "NORMAL"}, "vae does not look at labels"),
         (VAE, "normal", "traverse", {}, "knows no axes.*prior.name=gmm"),

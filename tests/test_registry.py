@@ -148,6 +148,14 @@ def test_a_version_brings_its_own_code(project: Project, fresh: tuple[dict[str, 
     assert all(Path(file).is_relative_to(project.root / "mlartifacts") for file in told["files"])
 
 
+def test_a_version_holds_no_pickle(project: Project) -> None:
+    """Nor anything else that loading would run, but Python's own source."""
+    files = [path for path in (project.root / "mlartifacts").rglob("*") if path.is_file()]
+    kinds = {path.suffix or path.name for path in files if "__pycache__" not in path.parts}
+    assert {".py", ".safetensors", ".json", "MLmodel"} <= kinds
+    assert kinds <= {".py", ".safetensors", ".json", "MLmodel", "registered_model_meta", ".yaml", ".txt", ".typed"}
+
+
 def test_requirements_cover_what_the_code_imports(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
     """Whatever a medgen module that was loaded imports at its top is named in the version's requirements.txt."""
     listed = next((project.root / "mlartifacts").rglob("requirements.txt"))
@@ -181,9 +189,27 @@ def generator(project: Project) -> Any:
 @pytest.mark.parametrize(
     ("request_row", "message"),
     [
-        ({"n": [0]}, "n: found 0; expected 1 to 10000"),
+        ({"n": [0]}, "n: found 0; expected a whole number from 1 to 65536"),
         ({"n": [-4]}, "n: found -4"),
-        ({"n": [6000, 6000]}, "12000 images asked for; at most 10000"),
+        ({"n": [1.5]}, "n: found 1.5"),
+        ({"n": [True]}, "n: found True"),
+        ({"n": ["3"]}, "n: found '3'"),
+        ({"n": [float("inf")]}, "n: found inf"),
+        ({"n": [10**30]}, "n: found 1000.*0000; expected"),
+        ({"n": [60000, 6000]}, "66000 images asked for; at most 65536 at once"),
+        ({"n": [1] * 1025}, "rows: found 1025"),
+        ({"label": ["ILL"]}, "n, image: found neither in a row"),
+        ({"n": [1, 1], "image": [None, "aGk="]}, "n, image: found both in a row"),
+        ({"n": [None]}, "n, image: found neither"),
+        ({"n": [1], "seed": [-1]}, "seed: found -1; expected a whole number from 0 to"),
+        ({"n": [1], "seed": [0.5]}, "seed: found 0.5"),
+        ({"n": [1], "label": ["x" * 1000]}, "label: found 'xxx.*xxx'; expected a class"),
+        ({"n": [1], "label": [["ILL"]]}, r"label: found \['ILL'\]; expected a class"),
+        ({"image": ["aGk="], "seed": [1]}, "seed: found beside image"),
+        ({"image": ["aGk="], "label": ["ILL"]}, "spatial_vae does not look at labels; leave it out"),
+        ({"image": ["aGk="]}, "image: not readable as an image: no PNG, JPEG, BMP or TIFF but a text file"),
+        ({"image": ["a film"]}, "image: no base64"),
+        ({"image": [b"GIF89a"]}, "image: found bytes; expected the text of a file in base64"),
         ({"n": [1], "label": ["DOG"]}, "label: unknown name 'DOG'. Known: ILL, NORMAL"),
     ],
 )

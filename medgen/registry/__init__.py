@@ -21,6 +21,7 @@ from medgen.errors import UserError
 from medgen.registry import page
 from medgen.registry.packing import CONTENT_TAG, PARAMS_TAG, PYFUNC, pack
 from medgen.registry.page import ui
+from medgen.registry.serving import serve
 from medgen.registry.versions import CANDIDATE, METRIC_GROUPS, Version, answering, find, load, metric_tags, set_tags
 from medgen.tracking import RunRecord, Tracker, lineage, mirror_run, read_run
 from medgen.tracking.mirror import connect
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "register_if_wanted",
     "run",
+    "serve",
     "take_metrics",
     "ui",
 ]

@@ -27,8 +27,10 @@ PARAMS = "params.json"  # of a version: the parameters that made it
 PARAMS_TAG = "params.fingerprint"
 ELSEWHERE = {"tracking", "registry", "tune"}  # sections that do not change what is made
 # What the code imports that loads and generates (tests/test_registry.py holds it to that).
-REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic", "ruamel.yaml")
-MASK_REQUIREMENTS = ("opencv-python-headless",)  # besides: what turns a picture into the model's input
+REQUIREMENTS = (
+    *("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic", "ruamel.yaml"),
+    *("opencv-python-headless", "pillow"),  # what turns a picture into the model's input
+)
 
 
 def pack(
@@ -50,10 +52,8 @@ def pack(
     from mlflow.models import Model
 
     makes = MODELS[info.model.name].target
-    requirements = REQUIREMENTS if makes == "image" else (*REQUIREMENTS, *MASK_REQUIREMENTS)
-    mlflow.set_tracking_uri(
-        store_uri(project, params.tracking)
-    )  # where create_model_version looks for the logged model
+    # where create_model_version looks for the logged model
+    mlflow.set_tracking_uri(store_uri(project, params.tracking))
     logged = client.create_logged_model(
         experiment,
         name=f"{info.model.name}-{tags[CONTENT_TAG][:6]}",
@@ -73,7 +73,7 @@ def pack(
             mlflow_model=Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id),
             signature=_signature(info) if makes == "image" else _mask_signature(info),
             input_example=_example() if makes == "image" else _mask_example(info),
-            pip_requirements=[f"{name}=={_public_version(name)}" for name in requirements],
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
         )
         client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
     client.finalize_logged_model(logged.model_id, "READY")
@@ -97,14 +97,17 @@ def _signature(info: BundleInfo) -> "ModelSignature":
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import AnyType
 
     channels, height, width = info.image_shape
+    whole: Any = AnyType()  # type: ignore[no-untyped-call]  # of `long` MLflow makes 1 from 1.5, "1" and true, and refuses a column with gaps
     return ModelSignature(
         inputs=Schema(
             [
-                ColSpec(DataType.long, "n"),
+                ColSpec(whole, "n", required=False),
                 ColSpec(DataType.string, "label", required=False),
-                ColSpec(DataType.long, "seed", required=False),
+                ColSpec(whole, "seed", required=False),
+                ColSpec(DataType.string, "image", required=False),
             ]
         ),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, height, width, channels))]),

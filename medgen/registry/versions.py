@@ -1,6 +1,7 @@
 """Registered versions: asking the store for them, and fetching one."""
 
 import atexit
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
+_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
+_UNKNOWN = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # what MLflow says of versions that are not there
 JUDGED_ON, JUDGED_BY = "evaluated.dataset", "evaluated.extractor"  # tags: what its metrics were measured with
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
 
@@ -56,21 +59,18 @@ def all_versions(client: "MlflowClient", name: str) -> list[Version]:
 
 
 def find(client: "MlflowClient", name: str, reference: str | int) -> Version:
-    """One version of a registered model, by its number, an alias, or its URI (models:/NAME/1, models:/NAME@ALIAS).
+    """One version: by its number or alias, of the registered model `name`; or by URI, of any.
 
     Raises:
-        UserError: there is none; lists those there are.
+        UserError: there is none, or `reference` is no models:/NAME@ALIAS or models:/NAME/NUMBER.
     """
+    if (named := _URI.fullmatch(str(reference))) is not None:
+        name, reference = named[1], named[2] or named[3]
+    number = int(reference) if str(reference).isdecimal() else aliases(client, name).get(str(reference))
     known = {version.number: version for version in all_versions(client, name)}
-    called = aliases(client, name)
-    text = str(reference).removeprefix(f"models:/{name}").lstrip("/@")
-    number = int(text) if text.isdecimal() else called.get(text)
-    if number in known:
-        return known[number]
-    there = ", ".join([*map(str, known), *(f"@{alias} ({number})" for alias, number in sorted(called.items()))])
-    raise UserError(
-        f"{reference}: no such version of models:/{name}. There are: {there or 'none; run `medgen register` first'}"
-    )
+    if number not in known:
+        raise _no_such_version(client, named[0] if named else f"models:/{name}, version {reference}")
+    return known[number]
 
 
 def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -143,19 +143,38 @@ def load(uri: str, project: Project, tracking: Tracking) -> Path:
     """
     folder = tempfile.mkdtemp(prefix="medgen-model-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return fetch(uri, "artifacts", Path(folder), project, tracking)
+
+
+def fetch(uri: str, part: str, folder: Path, project: Project, tracking: Tracking) -> Path:
+    """Copies a registered version, or one part of it, into `folder`; where it stands then.
+
+    Raises:
+        UserError: there is no such version, or the store does not answer.
+    """
     with answering(project, tracking, "the model cannot be fetched: start the server first"):
         client, _ = connect(project, tracking)
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
         store = store_uri(project, tracking)
+        place = f"{uri}/{part}" if part else uri
         try:
-            return Path(download_artifacts(f"{uri}/artifacts", dst_path=folder, tracking_uri=store, registry_uri=store))
+            return Path(download_artifacts(place, dst_path=str(folder), tracking_uri=store, registry_uri=store))
         except MlflowException as error:
-            if error.error_code not in REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}:
+            if error.error_code not in _UNKNOWN:
                 raise
-            known = ", ".join(f"models:/{model.name}" for model in client.search_registered_models()) or "none"
-            raise UserError(
-                f"--model {uri}: no such version; expected models:/NAME@{CANDIDATE} or models:/NAME/1. "
-                f"Registered: {known}"
-            ) from None
+            raise _no_such_version(client, uri) from None
+
+
+def _no_such_version(client: "MlflowClient", what: str) -> UserError:
+    """`what` was asked for: a URI that names none, or words to that effect."""
+    registered = []
+    for model in client.search_registered_models():
+        called = ", ".join(f"@{alias} is {number}" for alias, number in sorted(model.aliases.items()))
+        registered.append(f"models:/{model.name} ({called})")
+    expected = f"models:/NAME@{CANDIDATE} or models:/NAME/1"
+    if what.endswith(CHAMPION):
+        expected = "a champion: `medgen promote` makes the candidate one, or name another alias or number"
+    known = ", ".join(registered) or "none; run `medgen register` first"
+    return UserError(f"{what}: no such version; expected {expected}. Registered: {known}")

@@ -82,21 +82,21 @@ class PictureFile:
         """Nothing stays open."""
 
 
-def decode(data: bytes, preprocess: Preprocess, mask: bool = False) -> RawImage:
-    """As `PictureFile.read`, of a file's bytes.
+def decode(data: bytes, preprocess: Preprocess, mask: bool = False, max_pixels: int = MAX_PIXELS) -> RawImage:
+    """As `PictureFile.read`, of a file's bytes; of more than `max_pixels` pixels none is decoded.
 
     With `preprocess.reduced_decode` a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves at least 4 times the side
     of the square.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return _decode(image, data, preprocess, mask)
+            return _decode(image, data, preprocess, mask, max_pixels)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
         raise UnreadableImage(_describe(data[:NUM_BYTES])) from None
     except Image.DecompressionBombError:
-        raise UnreadableImage(f"more than {MAX_PIXELS // 1_000_000} megapixels") from None
+        raise UnreadableImage(f"more than {max_pixels // 1_000_000} megapixels") from None
     except Exception as error:  # a decoder on damaged bytes raises anything; the file is to blame, not the run
         raise UnreadableImage(f"damaged: {error}" if str(error) else f"damaged: {type(error).__name__}") from None
 
@@ -114,10 +114,12 @@ def _read_bytes(path: Path) -> bytes:
         raise UnreadableImage(error.strerror or type(error).__name__) from None
 
 
-def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool) -> RawImage:
+def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool, max_pixels: int) -> RawImage:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"{width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
+    if width * height > max_pixels:
+        raise UnreadableImage(f"{width} x {height} is more than {max_pixels // 1_000_000} megapixels")
+    if image.format == "TIFF" and _tile_pixels(image) > max_pixels:  # OpenCV takes memory for a whole one
+        raise UnreadableImage(f"its tiles have more than {max_pixels // 1_000_000} megapixels")
     if image.format == "TIFF" and _has_pages(data):
         raise UnreadableImage("several pages; expected one picture a file: split it (tiffsplit)")
     mode = image.mode  # Pillow may change it on loading
@@ -167,11 +169,12 @@ def _has_whole_chunks(png: bytes) -> bool:
 
 def _opencv_tiff_flags(image: Any) -> int | None:
     """OpenCV reads 16 bits in several channels, of which Pillow would keep only 8."""
-    tags = image.tag_v2
-    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > MAX_PIXELS:
-        raise UnreadableImage(f"its tiles have more than {MAX_PIXELS // 1_000_000} megapixels")
-    bits = tags.get(258, (1,))
+    bits = image.tag_v2.get(258, (1,))
     return int(cv2.IMREAD_UNCHANGED) if len(bits) > 1 and max(bits) == 16 else None
+
+
+def _tile_pixels(image: Any) -> int:
+    return int(image.tag_v2.get(_TILE_WIDTH, 0) * image.tag_v2.get(_TILE_LENGTH, 0))
 
 
 def _has_pages(data: bytes) -> bool:
