@@ -2,18 +2,22 @@
 
 import itertools
 import os
+import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
@@ -136,9 +140,7 @@ def postgres() -> Iterator[Callable[[], str]]:
         assert made.returncode == 0, made.stderr
 
         for _ in range(3):  # another process may take the port between our look and the server's
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = _free_port()
             command = [Path(initdb).resolve().parent / "postgres", "-D", folder / "data", "-p", str(port)]
             command += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
             if setpriv := shutil.which("setpriv"):  # a killed pytest cleans nothing up: the kernel stops the server
@@ -151,6 +153,142 @@ def postgres() -> Iterator[Callable[[], str]]:
         else:
             raise RuntimeError(f"PostgreSQL did not start:\n{(folder / 'log').read_text()}")
         yield new_database
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[[Mapping[str, str]], dict[str, Any]]:
+    """compose.yaml as Docker Compose reads it where .env holds these variables."""
+    from ruamel.yaml import YAML
+
+    variable = re.compile(r"\$\{(?P<name>\w+):(?P<kind>[-?])(?P<rest>[^}]*)\}")
+
+    def filled(node: Any, values: Mapping[str, str]) -> Any:
+        if isinstance(node, dict):
+            return {key: filled(value, values) for key, value in node.items()}
+        if isinstance(node, list):
+            return [filled(value, values) for value in node]
+        if not isinstance(node, str):
+            return node
+
+        def value_of(found: re.Match[str]) -> str:
+            if value := values.get(found["name"]):
+                return value
+            assert found["kind"] == "-", f"{found['name']}: {found['rest']}"
+            return found["rest"]
+
+        return variable.sub(value_of, node)
+
+    def read(values: Mapping[str, str]) -> dict[str, Any]:
+        tree: dict[str, Any] = filled(YAML(typ="safe").load((ROOT / "compose.yaml").read_text()), values)
+        return tree
+
+    return read
+
+
+class MlflowServer:
+    """The service `mlflow` of compose.yaml as a process on loopback. What it stores outlives it."""
+
+    def __init__(self, service: dict[str, Any], backend_uri: str, artifacts: Path, port: int | None, log: Path) -> None:
+        parts = urlsplit(backend_uri)
+        self._password = parts.password  # as the URI quotes it
+        self._backend_uri = backend_uri.replace(f":{parts.password}@", "@") if parts.password else backend_uri
+        self._service = service
+        self._artifacts = artifacts
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        for _ in range(3):  # another process may take the port between our look and the server's
+            self._port = port or _free_port()
+            if self._start():
+                return
+            if port or "address already in use" not in log.read_text().lower():
+                break
+        raise RuntimeError(f"MLflow did not start:\n{log.read_text()}")
+
+    @property
+    def uri(self) -> str:
+        """For tracking.uri and MLFLOW_TRACKING_URI."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def kill(self) -> None:
+        """Ends all its processes as a power cut does."""
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Ends it as `docker compose stop` does; nothing to do where it has ended."""
+        assert self._process is not None
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=30)
+        self.kill()
+
+    def restart(self) -> None:
+        """Starts it again, on the same port, database and artifacts."""
+        self.stop()
+        if not self._start():
+            raise RuntimeError(f"MLflow did not start again:\n{self._log.read_text()}")
+
+    def _start(self) -> bool:
+        """Whether it answers within two minutes; False at once when it ended."""
+        ours = {"host": "127.0.0.1", "port": str(self._port), "artifacts-destination": str(self._artifacts)}
+        words = shlex.split(self._service["command"])
+        for name, value in ours.items():
+            words[words.index(f"--{name}") + 1] = value
+        command = [sys.executable, "-m", *words]
+        if setpriv := shutil.which("setpriv"):  # a killed pytest cleans nothing up: the kernel stops the server
+            command = [setpriv, "--pdeathsig", "TERM", *command]
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "PG", "AWS"))}
+        environment = inherited | {key: value for key, value in self._service["environment"].items() if value}
+        environment["MLFLOW_BACKEND_STORE_URI"] = self._backend_uri
+        if self._password is not None:
+            environment["PGPASSWORD"] = unquote(self._password)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self._log.parent, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError), direct.open(f"{self.uri}/health", timeout=5):
+                return True
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=0.1)
+        self.kill()
+        return False
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(
+    compose: Callable[[Mapping[str, str]], dict[str, Any]],
+) -> Iterator[Callable[..., MlflowServer]]:
+    """Starts MLflow's server on a database and an artifacts folder: `mlflow_server(backend_uri, artifacts)`.
+
+    The command and environment are those of compose.yaml, less host, port and paths; `port=None` takes a free one, and
+    `variables` are what .env would hold. The result has `uri`, `kill`, `restart` and `stop`; all end with the session.
+    """
+    with ExitStack() as cleanup:
+        folder = Path(tempfile.mkdtemp(prefix="medgen-mlflow-", dir="/tmp"))
+        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+
+        def start(
+            backend_uri: str, artifacts: Path, port: int | None = None, variables: Mapping[str, str] | None = None
+        ) -> MlflowServer:
+            service = compose({"POSTGRES_PASSWORD": "unused"} | dict(variables or {}))["services"]["mlflow"]
+            log = Path(tempfile.mkdtemp(dir=folder)) / "log"
+            server = MlflowServer(service, backend_uri, artifacts, port, log)
+            cleanup.callback(server.stop)
+            return server
+
+        yield start
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _unprivileged() -> dict[str, Any]:
