@@ -98,10 +98,12 @@ def load(uri: str, project: Project, tracking: Tracking) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with answering(project, tracking, "the model cannot be fetched: start the server first"):
         client, _ = connect(project, tracking)
+        import mlflow
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
         store = store_uri(project, tracking)
+        mlflow.set_tracking_uri(store)  # whatever registry the call names, MLflow 3.17 looks models:/ up in its own
         try:
             return Path(download_artifacts(f"{uri}/artifacts", dst_path=folder, tracking_uri=store, registry_uri=store))
         except MlflowException as error:
