@@ -1,6 +1,7 @@
 # docker build -t medgen .                              for CPUs
 # docker build -t medgen --build-arg DEVICE=cuda .      for NVIDIA GPUs (run with --gpus all)
 # docker run --rm -v "$PWD:/project" medgen dvc repro --pull
+# The same image is MLflow's server: compose.yaml, docs/operations.md.
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
@@ -14,12 +15,12 @@ COPY pyproject.toml uv.lock README.md LICENSE ./
 # dependencies first: a change of our code leaves this layer as it is.
 # The registry's torch is the CUDA build (4 GB of libraries); for CPUs the same versions come without them.
 RUN if [ "$DEVICE" = cuda ]; then \
-      uv sync --locked --no-dev --no-install-project; \
+      uv sync --locked --no-dev --extra server --no-install-project; \
     else \
       uv venv "$UV_PROJECT_ENVIRONMENT" && \
-      uv export --quiet --locked --no-dev --no-hashes --no-emit-project \
+      uv export --quiet --locked --no-dev --extra server --no-hashes --no-emit-project \
         --prune torch --prune torchvision -o others.txt && \
-      uv export --quiet --locked --no-dev --no-hashes --no-emit-project --no-annotate \
+      uv export --quiet --locked --no-dev --extra server --no-hashes --no-emit-project --no-annotate \
         | grep -E '^(torch|torchvision)==' > torch.txt && \
       uv pip install --python "$UV_PROJECT_ENVIRONMENT" --index "$TORCH_INDEX" \
         --index-strategy unsafe-best-match -r torch.txt -r others.txt; \
@@ -34,6 +35,7 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends git=1:2.* gcc=4:* libc6-dev=2.* \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 1000 medgen \
+ && install --directory --owner=medgen --group=medgen /mlartifacts \
  && git config --system --add safe.directory /project
 COPY --from=build /opt/medgen /opt/medgen
 ENV PATH=/opt/medgen/bin:$PATH PYTHONUNBUFFERED=1

@@ -101,16 +101,22 @@ def small_params() -> dict:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Callable[[], str]]:
+def postgres_programs() -> Path:
+    """The folder of initdb, pg_dump and the rest; skips where PostgreSQL is not installed."""
+    installed = Path("/usr/lib/postgresql").glob("*/bin/initdb")  # Debian keeps them out of PATH
+    initdb = shutil.which("initdb") or max(installed, key=lambda path: float(path.parts[-3]), default=None)
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    return Path(initdb).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_programs: Path) -> Iterator[Callable[[], str]]:
     """Makes an empty database at each call and gives its postgresql:// URL; skips where PostgreSQL is not installed.
 
     The databases are on a server of this session's own (with xdist: of this worker's), on loopback only. Its password
     has every character that a URL wants quoted: code that takes a URL apart by hand fails here, not at a user's.
     """
-    installed = Path("/usr/lib/postgresql").glob("*/bin/initdb")  # Debian keeps them out of PATH
-    initdb = shutil.which("initdb") or max(installed, key=lambda path: float(path.parts[-3]), default=None)
-    if initdb is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
     import psycopg
 
     password = secrets.token_hex(8) + "@:/?#% "
@@ -134,14 +140,14 @@ def postgres() -> Iterator[Callable[[], str]]:
         account = _unprivileged()
         for path in (folder, folder / "password"):
             os.chown(path, account.get("user", -1), account.get("group", -1))
-        command = [initdb, "-D", folder / "data", "-U", "medgen", "--pwfile", folder / "password"]
+        command = [postgres_programs / "initdb", "-D", folder / "data", "-U", "medgen", "--pwfile", folder / "password"]
         command += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync"]
         made = subprocess.run(command, cwd=folder, capture_output=True, text=True, **account)
         assert made.returncode == 0, made.stderr
 
         for _ in range(3):  # another process may take the port between our look and the server's
             port = _free_port()
-            command = [Path(initdb).resolve().parent / "postgres", "-D", folder / "data", "-p", str(port)]
+            command = [postgres_programs / "postgres", "-D", folder / "data", "-p", str(port)]
             command += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
             if setpriv := shutil.which("setpriv"):  # a killed pytest cleans nothing up: the kernel stops the server
                 command = [setpriv, "--pdeathsig", "INT", *command]
@@ -188,21 +194,27 @@ def compose() -> Callable[[Mapping[str, str]], dict[str, Any]]:
 class MlflowServer:
     """The service `mlflow` of compose.yaml as a process on loopback. What it stores outlives it."""
 
-    def __init__(self, service: dict[str, Any], backend_uri: str, artifacts: Path, port: int | None, log: Path) -> None:
+    def __init__(
+        self, services: dict[str, Any], backend_uri: str, artifacts: Path, port: int | None, folder: Path
+    ) -> None:
         parts = urlsplit(backend_uri)
         self._password = parts.password  # as the URI quotes it
         self._backend_uri = backend_uri.replace(f":{parts.password}@", "@") if parts.password else backend_uri
-        self._service = service
+        self._service = services["services"]["mlflow"]
         self._artifacts = artifacts
-        self._log = log
+        self._log = folder / "log"
+        self._accounts = folder / "accounts.ini"
+        written = services["configs"]["accounts"]["content"]
+        database = self._service["environment"]["MLFLOW_BACKEND_STORE_URI"]
+        self._accounts.write_text(written.replace(database, self._backend_uri))
         self._process: subprocess.Popen[bytes] | None = None
         for _ in range(3):  # another process may take the port between our look and the server's
             self._port = port or _free_port()
             if self._start():
                 return
-            if port or "address already in use" not in log.read_text().lower():
+            if port or "address already in use" not in self._log.read_text().lower():
                 break
-        raise RuntimeError(f"MLflow did not start:\n{log.read_text()}")
+        raise RuntimeError(f"MLflow did not start:\n{self._log.read_text()}")
 
     @property
     def uri(self) -> str:
@@ -241,7 +253,7 @@ class MlflowServer:
             command = [setpriv, "--pdeathsig", "TERM", *command]
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "PG", "AWS"))}
         environment = inherited | {key: value for key, value in self._service["environment"].items() if value}
-        environment["MLFLOW_BACKEND_STORE_URI"] = self._backend_uri
+        environment |= {"MLFLOW_BACKEND_STORE_URI": self._backend_uri, "MLFLOW_AUTH_CONFIG_PATH": str(self._accounts)}
         if self._password is not None:
             environment["PGPASSWORD"] = unquote(self._password)
         with self._log.open("ab") as log:
@@ -275,9 +287,8 @@ def mlflow_server(
         def start(
             backend_uri: str, artifacts: Path, port: int | None = None, variables: Mapping[str, str] | None = None
         ) -> MlflowServer:
-            service = compose({"POSTGRES_PASSWORD": "unused"} | dict(variables or {}))["services"]["mlflow"]
-            log = Path(tempfile.mkdtemp(dir=folder)) / "log"
-            server = MlflowServer(service, backend_uri, artifacts, port, log)
+            services = compose({"POSTGRES_PASSWORD": "unused"} | dict(variables or {}))
+            server = MlflowServer(services, backend_uri, artifacts, port, Path(tempfile.mkdtemp(dir=folder)))
             cleanup.callback(server.stop)
             return server
 

@@ -154,11 +154,13 @@ def fetch(uri: str, part: str, folder: Path, project: Project, tracking: Trackin
     """
     with answering(project, tracking, "the model cannot be fetched: start the server first"):
         client, _ = connect(project, tracking)
+        import mlflow
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
         store = store_uri(project, tracking)
         place = f"{uri}/{part}" if part else uri
+        mlflow.set_tracking_uri(store)  # whatever registry the call names, MLflow 3.17 looks models:/ up in its own
         try:
             return Path(download_artifacts(place, dst_path=str(folder), tracking_uri=store, registry_uri=store))
         except MlflowException as error:
