@@ -34,7 +34,7 @@ from PIL import Image
 
 from medgen import bundle, registry
 from medgen.bundle import BundleInfo
-from medgen.config import Model, Preprocess, Prior, Project, Registry, Tracking
+from medgen.config import Model, Params, Preprocess, Prior, Project
 from medgen.models import build_model
 from medgen.priors import FITTED, save_prior
 
@@ -71,7 +71,7 @@ def prepare(folder: Path) -> Project:
     latents, labels = torch.randn(256, *model.latent_shape), torch.arange(256) % 2
     prior = FITTED["gmm"].fit(latents, labels, len(CLASSES), Prior(components=(1,)))
     save_prior(project.prior, prior, bundle.digest(project.model))
-    registry.run(project, tracking=Tracking(), registry=Registry())
+    registry.run(project, params=Params())
     return project
 
 

@@ -258,7 +258,7 @@ def test_find_model_takes_folders(project: Project, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uri", ["models:/medgen@nobody", "models:/medgen/99", "models:/other/1", "models:/medgen"])
 def test_unknown_versions_are_named(project: Project, uri: str) -> None:
-    with pytest.raises(UserError, match=f"--model {uri}: no such version.*Registered: models:/medgen"):
+    with pytest.raises(UserError, match=f"{uri}: no such version.*Registered: models:/medgen"):
         registry.find_model(project, tracking=Tracking(), place=uri)
 
 

@@ -31,7 +31,7 @@ from PIL import Image
 
 from medgen import bundle, registry
 from medgen.bundle import BundleInfo
-from medgen.config import Model, Preprocess, Prior, Project, Registry, Tracking
+from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
 from medgen.data.phantom import draw
 from medgen.errors import UserError
 from medgen.gateway import JOB, Gateway, Job, Limits, Served
@@ -62,7 +62,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     save_prior(project.prior, prior, bundle.digest(project.model))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        registry.run(project, tracking=Tracking(), registry=Registry(model_name="films"))
+        registry.run(project, params=Params(registry=Registry(model_name="films")))
         (own,) = (project.root / "mlartifacts").rglob("code/medgen/__init__.py")
         own.write_text(f"__version__ = {OWN_VERSION!r}\n")
         yield project
@@ -574,10 +574,10 @@ def test_masks_are_spread_over_grey() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "models:/films@champion: no such version; make one with `medgen promote`, or name another, such as "),
-        (["--model", "models:/films/9"], "--model models:/films/9: no such version"),
+        ([], "models:/films@champion: no such version; expected a champion: `medgen promote` makes the candidate one"),
+        (["--model", "models:/films/9"], "models:/films/9: no such version"),
         (["--model", "models:/other@candidate"], "no such version; expected models:/NAME@candidate"),
-        (["--model", "artifacts"], "--model artifacts: no such version; expected models:/NAME@candidate"),
+        (["--model", "artifacts"], "models:/films@artifacts: no such version; expected models:/NAME@candidate"),
         (["--host", ".."], "--host ..: no address; expected one of this machine"),
         (["--host", "203.0.113.7"], "--host 203.0.113.7 --port 0: cannot listen there"),
     ],

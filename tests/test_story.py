@@ -203,7 +203,7 @@ def test_the_story(clone: Clone, tmp_path: Path) -> None:
     trained_on_it = json.loads(clone.medgen("history", "--dataset", dataset[:8], "--json"))
     assert [version["version"] for version in trained_on_it["versions"]] == [1, 2, 3, 4]
 
-    # serves_the_champion(clone, tmp_path)
+    serves_the_champion(clone, tmp_path)
 
     # from the version back to the commit, data and parameters; those of version 3 were given with --set
     assert "params.json" in clone.medgen("history", "--reproduce", "3")

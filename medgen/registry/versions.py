@@ -64,12 +64,14 @@ def find(client: "MlflowClient", name: str, reference: str | int) -> Version:
     Raises:
         UserError: there is none, or `reference` is no models:/NAME@ALIAS or models:/NAME/NUMBER.
     """
-    if (named := _URI.fullmatch(str(reference))) is not None:
-        name, reference = named[1], named[2] or named[3]
-    number = int(reference) if str(reference).isdecimal() else aliases(client, name).get(str(reference))
-    known = {version.number: version for version in all_versions(client, name)}
+    text = str(reference)
+    uri = text if "/" in text else f"models:/{name}{'/' if text.isdecimal() else '@'}{text}"
+    if (named := _URI.fullmatch(uri)) is None:
+        raise _no_such_version(client, uri)
+    number = int(named[3]) if named[3] else aliases(client, named[1]).get(named[2])
+    known = {version.number: version for version in all_versions(client, named[1])}
     if number not in known:
-        raise _no_such_version(client, named[0] if named else f"models:/{name}, version {reference}")
+        raise _no_such_version(client, uri)
     return known[number]
 
 
