@@ -153,13 +153,12 @@ def test_the_run_tells_of_its_last_judgement(store: Tracking, registered: tuple[
     assert record.tags[NOTE] == note  # the page is a mirror of the record
 
 
-def test_a_logged_model_has_parameters_and_metrics(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
+def test_a_logged_model_has_parameters(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
     project, versions = registered
     client, _ = connect(project, store)
-    for version, kid in zip(versions, (1.5, 2.5), strict=True):
+    for version in versions:
         logged = client.get_logged_model(version.source.removeprefix("models:/"))
         assert logged.params["model.latent_channels"] == "4"
-        assert {metric.key: metric.value for metric in logged.metrics} == METRICS | {"generation/kid_domain": kid}
 
 
 def test_a_prior_that_was_not_judged_has_no_numbers(store: Tracking, registered: tuple[Project, list[Any]]) -> None:

@@ -91,7 +91,7 @@ def test_version_belongs_to_the_run_that_trained_it(project: Project) -> None:
     version = client.get_model_version("medgen", "1")
     assert version.run_id == mlflow_run(project, RUN)
     run = client.get_run(version.run_id)
-    assert run.data.metrics == {"val/ssim": 0.8, "reconstruction/ssim": 0.875, "run/num_test": 100}
+    assert run.data.metrics == {"val/ssim": 0.8}
     assert run.info.status == "FINISHED"
     experiment = client.get_experiment_by_name("medgen")
     assert len(client.search_runs([experiment.experiment_id], f"tags.`medgen.run` = '{RUN}'")) == 1

@@ -6,7 +6,6 @@ medgen register     medgen generate --model models:/medgen@candidate --n 25 --ou
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +68,7 @@ def run(project: Project, *, params: Params) -> Version:
         found = _registered(client, name, content)
         made = found or pack(client, project, _trained_with(project, params, info), info, experiment, run_id, tags)
         if metrics or found is None:  # else it may have been judged before, and says so
-            _describe(client, made, project, info, tags, metrics)
+            _describe(client, made, project, info, tags, has_picture=bool(metrics))
         client.set_registered_model_alias(name, CANDIDATE, made.version)
     version = Version(name, int(made.version), run_id, is_new=found is None)
     word = "registered as" if version.is_new else "already registered as"
@@ -132,7 +131,7 @@ def take_metrics(project: Project, *, tracking: Tracking, version: Version, fold
         found = client.get_model_version(version.name, str(version.number))
         kept = {key: value for key, value in found.tags.items() if not key.startswith(METRIC_GROUPS)}
         tags = kept | metric_tags(metrics, provenance)
-        _describe(client, found, judged, bundle.load_info(judged.model), tags, metrics)
+        _describe(client, found, judged, bundle.load_info(judged.model), tags, has_picture=True)
     Console(highlight=False).print(f"{len(metrics)} metrics are now those of {version.uri}")
 
 
@@ -183,24 +182,18 @@ def _describe(
     project: Project,
     info: BundleInfo,
     tags: Mapping[str, str],
-    metrics: Mapping[str, float],
+    has_picture: bool,
 ) -> None:
-    """A version's tags, description and picture, and the metrics of its logged model."""
-    from mlflow.entities import Metric
+    """A version's tags, description and picture."""
 
-    assert version.source and version.run_id
-    has_picture = bool(metrics) and page.picture_of(project).exists()
+    assert version.source
+    has_picture = has_picture and page.picture_of(project).exists()
     text = page.about_version(version.name, int(version.version), info, _prior_name(project), tags, has_picture)
     if not set_tags(client, version, tags) and version.description == text:
         return
-    model_id = version.source.removeprefix("models:/")
-    if metrics:
-        now = int(time.time() * 1000)
-        of_model = [Metric(name, value, now, 0, model_id=model_id) for name, value in metrics.items()]
-        client.log_batch(version.run_id, metrics=of_model)
     if has_picture:
         with tempfile.TemporaryDirectory() as folder:
-            client.log_model_artifact(model_id, str(page.preview(project, Path(folder))))
+            client.log_model_artifact(version.source.removeprefix("models:/"), str(page.preview(project, Path(folder))))
     if is_ours(version.description, version.tags):
         client.update_model_version(version.name, version.version, text)
         set_tags(client, version, marked(text))
