@@ -326,7 +326,7 @@ class Gates(Section):
 class Registry(Section):
     """How a model becomes a registered version, and a version the champion."""
 
-    model_name: str = "medgen"
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$")] = "medgen"
     register_after_evaluate: bool = True
     gates: Gates = Gates()
 

@@ -26,7 +26,7 @@ from medgen.distributed import pick_device
 from medgen.errors import UserError
 from medgen.evaluation_report import NEXT_STEPS, NO_INCEPTION, Row, findings, key_numbers, print_table, write_page
 from medgen.figures import write_grid, write_images, write_pairs, write_stacks
-from medgen.files import write_atomic
+from medgen.files import hash_file, write_atomic
 from medgen.metrics import generation, latent, privacy, reconstruction
 from medgen.metrics.features import DomainExtractor, load_extractor
 from medgen.metrics.inception import Inception, fid, inception_score, load_inception
@@ -179,6 +179,7 @@ def judge_version(project: Project, *, folder: Path, evaluate: Evaluate) -> dict
     for what, theirs, ours in (
         ("images of shape", info.image_shape, store.image_shape),
         ("classes", info.classes, tuple(store.classes)),
+        ("masks of so many classes", info.preprocess.mask_classes, store.preprocess.mask_classes),
     ):
         if theirs != ours:
             raise UserError(
@@ -194,8 +195,9 @@ def judge_version(project: Project, *, folder: Path, evaluate: Evaluate) -> dict
         )
         Console(stderr=True, highlight=False).print(warning, style="yellow", markup=False, soft_wrap=True)
     counts = store.counts
-    metrics |= {"run/num_train": counts["train"], "run/num_test": counts["test"]}
-    metrics["run/num_generated"] = evaluate.num_generated
+    if isinstance(model, GenerativeModel):  # of masks only those are counted that there are, and they are in already
+        metrics |= {"run/num_train": counts["train"], "run/num_test": counts["test"]}
+        metrics["run/num_generated"] = evaluate.num_generated
     metrics = rounded(own, metrics)
     write_json(own, "metrics.json", metrics)
     write_json(own, "provenance.json", provenance(own, store, info, evaluate, device, hashes))
@@ -496,11 +498,13 @@ def provenance(
 ) -> dict[str, object]:
     """Where the numbers come from; unlike metrics.json it differs from machine to machine.
 
-    `content` is the SHA-256 of all that was judged, `hashes` are those of the extractors it was judged through.
+    `content` is the SHA-256 of all that was judged, `metrics` that of metrics.json, which must be there; `hashes` are
+    those of the extractors it was judged through.
     """
     return {
         "model": bundle.digest(project.model),
         "content": bundle.content(project.model, project.prior),
+        "metrics": hash_file(project.reports / "metrics.json"),
         "run": info.run,
         "dataset": store.fingerprint,
         "extractors": {name: {"sha256": digest} for name, digest in hashes.items()},

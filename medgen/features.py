@@ -58,6 +58,7 @@ def run(project: Project, *, features: Features) -> float | None:
         "classes": list(store.classes),
         "dataset": store.fingerprint,
         "val_balanced_accuracy": None if accuracy is None else float(f"{accuracy:.6g}"),
+        "features": features.model_dump(mode="json"),
     }
     digest = save_extractor(project.features, extractor, facts)
     report(store, by_class, accuracy, digest)

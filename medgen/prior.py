@@ -21,14 +21,14 @@ from medgen.data.loader import Loader
 from medgen.data.store import Split, open_store
 from medgen.distributed import World, pick_device
 from medgen.figures import write_curves, write_grid
-from medgen.files import write_folder
+from medgen.files import hash_file, write_atomic, write_folder
 from medgen.job import Job
 from medgen.loop import train_to_end
 from medgen.losses import Losses
 from medgen.models import GenerativeModel
 from medgen.priors import FITTED, LEARNED, PRIORS, FittedPrior, LearnedPrior, Prior, sample_images, save_prior
 from medgen.priors.gmm import RARE
-from medgen.tracking import Tracker, history
+from medgen.tracking import PRIOR_ORIGIN, Tracker, history, lineage
 
 BATCH_SIZE = 64
 MAX_LATENT_NUMBERS = 1 << 28  # held at once, 1 GiB; of more, images spread over the split are used
@@ -260,6 +260,12 @@ def record(
         tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
         for path in (project.prior / "prior.json", *pictures):
             tracker.artifact(path, "prior")
+    origin = {
+        "sha256": hash_file(project.prior / "prior.json"),
+        "prior": prior.model_dump(mode="json"),
+        "lineage": lineage(project, prior),
+    }
+    write_atomic(scratch / PRIOR_ORIGIN, f"{json.dumps(origin, indent=2)}\n".encode())
 
 
 def warn_of_rare(labels: Tensor, classes: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from medgen import bundle, registry
 from medgen.bundle import BundleInfo
 from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
+from medgen.files import hash_file
 from medgen.models import build_model
 from medgen.priors import FITTED, save_prior
 from medgen.registry import page
@@ -64,7 +65,8 @@ def judge(project: Project, metrics: Mapping[str, float] = METRICS, shade: int =
     project.figures.mkdir(parents=True, exist_ok=True)
     (project.reports / "metrics.json").write_text(json.dumps(metrics))
     judged = {"content": bundle.content(project.model, project.prior), "dataset": DATASET}
-    judged |= {"extractors": {"domain": {"sha256": "e" * 64}}, "evaluate": {}}
+    judged |= {"extractors": {"domain": {"sha256": "e" * 64}}, "evaluate": {}, "lineage": {}}
+    judged["metrics"] = hash_file(project.reports / "metrics.json")
     (project.reports / "provenance.json").write_text(json.dumps(judged))
     Image.new("L", (1600, 400), shade).save(project.figures / "samples.png")
 

@@ -19,8 +19,18 @@ from medgen.registry.promotion import history, promote, rollback
 from medgen.registry.versions import Version, aliases, metric_tags, set_tags
 from medgen.tracking.mirror import connect
 
-LINEAGE = {"git.commit": "c" * 40, "git.dirty": "false", "data.md5": "d" * 32 + ".dir", "params.fingerprint": "abc123"}
-JUDGED = {"evaluated.dataset": "ba9876543210", "evaluated.extractor": "e" * 64}
+TRAINED = {"dataset.fingerprint": "ba9876543210"}
+LINEAGE = TRAINED | {
+    "git.commit": "c" * 40,
+    "git.dirty": "false",
+    "data.md5": "d" * 32 + ".dir",
+    "params.fingerprint": "abc123",
+}
+JUDGED = {
+    "evaluated.dataset": "ba9876543210",
+    "evaluated.extractor": "e" * 64,
+    "evaluated.copies_among": "200",
+}
 METRICS = {
     "reconstruction/ssim": 0.85,
     "generation/kid_domain": 0.10,
@@ -36,7 +46,9 @@ REGISTRY = Registry()
 
 def tags(metrics: dict[str, float], **changes: str | None) -> dict[str, str]:
     """A version's tags; a change to None leaves one out."""
-    changed = {name.replace("_", "."): value for name, value in changes.items()}
+    changed = {
+        name if "." in name or "/" in name else name.replace("_", ".", 1): value for name, value in changes.items()
+    }
     whole = LINEAGE | JUDGED | {name: f"{value:g}" for name, value in metrics.items()} | changed
     return {name: value for name, value in whole.items() if value is not None}
 
@@ -83,13 +95,13 @@ REFUSALS: dict[str, tuple[Version, Version | None, Gates, set[str]]] = {
         set(),
     ),
     "few test images: chance allows 1 - 0.005 ** (1 / 20)": (
-        version(metrics=METRICS | {"privacy/copy_rate": 0.23, "run/num_test": 20.0}),
+        version(metrics=METRICS | {"privacy/copy_rate": 0.23}, **{"evaluated.copies_among": "20"}),
         None,
         Gates(),
         set(),
     ),
     "few test images, and more than that": (
-        version(metrics=METRICS | {"privacy/copy_rate": 0.24, "run/num_test": 20.0}),
+        version(metrics=METRICS | {"privacy/copy_rate": 0.24}, **{"evaluated.copies_among": "20"}),
         None,
         Gates(),
         {"copy_rate"},
@@ -112,7 +124,7 @@ REFUSALS: dict[str, tuple[Version, Version | None, Gates, set[str]]] = {
     "data without a version": (version(data_md5="unknown"), None, Gates(), {"data"}),
     "no parameters": (version(params_fingerprint=None), None, Gates(), {"params"}),
     "other test images": (
-        version(evaluated_dataset="0" * 12),
+        version(evaluated_dataset="0" * 12, dataset_fingerprint="0" * 12),
         CHAMPION,
         Gates(),
         {"judged with", "ssim", "kid_domain"},
@@ -127,8 +139,45 @@ REFUSALS: dict[str, tuple[Version, Version | None, Gates, set[str]]] = {
         version(metrics={}, evaluated_dataset=None, evaluated_extractor=None),
         None,
         Gates(),
-        {"judged with", "ssim", "copy_rate"},
+        {"judged with", "trained on", "ssim", "copy_rate"},
     ),
+    "judged on other data than trained on": (
+        version(dataset_fingerprint="0" * 12),
+        CHAMPION,
+        Gates(),
+        {"trained on"},
+    ),
+    "judged by fewer samples": (
+        version(metrics=METRICS | {"run/num_generated": 3.0}),
+        CHAMPION,
+        Gates(),
+        {"judged with", "ssim", "kid_domain"},
+    ),
+    "empty words": (
+        version(git_commit="", data_md5="", params_fingerprint=""),
+        None,
+        Gates(),
+        {"git commit", "data", "params"},
+    ),
+    "numbers that are none": (
+        version(**{"reconstruction/ssim": "inf", "privacy/copy_rate": "nan", "generation/kid_domain": "abc"}),
+        CHAMPION,
+        Gates(),
+        {"judged with", "ssim", "kid_domain", "copy_rate"},
+    ),
+    "no end of the champion's interval": (
+        version(),
+        version(1, **{"generation/kid_domain_ci_high": "inf"}),
+        Gates(),
+        {"kid_domain"},
+    ),
+    "no word of how copies were looked for": (
+        version(**{"evaluated.copies_among": None}),
+        None,
+        Gates(),
+        {"copy_rate"},
+    ),
+    "copies among none": (version(**{"evaluated.copies_among": "0"}), None, Gates(), {"copy_rate"}),
     "masks as good": (
         version(metrics=MASKS, evaluated_extractor=None),
         version(1, MASKS, evaluated_extractor=None),
@@ -263,7 +312,7 @@ def test_rollback_goes_back_step_by_step(project: Project, register: Any) -> Non
     assert register.aliases() == {"candidate": 3, "champion": 2, "previous": 1}
     rollback(project, tracking=Tracking(), registry=register.registry)
     assert register.aliases() == {"candidate": 3, "champion": 1}
-    with pytest.raises(UserError, match="is the first champion"):
+    with pytest.raises(UserError, match="the champion is 1, and the record has none before it"):
         rollback(project, tracking=Tracking(), registry=register.registry)
     promote(project, tracking=Tracking(), registry=register.registry)
     assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
@@ -271,7 +320,7 @@ def test_rollback_goes_back_step_by_step(project: Project, register: Any) -> Non
 
 def test_rollback_without_a_champion(project: Project, register: Any) -> None:
     register()
-    with pytest.raises(UserError, match="has no champion"):
+    with pytest.raises(UserError, match="the champion is none"):
         rollback(project, tracking=Tracking(), registry=register.registry)
 
 
@@ -311,8 +360,8 @@ def test_history_tells_all(project: Project, register: Any, capsys: Any) -> None
 
 @pytest.mark.parametrize(("dataset", "numbers"), [("ffff", [2]), ("dddd", [1]), ("ba98", [1, 2])])
 def test_history_of_a_dataset(project: Project, register: Any, dataset: str, numbers: list[int]) -> None:
-    register(dataset_fingerprint="ba9876543210")
-    register(dataset_fingerprint="ba9876543210", data_md5="f" * 32)
+    register()
+    register(data_md5="f" * 32)
     found = history(project, tracking=Tracking(), registry=register.registry, dataset=dataset)
     assert [one["version"] for one in found["versions"]] == numbers
 
@@ -346,6 +395,7 @@ def test_later_metrics_take_the_place_of_earlier_ones_but_not_what_is_known_of_c
         "privacy/copy_rate": "0.01",
         "privacy/held_out_limit": "0.5",
     }
+    assert found["evaluated.copies_among"] == "200"  # not those of the later evaluation
     assert (found["evaluated.dataset"], found["evaluated.extractor"]) == ("later", "x")
 
 
@@ -446,11 +496,75 @@ ACTIONS: dict[str, tuple[list[tuple[str, int]], list[int]]] = {
 def test_standing_champions(case: str) -> None:
     actions, expected = ACTIONS[case]
     entry: Callable[..., Any] = ledger.entry
-    assert ledger.champions([entry(action, None, after, "why") for action, after in actions]) == expected
+    assert ledger.champions([entry(action, "medgen", None, after, "why") for action, after in actions]) == expected
 
 
 def test_a_torn_line_does_not_swallow_the_next(project: Project, register: Any, tmp_path: Path) -> None:
     file = tmp_path / "promotions.jsonl"
     file.write_text('{"key": "to')
-    ledger.append(register.client, register.name, ledger.entry("promote", None, 1, "why"), file)
+    ledger.append(register.client, register.name, ledger.entry("promote", register.name, None, 1, "why"))
+    ledger.write_file(register.client, register.name, file)
     assert json.loads(file.read_text().splitlines()[-1])["after"] == 1
+
+
+def test_rollback_never_goes_forward(project: Project, register: Any) -> None:
+    for _ in range(3):
+        register()
+        promote(project, tracking=Tracking(), registry=register.registry)
+    register.client.set_registered_model_alias(register.name, "champion", "2")  # by hand, or a promotion cut short
+    assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
+
+
+def test_a_deleted_champion_is_still_what_to_be_held_against(project: Project, register: Any) -> None:
+    for _ in range(3):
+        register()
+        promote(project, tracking=Tracking(), registry=register.registry)
+    register.client.delete_model_version(register.name, "3")
+    register(METRICS | {"generation/kid_domain": 9.0})
+    with pytest.raises(Refused, match="kid_domain did not hold; version 2 stays"):
+        promote(project, tracking=Tracking(), registry=register.registry)
+    register.client.delete_model_version(register.name, "2")
+    assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
+
+
+def test_an_alias_moved_by_hand_can_be_put_on_record(project: Project, register: Any, capsys: Any) -> None:
+    for _ in range(2):
+        register()
+    promote(project, tracking=Tracking(), registry=register.registry, version=1)
+    register.client.set_registered_model_alias(register.name, "champion", "2")
+    assert promote(project, tracking=Tracking(), registry=register.registry, version=2)
+    capsys.readouterr()
+    history(project, tracking=Tracking(), registry=register.registry)
+    assert "The champion is version" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['{"bro', "[]", '{"key": "0"}'])
+def test_a_changed_entry_is_named_before_anything_is_written(project: Project, register: Any, text: str) -> None:
+    register()
+    register.client.set_registered_model_tag(register.name, "promotion.note", "ours")
+    register.client.set_registered_model_tag(register.name, "promotion.000001.ab", text)
+    before = register.client.get_registered_model(register.name).tags
+    for act in (promote, rollback, history):
+        with pytest.raises(UserError, match=r"tag promotion\.000001\.ab: no entry of the ledger any more"):
+            act(project, tracking=Tracking(), registry=register.registry)
+    assert register.client.get_registered_model(register.name).tags == before
+
+
+def test_a_file_that_cannot_be_written_is_only_a_warning(tmp_path: Path, project: Project, register: Any) -> None:
+    register()
+    (project.reports / "promotions.jsonl").unlink(missing_ok=True)
+    (project.reports / "promotions.jsonl").mkdir(parents=True)
+    try:
+        assert promote(project, tracking=Tracking(), registry=register.registry)
+    finally:
+        (project.reports / "promotions.jsonl").rmdir()
+    assert register.aliases()["champion"] == 1
+
+
+def test_who_lost_its_turn_overwrites_nothing(project: Project, register: Any) -> None:
+    """It was stopped between its last look and its writing."""
+    register()
+    late = ledger.entry("promote", register.name, None, 1, "late")
+    ledger.append(register.client, register.name, ledger.entry("promote", register.name, None, 1, "in time"))
+    register.client.set_registered_model_tag(register.name, f"promotion.000001.{late.key}", late.line)
+    assert {entry.why for entry in ledger.entries(register.client, register.name)} == {"in time", "late"}

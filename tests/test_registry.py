@@ -19,6 +19,7 @@ from medgen import bundle, registry
 from medgen.bundle import BundleInfo
 from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
 from medgen.errors import UserError
+from medgen.files import hash_file
 from medgen.models import build_model
 from medgen.priors import FITTED, LEARNED, load_prior, sample_images, save_prior
 from medgen.tracking import Tracker, lineage
@@ -66,6 +67,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.875, "run/num_test": 100}')
     provenance = {"content": bundle.content(project.model, project.prior), "dataset": DATASET}
     provenance |= {"extractors": {"domain": {"sha256": EXTRACTOR}}, "evaluate": {"num_generated": 24}}
+    provenance |= {"metrics": hash_file(project.reports / "metrics.json"), "lineage": lineage(project)}
     (project.reports / "provenance.json").write_text(json.dumps(provenance))
     version = registry.run(project, params=Params())
     assert (version.number, version.is_new) == (1, True)

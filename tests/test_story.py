@@ -168,11 +168,11 @@ def test_the_story(clone: Clone, tmp_path: Path) -> None:
     clone.medgen("promote")
     assert clone.champion() == 3
 
-    # the same, with a prior that gives the train images back: as sharp and as near, and refused for that alone
+    # the same, with a prior that gives the train images back, made outside of the pipeline: as sharp and as near
     replay_train_images(clone.folder / "artifacts")
     clone.medgen("evaluate")
     told = clone.medgen("promote", code=3)
-    assert "films/4 is not promoted: copy_rate did not hold; version 3 stays champion" in told
+    assert "films/4 is not promoted: git commit, copy_rate did not hold; version 3 stays champion" in told
     assert clone.champion() == 3
 
     # judged through another extractor the two cannot be compared, until the champion is judged alike

@@ -17,12 +17,13 @@ from medgen import bundle
 from medgen.bundle import BundleInfo
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import UserError
+from medgen.files import hash_file
 from medgen.registry import page
 from medgen.registry.packing import CONTENT_TAG, PARAMS_TAG, PYFUNC, pack
 from medgen.registry.page import ui
 from medgen.registry.serving import serve
 from medgen.registry.versions import CANDIDATE, METRIC_GROUPS, Version, answering, find, load, metric_tags, set_tags
-from medgen.tracking import RunRecord, Tracker, lineage, mirror_run, read_run
+from medgen.tracking import PRIOR_ORIGIN, RunRecord, Tracker, lineage, mirror_run, read_run
 from medgen.tracking.mirror import connect
 from medgen.tracking.notes import NOTE, is_ours, marked
 
@@ -63,12 +64,15 @@ def run(project: Project, *, params: Params) -> Version:
         record, run_id = _run_of(project, tracking, info)
         content = bundle.content(project.model, project.prior)
         metrics, provenance = _metrics(project, content)
-        tags = _tags(record, info) | metric_tags(metrics, provenance) | {CONTENT_TAG: content}
+        judged = metric_tags(metrics, provenance)
         _describe_run(project, tracking, info, record, metrics, run_id)
-        found = _registered(client, name, content)
-        made = found or pack(client, project, _trained_with(project, params, info), info, experiment, run_id, tags)
-        if metrics or found is None:  # else it may have been judged before, and says so
+        if (found := _registered(client, name, content)) is None:
+            tags = _origin(project, record, info, provenance) | judged | {CONTENT_TAG: content}
+            made = pack(client, project, _made_with(project, params, info, provenance), info, experiment, run_id, tags)
             _describe(client, made, project, info, tags, has_picture=bool(metrics))
+        elif metrics:  # what made it stays as it was said first
+            _judged_again(client, found, project, info, judged)
+        made = found or made
         client.set_registered_model_alias(name, CANDIDATE, made.version)
     version = Version(name, int(made.version), run_id, is_new=found is None)
     word = "registered as" if version.is_new else "already registered as"
@@ -129,9 +133,7 @@ def take_metrics(project: Project, *, tracking: Tracking, version: Version, fold
     with answering(project, tracking, f"{version.uri} keeps its metrics: run the same command later"):
         client, _ = connect(project, tracking)
         found = client.get_model_version(version.name, str(version.number))
-        kept = {key: value for key, value in found.tags.items() if not key.startswith(METRIC_GROUPS)}
-        tags = kept | metric_tags(metrics, provenance)
-        _describe(client, found, judged, bundle.load_info(judged.model), tags, has_picture=True)
+        _judged_again(client, found, judged, bundle.load_info(judged.model), metric_tags(metrics, provenance))
     Console(highlight=False).print(f"{len(metrics)} metrics are now those of {version.uri}")
 
 
@@ -140,7 +142,9 @@ def _run_of(project: Project, tracking: Tracking, info: BundleInfo) -> tuple[Run
     scratch = project.runs / info.run
     if read_run(scratch) is None:  # the model came from a DVC remote
         with Tracker.open(scratch, tracking, project, f"{info.model.name}-{info.run[:6]}") as tracker:
-            tracker.tags(lineage(project) | {"dataset.fingerprint": info.dataset})
+            # of this machine, not of the one that trained it
+            unknown = dict.fromkeys(("git.commit", "git.branch", "git.dirty", "data.md5"), "unknown")
+            tracker.tags(lineage(project) | unknown | {"dataset.fingerprint": info.dataset})
             tracker.note("The model came without its training record; this run was made to register it.")
     try:
         mirror = mirror_run(scratch, project, tracking)
@@ -158,22 +162,56 @@ def _registered(client: "MlflowClient", name: str, content: str) -> "ModelVersio
     return max(found, key=lambda version: int(version.version), default=None)
 
 
-def _tags(record: RunRecord, info: BundleInfo) -> dict[str, str]:
-    """Where a version comes from, less the hash of the training's own parameters: it has that of all."""
+def _origin(project: Project, record: RunRecord, info: BundleInfo, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Where a version comes from: what its training says, with the commit of the last stage and changes in any.
+
+    The hash of the training's own parameters is left out: the version has that of all.
+    """
     tags = {key: value for key, value in record.tags.items() if not key.startswith("mlflow.") and key != PARAMS_TAG}
+    stages = [tags]
+    if _prior_name(project) is not None:
+        stages.append(_prior_origin(project, info).get("lineage", {}))
+    if provenance:
+        stages.append(provenance["lineage"])
+    commits = [stage.get("git.commit", "unknown") for stage in stages]
+    changes = {stage.get("git.dirty", "unknown") for stage in stages}
+    tags["git.commit"] = "unknown" if "unknown" in commits else commits[-1]
+    tags["git.dirty"] = next((state for state in ("true", "unknown") if state in changes), "false")
     return tags | {"run": info.run, "dataset.fingerprint": info.dataset}
 
 
-def _trained_with(project: Project, params: Params, info: BundleInfo) -> Params:
+def _made_with(project: Project, params: Params, info: BundleInfo, provenance: Mapping[str, Any]) -> Params:
     """The parameters that made what is registered: the file may have changed since, or `--set` overruled it."""
     plain = params.model_dump(mode="json")
-    record = project.runs / info.run / "params.json"
-    if record.is_file():
-        plain |= json.loads(record.read_text(encoding="utf-8"))
-    if (judged := _provenance(project)).get("content") == bundle.content(project.model, project.prior):
-        plain["evaluate"] = judged["evaluate"]
+    training = project.runs / info.run / "params.json"
+    if training.is_file():
+        plain |= json.loads(training.read_text(encoding="utf-8"))
+    if prior := _prior_origin(project, info).get("prior"):
+        plain["prior"] = prior
+    if provenance:
+        plain["evaluate"] = provenance["evaluate"]
+    extractor = project.features / "extractor.json"
+    if extractor.is_file():
+        plain["features"] = json.loads(extractor.read_text(encoding="utf-8")).get("features", plain["features"])
     own = {"model": info.model.model_dump(mode="json"), "preprocess": info.preprocess.model_dump(mode="json")}
     return Params.model_validate(plain | own)
+
+
+def _prior_origin(project: Project, info: BundleInfo) -> dict[str, Any]:
+    """What `medgen prior` noted of the prior that is here; nothing of one that came from elsewhere."""
+    path = project.runs / info.run / PRIOR_ORIGIN
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if found["sha256"] == hash_file(project.prior / "prior.json") else {}
+
+
+def _judged_again(
+    client: "MlflowClient", version: "ModelVersion", project: Project, info: BundleInfo, judged: Mapping[str, str]
+) -> None:
+    """Other metrics, and what is said of them, for a version that is there."""
+    kept = {key: value for key, value in version.tags.items() if not key.startswith(METRIC_GROUPS)}
+    _describe(client, version, project, info, {**kept, **judged}, has_picture=True)
 
 
 def _describe(
@@ -230,16 +268,15 @@ def _prior_name(project: Project) -> str | None:
 
 
 def _metrics(project: Project, content: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """metrics.json and provenance.json of the reports, where they judge this model and this prior; else nothing."""
-    provenance = _provenance(project)
-    if provenance.get("content") != content:
-        return {}, {}
-    return json.loads((project.reports / "metrics.json").read_text(encoding="utf-8")), provenance
+    """metrics.json and provenance.json of the reports, where they are of each other and of this model and prior.
 
-
-def _provenance(project: Project) -> dict[str, Any]:
+    Else nothing: git keeps metrics.json, so another commit's may stand there, and not provenance.json.
+    """
+    path = project.reports / "metrics.json"
     try:
-        found: dict[str, Any] = json.loads((project.reports / "provenance.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return found
+        provenance: dict[str, Any] = json.loads((project.reports / "provenance.json").read_text(encoding="utf-8"))
+        if (provenance.get("content"), provenance.get("metrics")) != (content, hash_file(path)):
+            return {}, {}
+        return json.loads(path.read_text(encoding="utf-8")), provenance
+    except (FileNotFoundError, ValueError):
+        return {}, {}

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from medgen.config import Gates
 from medgen.evaluation_report import LEAST_LIMIT
 from medgen.metrics.privacy import plausible
-from medgen.registry.versions import JUDGED_BY, JUDGED_ON, Version
+from medgen.registry.versions import COPIES_AMONG, JUDGED_BY, JUDGED_ON, Version
 
 SSIM, DICE, KID, COPIES = "reconstruction/ssim", "segmentation/dice", "generation/kid_domain", "privacy/copy_rate"
-KID_HIGH, HELD_OUT_LIMIT, NUM_TEST = "generation/kid_domain_ci_high", "privacy/held_out_limit", "run/num_test"
+KID_HIGH, HELD_OUT_LIMIT, NUM_GENERATED = "generation/kid_domain_ci_high", "privacy/held_out_limit", "run/num_generated"
+TRAINED_ON = "dataset.fingerprint"  # tag
 SHORT = 7  # characters of a hash that are shown
 NOTHING, UNALIKE = "–", "judged alike"
 
@@ -41,9 +42,10 @@ def judge(candidate: Version, champion: Version | None, gates: Gates) -> list[Ga
 
 
 def are_alike(candidate: Version, champion: Version) -> bool:
-    """Whether both were judged on the same test images through the same extractor, and for the same purpose."""
+    """Whether both were judged on the same test images through the same extractor, by as many samples, alike."""
     measured = [{SSIM, DICE} & version.metrics.keys() for version in (candidate, champion)]
-    return measured[0] == measured[1] and _judged(candidate) == _judged(champion) != {}
+    numbers = [version.metrics.get(NUM_GENERATED) for version in (candidate, champion)]
+    return measured[0] == measured[1] and numbers[0] == numbers[1] and _judged(candidate) == _judged(champion) != {}
 
 
 def _judged(version: Version) -> dict[str, str]:
@@ -53,7 +55,8 @@ def _judged(version: Version) -> dict[str, str]:
 def _alike(candidate: Version, champion: Version | None) -> Gate:
     def words(version: Version | None) -> str:
         hashes = _judged(version) if version else {}
-        return " ".join(text[:SHORT] for text in hashes.values()) or NOTHING
+        number = version.metrics.get(NUM_GENERATED) if version else None
+        return " ".join([text[:SHORT] for text in hashes.values()] + ([f"{number:g}"] if number else [])) or NOTHING
 
     passed = bool(_judged(candidate)) if champion is None else are_alike(candidate, champion)
     return Gate("judged with", words(candidate), words(champion), "known" if champion is None else "the same", passed)
@@ -62,7 +65,7 @@ def _alike(candidate: Version, champion: Version | None) -> Gate:
 def _lineage(candidate: Version, champion: Version | None) -> list[Gate]:
     def row(name: str, key: str, wanted: str = "known", changed: bool = False) -> Gate:
         def words(version: Version | None) -> str:
-            value = version.tags.get(key, "unknown")[:SHORT] if version else NOTHING
+            value = (version.tags.get(key) or "unknown")[:SHORT] if version else NOTHING
             return f"{value}, files changed" if version is candidate and changed else value
 
         return Gate(name, words(candidate), words(champion), wanted, words(candidate) != "unknown" and not changed)
@@ -71,8 +74,19 @@ def _lineage(candidate: Version, champion: Version | None) -> list[Gate]:
     return [
         row("git commit", "git.commit", "known, no file changed", changed),
         row("data", "data.md5"),
+        _trained_here(candidate, champion),
         row("params", "params.fingerprint"),
     ]
+
+
+def _trained_here(candidate: Version, champion: Version | None) -> Gate:
+    """A model of other data may have been trained on today's test images, and its copies were not looked for here."""
+
+    def dataset(version: Version | None) -> str:
+        return (version.tags.get(TRAINED_ON) or "unknown")[:SHORT] if version else NOTHING
+
+    passed = candidate.tags.get(TRAINED_ON) == candidate.tags.get(JUDGED_ON)
+    return Gate("trained on", dataset(candidate), dataset(champion), "the data it is judged on", passed)
 
 
 def _at_least(key: str, candidate: Version, champion: Version | None, floor: float) -> Gate:
@@ -94,9 +108,10 @@ def _kid(candidate: Version, champion: Version, margin: float) -> Gate:
 
 
 def _copies(candidate: Version, champion: Version | None, ceiling: float | None) -> Gate:
-    if candidate.metrics.get(HELD_OUT_LIMIT, LEAST_LIMIT) < LEAST_LIMIT:
+    among = candidate.tags.get(COPIES_AMONG, "")
+    if not among.isdecimal() or int(among) < 1 or candidate.metrics.get(HELD_OUT_LIMIT, 0.0) < LEAST_LIMIT:
         return _row(COPIES, candidate, champion, "test images unlike train images (medgen data audit)")
-    chance = plausible(round(candidate.metrics.get(NUM_TEST, 1.0)))
+    chance = plausible(int(among))
     wanted = f"≤ {chance:.4g}, what chance allows" if ceiling is None else f"≤ {ceiling:g}"
     most = chance if ceiling is None else ceiling
     return _row(COPIES, candidate, champion, wanted, lambda value: value <= most)

@@ -1,29 +1,33 @@
 """Who became champion, when, for what reason: entries that are appended to the registered model and never changed.
 
-Each is a tag `promotion.000001`, ... of the registered model, and a line of reports/promotions.jsonl. Only who has the
-`turn` may write: of two promotions at once one waits, and then sees what the other did.
+Each is a tag `promotion.000001.KEY` of the registered model, and a line of reports/promotions.jsonl. Only who has the
+`turn` may write: of two promotions at once one waits, and then sees what the other did. No two entries have one KEY, so
+that even who lost its turn and does not know it overwrites nothing.
 """
 
 import json
 import os
 import random
+import re
 import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from medgen.errors import UserError
+from medgen.errors import UserError, printable
 from medgen.tracking.mirror import user
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-ENTRY, CLAIM = "promotion.", "promoting."  # what the keys of tags begin with
+CLAIM = "promoting."  # what the keys of claims begin with
+ENTRY_KEY = re.compile(r"promotion\.(\d+)\.([0-9a-f]+)")
+MAX_WHO = 200
 MAX_WHY = 1000  # characters: MLflow's databases keep 5000 of a tag
 PATIENCE_SECONDS = 60.0  # after which a claim that did not move is taken for that of a killed process
 PAUSE_SECONDS = (0.1, 0.6)  # between two looks; drawn, so that two who saw each other do not meet again
@@ -34,6 +38,7 @@ class Entry:
     """One change of the champion."""
 
     key: str  # tells it from all others, of other registries too
+    model: str  # the registered model's name
     action: Literal["promote", "rollback"]
     time: str  # ISO 8601, UTC
     who: str
@@ -52,6 +57,7 @@ class Entry:
 
 def entry(
     action: Literal["promote", "rollback"],
+    model: str,
     before: int | None,
     after: int,
     why: str,
@@ -61,14 +67,33 @@ def entry(
 ) -> Entry:
     """A new entry, by whoever runs this, now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    who = f"{user()}@{socket.gethostname()}"
-    return Entry(secrets.token_hex(8), action, now, who, before, after, why, forced, metrics or {}, list(gates))
+    return Entry(
+        secrets.token_hex(8), model, action, now, who(), before, after, why, forced, metrics or {}, list(gates)
+    )
+
+
+def who() -> str:
+    """Account and machine of whoever runs this: said, not proven."""
+    return f"{user()}@{socket.gethostname()}".encode(errors="replace").decode()[:MAX_WHO]
 
 
 def entries(client: "MlflowClient", name: str) -> list[Entry]:
-    """All entries of a registered model, oldest first."""
-    tags = client.get_registered_model(name).tags
-    return [Entry(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(ENTRY)]
+    """All entries of a registered model, oldest first.
+
+    Raises:
+        UserError: somebody has changed one.
+    """
+    tags, known = _tags(client, name), {part.name for part in fields(Entry)}
+    found = []
+    for key in sorted(key for key in tags if ENTRY_KEY.fullmatch(key)):
+        try:
+            found.append(Entry(**{part: value for part, value in json.loads(tags[key]).items() if part in known}))
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(
+                f"models:/{name}, tag {key}: no entry of the ledger any more; set it to what reports/promotions.jsonl "
+                "says under that key, or delete the tag"
+            ) from None
+    return found
 
 
 def champions(found: Sequence[Entry]) -> list[int]:
@@ -83,12 +108,16 @@ def champions(found: Sequence[Entry]) -> list[int]:
     return standing
 
 
-def append(client: "MlflowClient", name: str, new: Entry, file: Path) -> None:
-    """Adds an entry to the registered model, and to the file with all that the file lacks. For who has the turn."""
-    number = 1 + max((int(key.removeprefix(ENTRY)) for key in _tags(client, name) if key.startswith(ENTRY)), default=0)
-    client.set_registered_model_tag(name, f"{ENTRY}{number:06d}", new.line)
+def append(client: "MlflowClient", name: str, new: Entry) -> None:
+    """Adds an entry to the registered model. For who has the turn."""
+    numbers = [int(found[1]) for key in _tags(client, name) if (found := ENTRY_KEY.fullmatch(key))]
+    client.set_registered_model_tag(name, f"promotion.{max(numbers, default=0) + 1:06d}.{new.key}", new.line)
+
+
+def write_file(client: "MlflowClient", name: str, file: Path) -> None:
+    """Appends to promotions.jsonl the entries it lacks."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    there = file.read_text(encoding="utf-8") if file.exists() else ""
+    there = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     missing = [one.line for one in entries(client, name) if one.key not in there]
     with file.open("a", encoding="utf-8") as text:
         torn = "\n" if there and not there.endswith("\n") else ""  # by a power cut
@@ -117,22 +146,28 @@ def turn(client: "MlflowClient", name: str) -> Iterator[Callable[[], None]]:
     deadlines: dict[str, float] = {}  # of the claims of others, by our own clock: machines' clocks differ
     while True:
         claim = f"{CLAIM}{secrets.token_hex(8)}"
-        client.set_registered_model_tag(name, claim, f"{user()}@{socket.gethostname()}")
+        client.set_registered_model_tag(name, claim, who())
         try:
-            if not (others := _claims(client, name) - {claim}):
+            others = _claims(client, name)
+            others.pop(claim, None)
+            if not others:
                 yield check
                 return
         finally:
             client.delete_registered_model_tag(name, claim)
+        if not deadlines:
+            print(
+                f"waiting: {printable(' and '.join(others.values()))} changes the champion of models:/{name} just now"
+            )
         for other in others:
             if time.monotonic() > deadlines.setdefault(other, time.monotonic() + PATIENCE_SECONDS):
                 client.delete_registered_model_tag(name, other)  # its process was killed: a turn takes seconds
         time.sleep(random.uniform(*PAUSE_SECONDS))
 
 
-def _claims(client: "MlflowClient", name: str) -> set[str]:
-    return {key for key in _tags(client, name) if key.startswith(CLAIM)}
+def _claims(client: "MlflowClient", name: str) -> dict[str, str]:
+    return {key: holder for key, holder in _tags(client, name).items() if key.startswith(CLAIM)}
 
 
-def _tags(client: "MlflowClient", name: str) -> dict[str, Any]:
+def _tags(client: "MlflowClient", name: str) -> dict[str, str]:
     return dict(client.get_registered_model(name).tags)

@@ -16,7 +16,7 @@ from rich.text import Text
 from medgen.config import Project, Registry, Tracking
 from medgen.errors import Refused, UserError, printable
 from medgen.registry.gates import COPIES, DICE, KID, NOTHING, SHORT, SSIM, Gate, are_alike, judge
-from medgen.registry.ledger import MAX_WHY, Entry, append, champions, entries, entry, turn
+from medgen.registry.ledger import MAX_WHY, Entry, append, champions, entries, entry, turn, write_file
 from medgen.registry.page import about_model, plain
 from medgen.registry.versions import (
     CANDIDATE,
@@ -66,10 +66,12 @@ def promote(
         client, _ = connect(project, tracking)
         standing = aliases(client, name)
         candidate = find(client, name, CANDIDATE if version is None else version)
-        champion = _champion(client, name, standing)
-        if champion is not None and champion.number == candidate.number:
+        changes = entries(client, name)
+        is_champion, is_last = standing.get(CHAMPION) == candidate.number, champions(changes)[-1:] == [candidate.number]
+        if is_champion and is_last:
             print(f"{candidate.uri} is the champion already")
             return None
+        champion = _champion(client, name, standing, changes, candidate)
         gates = judge(candidate, champion, registry.gates)
         _print(gates, candidate, champion)
         failed = list(dict.fromkeys(gate.name for gate in gates if not gate.passed))
@@ -77,9 +79,8 @@ def promote(
             raise Refused(_refusal(candidate, champion, failed))
         why = force or "all gates passed"
         metrics = {key: candidate.metrics[key] for key in SHOWN if key in candidate.metrics}
-        number = champion.number if champion else None
-        new = entry("promote", number, candidate.number, why, bool(failed), metrics, failed)
-        _change(client, project, name, new, previous=number)
+        new = entry("promote", name, standing.get(CHAMPION), candidate.number, why, bool(failed), metrics, failed)
+        _change(client, project, name, new, previous=champion.number if champion else None)
     forced = f", although {', '.join(failed)} did not hold" if failed else ""
     print(f"{candidate.uri} is now the champion{forced}")
     return new
@@ -96,25 +97,20 @@ def rollback(project: Project, *, tracking: Tracking, registry: Registry, why: s
     _check_why("--why", why)
     with answering(project, tracking, UNCHANGED):
         client, _ = connect(project, tracking)
-        standing = aliases(client, name)
-        champion = _champion(client, name, standing)
-        if champion is None:
-            raise UserError(
-                f"models:/{name}: has no champion, so there is nothing to go back from; run `medgen promote`"
-            )
-        changes = entries(client, name)
-        earlier = [number for number in champions(changes) if number != champion.number]
+        champion, changes = aliases(client, name).get(CHAMPION), entries(client, name)
+        known = {version.number: version for version in all_versions(client, name)}
+        earlier = [number for number in _before(champion, champions(changes)) if number in known]
         if not earlier:
             raise UserError(
-                f"{champion.uri} is the first champion, there is none to go back to; `medgen promote --version N` "
-                "makes another version champion"
+                f"models:/{name}: the champion is {champion or 'none'}, and the record has none before it that is "
+                "still registered; `medgen promote --version N` makes another version champion"
             )
-        target = find(client, name, earlier[-1])
+        target = known[earlier[-1]]
         metrics = {key: target.metrics[key] for key in SHOWN if key in target.metrics}
-        new = entry("rollback", champion.number, target.number, why, metrics=metrics)
-        before = [number for number in champions([*changes, new]) if number != target.number]
-        _change(client, project, name, new, previous=before[-1] if before else None)
-    print(f"{target.uri} is the champion again, in place of version {champion.number}")
+        new = entry("rollback", name, champion, target.number, why, metrics=metrics)
+        left = [number for number in earlier if number != target.number]
+        _change(client, project, name, new, previous=left[-1] if left else None)
+    print(f"{target.uri} is the champion again, in place of {champion or 'none'}")
     return new
 
 
@@ -163,7 +159,8 @@ def history(
         if dataset is None and changes and standing.get(CHAMPION) != changes[-1].after:
             _say(
                 f"The champion is version {standing.get(CHAMPION, 'none')}, the last change says "
-                f"{changes[-1].after}: it was cut short, or the alias was moved by other means. `medgen promote` again."
+                f"{changes[-1].after}: it was cut short, or the alias was moved by other means. "
+                "`medgen promote --version N` puts one on record."
             )
     return found
 
@@ -177,15 +174,21 @@ def _change(client: "MlflowClient", project: Project, name: str, new: Entry, pre
                 f"version {new.after} is not promoted: while its gates were looked at, version {now} became champion "
                 f"in place of {new.before or 'none'}; look at `medgen history`, and run the command again"
             )
-        check()
         # first the word, then the deed: what a kill leaves half done is seen in the history
-        append(client, name, new, project.reports / LEDGER)
+        check()
+        append(client, name, new)
+        check()
         if previous is None:
             client.delete_registered_model_alias(name, PREVIOUS)
         else:
             client.set_registered_model_alias(name, PREVIOUS, str(previous))
         client.set_registered_model_alias(name, CHAMPION, str(new.after))
         _tell(client, name)
+        try:
+            write_file(client, name, project.reports / LEDGER)
+        except OSError as error:  # the registry has it, and the next change will write it
+            warning = f"warning: {project.reports / LEDGER}: not written: {error.strerror}"
+            Console(stderr=True, highlight=False).print(warning, style="yellow", markup=False, soft_wrap=True)
 
 
 def _tell(client: "MlflowClient", name: str) -> None:
@@ -207,13 +210,28 @@ def _line(change: Entry) -> str:
     return f"- {when}: version {change.after}{instead}{forced}, by {plain(change.who)}: {plain(change.why)}"
 
 
-def _champion(client: "MlflowClient", name: str, standing: Mapping[str, int]) -> Version | None:
-    return find(client, name, standing[CHAMPION]) if CHAMPION in standing else None
+def _champion(
+    client: "MlflowClient", name: str, standing: Mapping[str, int], changes: Sequence[Entry], candidate: Version
+) -> Version | None:
+    """What the candidate is held against: the champion; where it or its alias was deleted, the last on record."""
+    known = {version.number: version for version in all_versions(client, name)}
+    there = [number for number in (*champions(changes), standing.get(CHAMPION)) if number in known]
+    others = [number for number in there if number != candidate.number]
+    return known[others[-1]] if others else None
+
+
+def _before(champion: int | None, standing: Sequence[int]) -> list[int]:
+    """The champions before this one, oldest first; all, where the record does not know it."""
+    if champion is None or champion not in standing:
+        return list(standing)
+    last = len(standing) - 1 - list(reversed(standing)).index(champion)
+    return [number for number in standing[:last] if number != champion]
 
 
 def _check_why(option: str, why: str) -> None:
-    if not why.strip() or len(why) > MAX_WHY or printable(why) != why:
-        raise UserError(f"{option}: expected a reason of 1 to {MAX_WHY} printable characters, found {len(why)}")
+    if not why.strip() or len(why) > MAX_WHY or not why.isprintable():
+        odd = "" if why.isprintable() else ", some of which cannot be printed"
+        raise UserError(f"{option}: expected a reason of 1 to {MAX_WHY} printable characters, found {len(why)}{odd}")
 
 
 def _refusal(candidate: Version, champion: Version | None, failed: Sequence[str]) -> str:

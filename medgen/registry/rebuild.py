@@ -6,14 +6,18 @@ Rebuilt is in a work tree of its own, by the code, parameters and data that the 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
+from ruamel.yaml import YAML
 
 from medgen import bundle, config
 from medgen.config import Params, Project, Registry, Tracking
@@ -21,7 +25,7 @@ from medgen.errors import Refused, UserError
 from medgen.registry.gates import DICE, KID, KID_HIGH, SSIM
 from medgen.registry.packing import CONTENT_TAG, PARAMS, making
 from medgen.registry.versions import JUDGED_ON, Version, answering, find, load
-from medgen.tracking.mirror import connect
+from medgen.tracking.mirror import connect, store_uri, without_password
 
 KID_LOW = "generation/kid_domain_ci_low"
 TOLERANCE = 0.01  # of SSIM and Dice: what rounding on another machine makes of the same training
@@ -47,11 +51,12 @@ def reproduce(
     there = _git(project.root, "ls-tree", "--name-only", commit).splitlines()  # of this folder, relative to it
     data = next((name for name in ("data.dvc", *sorted(there)) if name.endswith(".dvc") and name in there), None)
     kept = load(found.uri, project, tracking) / PARAMS  # versions of an older medgen have none
-    params = Params.model_validate_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
+    params = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
     if params is not None and "params.yaml" in there and _makes_the_same(params, project.root, commit):
         params = None  # the commit has them
+    _check_data(project, found, commit, data)
     if not run:
-        _print_commands(project, found, commit, folder, data, params)
+        _print_commands(project, tracking, found, commit, folder, data, params)
         return {}
     if found.tags.get("git.dirty") != "false":
         raise UserError(
@@ -63,26 +68,37 @@ def reproduce(
     _git(project.root, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(tree), commit)
     try:
         rebuilt = _rebuild(Project(tree / folder), project, data, params)
+        metrics = json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8"))
+        same = bundle.content(rebuilt.model, rebuilt.prior) == found.tags.get(CONTENT_TAG)
     except UserError as error:
-        raise UserError(f"{error}; its work tree is left for a look: {tree}") from None
-    metrics = json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8"))
-    same = bundle.content(rebuilt.model, rebuilt.prior) == found.tags.get(CONTENT_TAG)
-    _git(project.root, "worktree", "remove", "--force", str(tree))
-    scratch.rmdir()
+        raise UserError(
+            f"{error}. Its work tree is left for a look; `git worktree remove --force {shlex.quote(str(tree))}` "
+            "removes it"
+        ) from None
+    except BaseException:  # Ctrl-C
+        _remove(project, tree)
+        raise
+    _remove(project, tree)
     _compare(found, metrics, same)
     return dict(metrics)
 
 
+def _remove(project: Project, tree: Path) -> None:
+    _git(project.root, "worktree", "remove", "--force", str(tree))
+    tree.parent.rmdir()
+
+
 def _commit(project: Project, version: Version) -> str:
-    commit = version.tags.get("git.commit", "unknown")
+    commit = version.tags.get("git.commit") or "unknown"
+    _git(project.root, "rev-parse", "--show-toplevel")  # says so where there is no git, or no repository
     if commit == "unknown":
         raise UserError(f"{version.uri}: does not say from which commit it was made: it was trained outside of git")
     try:
         _git(project.root, "cat-file", "-e", f"{commit}^{{commit}}")
     except UserError:
         raise UserError(
-            f"{version.uri}: made from commit {commit}, which this repository does not have; run `git fetch --all`, or "
-            "go to the repository it was trained in"
+            f"{version.uri}: made from commit {commit}, which this repository does not have; run `git fetch --all` "
+            "(a shallow clone: `git fetch --unshallow`), or go to the repository it was trained in"
         ) from None
     return commit
 
@@ -92,22 +108,41 @@ def _prefix(root: Path) -> str:
     return _git(root, "rev-parse", "--show-prefix")
 
 
-def _makes_the_same(params: Params, root: Path, commit: str) -> bool:
+def _check_data(project: Project, version: Version, commit: str, data: str | None) -> None:
+    """Refuses a commit that does not name the data the version was trained on: that was not in DVC's care then."""
+    wanted = version.tags.get("data.md5") or "unknown"
+    if data is None or wanted == "unknown":
+        return
+    committed = YAML(typ="safe", pure=True).load(_git(project.root, "show", f"{commit}:./{data}"))
+    if (found := committed["outs"][0].get("md5")) != wanted:
+        raise UserError(
+            f"{version.uri}: trained on data of md5 {wanted}, and {data} of its commit {commit[:12]} has {found}: it "
+            "cannot be made again from there"
+        )
+
+
+def _makes_the_same(params: dict[str, Any], root: Path, commit: str) -> bool:
     """Whether the commit's params.yaml has the parameters that a version was made with."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "params.yaml"
         path.write_text(_git(root, "show", f"{commit}:./params.yaml") + "\n", encoding="utf-8")
         try:
-            committed = config.load(path)
-        except UserError:  # of a medgen that knew other keys
+            return making(config.load(path)) == making(Params.model_validate(params))
+        except (UserError, ValidationError):  # of a medgen that knew other keys
             return False
-    return making(committed) == making(params)
 
 
 def _print_commands(
-    project: Project, version: Version, commit: str, folder: str, data: str | None, params: Params | None
+    project: Project,
+    tracking: Tracking,
+    version: Version,
+    commit: str,
+    folder: str,
+    data: str | None,
+    params: dict[str, Any] | None,
 ) -> None:
-    tree = f"../{version.name}-{version.number}"
+    above = "../" * (1 + len(Path(folder).parts))  # beside the repository, not in it
+    tree = f"{above}{version.name}-{version.number}"
     lines = [
         f"git worktree add --detach {shlex.quote(tree)} {commit}",
         f"cd {shlex.quote(os.path.join(tree, folder).rstrip('/'))}",
@@ -120,10 +155,14 @@ def _print_commands(
     if params is not None:
         lines += [
             "# its parameters are not those of params.yaml there",
+            f"export MLFLOW_TRACKING_URI={shlex.quote(without_password(store_uri(project, tracking)))}",
             f"mlflow artifacts download --artifact-uri {version.uri}/artifacts/{PARAMS} --dst-path .",
             f"mv {PARAMS} params.yaml",
         ]
-    lines.append(f"dvc {' '.join(REPRO)}")
+    lines += [
+        "# with tracking.enabled: false in params.yaml nothing of it is recorded or registered",
+        f"dvc {' '.join(REPRO)}",
+    ]
     notes = [f"# {version.uri}"]
     if version.tags.get("git.dirty") != "false":
         notes.append("# trained with changes that are not in this commit: what comes out may differ")
@@ -132,19 +171,33 @@ def _print_commands(
     print("\n".join(notes + lines))
 
 
-def _rebuild(there: Project, project: Project, data: str | None, params: Params | None) -> Project:
-    """Runs all stages in the work tree; nothing of it is recorded or registered."""
+def _rebuild(there: Project, project: Project, data: str | None, params: dict[str, Any] | None) -> Project:
+    """Runs all stages in the work tree; nothing of it is recorded or registered, or kept by DVC."""
     if data:
-        _dvc(there, "config", "--local", "cache.dir", str(_cache(project)))
+        _share_dvc(there, project)
         try:
             _dvc(there, "checkout", data)
         except UserError:
             _dvc(there, "pull", data)
-    params = params or config.load(there.root / "params.yaml")
-    untracked = params.model_copy(update={"tracking": params.tracking.model_copy(update={"enabled": False})})
-    (there.root / "params.yaml").write_text(untracked.model_dump_json(indent=2), encoding="utf-8")
-    _dvc(there, *REPRO)
+    path = there.root / "params.yaml"
+    plain = params or YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    plain["tracking"] = {**(plain.get("tracking") or {}), "enabled": False}
+    path.write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    _dvc(there, *REPRO, "--no-commit")
     return there
+
+
+def _share_dvc(there: Project, project: Project) -> None:
+    """Gives the work tree this project's cache, its own settings, and remotes whose address is relative to it."""
+    own = project.root / ".dvc" / "config.local"
+    if own.is_file():
+        shutil.copy(own, there.root / ".dvc" / "config.local")
+    for line in _command(project.root, sys.executable, "-m", "dvc", "remote", "list").splitlines():
+        name, address = line.split(maxsplit=1)
+        place = project.root / address.removesuffix("(default)").strip()
+        if place.is_dir():
+            _dvc(there, "remote", "modify", "--local", name, "url", str(place.resolve()))
+    _dvc(there, "config", "--local", "cache.dir", str(_cache(project)))
 
 
 def _cache(project: Project) -> Path:
@@ -159,9 +212,10 @@ def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None
         Refused: they differ by more than the machine accounts for.
     """
     dataset = version.tags.get("dataset.fingerprint")
-    if (judged_on := version.tags.get(JUDGED_ON)) not in (None, dataset):
-        print(f"{version.uri} was judged again on dataset {judged_on}; the rebuilt one is judged on its own, {dataset}")
     both = sorted(version.metrics.keys() & metrics.keys())
+    if (judged_on := version.tags.get(JUDGED_ON)) not in (None, dataset):
+        print(f"Its metrics are of another dataset, {judged_on}, so only model and prior are compared.")
+        both = []
     different = [key for key in both if version.metrics[key] != metrics[key]]
     table = Table(title=f"{version.uri}, registered and rebuilt", title_justify="left")
     for heading in ("metric", "registered", "rebuilt"):
@@ -175,7 +229,8 @@ def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None
         )
         return
     far = [key for key in (SSIM, DICE) if key in both and abs(version.metrics[key] - metrics[key]) > TOLERANCE]
-    if KID in both and not version.metrics[KID_LOW] <= metrics[KID] <= version.metrics[KID_HIGH]:
+    low, high = (version.metrics.get(end, version.metrics.get(KID, 0.0)) for end in (KID_LOW, KID_HIGH))
+    if KID in both and not low <= metrics[KID] <= high:
         far.append(KID)
     if far or not both:
         raise Refused(

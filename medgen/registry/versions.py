@@ -1,6 +1,7 @@
 """Registered versions: asking the store for them, and fetching one."""
 
 import atexit
+import math
 import re
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 _UNKNOWN = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # what MLflow says of versions that are not there
 JUDGED_ON, JUDGED_BY = "evaluated.dataset", "evaluated.extractor"  # tags: what its metrics were measured with
+COPIES_AMONG = "evaluated.copies_among"  # tag: how many test images the copy rate was measured against
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
 
 
@@ -44,7 +46,8 @@ class Version:
     @property
     def metrics(self) -> dict[str, float]:
         """What it was judged by: the keys of metrics.json."""
-        return {name: float(text) for name, text in self.tags.items() if name.startswith(METRIC_GROUPS)}
+        found = {name: _number(text) for name, text in self.tags.items() if name.startswith(METRIC_GROUPS)}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def all_versions(client: "MlflowClient", name: str) -> list[Version]:
@@ -81,6 +84,8 @@ def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any] | No
     if not metrics or provenance is None:
         return tags
     extractors = {of: found["sha256"] for of, found in provenance["extractors"].items()}
+    if "privacy/copy_rate" in metrics:
+        tags[COPIES_AMONG] = tags["run/num_test"]
     return tags | {JUDGED_ON: provenance["dataset"], **({JUDGED_BY: extractors["domain"]} if extractors else {})}
 
 
@@ -94,12 +99,16 @@ def set_tags(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str,
     stale: set[str] = set()
     if any(key.startswith(METRIC_GROUPS) for key in tags):
         stays = () if any(key.startswith("privacy/") for key in tags) else ("privacy/",)
-        judged = {key for key in version.tags if key.startswith((*METRIC_GROUPS, JUDGED_BY))}
-        stale = {key for key in judged if not key.startswith(stays)} - tags.keys()
-    for key in stale:
+        had = {key for key in version.tags if key.startswith(METRIC_GROUPS)}
+        stale = {key for key in had if not key.startswith(stays)} - tags.keys()
+    judged = {JUDGED_ON, JUDGED_BY}
+    if stale or any(key.startswith(METRIC_GROUPS) for key in news):
+        stale |= judged & version.tags.keys()  # first to go and last to come: a kill leaves no mixture that looks whole
+        news |= {key: tags[key] for key in judged & tags.keys()}
+    for key in sorted(stale, key=lambda key: key not in judged):
         client.delete_model_version_tag(version.name, version.version, key)
-    for key, value in news.items():
-        client.set_model_version_tag(version.name, version.version, key, value)
+    for key in sorted(news, key=lambda key: key in judged):
+        client.set_model_version_tag(version.name, version.version, key, news[key])
     return bool(news or stale)
 
 
@@ -113,6 +122,14 @@ def aliases(client: "MlflowClient", name: str) -> dict[str, int]:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return {}
+
+
+def _number(text: str) -> float:
+    """NaN for what is none: anyone may edit a tag."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _version(found: "ModelVersion") -> Version:

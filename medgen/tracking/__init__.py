@@ -28,11 +28,23 @@ from medgen.tracking.mirror import Mirror, unreachable
 from medgen.tracking.naming import telling_tags
 from medgen.tracking.worker import Worker
 
+PRIOR_ORIGIN = "prior_origin.json"  # of a run: what made its prior
 LOCK_PATIENCE_SECONDS = 10.0  # lets a process that is ending end
 
 RECORDS = ("*", "tune/*", "tune/*/trial_*/runs/*")  # in runs/: trainings, searches, and after them their trials
 
-__all__ = ["RunRecord", "Synced", "Tracker", "flatten", "history", "lineage", "mirror_run", "read_run", "sync"]
+__all__ = [
+    "PRIOR_ORIGIN",
+    "RunRecord",
+    "Synced",
+    "Tracker",
+    "flatten",
+    "history",
+    "lineage",
+    "mirror_run",
+    "read_run",
+    "sync",
+]
 
 
 class Tracker:
