@@ -153,7 +153,7 @@ def _what_it_is(info: BundleInfo, prior: str | None) -> str:
     classes = ", ".join(map(plain, info.classes)) or "none"
     return (
         f"{info.model.name} with the prior {prior}: draws images {height}×{width}×{channels} uint8; "
-        f"classes: {classes}. Input: n, label (optional), seed (optional)."
+        f"classes: {classes}. Input: n, label and seed of new images, or an image (base64) to reconstruct."
     )
 
 
