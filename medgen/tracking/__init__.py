@@ -28,7 +28,7 @@ from medgen.tracking.mirror import Mirror, unreachable
 from medgen.tracking.naming import telling_tags
 from medgen.tracking.worker import Worker
 
-PRIOR_ORIGIN = "prior_origin.json"  # of a run: what made its prior
+PRIOR_ORIGIN = "prior.origin.json"  # of a run: what made its prior
 LOCK_PATIENCE_SECONDS = 10.0  # lets a process that is ending end
 
 RECORDS = ("*", "tune/*", "tune/*/trial_*/runs/*")  # in runs/: trainings, searches, and after them their trials
