@@ -63,14 +63,15 @@ def _alike(candidate: Version, champion: Version | None) -> Gate:
 
 
 def _lineage(candidate: Version, champion: Version | None) -> list[Gate]:
-    def row(name: str, key: str, wanted: str = "known", changed: bool = False) -> Gate:
+    def row(name: str, key: str, wanted: str = "known", changed: str = "") -> Gate:
         def words(version: Version | None) -> str:
             value = (version.tags.get(key) or "unknown")[:SHORT] if version else NOTHING
-            return f"{value}, files changed" if version is candidate and changed else value
+            return f"{value}{changed}" if version is candidate else value
 
         return Gate(name, words(candidate), words(champion), wanted, words(candidate) != "unknown" and not changed)
 
-    changed = candidate.tags.get("git.dirty") != "false"
+    state = candidate.tags.get("git.dirty") or "unknown"
+    changed = {"false": "", "true": ", files changed"}.get(state, ", changes unknown")
     return [
         row("git commit", "git.commit", "known, no file changed", changed),
         row("data", "data.md5"),
