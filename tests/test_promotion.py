@@ -275,6 +275,13 @@ def test_models_judged_unalike_are_refused_with_the_commands_that_mend_it(projec
         promote(project, tracking=Tracking(), registry=register.registry)
 
 
+def test_a_version_of_an_older_medgen_is_judged_first(project: Project, register: Any) -> None:
+    """It has metrics, and does not say what they were measured with."""
+    register(**{"evaluated.dataset": None, "evaluated.extractor": None})
+    with pytest.raises(Refused, match=rf"`medgen evaluate --model models:/{register.name}/1`, then promote again"):
+        promote(project, tracking=Tracking(), registry=register.registry)
+
+
 def test_force_is_recorded(project: Project, register: Any) -> None:
     register(METRICS | {"reconstruction/ssim": 0.1})
     why = "the only one there is; Ärzte wissen es"

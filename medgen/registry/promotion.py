@@ -21,6 +21,7 @@ from medgen.registry.page import about_model, plain
 from medgen.registry.versions import (
     CANDIDATE,
     CHAMPION,
+    JUDGED_ON,
     PREVIOUS,
     Version,
     aliases,
@@ -247,7 +248,7 @@ def _refusal(candidate: Version, champion: Version | None, failed: Sequence[str]
 
 
 def _is_judged(version: Version) -> bool:
-    return SSIM in version.metrics or DICE in version.metrics
+    return JUDGED_ON in version.tags and (SSIM in version.metrics or DICE in version.metrics)
 
 
 def _was_trained_on(version: Version, dataset: str) -> bool:
