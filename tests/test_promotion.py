@@ -325,6 +325,11 @@ def test_rollback_goes_back_step_by_step(project: Project, register: Any) -> Non
     assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
 
 
+def test_rollback_where_nothing_was_ever_registered(project: Project) -> None:
+    with pytest.raises(UserError, match="models:/nothing: the champion is none"):
+        rollback(project, tracking=Tracking(), registry=Registry(model_name="nothing"))
+
+
 def test_rollback_without_a_champion(project: Project, register: Any) -> None:
     register()
     with pytest.raises(UserError, match="the champion is none"):

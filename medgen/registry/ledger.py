@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from medgen.errors import UserError, printable
+from medgen.registry.versions import registered_model
 from medgen.tracking.mirror import user
 
 if TYPE_CHECKING:
@@ -170,4 +171,5 @@ def _claims(client: "MlflowClient", name: str) -> dict[str, str]:
 
 
 def _tags(client: "MlflowClient", name: str) -> dict[str, str]:
-    return dict(client.get_registered_model(name).tags)
+    model = registered_model(client, name)
+    return dict(model.tags) if model else {}

@@ -16,7 +16,7 @@ from medgen.errors import UserError
 from medgen.tracking.mirror import REFUSALS, connect, first_line, load_mlflow, store_uri, unreachable
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.tracking import MlflowClient
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
@@ -112,16 +112,22 @@ def set_tags(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str,
     return bool(news or stale)
 
 
-def aliases(client: "MlflowClient", name: str) -> dict[str, int]:
-    """Alias to version number; empty where there is no such model."""
+def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel | None":
+    """The registered model, or None where there is none of the name."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
+        return client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return {}
+        return None
+
+
+def aliases(client: "MlflowClient", name: str) -> dict[str, int]:
+    """Alias to version number; empty where there is no such model."""
+    found = registered_model(client, name)
+    return {alias: int(number) for alias, number in found.aliases.items()} if found else {}
 
 
 def _number(text: str) -> float:
