@@ -6,9 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -417,3 +419,25 @@ def test_lineage_without_git_and_data(tmp_path: Path) -> None:
     found = lineage(Project(tmp_path))
     assert set(found) == LINEAGE
     assert (found["git.commit"], found["git.dirty"], found["data.md5"]) == ("unknown", "unknown", "unknown")
+
+
+@pytest.mark.parametrize(("code", "said"), [(401, "asks who you are; set MLFLOW_TRACKING_USERNAME"), (403, "allow")])
+def test_a_server_that_lets_nobody_in_is_not_said_to_be_away(tmp_path: Path, code: int, said: str) -> None:
+    class Closed(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(code)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    project = Project(tmp_path)
+    with Tracker.open(project.runs / "0123456789ab", Tracking(enabled=False), project, "a run") as tracker:
+        tracker.metrics({"val/ssim": 0.5}, step=1)
+    with HTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        closed = Tracking(uri=f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match=said):
+            sync(project, closed)
+        server.shutdown()

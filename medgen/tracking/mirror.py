@@ -35,6 +35,10 @@ REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow will never take 
 # What is said of the finished model, not of an epoch. The page draws bars, run beside run, of what it knows at step 0
 # only, and a dot on an axis of epochs of anything else.
 FINAL = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "prior/", "run/num_")
+NOT_LET_IN = {
+    "UNAUTHENTICATED": "asks who you are; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and run it again",
+    "PERMISSION_DENIED": "does not allow it: to this account, or under this name of the server (its --allowed-hosts)",
+}
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow keeps
 
 
@@ -217,8 +221,18 @@ class Mirror:
 
 
 def unreachable(project: Project, tracking: Tracking, error: Exception, consequence: str) -> UserError:
-    """The error for a store that does not answer; `consequence` says what was not done and what to do."""
+    """The error for a store that does not answer, or lets nobody in without a word.
+
+    Args:
+        project: whose store.
+        tracking: where it is.
+        error: what MLflow or the network raised.
+        consequence: what was not done, and what to do.
+    """
     uri = without_password(store_uri(project, tracking))
+    refusal = NOT_LET_IN.get(getattr(error, "error_code", ""))
+    if refusal:
+        return UserError(f"tracking.uri: {uri} {refusal}")
     return UserError(f"tracking.uri: {uri} does not answer ({first_line(error)}); {consequence}")
 
 
