@@ -223,7 +223,6 @@ def _describe(
     has_picture: bool,
 ) -> None:
     """A version's tags, description and picture."""
-
     assert version.source
     has_picture = has_picture and page.picture_of(project).exists()
     text = page.about_version(version.name, int(version.version), info, _prior_name(project), tags, has_picture)

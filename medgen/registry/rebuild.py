@@ -47,7 +47,10 @@ def reproduce(
     with answering(project, tracking, "start the server first"):
         client, _ = connect(project, tracking)
         found = find(client, registry.model_name, version)
-    commit, folder = _commit(project, found), _prefix(project.root)
+    commit = _commit(project, found)
+    folder = _git(
+        project.root, "rev-parse", "--show-prefix"
+    )  # of the project in its repository, with a slash behind it
     there = _git(project.root, "ls-tree", "--name-only", commit).splitlines()  # of this folder, relative to it
     data = next((name for name in ("data.dvc", *sorted(there)) if name.endswith(".dvc") and name in there), None)
     kept = load(found.uri, project, tracking) / PARAMS  # versions of an older medgen have none
@@ -101,11 +104,6 @@ def _commit(project: Project, version: Version) -> str:
             "(a shallow clone: `git fetch --unshallow`), or go to the repository it was trained in"
         ) from None
     return commit
-
-
-def _prefix(root: Path) -> str:
-    """The project's folder inside its repository, with a slash behind it; empty at the top."""
-    return _git(root, "rev-parse", "--show-prefix")
 
 
 def _check_data(project: Project, version: Version, commit: str, data: str | None) -> None:
