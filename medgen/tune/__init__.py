@@ -70,9 +70,8 @@ def run(
         check_same(file, params)
     console = Console(highlight=False)
     search = prepare(project, params, trials, timeout)
-    write_atomic(
-        search.folder / file.name, file.read_bytes()
-    )  # best.yaml is made from it, whatever is edited meanwhile
+    with alone(project):  # best.yaml is made from it, whatever is edited meanwhile
+        write_atomic(search.folder / file.name, file.read_bytes())
     devices = [] if params.train.device == "cpu" else gpus()
     places = seats(workers or max(1, len(devices)), num_threads(), devices)
     with lost(params.tune.storage):
@@ -117,15 +116,22 @@ def conclude(
     """Says what was found, draws it, writes best.yaml, ends the record; returns the best trial."""
     best, folder = study.winner(), search.project.reports / "tune"
     print_summary(study, file)
-    files = write_figures(study, folder)
-    if best is not None:
-        try:
-            files.append(write_best(study, best, search.folder / file.name, folder))
-        except UserError as error:
-            console.print(f"no best.yaml: {error}", markup=False, soft_wrap=True)
-    keep_record(search, study, status, best, files)
+    with alone(search.project):
+        files = write_figures(study, folder)
+        if best is not None:
+            try:
+                files.append(write_best(study, best, search.folder / file.name, folder))
+            except UserError as error:
+                console.print(f"no best.yaml: {error}", markup=False, soft_wrap=True)
+        keep_record(search, study, status, best, files)
     sender.send_rest(console)
     return best
+
+
+def alone(project: Project) -> FileLock:
+    """A context in which no other search of this folder is: they share the data, the extractor and reports/tune/."""
+    project.runs.mkdir(parents=True, exist_ok=True)
+    return FileLock(project.runs / "tune.lock")
 
 
 def prepare(project: Project, params: Params, trials: int, timeout: float | None) -> Search:
@@ -139,8 +145,7 @@ def prepare(project: Project, params: Params, trials: int, timeout: float | None
     space = build_space(params)
     check_weights(params, space)
     first = trial_params(params, {})
-    project.runs.mkdir(parents=True, exist_ok=True)
-    with FileLock(project.runs / "tune.lock"):
+    with alone(project):
         store = prepare_store(project, params)
         extractor = "" if MODELS[params.model.name].target == "mask" else prepare_extractor(project, params, store)
     if store.counts["val"] < evaluate.MIN_IMAGES:

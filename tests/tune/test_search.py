@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,7 @@ import pytest
 import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from rich.console import Console
 
 from medgen import evaluate, train, tune
 from medgen.config import Project, load
@@ -369,10 +372,36 @@ def test_two_commands_work_on_one_study(search_project, request, storage):
     project, _ = search_project(**own)
     processes = [start(project, 4) for _ in range(2)]
     said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     study = study_of(project)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
     assert [trial.user_attrs["attempts"] for trial in study.trials] == [1] * 4
+
+
+def test_two_commands_that_end_at_once_write_their_reports_in_turn(search_project, monkeypatch):
+    project, params = search_project()
+    search, _ = run_here(project, params, 2)
+    both_inside = threading.Barrier(2, timeout=1.0)
+    write_figures = tune.write_figures
+
+    def meet(*args):
+        try:
+            both_inside.wait()
+        except threading.BrokenBarrierError:  # the other waits for its turn
+            return write_figures(*args)
+        raise AssertionError("both write at once")
+
+    monkeypatch.setattr(tune, "write_figures", meet)
+    file = project.root / "params.yaml"
+    (search.folder / file.name).write_bytes(file.read_bytes())
+
+    def conclude(_):
+        study = worker.open_study(search)
+        sender = tune.Sender(search, study, worker.UNTRACKED)
+        return tune.conclude(search, study, "FINISHED", file, sender, Console()).number
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len(set(pool.map(conclude, range(2)))) == 1
 
 
 @pytest.mark.slow
