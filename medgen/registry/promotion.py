@@ -77,7 +77,7 @@ def promote(
         _print(gates, candidate, champion)
         failed = list(dict.fromkeys(gate.name for gate in gates if not gate.passed))
         if failed and force is None:
-            raise Refused(_refusal(candidate, champion, failed))
+            raise Refused(_refusal(candidate, champion, failed, standing.get(CHAMPION)))
         why = force or "all gates passed"
         metrics = {key: candidate.metrics[key] for key in SHOWN if key in candidate.metrics}
         new = entry("promote", name, standing.get(CHAMPION), candidate.number, why, bool(failed), metrics, failed)
@@ -235,9 +235,13 @@ def _check_why(option: str, why: str) -> None:
         raise UserError(f"{option}: expected a reason of 1 to {MAX_WHY} printable characters, found {len(why)}{odd}")
 
 
-def _refusal(candidate: Version, champion: Version | None, failed: Sequence[str]) -> str:
-    stays = f"; version {champion.number} stays champion" if champion else ""
-    text = f"{candidate.uri} is not promoted: {', '.join(failed)} did not hold{stays}."
+def _refusal(candidate: Version, champion: Version | None, failed: Sequence[str], stays: int | None) -> str:
+    text = f"{candidate.uri} is not promoted: {', '.join(failed)} did not hold"
+    if stays:
+        text += f"; version {stays} stays champion"
+    if champion and champion.number != stays:
+        text += f"; version {champion.number}, the last champion on record, was the measure"
+    text += "."
     to_judge = [version for version in (champion, candidate) if version and not _is_judged(version)]
     if champion and not to_judge and not are_alike(candidate, champion):
         to_judge = [champion, candidate]
