@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sqlite3
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -33,6 +34,7 @@ OLDEST_PYTHON = (3, 11)
 LITTLE_MEMORY = 3e9  # bytes; the sample run takes about 2 GB
 LITTLE_DISK, NO_DISK = 5e9, 1e9
 DVC_SECONDS = 60.0
+ISSUER = "MLFLOW_TRACKING_SERVER_CERT_PATH"  # MLflow's: who signed the tracking server's certificate
 
 
 @dataclass(frozen=True)
@@ -274,8 +276,13 @@ def _tracking_server(uri: str, timeout: float) -> Finding:
     parts = urllib.parse.urlsplit(uri)
     host = parts.netloc.rpartition("@")[2]  # a password in the address is neither sent here nor shown
     address = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/health", "", ""))
+    issuer = os.environ.get(ISSUER)
     try:
-        with urllib.request.urlopen(address, timeout=timeout) as answer:
+        trusted = ssl.create_default_context(cafile=issuer)
+    except OSError as error:
+        return Finding("tracking", "fail", f"{ISSUER}: {issuer}: {error}", "Set it to the file of the certificate")
+    try:
+        with urllib.request.urlopen(address, timeout=timeout, context=trusted) as answer:
             answer.read(64)
     except urllib.error.HTTPError as error:
         mend = "Start the server with `--allowed-hosts` naming this host" if error.code == 403 else "Check tracking.uri"

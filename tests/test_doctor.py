@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import trustme
 
 from medgen import doctor
 from medgen.config import Data, Evaluate, Loss, Phase, Project, Tracking, Train, Weights
@@ -220,41 +223,57 @@ def test_tracking_elsewhere(project: Project, uri: str, level: str) -> None:
     assert doctor._tracking(project, Tracking(uri=uri, enabled=False)).level == "ok"
 
 
-@pytest.fixture
-def health_server(project: Project) -> Iterator[Callable[[int], str]]:
-    codes = {"/health": 200}
+class Health(BaseHTTPRequestHandler):
+    code = 200
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(codes.get(self.path, 404))
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def do_GET(self) -> None:
+        self.send_response(self.code if self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            pass
+    def log_message(self, *_: object) -> None:
+        pass
 
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+@contextmanager
+def serving(handler: type[Health], secured: ssl.SSLContext | None = None) -> Iterator[str]:
+    """Address of a server, with a password in it."""
+    running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if secured:
+        running.socket = secured.wrap_socket(running.socket, server_side=True)
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-
-    def answering(code: int) -> str:
-        codes["/health"] = code
-        return f"http://someone:secret@127.0.0.1:{running.server_address[1]}/"
-
-    yield answering
+    yield f"{'https' if secured else 'http'}://someone:secret@127.0.0.1:{running.server_address[1]}/"
     running.shutdown()
     thread.join()
     running.server_close()
 
 
 @pytest.mark.parametrize(("code", "level", "hint"), [(200, "ok", ""), (403, "warn", "--allowed-hosts")])
-def test_tracking_server(
-    project: Project, health_server: Callable[[int], str], code: int, level: str, hint: str
-) -> None:
-    finding = doctor._tracking(project, Tracking(uri=health_server(code)))
+def test_tracking_server(project: Project, code: int, level: str, hint: str) -> None:
+    with serving(type("Handler", (Health,), {"code": code})) as uri:
+        finding = doctor._tracking(project, Tracking(uri=uri))
     assert finding.level == level
     assert hint in finding.mend
     assert "secret" not in finding.found
+
+
+@pytest.mark.parametrize(
+    ("issuer", "level", "found"),
+    [("ca.pem", "ok", "https://127.0.0.1"), (None, "warn", "CERTIFICATE_VERIFY_FAILED"), ("no.pem", "fail", "no.pem")],
+)
+def test_tracking_server_with_a_certificate_of_its_own(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, issuer: str | None, level: str, found: str
+) -> None:
+    authority, secured = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(secured)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.delenv(doctor.ISSUER, raising=False)
+    if issuer:
+        monkeypatch.setenv(doctor.ISSUER, str(tmp_path / issuer))
+    with serving(Health, secured) as uri:
+        finding = doctor._tracking(project, Tracking(uri=uri))
+    assert (finding.level, found in finding.found) == (level, True), finding
 
 
 def test_a_tracking_server_that_is_away_is_a_warning(project: Project) -> None:
