@@ -276,7 +276,7 @@ def _tracking_server(uri: str, timeout: float) -> Finding:
     parts = urllib.parse.urlsplit(uri)
     host = parts.netloc.rpartition("@")[2]  # a password in the address is neither sent here nor shown
     address = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/health", "", ""))
-    issuer = os.environ.get(ISSUER)
+    issuer = os.environ.get(ISSUER) if parts.scheme == "https" else None
     try:
         trusted = ssl.create_default_context(cafile=issuer)
     except OSError as error:

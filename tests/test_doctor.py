@@ -250,7 +250,8 @@ def serving(handler: type[Health], secured: ssl.SSLContext | None = None) -> Ite
 
 
 @pytest.mark.parametrize(("code", "level", "hint"), [(200, "ok", ""), (403, "warn", "--allowed-hosts")])
-def test_tracking_server(project: Project, code: int, level: str, hint: str) -> None:
+def test_tracking_server(project: Project, monkeypatch: pytest.MonkeyPatch, code: int, level: str, hint: str) -> None:
+    monkeypatch.setenv(doctor.ISSUER, "/no/such/file")  # nothing to a server without a certificate
     with serving(type("Handler", (Health,), {"code": code})) as uri:
         finding = doctor._tracking(project, Tracking(uri=uri))
     assert finding.level == level

@@ -70,7 +70,7 @@ def run(
         check_same(file, params)
     console = Console(highlight=False)
     search = prepare(project, params, trials, timeout)
-    with alone(project):  # best.yaml is made from it, whatever is edited meanwhile
+    with reporting(project):  # best.yaml is made from it, whatever is edited meanwhile
         write_atomic(search.folder / file.name, file.read_bytes())
     devices = [] if params.train.device == "cpu" else gpus()
     places = seats(workers or max(1, len(devices)), num_threads(), devices)
@@ -116,7 +116,7 @@ def conclude(
     """Says what was found, draws it, writes best.yaml, ends the record; returns the best trial."""
     best, folder = study.winner(), search.project.reports / "tune"
     print_summary(study, file)
-    with alone(search.project):
+    with reporting(search.project):
         files = write_figures(study, folder)
         if best is not None:
             try:
@@ -128,10 +128,12 @@ def conclude(
     return best
 
 
-def alone(project: Project) -> FileLock:
-    """A context in which no other search of this folder is: they share the data, the extractor and reports/tune/."""
-    project.runs.mkdir(parents=True, exist_ok=True)
-    return FileLock(project.runs / "tune.lock")
+def reporting(project: Project) -> FileLock:
+    """A context in which no other search of the project writes what they share: reports/tune/, a study's files.
+
+    Not the lock of `prepare`, which may train an extractor: a search that was told to stop has seconds to conclude.
+    """
+    return FileLock(project.runs / "tune_reports.lock")
 
 
 def prepare(project: Project, params: Params, trials: int, timeout: float | None) -> Search:
@@ -145,7 +147,8 @@ def prepare(project: Project, params: Params, trials: int, timeout: float | None
     space = build_space(params)
     check_weights(params, space)
     first = trial_params(params, {})
-    with alone(project):
+    project.runs.mkdir(parents=True, exist_ok=True)
+    with FileLock(project.runs / "tune.lock"):
         store = prepare_store(project, params)
         extractor = "" if MODELS[params.model.name].target == "mask" else prepare_extractor(project, params, store)
     if store.counts["val"] < evaluate.MIN_IMAGES:
