@@ -371,6 +371,10 @@ class Project:
         return self._own / "artifacts" / "prior"
 
     @property
+    def evaluation(self) -> Path:
+        return self._own / "artifacts" / "evaluation"
+
+    @property
     def runs(self) -> Path:
         return self._own / "runs"
 

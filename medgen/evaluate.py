@@ -24,14 +24,20 @@ from medgen.data.store import Split, Store, open_store
 from medgen.data.weights import WEIGHTS, checked_weights
 from medgen.distributed import pick_device
 from medgen.errors import UserError
+from medgen.evaluation_data import EvaluationData, EvaluationInfo, group_numbers, save_evaluation
 from medgen.evaluation_report import NEXT_STEPS, NO_INCEPTION, Row, findings, key_numbers, print_table, write_page
 from medgen.figures import write_grid, write_images, write_pairs, write_stacks
 from medgen.files import hash_file, write_atomic
 from medgen.metrics import generation, latent, privacy, reconstruction
+from medgen.metrics.c2st import MIN_GROUPS, linear_auc, network_auc
+from medgen.metrics.comparison import ImageSet
 from medgen.metrics.features import DomainExtractor, load_extractor
 from medgen.metrics.inception import Inception, fid, inception_score, load_inception
+from medgen.metrics.intervals import Groups, Interval, group_rows, mean_interval
+from medgen.metrics.mmd import kid, median_distance, mmd
+from medgen.metrics.spectrum import band_ratios, log_power, radial_power, spectrum_distance
 from medgen.models import GenerativeModel, ImageModel
-from medgen.priors import Prior, load_prior, sample_images, tells_classes_apart
+from medgen.priors import Prior, iterate_samples, load_prior, sample_images, tells_classes_apart
 from medgen.tracking import Tracker, history, lineage
 
 MIN_IMAGES = 3  # of a set that is compared: KID leaves one out and needs two more
@@ -83,12 +89,25 @@ class Subject:
         return known if self.inception is None else known | {"inception": WEIGHTS["inception"].sha256}
 
 
-class DomainFeatures(NamedTuple):
-    """Features (N, 128) of each set through the domain extractor."""
+class Views(NamedTuple):
+    """The three sets as the measures see them: features (N, 128) by the domain extractor and radial power (N, R)."""
 
-    samples: Tensor
-    train: Tensor  # all of the split
-    held_out: Tensor
+    samples: ImageSet
+    train: ImageSet  # all of the split
+    held_out: ImageSet
+
+    @property
+    def bandwidth(self) -> float:
+        """Bandwidth of the RBF kernel, the same for every model of this dataset and extractor."""
+        return median_distance(self.train.features)
+
+
+class Reconstructions(NamedTuple):
+    """Reconstructions of the held-out split, and how good each is."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    ssim: Tensor  # (N,)
+    metrics: dict[str, float]
 
 
 def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
@@ -108,17 +127,18 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     if not isinstance(model, GenerativeModel):
         return judge_masks(project, store, model, info, evaluate, tracking)
     subject = load(project, store, model, info, evaluate)
-    metrics, reconstructions = judge_reconstructions(subject)
+    reconstructions = judge_reconstructions(subject)
+    metrics = dict(reconstructions.metrics)
     samples = draw_samples(subject)
     train, test = pixels(store.split("train")), pixels(subject.held_out)
     pca = judge_pca(subject, train, test)
     metrics["reconstruction/pca_ssim"] = next(iter(pca.values()))
-    domain = DomainFeatures(*(features(subject, images) for images in (samples, train, test)))
-    metrics |= judge_samples(subject, domain)
-    metrics |= judge_data(subject, samples, test, domain)
+    views = Views(*(view(subject, images) for images in (samples, train, test)))
+    metrics |= judge_samples(subject, samples, test, views)
+    metrics |= judge_data(subject, samples, train, test, views)
     if subject.inception:
         metrics |= judge_through_inception(subject, samples, train, test)
-    copies, pairs = judge_privacy(domain, samples, train, test)
+    copies, pairs = judge_privacy(views, samples, train, test)
     metrics |= copies
     swapped = swap_labels(subject)
     metrics |= judge_labels(subject, samples, swapped)
@@ -128,7 +148,8 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     metrics = rounded(project, metrics)
     write_json(project, "metrics.json", metrics)
     write_json(project, "provenance.json", provenance(project, store, info, evaluate, device, subject.hashes))
-    draw(project, subject, reconstructions)
+    save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
+    draw(project, subject, reconstructions.images)
     draw_nearest(project, samples, train, pairs)
     if swapped:
         label_report.draw(project.figures, swapped, store.classes)
@@ -213,15 +234,17 @@ def judge(
         segmentation_report.draw(project.figures, found, params.grid_images)
         return found.metrics, {}
     subject = load(project, store, model, info, params, split)
-    metrics, _ = judge_reconstructions(subject)
+    reconstructions = judge_reconstructions(subject)
+    metrics = dict(reconstructions.metrics)
     samples = draw_samples(subject)
     write_grid(project.figures / "samples.png", generation.thin(samples, min(len(samples), params.grid_images)))
     train, held_out = pixels(store.split("train")), pixels(subject.held_out)
-    domain = DomainFeatures(*(features(subject, images) for images in (samples, train, held_out)))
-    metrics |= judge_samples(subject, domain)
+    views = Views(*(view(subject, images) for images in (samples, train, held_out)))
+    metrics |= judge_samples(subject, samples, held_out, views)
     if subject.inception:
         metrics |= judge_through_inception(subject, samples, train, held_out)
-    metrics |= judge_privacy(domain, samples, train, held_out)[0]
+    metrics |= judge_privacy(views, samples, train, held_out)[0]
+    save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
     return metrics | judge_labels(subject, samples, swap_labels(subject)), subject.hashes
 
 
@@ -281,8 +304,8 @@ def find_inception(params: Evaluate, device: torch.device) -> Inception | None:
 
 
 @torch.no_grad()
-def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor]:
-    """Metrics of the whole held-out split, and its reconstructions (N, C, H, W)."""
+def judge_reconstructions(subject: Subject) -> Reconstructions:
+    """Reconstructions of the whole held-out split, compared with the originals."""
     originals, results, means, divergences, codes = [], [], [], [], []
     for batch in Loader(subject.held_out, subject.params.batch_size, subject.device).sequential():
         encoded = subject.model.encode(batch.image, batch.label)
@@ -294,14 +317,24 @@ def judge_reconstructions(subject: Subject) -> tuple[dict[str, float], Tensor]:
         if encoded.codes is not None:
             codes.append(encoded.codes.cpu())
     scores = reconstruction.compare(zip(originals, results, strict=True))
-    metrics = {f"reconstruction/{name}": value for name, value in scores.items()}
+    metrics = {f"reconstruction/{name}": float(values.mean()) for name, values in scores.items()}
+    interval = mean_interval(scores["ssim"], patients(subject.held_out))
+    metrics |= {"reconstruction/ssim_ci_low": interval.low, "reconstruction/ssim_ci_high": interval.high}
+    images = torch.cat([quantised(result) for result in results])
+    metrics |= spectrum_metrics("reconstruction", radial_power(images), radial_power(torch.cat(originals)))
     if divergences:  # means are measured against N(0, I)
         metrics["latent/active_units"] = latent.active_units(torch.cat(means))
         metrics["latent/kl_nats"] = float(torch.cat(divergences).mean())
     if codes:
         used = latent.codebook_use(torch.cat(codes), subject.info.model.num_codes)
         metrics |= {f"latent/{name}": value for name, value in used.items()}
-    return metrics, torch.cat(results)
+    return Reconstructions(images, scores["ssim"], metrics)
+
+
+def spectrum_metrics(group: str, power: Tensor, real: Tensor) -> dict[str, float]:
+    """Ratio of radial power (N, R) to that of real images (M, R) by band, and the distance of the whole spectra."""
+    ratios = {f"{group}/spectrum_ratio_{band}": ratio for band, ratio in enumerate(band_ratios(power, real), start=1)}
+    return {**ratios, f"{group}/spectrum_distance": spectrum_distance(power, real)}
 
 
 def judge_pca(subject: Subject, train: Tensor, test: Tensor) -> dict[int, float]:
@@ -312,45 +345,119 @@ def judge_pca(subject: Subject, train: Tensor, test: Tensor) -> dict[int, float]
 
 @torch.no_grad()
 def draw_samples(subject: Subject) -> Tensor:
-    """The images that are judged, (N, C, H, W) in [0, 1], in the train split's mix of classes."""
+    """The samples that are measured, (N, C, H, W) uint8 as they would be saved, in the train split's mix of classes.
+
+    Raises:
+        UserError: the model or its prior gives values that are not finite.
+    """
     params = subject.params
     labels = subject.asked_labels
-    return sample_images(subject.prior, subject.model, params.num_generated, labels, params.seed, params.batch_size)
+    images = iterate_samples(subject.prior, subject.model, params.num_generated, labels, params.seed, params.batch_size)
+    return torch.cat([quantised(part) for part, _ in images])
 
 
-def judge_samples(subject: Subject, domain: DomainFeatures) -> dict[str, float]:
-    """Generated against held-out images."""
-    kid = generation.kid(domain.held_out, domain.samples, patients(subject.held_out))
-    metrics = {
-        "kid_domain": kid.value,
-        "kid_domain_ci_low": kid.low,
-        "kid_domain_ci_high": kid.high,
-        "fd_domain": generation.frechet_distance(domain.held_out, domain.samples),
-    }
-    metrics |= generation.manifold(domain.held_out, domain.samples)._asdict()
-    return {f"generation/{name}": value for name, value in metrics.items()}
+def quantised(images: Tensor) -> Tensor:
+    """Floats in [0, 1] as uint8, like every real image: a classifier would tell the two apart by that alone.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    if not bool(torch.isfinite(images).all()):
+        raise UserError("the model's images hold values that are not finite; train the model again")
+    return (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
 
 
-def judge_data(subject: Subject, samples: Tensor, test: Tensor, domain: DomainFeatures) -> dict[str, float]:
-    """As many train images as samples, or all, against the same test images; and how diverse samples and tests are."""
+def judge_samples(subject: Subject, samples: Tensor, held_out: Tensor, views: Views) -> dict[str, float]:
+    """Samples against held-out images, by every measure, with 95 % intervals by patient."""
+    groups = patients(subject.held_out)
+    intervals = distances(views.samples, views.held_out, views.bandwidth, groups)
+    intervals |= generation.manifold_intervals(views.held_out.features, views.samples.features, groups)
+    intervals |= realism(subject, samples, views.samples, held_out, views.held_out)
+    metrics = with_bounds(intervals) | spectrum_metrics("generation", views.samples.power, views.held_out.power)
+    return metrics
+
+
+def judge_data(subject: Subject, samples: Tensor, train: Tensor, test: Tensor, views: Views) -> dict[str, float]:
+    """The same measures of as many train images as there are samples, or all; and how diverse samples and tests are."""
     seed = seed_of(subject.params.seed)
-    train = generation.thin(domain.train, min(len(domain.train), subject.params.num_generated))
-    metrics = {
-        "kid_domain_floor": generation.kid(domain.held_out, train).value,
-        "fd_domain_floor": generation.frechet_distance(domain.held_out, train),
-        "ms_ssim_diversity": generation.ms_ssim_diversity(samples, seed=seed),
-        "ms_ssim_diversity_real": generation.ms_ssim_diversity(test.float() / 255.0, seed=seed),
+    rows = generation.thin(torch.arange(len(train)), min(len(train), subject.params.num_generated))
+    real = ImageSet(views.train.features[rows], views.train.power[rows])
+    keys = patients(subject.store.split("train"))
+    groups = None if keys is None else [keys[row] for row in rows.tolist()]
+    floors = distances(real, views.held_out, views.bandwidth, patients(subject.held_out), groups)
+    floors |= realism(subject, train[rows], real, test, views.held_out, groups)
+    metrics = {f"generation/{name}_floor": interval.value for name, interval in floors.items()}
+    metrics["generation/spectrum_distance_floor"] = spectrum_distance(real.power, views.held_out.power)
+    metrics["generation/ms_ssim_diversity"] = generation.ms_ssim_diversity(samples.float() / 255.0, seed=seed)
+    metrics["generation/ms_ssim_diversity_real"] = generation.ms_ssim_diversity(test.float() / 255.0, seed=seed)
+    shares = generation.manifold(views.held_out.features, real.features)._asdict()
+    return metrics | {f"generation/{name}_real": value for name, value in shares.items()}
+
+
+def distances(
+    images: ImageSet, held_out: ImageSet, bandwidth: float, groups: Groups, own_groups: Groups = None
+) -> dict[str, Interval]:
+    """Distances of a set from the held-out images through the domain extractor."""
+    return {
+        "kid_domain": kid(held_out.features, images.features, groups, own_groups),
+        "mmd_domain": mmd(held_out.features, images.features, bandwidth, groups, own_groups).interval,
+        "fd_domain": generation.frechet_interval(held_out.features, images.features, groups, own_groups),
     }
-    real = generation.manifold(domain.held_out, train)._asdict()
-    metrics |= {f"{name}_real": value for name, value in real.items()}
-    return {f"generation/{name}": value for name, value in metrics.items()}
+
+
+def realism(
+    subject: Subject,
+    images: Tensor,
+    view: ImageSet,
+    held_out: Tensor,
+    held_out_view: ImageSet,
+    own_groups: Groups = None,
+) -> dict[str, Interval]:
+    """How well classifiers tell a set from the held-out images, by what they look at; nothing where those are few."""
+    groups = patients(subject.held_out)
+    if min(len(group_rows(len(images), own_groups)), len(group_rows(len(held_out), groups))) < MIN_GROUPS:
+        return {}
+    seed = seed_of(subject.params.seed, 3) % 2**31
+    found = {
+        "spectrum": linear_auc(log_power(held_out_view.power), log_power(view.power), groups, own_groups),
+        "domain": linear_auc(held_out_view.features, view.features, groups, own_groups),
+        "pixels": network_auc(held_out, images, groups, own_groups, seed, subject.device),
+    }
+    highest = max(found.values(), key=lambda interval: interval.value)
+    return {"c2st_auc": highest} | {f"c2st_auc_{name}": interval for name, interval in found.items()}
+
+
+def with_bounds(intervals: Mapping[str, Interval]) -> dict[str, float]:
+    """Metrics NAME, NAME_ci_low and NAME_ci_high of each interval."""
+    ends = {"": "value", "_ci_low": "low", "_ci_high": "high"}
+    return {
+        f"generation/{name}{suffix}": getattr(interval, end)
+        for name, interval in intervals.items()
+        for suffix, end in ends.items()
+    }
+
+
+def evaluation_data(subject: Subject, reconstructions: Reconstructions, views: Views) -> EvaluationData:
+    """What a later comparison with another model needs of this evaluation."""
+    info = EvaluationInfo(
+        dataset=subject.store.fingerprint,
+        extractor=subject.extractor_sha256,
+        split=subject.held_out.name,
+        seed=subject.params.seed,
+        num_generated=subject.params.num_generated,
+        bandwidth=views.bandwidth,
+    )
+    groups = group_numbers(patients(subject.held_out), len(reconstructions.ssim))
+    return EvaluationData(info, reconstructions.ssim, groups, views.samples, views.held_out)
 
 
 def judge_privacy(
-    domain: DomainFeatures, samples: Tensor, train: Tensor, held_out: Tensor
+    views: Views, samples: Tensor, train: Tensor, held_out: Tensor
 ) -> tuple[dict[str, float], privacy.Pairs]:
     """Whether samples are copies of train images, held against the held-out images; and the closest pairs."""
-    parts = (privacy.nearest_by_features(part, domain.train) for part in (domain.samples, domain.held_out))
+    parts = (
+        privacy.nearest_by_features(part.features, views.train.features) for part in (views.samples, views.held_out)
+    )
     by_features = privacy.judge(*parts)
     by_pixels = privacy.judge(*(privacy.nearest_by_pixels(part, train) for part in (samples, held_out)))
     metrics = {f"privacy/{name}": value for name, value in privacy.metrics(by_features, by_pixels).items()}
@@ -364,16 +471,17 @@ def judge_through_inception(subject: Subject, samples: Tensor, train: Tensor, he
     seed = seed_of(subject.params.seed)
     thinned = generation.thin(train, min(len(train), subject.params.num_generated))
     generated, real, held = (subject.inception(images) for images in (samples, thinned, held_out))
-    kid = generation.kid(held.features, generated.features, patients(subject.held_out))
+    groups = patients(subject.held_out)
+    found = kid(held.features, generated.features, groups)
     metrics = {
         "inception_score": inception_score(generated.logits, seed),
         "inception_score_real": inception_score(held.logits, seed),
         "fd_inception": fid(held.features, generated.features),
         "fd_inception_floor": fid(held.features, real.features),
-        "kid_inception": kid.value,
-        "kid_inception_ci_low": kid.low,
-        "kid_inception_ci_high": kid.high,
-        "kid_inception_floor": generation.kid(held.features, real.features).value,
+        "kid_inception": found.value,
+        "kid_inception_ci_low": found.low,
+        "kid_inception_ci_high": found.high,
+        "kid_inception_floor": kid(held.features, real.features, groups).value,
     }
     return {f"generation/{name}": value for name, value in metrics.items()}
 
@@ -402,14 +510,16 @@ def judge_labels(subject: Subject, samples: Tensor, swapped: label_report.Swappe
     }
 
 
+def view(subject: Subject, images: Tensor) -> ImageSet:
+    """Images (N, C, H, W) uint8 as the measures see them."""
+    return ImageSet(features(subject, images), radial_power(images))
+
+
 @torch.no_grad()
 def features(subject: Subject, images: Tensor) -> Tensor:
-    """Images (N, C, H, W), floats in [0, 1] or uint8 -> features (N, 128) on the CPU."""
-    parts = []
-    for part in torch.split(images, subject.params.batch_size):
-        part = part.to(subject.device)
-        parts.append(subject.extractor(part if part.is_floating_point() else part.float() / 255.0).cpu())
-    return torch.cat(parts)
+    """Images (N, C, H, W) uint8 -> features (N, 128) on the CPU."""
+    parts = torch.split(images, subject.params.batch_size)
+    return torch.cat([subject.extractor(part.to(subject.device).float() / 255.0).cpu() for part in parts])
 
 
 def pixels(split: Split) -> Tensor:
@@ -418,10 +528,10 @@ def pixels(split: Split) -> Tensor:
 
 
 def patients(split: Split) -> list[str] | None:
-    """Each image's patient; None where there is none for each, or where one patient has nearly all images."""
+    """Each image's patient; None where one is unknown, or where too few patients are left without one of them."""
     names = [row["patient"] for row in split.rows()]
-    largest = max(Counter(names).values())
-    return names if all(names) and largest <= len(names) - 2 else None
+    counts = Counter(names)
+    return names if all(names) and len(counts) >= MIN_IMAGES and max(counts.values()) <= len(names) - 2 else None
 
 
 def proportional_labels(frequencies: Tensor, n: int) -> Tensor:

@@ -1,28 +1,19 @@
 """How close a set of generated images comes to a set of real ones, mostly seen through features (N, D).
 
 Whole sets are compared, never an image with its twin, so every value carries the sampling error of both
-sets: read KID with its interval, and all of them beside the same comparison of two real sets.
+sets: read each with its interval, and next to the same comparison of two real sets.
 """
 
-from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_ROWS_PER_BLOCK = 1024  # of a kernel or distance matrix held at once
-_NORMAL_QUANTILE = 1.959964  # two-sided 95 %
+from medgen.metrics.intervals import Groups, Interval, two_set_intervals
+
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first
 _SSIM_WINDOW = 11
 _PAIRS_PER_BATCH = 128
-
-
-class Interval(NamedTuple):
-    """An estimate and its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Manifold(NamedTuple):
@@ -32,45 +23,6 @@ class Manifold(NamedTuple):
     recall: float
     density: float
     coverage: float
-
-
-def kid(real: Tensor, generated: Tensor, real_groups: Sequence[Hashable] | None = None) -> Interval:
-    """Kernel Inception Distance: unbiased squared MMD under the kernel (x·y / D + 1)³, over the whole sets.
-
-    The interval is value ± 1.96 jackknife standard errors: each generated image, and each real one (or group
-    of real ones), is left out in turn. It says how far the value would move with another draw of test images
-    and of samples from the same model, not with another training. It needs no random numbers and no subset
-    size (the spread of an average over random subsets follows from their size). The jackknife errs on the
-    wide side (Efron and Stein, The jackknife estimate of variance, 1981), most where the sets hardly differ.
-
-    Args:
-        real: (N, D) features.
-        generated: (M, D) features.
-        real_groups: N keys, such as each image's patient. Images of one patient resemble one another: they
-            are left out together, since as independent ones they would make the interval too narrow.
-
-    Returns:
-        The value, slightly negative now and then where the sets are alike, and its interval.
-
-    Raises:
-        ValueError: fewer than three images in a set, or a group that leaves fewer than two.
-
-    Source: Bińkowski, Sutherland, Arbel, Gretton: Demystifying MMD GANs, 2018, section 4.
-    """
-    if min(len(real), len(generated)) < 3:
-        raise ValueError(f"kid: expected at least 3 images in each set, found {len(real)} and {len(generated)}")
-    real, generated = real.double(), generated.double()
-    between, between_transposed = _kernel_row_sums(real, generated), _kernel_row_sums(generated, real)
-    within_real, within_generated = _kernel_row_sums(real, real), _kernel_row_sums(generated, generated)
-    mean_real = within_real.sum() / (len(real) * (len(real) - 1))
-    mean_generated = within_generated.sum() / (len(generated) * (len(generated) - 1))
-    value = float(mean_real + mean_generated - 2 * between.mean() / len(generated))
-
-    real_keys = range(len(real)) if real_groups is None else real_groups
-    variance = _jackknife_variance(real, real_keys, within_real, between / len(generated))
-    variance += _jackknife_variance(generated, range(len(generated)), within_generated, between_transposed / len(real))
-    error = _NORMAL_QUANTILE * variance**0.5
-    return Interval(value, value - error, value + error)
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -122,21 +74,42 @@ def manifold(real: Tensor, generated: Tensor, precision_neighbours: int = 3, den
     size = min(len(real), len(generated))
     if size < 2:
         raise ValueError(f"manifold: expected at least 2 images in each set, found {len(real)} and {len(generated)}")
-    real, generated = thin(real.double(), size), thin(generated.double(), size)
-    distances = _distances(real, generated)  # (N, N): row real, column generated
-    within_real, within_generated = _distances(real, real), _distances(generated, generated)
-    k = min(precision_neighbours, size - 1)
-    # The balls are closed in the first paper and open in the second.
-    inside_real = distances <= _radii(within_real, k)[:, None]
-    inside_generated = distances <= _radii(within_generated, k)[None, :]
-    k = min(density_neighbours, size - 1)
-    inside = distances < _radii(within_real, k)[:, None]
-    return Manifold(
-        precision=float(inside_real.any(dim=0).double().mean()),
-        recall=float(inside_generated.any(dim=1).double().mean()),
-        density=float(inside.double().sum(dim=0).mean() / k),
-        coverage=float(inside.any(dim=1).double().mean()),
-    )
+    distances = _all_distances(thin(real, size), thin(generated, size))
+    return Manifold(*_manifold(*distances, precision_neighbours, density_neighbours).tolist())
+
+
+def manifold_intervals(
+    real: Tensor, generated: Tensor, real_groups: Groups = None, generated_groups: Groups = None
+) -> dict[str, Interval]:
+    """`manifold` with intervals by `two_set_intervals`; keys are the fields of `Manifold`."""
+    size = min(len(real), len(generated))
+    rows_real, rows_generated = (thin(torch.arange(len(rows)), size) for rows in (real, generated))
+    distances = _all_distances(real[rows_real], generated[rows_generated])
+
+    def statistic(kept_real: Tensor, kept_generated: Tensor) -> Tensor:
+        between, within_real, within_generated = distances
+        return _manifold(
+            between[kept_real][:, kept_generated],
+            within_real[kept_real][:, kept_real],
+            within_generated[kept_generated][:, kept_generated],
+        )
+
+    groups = [
+        None if keys is None else [keys[row] for row in rows.tolist()]
+        for keys, rows in ((real_groups, rows_real), (generated_groups, rows_generated))
+    ]
+    return dict(zip(Manifold._fields, two_set_intervals(statistic, size, size, *groups), strict=True))
+
+
+def frechet_interval(
+    real: Tensor, generated: Tensor, real_groups: Groups = None, generated_groups: Groups = None
+) -> Interval:
+    """`frechet_distance` with an interval by `two_set_intervals`: around the value, which is biased upward."""
+
+    def statistic(kept_real: Tensor, kept_generated: Tensor) -> Tensor:
+        return torch.tensor([frechet_distance(real[kept_real], generated[kept_generated])])
+
+    return two_set_intervals(statistic, len(real), len(generated), real_groups, generated_groups)[0]
 
 
 def ms_ssim_diversity(images: Tensor, num_pairs: int = 1000, seed: int = 0) -> float:
@@ -177,39 +150,29 @@ def thin(rows: Tensor, size: int) -> Tensor:
     return rows[torch.arange(size) * len(rows) // size]
 
 
-def _kernel(left: Tensor, right: Tensor) -> Tensor:
-    return (left @ right.T / left.shape[1] + 1.0) ** 3
+def _manifold(
+    between: Tensor,
+    within_real: Tensor,
+    within_generated: Tensor,
+    precision_neighbours: int = 3,
+    density_neighbours: int = 5,
+) -> Tensor:
+    """The fields of `Manifold` (4,) from distances: real to generated (n, m), among real and among generated images."""
+    num_others = min(between.shape) - 1
+    k = min(precision_neighbours, num_others)
+    # The balls are closed in the first paper and open in the second.
+    inside_real = between <= _radii(within_real, k)[:, None]
+    inside_generated = between <= _radii(within_generated, k)[None, :]
+    k = min(density_neighbours, num_others)
+    inside = between < _radii(within_real, k)[:, None]
+    shares = (inside_real.any(dim=0), inside_generated.any(dim=1), inside.sum(dim=0) / k, inside.any(dim=1))
+    return torch.stack([share.double().mean() for share in shares])
 
 
-def _kernel_row_sums(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over `right` of the kernel with each of `left`, without an image's kernel with itself: (N,)."""
-    sums = torch.cat([_kernel(rows, right).sum(dim=1) for rows in torch.split(left, _ROWS_PER_BLOCK)])
-    if left is right:
-        sums -= (left.square().sum(dim=1) / left.shape[1] + 1.0) ** 3
-    return sums
-
-
-def _jackknife_variance(images: Tensor, keys: Sequence[Hashable], within: Tensor, between: Tensor) -> float:
-    """What one of the two sets adds to the variance of squared MMD.
-
-    `within` (N,) sums an image's kernel over the others of its set, `between` (N,) averages it over the other
-    set. The other set's own mean is the same in every leave-out, so it is left away.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for position, key in enumerate(keys):
-        members.setdefault(key, []).append(position)
-    num_left = len(images) - torch.tensor([len(rows) for rows in members.values()])
-    if int(num_left.min()) < 2:
-        raise ValueError(f"real_groups: one group leaves {num_left.min()} of {len(images)} images, expected 2 or more")
-    # An image's row sum goes twice, as row and as column, and with it the pairs inside its group: those go once.
-    lost = torch.stack([2 * within[rows].sum() - _inner_sum(images[rows]) for rows in members.values()])
-    lost_between = torch.stack([between[rows].sum() for rows in members.values()])
-    estimates = (within.sum() - lost) / (num_left * (num_left - 1)) - 2 * (between.sum() - lost_between) / num_left
-    return float((len(estimates) - 1) * estimates.var(correction=0))
-
-
-def _inner_sum(group: Tensor) -> Tensor:
-    return _kernel_row_sums(group, group).sum() if len(group) > 1 else group.new_zeros(())
+def _all_distances(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances real to generated, among real and among generated images."""
+    real, generated = real.double(), generated.double()
+    return _distances(real, generated), _distances(real, real), _distances(generated, generated)
 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:

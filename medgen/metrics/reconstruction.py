@@ -67,8 +67,8 @@ def ms_ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
     return value
 
 
-def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Every measure above as its mean over all images of all batches of (original, reconstruction).
+def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Every measure above for each image (N,) of all batches of (original, reconstruction), float64.
 
     `ms_ssim` is left out where the images are too small for it.
 
@@ -83,7 +83,7 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
                 values.setdefault(name, []).append(measure(original, reconstruction).double().cpu())
     if not values:
         raise ValueError("compare: found no images, expected at least one batch")
-    return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}
+    return {name: torch.cat(parts) for name, parts in values.items()}
 
 
 def pca_ssim(train: Tensor, test: Tensor, num_components: Sequence[int]) -> dict[int, float]:

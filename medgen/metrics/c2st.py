@@ -1,0 +1,219 @@
+"""Classifier two-sample test: how well a classifier tells generated images from real ones that it was not trained on.
+
+The area under its ROC curve (AUC) is 0.5 where the two sets are alike and 1 where every generated image is found out.
+Folds are cut by patient, so that no classifier is asked about a patient it was trained on.
+
+Two classifiers: a linear discriminant on features, and a small convolutional network on pixels.
+
+Shapes: N real images, M generated images, D features.
+Sources: Lopez-Paz and Oquab, Revisiting classifier two-sample tests, 2017; DeLong et al., Comparing the areas under
+correlated ROC curves, 1988 (the interval).
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medgen.metrics.generation import thin
+from medgen.metrics.intervals import Groups, Interval, group_rows, mean_variance
+
+NUM_FOLDS = 5
+MIN_GROUPS = 2 * NUM_FOLDS  # patients of a set, below which a fold has too few to say anything
+SHRINKAGE = 0.1  # of the features' correlations towards none: few real images have to do for many features
+_NUM_NETWORK_FOLDS = 3
+_PATCH = 64  # pixels of a side that the network sees at a time; smaller images whole
+_MAX_IMAGES = 1000  # of a set that the networks are trained on and asked about
+_WIDTHS = (16, 32, 64)
+_STEPS = 60  # of a fold's network
+_BATCH_SIZE = 32  # half of it real
+_LEARNING_RATE = 3e-3
+
+
+def assign_folds(count: int, groups: Groups = None, num_folds: int = NUM_FOLDS) -> Tensor:
+    """Fold (count,) of each image: a group's images go together, to the fold that has fewest yet."""
+    folds, sizes = torch.empty(count, dtype=torch.int64), [0] * num_folds
+    for rows in group_rows(count, groups):
+        fold = sizes.index(min(sizes))
+        folds[rows], sizes[fold] = fold, sizes[fold] + len(rows)
+    return folds
+
+
+def linear_auc(
+    real: Tensor, generated: Tensor, real_groups: Groups = None, generated_groups: Groups = None
+) -> Interval:
+    """AUC of a cross-validated linear discriminant on features (N, D) and (M, D), with an interval by group.
+
+    Raises:
+        ValueError: a set has fewer groups than two.
+    """
+    folds = assign_folds(len(real), real_groups), assign_folds(len(generated), generated_groups)
+    scale, shift = _standardise(real, generated)
+    real, generated = (real.double() - shift) / scale, (generated.double() - shift) / scale
+    scores = torch.zeros(len(real), dtype=torch.float64), torch.zeros(len(generated), dtype=torch.float64)
+    for fold in range(NUM_FOLDS):
+        kept = real[folds[0] != fold], generated[folds[1] != fold]
+        if min(map(len, kept)) < 2:
+            raise ValueError(
+                f"c2st: expected {MIN_GROUPS} groups or more, found {len(real)} and {len(generated)} images"
+            )
+        direction = discriminant(
+            kept[0].mean(0), torch.cov(kept[0].T, correction=0), kept[1].mean(0), torch.cov(kept[1].T, correction=0)
+        )
+        for rows, images, own in zip(folds, (real, generated), scores, strict=True):
+            own[rows == fold] = images[rows == fold] @ direction
+    return auc_interval(*scores, *folds, real_groups, generated_groups)
+
+
+def network_auc(
+    real: Tensor,
+    generated: Tensor,
+    real_groups: Groups = None,
+    generated_groups: Groups = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Interval:
+    """AUC of a small convolutional network on pixels (N, C, H, W) and (M, C, H, W) uint8, with an interval by group.
+
+    The network sees patches of at most 64 pixels at full resolution, mirrored at random. At most 1,000 images of a set
+    are used, spread over it.
+
+    Raises:
+        ValueError: a set has fewer groups than folds.
+    """
+    rows = [thin(torch.arange(len(images)), min(len(images), _MAX_IMAGES)) for images in (real, generated)]
+    keys = [
+        None if groups is None else [groups[row] for row in own.tolist()]
+        for own, groups in zip(rows, (real_groups, generated_groups), strict=True)
+    ]
+    sets = real[rows[0]], generated[rows[1]]
+    folds = [assign_folds(len(own), groups, _NUM_NETWORK_FOLDS) for own, groups in zip(rows, keys, strict=True)]
+    if any(int(own.max()) < _NUM_NETWORK_FOLDS - 1 for own in folds):
+        raise ValueError(
+            f"c2st: expected {_NUM_NETWORK_FOLDS} groups or more, found {[len(own) for own in rows]} images"
+        )
+    scores = [torch.zeros(len(own)) for own in rows]
+    with torch.random.fork_rng():
+        for fold in range(_NUM_NETWORK_FOLDS):
+            generator = torch.Generator().manual_seed(seed + fold)
+            torch.manual_seed(seed + fold)
+            kept = [images[own != fold] for images, own in zip(sets, folds, strict=True)]
+            network = _trained(kept[0], kept[1], generator, device)
+            for images, own, found in zip(sets, folds, scores, strict=True):
+                found[own == fold] = _network_scores(network, images[own == fold], device)
+    return auc_interval(scores[0], scores[1], folds[0], folds[1], keys[0], keys[1])
+
+
+def discriminant(mean_real: Tensor, cov_real: Tensor, mean_generated: Tensor, cov_generated: Tensor) -> Tensor:
+    """Fisher's direction (..., D) from real to generated, from means (..., D) and covariances (..., D, D) of each.
+
+    Both covariances count alike, whatever the sets' sizes; their mean is shrunk towards a multiple of the identity.
+    """
+    pooled = 0.5 * (cov_real + cov_generated)
+    level = pooled.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-12)
+    identity = torch.eye(pooled.shape[-1], dtype=pooled.dtype)
+    shrunk = (1.0 - SHRINKAGE) * pooled + SHRINKAGE * level * identity
+    direction: Tensor = torch.linalg.solve(shrunk, mean_generated - mean_real)
+    return direction
+
+
+def placements(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """For each score of (..., n) the share of (..., m) above it, and for each of (..., m) the share of (..., n) below.
+
+    Ties count half. Their means are both the AUC.
+    """
+    above = _share_above(lower, upper)
+    below = _share_above(-upper, -lower)
+    return above, below
+
+
+def auc_interval(
+    real: Tensor,
+    generated: Tensor,
+    real_folds: Tensor,
+    generated_folds: Tensor,
+    real_groups: Groups = None,
+    generated_groups: Groups = None,
+) -> Interval:
+    """AUC of out-of-fold scores (N,) and (M,), higher for generated images, with an interval by group.
+
+    Scores of different folds come from different classifiers and are not compared with each other. The interval says
+    how far the value would move with other images, the classifiers being what they are.
+    """
+    of_real, of_generated = torch.zeros(len(real)).double(), torch.zeros(len(generated)).double()
+    for fold in range(int(real_folds.max()) + 1):
+        rows, others = real_folds == fold, generated_folds == fold
+        of_real[rows], of_generated[others] = placements(real[rows].double(), generated[others].double())
+    variance = mean_variance(of_real, real_groups) + mean_variance(of_generated, generated_groups)
+    return Interval.of(float(of_real.mean()), variance**0.5)
+
+
+def _share_above(lower: Tensor, upper: Tensor) -> Tensor:
+    ordered = upper.sort(dim=-1).values.contiguous()
+    below = torch.searchsorted(ordered, lower.contiguous(), right=False)
+    not_above = torch.searchsorted(ordered, lower.contiguous(), right=True)
+    return 1.0 - 0.5 * (below + not_above).double() / upper.shape[-1]
+
+
+def _standardise(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and mean (D,) of the real features; one that does not vary takes the generated images' scale."""
+    scale = real.double().std(dim=0, correction=0)
+    scale = torch.where(scale > 1e-9, scale, generated.double().std(dim=0, correction=0).clamp_min(1e-9))
+    return scale, real.double().mean(dim=0)
+
+
+class _Network(nn.Module):
+    """Patches (B, C, h, w) -> logits (B,), higher for generated ones. Unshuffled pixels: none is skipped."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = [4 * channels, *_WIDTHS]
+        self.layers = nn.Sequential(nn.PixelUnshuffle(2))
+        for depth, (before, after) in enumerate(pairwise(widths)):
+            convolution = nn.Conv2d(before, after, 3, stride=1 if depth == 0 else 2, padding=1, bias=False)
+            self.layers.extend([convolution, nn.GroupNorm(4, after), nn.SiLU()])
+        self.head = nn.Linear(widths[-1], 1)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layers(patches).mean(dim=(2, 3)))
+        return logits[:, 0]
+
+
+def _trained(real: Tensor, generated: Tensor, generator: torch.Generator, device: torch.device | str) -> _Network:
+    network = _Network(real.shape[1]).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
+    target = torch.arange(_BATCH_SIZE, device=device) % 2
+    side = [min(_PATCH, size) // 2 * 2 for size in real.shape[2:]]
+    for _ in range(_STEPS):
+        rows = [torch.randint(len(images), (_BATCH_SIZE // 2,), generator=generator) for images in (real, generated)]
+        images = torch.stack([real[rows[0]], generated[rows[1]]], dim=1).flatten(0, 1)  # real and generated in turn
+        top, left = (
+            int(torch.randint(size - own + 1, (), generator=generator))
+            for size, own in zip(images.shape[2:], side, strict=True)
+        )
+        patches = _floats(images[..., top : top + side[0], left : left + side[1]]).to(device)
+        if bool(torch.randint(2, (), generator=generator)):
+            patches = patches.flip(-1)
+        loss = F.binary_cross_entropy_with_logits(network(patches), target.float())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def _network_scores(network: _Network, images: Tensor, device: torch.device | str) -> Tensor:
+    """Mean logit (N,) of whole images (the network takes any even side) and of their mirror images."""
+    height, width = (size // 2 * 2 for size in images.shape[2:])
+    parts = []
+    for part in torch.split(images[..., :height, :width], _BATCH_SIZE):
+        patches = _floats(part).to(device)
+        parts.append((network(patches) + network(patches.flip(-1))).cpu())
+    return torch.cat(parts)
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1.0

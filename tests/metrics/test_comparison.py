@@ -1,0 +1,115 @@
+"""Comparison of two models by permutation: exact under the null, and each statistic equal to its definition."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from medgen.metrics import comparison
+from medgen.metrics.c2st import linear_auc
+from medgen.metrics.comparison import ImageSet, compare, holm
+from medgen.metrics.mmd import mmd
+from medgen.metrics.spectrum import spectrum_distance
+
+
+def image_set(count: int, seed: int, shift: float = 0.0, scale: float = 1.0, power: float = 1.0) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    features = shift + scale * torch.randn(count, 6, generator=generator)
+    falling = torch.arange(1, 9).float() ** -1.5
+    return ImageSet(features, power * falling * torch.exp(0.3 * torch.randn(count, 8, generator=generator)))
+
+
+PATIENTS = list(np.repeat(np.arange(30), 2))
+
+
+def found(candidate: ImageSet, reference: ImageSet, num_permutations: int = 199) -> dict[str, comparison.Comparison]:
+    all_found = compare(candidate, reference, image_set(60, 99), 3.4, PATIENTS, num_permutations)
+    return {one.name: one for one in all_found}
+
+
+def swapped(one: ImageSet, other: ImageSet, signs: torch.Tensor) -> ImageSet:
+    keep = (signs > 0)[:, None]
+    return ImageSet(torch.where(keep, one.features, other.features), torch.where(keep, one.power, other.power))
+
+
+def recall(real: ImageSet, samples: ImageSet) -> float:
+    among = torch.cdist(samples.features, samples.features)
+    radii = among.kthvalue(4, dim=1).values  # the first is the sample itself
+    return float((torch.cdist(real.features, samples.features) <= radii).any(1).double().mean())
+
+
+DEFINITIONS: dict[str, Callable[[ImageSet, ImageSet], float]] = {
+    "mmd": lambda real, samples: mmd(real.features, samples.features, 3.4, PATIENTS).interval.value,
+    "spectrum": lambda real, samples: spectrum_distance(samples.power, real.power),
+    "c2st": lambda real, samples: linear_auc(real.features, samples.features, PATIENTS).value,
+    "recall": lambda real, samples: -recall(real, samples),
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_differences_after_swaps_are_those_of_the_swapped_sets(name: str) -> None:
+    one, other, real = image_set(80, 1, 0.2), image_set(80, 2, scale=0.8), image_set(60, 99)
+    statistic = {
+        "mmd": lambda: comparison._MMD(one, other, real, 3.4),
+        "spectrum": lambda: comparison._Spectrum(one, other, real),
+        "c2st": lambda: comparison._C2ST(one, other, real, PATIENTS),
+        "recall": lambda: comparison._Recall(one, other, real),
+    }[name]()
+    signs = 2.0 * torch.randint(2, (5, 80), generator=torch.Generator().manual_seed(3)).float() - 1.0
+    signs[0] = 1.0
+    measure = DEFINITIONS[name]
+    expected = [measure(real, swapped(one, other, row)) - measure(real, swapped(other, one, row)) for row in signs]
+    assert statistic.differences(signs, torch.arange(60)).tolist() == pytest.approx(expected, abs=2e-6)
+
+
+def test_equal_models_are_refused_in_about_5_percent() -> None:
+    refused = [
+        min(
+            one.p
+            for one in compare(
+                image_set(100, 2 * t), image_set(100, 2 * t + 1), image_set(60, 9000 + t), 3.4, PATIENTS, 99
+            )
+        )
+        < 0.05
+        for t in range(150)
+    ]
+    assert np.mean(refused) <= 0.09
+
+
+@pytest.mark.parametrize(
+    ("worse", "seen_by"),
+    [
+        ({"shift": 0.4}, {"mmd", "c2st"}),
+        ({"power": 0.7}, {"spectrum"}),
+        ({"scale": 0.4}, {"mmd", "recall"}),
+        ({"scale": 1.5}, {"mmd"}),
+    ],
+    ids=["shifted", "blurred", "collapsed", "spread too far"],
+)
+def test_a_worse_model_is_found_by_what_should_see_it(worse: dict[str, float], seen_by: set[str]) -> None:
+    good, bad = image_set(400, 1), image_set(400, 2, **worse)
+    tests = found(bad, good)
+    assert seen_by <= {name for name, one in tests.items() if one.p < 0.05}
+    assert all(tests[name].difference > tests[name].detectable > 0 for name in seen_by)
+    assert min(one.p for one in found(good, bad).values()) > 0.3  # the better one is not refused
+
+
+def test_pairs_that_share_their_noise_tell_more() -> None:
+    good, other = image_set(300, 1), image_set(300, 2)
+    near = ImageSet(good.features + 0.1, good.power)
+    far = ImageSet(other.features + 0.1, other.power)
+    assert found(near, good)["mmd"].detectable < 0.5 * found(far, good)["mmd"].detectable
+
+
+@pytest.mark.parametrize(
+    ("values", "corrected"),
+    [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5, 0.9], [1.0, 1.0]), ([0.02], [0.02])],
+)
+def test_holm_is_the_papers_example(values: list[float], corrected: list[float]) -> None:
+    assert holm(values) == pytest.approx(corrected)
+
+
+def test_different_numbers_of_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="as many samples of each model"):
+        compare(image_set(10, 0), image_set(11, 1), image_set(12, 2), 3.4)
