@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,16 +312,24 @@ class Tracking(Section):
 
 
 class Gates(Section):
-    """What a version must show to become champion; docs/registry.md says why. Masks are held to Dice alone."""
+    """What a version must show to become champion; docs/registry.md says why. Masks are compared by Dice alone."""
 
     ssim_floor: Fraction = 0.6  # reconstruction/ssim at least
-    ssim_margin: NonNegative = 0.05  # and at most this below the champion's
-    kid_margin: NonNegative = 0.0  # generation/kid_domain at most this above the upper end of the champion's interval
+    ssim_margin: NonNegative = 0.01  # and on the same images at most this below a champion's
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05  # a candidate worse than a champion with p below is refused
     copy_rate_ceiling: Annotated[float, Field(ge=0.0, le=1.0)] | None = (
         None  # privacy/copy_rate; None: as chance has it
     )
     dice_floor: Fraction = 0.6  # segmentation/dice at least
-    dice_margin: NonNegative = 0.01  # and at most this below the champion's
+    dice_margin: NonNegative = 0.01  # and on the same images at most this below a champion's
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_an_older_file(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "kid_margin" in values:
+            warnings.warn("registry.gates.kid_margin: no longer used; the gates are paired tests now", stacklevel=2)
+            return {key: value for key, value in values.items() if key != "kid_margin"}
+        return values
 
 
 class Registry(Section):

@@ -147,8 +147,8 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     metrics["run/num_generated"] = evaluate.num_generated
     metrics = rounded(project, metrics)
     write_json(project, "metrics.json", metrics)
-    write_json(project, "provenance.json", provenance(project, store, info, evaluate, device, subject.hashes))
-    save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
+    kept = save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
+    write_json(project, "provenance.json", provenance(project, store, info, evaluate, device, subject.hashes, kept))
     draw(project, subject, reconstructions.images)
     draw_nearest(project, samples, train, pairs)
     if swapped:
@@ -207,7 +207,7 @@ def judge_version(project: Project, *, folder: Path, evaluate: Evaluate) -> dict
                 f"{own.model}: made for {what} {theirs}, and {project.dataset} has {ours}: they cannot be judged with "
                 "each other; expected a project whose data it fits"
             )
-    metrics, hashes = judge(own, store, model, info, evaluate, "test")
+    metrics, hashes, kept = judge(own, store, model, info, evaluate, "test")
     if info.dataset != store.fingerprint:
         metrics = {name: value for name, value in metrics.items() if not name.startswith("privacy/")}
         warning = (
@@ -221,18 +221,21 @@ def judge_version(project: Project, *, folder: Path, evaluate: Evaluate) -> dict
         metrics["run/num_generated"] = evaluate.num_generated
     metrics = rounded(own, metrics)
     write_json(own, "metrics.json", metrics)
-    write_json(own, "provenance.json", provenance(own, store, info, evaluate, device, hashes))
+    write_json(own, "provenance.json", provenance(own, store, info, evaluate, device, hashes, kept))
     return metrics
 
 
 def judge(
     project: Project, store: Store, model: ImageModel, info: BundleInfo, params: Evaluate, split: str
-) -> tuple[dict[str, float], dict[str, str]]:
-    """The metrics that tell models apart, and the SHA-256 of each extractor; writes figures/samples.png."""
+) -> tuple[dict[str, float], dict[str, str], str]:
+    """The metrics that differ between models, the SHA-256 of each extractor, and that of the per-image values.
+
+    Writes figures/samples.png and artifacts/evaluation.
+    """
     if not isinstance(model, GenerativeModel):
         found = segmentation_report.judge(store, model, next(model.parameters()).device, params.batch_size, split)
         segmentation_report.draw(project.figures, found, params.grid_images)
-        return found.metrics, {}
+        return found.metrics, {}, save_evaluation(project.evaluation, mask_evaluation(store, found, split))
     subject = load(project, store, model, info, params, split)
     reconstructions = judge_reconstructions(subject)
     metrics = dict(reconstructions.metrics)
@@ -244,8 +247,16 @@ def judge(
     if subject.inception:
         metrics |= judge_through_inception(subject, samples, train, held_out)
     metrics |= judge_privacy(views, samples, train, held_out)[0]
-    save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
-    return metrics | judge_labels(subject, samples, swap_labels(subject)), subject.hashes
+    kept = save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
+    return metrics | judge_labels(subject, samples, swap_labels(subject)), subject.hashes, kept
+
+
+def mask_evaluation(store: Store, found: segmentation_report.Found, split: str) -> EvaluationData:
+    """What a later comparison with another model that finds masks needs of this evaluation."""
+    held_out = store.split(split)
+    keys, rows = patients(held_out), held_out.masked_rows.tolist()
+    groups = group_numbers(None if keys is None else [keys[row] for row in rows], len(rows))
+    return EvaluationData(EvaluationInfo(store.fingerprint, "", split, 0, 0, 0.0), found.dice, groups)
 
 
 def judge_masks(
@@ -256,7 +267,8 @@ def judge_masks(
     found = segmentation_report.judge(store, model, device, params.batch_size)
     metrics = rounded(project, found.metrics)
     write_json(project, "metrics.json", metrics)
-    write_json(project, "provenance.json", provenance(project, store, info, params, device, {}))
+    kept = save_evaluation(project.evaluation, mask_evaluation(store, found, "test"))
+    write_json(project, "provenance.json", provenance(project, store, info, params, device, {}, kept))
     segmentation_report.draw(project.figures, found, params.grid_images)
     rows = [Row(*cells) for cells in segmentation_report.key_numbers(metrics)]
     write_page(
@@ -604,12 +616,18 @@ def described(store: Store, info: BundleInfo) -> dict[str, str]:
 
 
 def provenance(
-    project: Project, store: Store, info: BundleInfo, params: Evaluate, device: torch.device, hashes: Mapping[str, str]
+    project: Project,
+    store: Store,
+    info: BundleInfo,
+    params: Evaluate,
+    device: torch.device,
+    hashes: Mapping[str, str],
+    evaluation: str,
 ) -> dict[str, object]:
     """Where the numbers come from; unlike metrics.json it differs from machine to machine.
 
     `content` is the SHA-256 of all that was judged, `metrics` that of metrics.json, which must be there; `hashes` are
-    those of the extractors it was judged through.
+    those of the extractors it was judged through, `evaluation` that of the per-image values.
     """
     return {
         "model": bundle.digest(project.model),
@@ -619,6 +637,7 @@ def provenance(
         "dataset": store.fingerprint,
         "extractors": {name: {"sha256": digest} for name, digest in hashes.items()},
         "evaluate": params.model_dump(mode="json"),
+        "evaluation": evaluation,
         "lineage": lineage(project, params, device=str(device), precision="fp32"),
     }
 

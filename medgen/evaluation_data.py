@@ -47,17 +47,24 @@ class EvaluationData:
     groups: Tensor  # (N,) number of each held-out image's patient
     samples: ImageSet | None = None  # None of models that find masks
     held_out: ImageSet | None = None
+    digest: str = ""  # SHA-256 of the file they were read from
 
 
-def save_evaluation(folder: Path, data: EvaluationData) -> None:
-    """Writes evaluation.safetensors and evaluation.json, whole or not at all; the folder's old content goes."""
+def save_evaluation(folder: Path, data: EvaluationData) -> str:
+    """Writes evaluation.safetensors and evaluation.json, whole or not at all; the folder's old content goes.
+
+    Returns:
+        The SHA-256 of evaluation.safetensors.
+    """
     tensors = {"similarity": data.similarity, "groups": data.groups}
     for name, images in (("samples", data.samples), ("held_out", data.held_out)):
         if images is not None:
             tensors |= {f"{name}.features": images.features, f"{name}.power": images.power}
     content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    plain = {"schema": SCHEMA, "sha256": hashlib.sha256(content).hexdigest(), "info": asdict(data.info)}
+    digest = hashlib.sha256(content).hexdigest()
+    plain = {"schema": SCHEMA, "sha256": digest, "info": asdict(data.info)}
     write_folder(folder, {TENSORS: content, DESCRIPTION: (json.dumps(plain, indent=2) + "\n").encode()})
+    return digest
 
 
 def load_evaluation(folder: Path) -> EvaluationData:
@@ -70,15 +77,16 @@ def load_evaluation(folder: Path) -> EvaluationData:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         content = (folder / TENSORS).read_bytes()
-        if plain["schema"] != SCHEMA or plain["sha256"] != hashlib.sha256(content).hexdigest():
+        digest = hashlib.sha256(content).hexdigest()
+        if plain["schema"] != SCHEMA or plain["sha256"] != digest:
             raise UserError(f"{folder}: damaged or of another medgen; run `medgen evaluate` again")
         info = TypeAdapter(EvaluationInfo).validate_python(plain["info"])
         tensors = safetensors.torch.load(content)
-        sets = [
+        samples, held_out = (
             ImageSet(tensors[f"{name}.features"], tensors[f"{name}.power"]) if f"{name}.features" in tensors else None
             for name in ("samples", "held_out")
-        ]
-        return EvaluationData(info, tensors["similarity"], tensors["groups"], *sets)
+        )
+        return EvaluationData(info, tensors["similarity"], tensors["groups"], samples, held_out, digest)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no evaluation here; run `medgen evaluate` first") from None
     except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from medgen.metrics.c2st import NUM_FOLDS, assign_folds, discriminant, placements
-from medgen.metrics.intervals import MAX_BLOCKS, NORMAL_QUANTILE, Groups, group_rows, leave_out_variance
-from medgen.metrics.mmd import gaussian
+from medgen.metrics.intervals import MAX_BLOCKS, NORMAL_QUANTILE, Groups, group_rows, leave_out_variance, mean_interval
+from medgen.metrics.mmd import gaussian, mmd
 from medgen.metrics.spectrum import log_power
 
 NUM_PERMUTATIONS = 999
@@ -38,10 +38,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much worse a candidate is than a reference model in one statistic; positive is worse."""
+    """How much worse a candidate is than a reference model in one statistic."""
 
     name: str
-    difference: float
+    candidate: float
+    reference: float
+    difference: float  # positive where the candidate is worse
     low: float  # of the 95 % interval over other patients and samples
     high: float
     p: float  # one-sided, corrected for the number of statistics
@@ -51,11 +53,17 @@ class Comparison:
 class Statistic(Protocol):
     """A statistic of both models, whose difference under swaps is asked for."""
 
+    higher_is_worse: bool
+
     def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
-        """Candidate minus reference (P,), higher is worse, after the swaps `signs` (P, M; 1 as it is, -1 swapped).
+        """Candidate minus reference (P,) after the swaps `signs` (P, M; 1 as it is, -1 swapped).
 
         `kept` (n,) are the rows of the held-out images that count.
         """
+        ...
+
+    def both(self) -> tuple[float, float]:
+        """The statistic of the candidate and of the reference, as they are."""
         ...
 
 
@@ -92,7 +100,7 @@ def compare(
     signs = 2.0 * torch.randint(2, (num_permutations + 1, size), generator=generator).float() - 1.0
     signs[0] = 1.0
     statistics: dict[str, Statistic] = {
-        "mmd": _MMD(candidate, reference, held_out, bandwidth),
+        "mmd": _MMD(candidate, reference, held_out, bandwidth, groups),
         "spectrum": _Spectrum(candidate, reference, held_out),
         "c2st": _C2ST(candidate, reference, held_out, groups),
         "recall": _Recall(candidate, reference, held_out),
@@ -100,6 +108,18 @@ def compare(
     found = [_test(name, statistic, signs, len(held_out.features), groups) for name, statistic in statistics.items()]
     corrected = holm([one.p for one in found])
     return [Comparison(**{**vars(one), "p": p}) for one, p in zip(found, corrected, strict=True)]
+
+
+def compare_means(name: str, candidate: Tensor, reference: Tensor, groups: Groups = None) -> Comparison:
+    """Compares the means of a score of each held-out image (N,), where higher is better, such as SSIM.
+
+    p is one-sided and from the interval by patient, without a permutation: both models rebuild the same images.
+    """
+    own, other = mean_interval(candidate), mean_interval(reference)
+    paired = mean_interval(reference.double() - candidate.double(), groups)
+    error = (paired.high - paired.value) / NORMAL_QUANTILE
+    p = float(torch.special.ndtr(torch.tensor(-paired.value / error))) if error > 0 else float(paired.value <= 0)
+    return Comparison(name, own.value, other.value, *paired, p, _DETECTABLE * error)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -116,8 +136,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _test(name: str, statistic: Statistic, signs: Tensor, num_held_out: int, groups: Groups) -> Comparison:
     """One statistic, p not yet corrected."""
-    everyone = torch.arange(num_held_out)
-    values = torch.cat([statistic.differences(part, everyone) for part in torch.split(signs, _PERMUTATIONS_PER_BLOCK)])
+    everyone, way = torch.arange(num_held_out), 1.0 if statistic.higher_is_worse else -1.0
+    parts = torch.split(signs, _PERMUTATIONS_PER_BLOCK)
+    values = way * torch.cat([statistic.differences(part, everyone) for part in parts])
     difference, under_swaps = float(values[0]), values[1:]
     p = (1 + int((under_swaps >= difference - 1e-12).sum())) / len(values)
     spread = float(under_swaps.std(correction=0))
@@ -130,7 +151,7 @@ def _test(name: str, statistic: Statistic, signs: Tensor, num_held_out: int, gro
         without.append(statistic.differences(signs[:1], kept.nonzero()[:, 0]))
     error = (spread**2 + float(leave_out_variance(torch.cat(without)))) ** 0.5
     low, high = difference - NORMAL_QUANTILE * error, difference + NORMAL_QUANTILE * error
-    return Comparison(name, difference, low, high, p, _DETECTABLE * spread)
+    return Comparison(name, *statistic.both(), difference, low, high, p, _DETECTABLE * spread)
 
 
 class _MMD:
@@ -140,7 +161,12 @@ class _MMD:
     in s_i s_j are the same for both models.
     """
 
-    def __init__(self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet, bandwidth: float) -> None:
+    higher_is_worse = True
+
+    def __init__(
+        self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet, bandwidth: float, groups: Groups
+    ) -> None:
+        self.sets, self.bandwidth, self.groups = (held_out.features, candidate, reference), bandwidth, groups
         kernel, size = gaussian(bandwidth), len(candidate.features)
         x, y, real = (images.features.double() for images in (candidate, reference, held_out))
         self.to_real = kernel(x, real) - kernel(y, real)  # (M, N)
@@ -150,39 +176,68 @@ class _MMD:
 
     def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
         of_pair = self.within - 2.0 * self.to_real[:, kept].mean(1) / len(self.within)
-        return signs.double() @ of_pair
+        found: Tensor = signs.double() @ of_pair
+        return found
+
+    def both(self) -> tuple[float, float]:
+        real, *models = self.sets
+        own, other = (mmd(real, model.features, self.bandwidth, self.groups).interval.value for model in models)
+        return own, other
 
 
-class _Spectrum:
+class _Both:
+    """A statistic whose values are had for both models at once."""
+
+    num_samples: int
+    num_held_out: int
+
+    def values(self, signs: Tensor, kept: Tensor) -> Tensor:
+        """Values (2, P) of candidate and reference; arguments as of `Statistic.differences`."""
+        raise NotImplementedError
+
+    def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
+        own, other = self.values(signs, kept).unbind()
+        return own - other
+
+    def both(self) -> tuple[float, float]:
+        own, other = self.values(torch.ones(1, self.num_samples), torch.arange(self.num_held_out))[:, 0].tolist()
+        return own, other
+
+
+class _Spectrum(_Both):
     """`spectrum_distance` of each model."""
+
+    higher_is_worse = True
 
     def __init__(self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet) -> None:
         self.total = (candidate.power.double() + reference.power.double()).mean(0)  # (R,) of both together
         self.difference = (candidate.power.double() - reference.power.double()) / len(candidate.power)  # (M, R)
         self.real = held_out.power.double()
+        self.num_samples, self.num_held_out = len(candidate.power), len(self.real)
 
-    def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
+    def values(self, signs: Tensor, kept: Tensor) -> Tensor:
         moved = signs.double() @ self.difference
         real = log_power(self.real[kept].mean(0))
-        own, other = (
-            (log_power(0.5 * (self.total + way * moved)) - real).square().mean(1).sqrt() for way in (1.0, -1.0)
-        )
-        return own - other
+        spectra = [log_power(0.5 * (self.total + way * moved)) for way in (1.0, -1.0)]
+        return torch.stack([(spectrum - real).square().mean(1).sqrt() for spectrum in spectra])
 
 
-class _C2ST:
+class _C2ST(_Both):
     """Cross-validated AUC of a linear discriminant on features.
 
     Sums and second moments of a model's samples are linear in the swaps, so that each fold's are added up once.
     """
+
+    higher_is_worse = True
 
     def __init__(self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet, groups: Groups) -> None:
         scale = held_out.features.std(0, correction=0).clamp_min(1e-6)
         self.x, self.y, self.real = (images.features / scale for images in (candidate, reference, held_out))
         self.real_folds = assign_folds(len(self.real), groups)
         self.folds = [torch.arange(fold, len(self.x), NUM_FOLDS) for fold in range(NUM_FOLDS)]
+        self.num_samples, self.num_held_out = len(self.x), len(self.real)
 
-    def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
+    def values(self, signs: Tensor, kept: Tensor) -> Tensor:
         real, real_folds = self.real[kept], self.real_folds[kept]
         moments = [_moments(self.x[rows], self.y[rows], signs[:, rows]) for rows in self.folds]
         totals = [torch.stack(parts).sum(0) for parts in zip(*moments, strict=True)]
@@ -201,7 +256,7 @@ class _C2ST:
                 of_x, of_y = direction @ self.x[rows].T, direction @ self.y[rows].T  # (P, m)
                 scores = torch.where(swapped == (way > 0), of_y, of_x)
                 auc[model] += placements(direction @ real[held].T, scores)[0].sum(1) / len(real)
-        return auc[0] - auc[1]
+        return auc
 
 
 def _moments(x: Tensor, y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -210,8 +265,10 @@ def _moments(x: Tensor, y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tenso
     return 0.5 * (x + y).sum(0), 0.5 * signs @ (x - y), 0.5 * (x.T @ x + y.T @ y), 0.5 * squares
 
 
-class _Recall:
-    """Recall by balls around samples, at all M of them; the sign is turned, as a lower one is worse."""
+class _Recall(_Both):
+    """Recall by balls around samples, at all M of them."""
+
+    higher_is_worse = False
 
     def __init__(self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet) -> None:
         pooled = torch.cat([candidate.features, reference.features])
@@ -219,14 +276,15 @@ class _Recall:
         nearest.fill_diagonal_(torch.inf)
         self.distances, self.listed = nearest.topk(min(_LISTED, len(pooled) - 1), dim=1, largest=False)
         self.to_real = torch.cdist(pooled, held_out.features)  # (2M, N)
+        self.num_samples, self.num_held_out = len(candidate.features), len(held_out.features)
 
-    def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
+    def values(self, signs: Tensor, kept: Tensor) -> Tensor:
         to_real = self.to_real[:, kept]
         values = []
         for row in signs > 0:
             own = torch.cat([row, ~row])  # pooled samples of the candidate, after the swaps
-            values.append(self._recall(to_real, ~own) - self._recall(to_real, own))
-        return torch.stack(values)
+            values.append(torch.stack([self._recall(to_real, own), self._recall(to_real, ~own)]))
+        return torch.stack(values, dim=1)
 
     def _recall(self, to_real: Tensor, own: Tensor) -> Tensor:
         rows = own.nonzero()[:, 0]

@@ -17,12 +17,24 @@ from medgen import bundle
 from medgen.bundle import BundleInfo
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import UserError
+from medgen.evaluation_data import load_evaluation
 from medgen.files import hash_file
 from medgen.registry import page
+from medgen.registry.evaluations import keep_evaluation
 from medgen.registry.packing import CONTENT_TAG, PARAMS_TAG, PYFUNC, pack
 from medgen.registry.page import ui
 from medgen.registry.serving import serve
-from medgen.registry.versions import CANDIDATE, METRIC_GROUPS, Version, answering, find, load, metric_tags, set_tags
+from medgen.registry.versions import (
+    CANDIDATE,
+    EVALUATION,
+    METRIC_GROUPS,
+    Version,
+    answering,
+    find,
+    load,
+    metric_tags,
+    set_tags,
+)
 from medgen.tracking import PRIOR_ORIGIN, RunRecord, Tracker, lineage, mirror_run, read_run
 from medgen.tracking.mirror import connect
 from medgen.tracking.notes import NOTE, is_ours, marked
@@ -69,6 +81,8 @@ def run(project: Project, *, params: Params) -> Version:
         if (found := _registered(client, name, content)) is None:
             tags = _origin(project, record, info, provenance) | judged | {CONTENT_TAG: content}
             made = pack(client, project, _made_with(project, params, info, provenance), info, experiment, run_id, tags)
+            if EVALUATION in tags:
+                keep_evaluation(client, made, project)
             _describe(client, made, project, info, tags, has_picture=bool(metrics))
         elif metrics:  # what made it stays as it was said first
             _judged_again(client, found, project, info, judged)
@@ -211,6 +225,8 @@ def _judged_again(
 ) -> None:
     """Other metrics, and what is said of them, for a version that is there."""
     kept = {key: value for key, value in version.tags.items() if not key.startswith(METRIC_GROUPS)}
+    if judged.get(EVALUATION) != version.tags.get(EVALUATION):
+        keep_evaluation(client, version, project)
     _describe(client, version, project, info, {**kept, **judged}, has_picture=True)
 
 
@@ -267,7 +283,7 @@ def _prior_name(project: Project) -> str | None:
 
 
 def _metrics(project: Project, content: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """metrics.json and provenance.json of the reports, where they are of each other and of this model and prior.
+    """metrics.json and provenance.json of the reports, where they belong together, and to this model and prior.
 
     Else nothing: git keeps metrics.json, so another commit's may stand there, and not provenance.json.
     """
@@ -276,6 +292,8 @@ def _metrics(project: Project, content: str) -> tuple[dict[str, float], dict[str
         provenance: dict[str, Any] = json.loads((project.reports / "provenance.json").read_text(encoding="utf-8"))
         if (provenance.get("content"), provenance.get("metrics")) != (content, hash_file(path)):
             return {}, {}
+        if "evaluation" in provenance and load_evaluation(project.evaluation).digest != provenance["evaluation"]:
+            return {}, {}
         return json.loads(path.read_text(encoding="utf-8")), provenance
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, UserError):
         return {}, {}

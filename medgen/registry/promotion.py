@@ -15,7 +15,9 @@ from rich.text import Text
 
 from medgen.config import Project, Registry, Tracking
 from medgen.errors import Refused, UserError, printable
-from medgen.registry.gates import COPIES, DICE, KID, NOTHING, SHORT, SSIM, Gate, are_alike, judge
+from medgen.metrics.comparison import Comparison
+from medgen.registry.evaluations import compare_versions, read_evaluation
+from medgen.registry.gates import COPIES, DICE, MMD, NOTHING, SHORT, SSIM, Gate, are_alike, check_gates
 from medgen.registry.ledger import MAX_WHY, Entry, append, champions, entries, entry, turn, write_file
 from medgen.registry.page import about_model, plain
 from medgen.registry.versions import (
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 LEDGER = "promotions.jsonl"
 NUM_TOLD = 10  # last changes, in the registered model's description
-SHOWN = {SSIM: "ssim", KID: "kid", COPIES: "copies", DICE: "dice"}  # metric -> heading
+SHOWN = {SSIM: "ssim", MMD: "mmd", COPIES: "copies", DICE: "dice"}  # metric -> heading
 UNCHANGED = "nothing was changed: start the server first"
 
 
@@ -72,17 +74,22 @@ def promote(
         if is_champion and is_last:
             print(f"{candidate.uri} is the champion already")
             return None
-        champion = _champion(client, name, standing, changes, candidate)
-        gates = judge(candidate, champion, registry.gates)
+        known = {version.number: version for version in all_versions(client, name)}
+        numbers = [number for number in (*champions(changes), standing.get(CHAMPION)) if number in known]
+        earlier = [known[number] for number in numbers if number != candidate.number]
+        champion = earlier[-1] if earlier else None  # where it or its alias was deleted, the last on record
+        comparisons = _compare(project, tracking, candidate, _references(candidate, earlier))
+        gates = check_gates(candidate, champion, registry.gates, comparisons)
         _print(gates, candidate, champion)
         failed = list(dict.fromkeys(gate.name for gate in gates if not gate.passed))
         if failed and force is None:
-            raise Refused(_refusal(candidate, champion, failed, standing.get(CHAMPION)))
+            to_evaluate = [version for version, comparison in comparisons if comparison is None]
+            raise Refused(_refusal(candidate, champion, failed, standing.get(CHAMPION), to_evaluate))
         why = force or "all gates passed"
         metrics = {key: candidate.metrics[key] for key in SHOWN if key in candidate.metrics}
         new = entry("promote", name, standing.get(CHAMPION), candidate.number, why, bool(failed), metrics, failed)
         _change(client, project, name, new, previous=champion.number if champion else None)
-    forced = f", although {', '.join(failed)} did not hold" if failed else ""
+    forced = f", although {', '.join(failed)} failed" if failed else ""
     print(f"{candidate.uri} is now the champion{forced}")
     return new
 
@@ -211,14 +218,30 @@ def _line(change: Entry) -> str:
     return f"- {when}: version {change.after}{instead}{forced}, by {plain(change.who)}: {plain(change.why)}"
 
 
-def _champion(
-    client: "MlflowClient", name: str, standing: Mapping[str, int], changes: Sequence[Entry], candidate: Version
-) -> Version | None:
-    """What the candidate is held against: the champion; where it or its alias was deleted, the last on record."""
-    known = {version.number: version for version in all_versions(client, name)}
-    there = [number for number in (*champions(changes), standing.get(CHAMPION)) if number in known]
-    others = [number for number in there if number != candidate.number]
-    return known[others[-1]] if others else None
+def _references(candidate: Version, champions: Sequence[Version]) -> list[Version]:
+    """The champions that a candidate is compared with: the last one, and the best that was evaluated alike.
+
+    Each step of a chain may be too small to see; compared with the best one, their sum is not.
+    """
+    if not champions:
+        return []
+    alike = [version for version in champions if are_alike(candidate, version)]
+    scores = {version.number: version.metrics.get(MMD, -version.metrics.get(DICE, 0.0)) for version in alike}
+    best = min(alike, key=lambda version: scores[version.number], default=champions[-1])
+    return list({version.number: version for version in (champions[-1], best)}.values())
+
+
+def _compare(
+    project: Project, tracking: Tracking, candidate: Version, references: Sequence[Version]
+) -> list[tuple[Version, list[Comparison] | None]]:
+    """How much worse a candidate is than each of the references; None where that cannot be told."""
+    own = read_evaluation(candidate, project, tracking) if references else None
+    found: list[tuple[Version, list[Comparison] | None]] = []
+    for version in references:
+        other = read_evaluation(version, project, tracking)
+        alike = are_alike(candidate, version)
+        found.append((version, compare_versions(own, other) if own and other and alike else None))
+    return found
 
 
 def _before(champion: int | None, standing: Sequence[int]) -> list[int]:
@@ -235,19 +258,25 @@ def _check_why(option: str, why: str) -> None:
         raise UserError(f"{option}: expected a reason of 1 to {MAX_WHY} printable characters, found {len(why)}{odd}")
 
 
-def _refusal(candidate: Version, champion: Version | None, failed: Sequence[str], stays: int | None) -> str:
-    text = f"{candidate.uri} is not promoted: {', '.join(failed)} did not hold"
+def _refusal(
+    candidate: Version,
+    champion: Version | None,
+    failed: Sequence[str],
+    stays: int | None,
+    to_evaluate: Sequence[Version],
+) -> str:
+    text = f"{candidate.uri} is not promoted: {', '.join(failed)} failed"
     if stays:
         text += f"; version {stays} stays champion"
     if champion and champion.number != stays:
-        text += f"; version {champion.number}, the last champion on record, was the measure"
+        text += f"; version {champion.number}, the last champion on record, was the reference"
     text += "."
     to_judge = [version for version in (champion, candidate) if version and not _is_judged(version)]
-    if champion and not to_judge and not are_alike(candidate, champion):
-        to_judge = [champion, candidate]
+    if to_evaluate and not to_judge:
+        to_judge = [*to_evaluate, candidate]
     if to_judge:
         commands = " and ".join(f"`medgen evaluate --model {version.uri}`" for version in to_judge)
-        text += f" To judge both alike: {commands}, then promote again."
+        text += f" To evaluate both alike: {commands}, then promote again."
     return f'{text} `--force "why"` promotes all the same, and is recorded'
 
 
@@ -287,10 +316,12 @@ def _cells(*texts: object) -> list[Text]:
 def _print(gates: Sequence[Gate], candidate: Version, champion: Version | None) -> None:
     against = f"version {champion.number}, the champion" if champion else "no champion yet"
     table = Table(title=f"{candidate.uri} against {against}", title_justify="left")
-    for heading in ("gate", f"version {candidate.number}", "champion", "wanted", "holds"):
+    headings = ("gate", f"version {candidate.number}", "champion", "worse by (95 %)", "p", "visible from", "wanted")
+    for heading in (*headings, "passed"):
         table.add_column(heading, overflow="fold")
     for gate in gates:
-        table.add_row(*_cells(gate.name, gate.candidate, gate.champion, gate.wanted, "yes" if gate.passed else "NO"))
+        cells = (gate.name, gate.candidate, gate.champion, gate.difference, gate.p, gate.detectable, gate.wanted)
+        table.add_row(*_cells(*cells, "yes" if gate.passed else "NO"))
     Console(highlight=False).print(table)
 
 

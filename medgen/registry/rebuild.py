@@ -22,12 +22,12 @@ from ruamel.yaml import YAML
 from medgen import bundle, config
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import Refused, UserError
-from medgen.registry.gates import DICE, KID, KID_HIGH, SSIM
+from medgen.registry.gates import DICE, MMD, SSIM
 from medgen.registry.packing import CONTENT_TAG, PARAMS, making
 from medgen.registry.versions import JUDGED_ON, Version, answering, find, load
 from medgen.tracking.mirror import connect, store_uri, without_password
 
-KID_LOW = "generation/kid_domain_ci_low"
+MMD_ENDS = "generation/mmd_domain_ci_low", "generation/mmd_domain_ci_high"
 TOLERANCE = 0.01  # of SSIM and Dice: what rounding on another machine makes of the same training
 REPRO = ("repro", "--force", "--no-run-cache")  # all stages anew: what DVC has from before proves nothing
 
@@ -218,7 +218,7 @@ def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None
     table = Table(title=f"{version.uri}, registered and rebuilt", title_justify="left")
     for heading in ("metric", "registered", "rebuilt"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for key in different or [key for key in (SSIM, KID, DICE) if key in both]:
+    for key in different or [key for key in (SSIM, MMD, DICE) if key in both]:
         table.add_row(key, f"{version.metrics[key]:.6g}", f"{metrics[key]:.6g}")
     Console(highlight=False).print(table)
     if same:
@@ -227,9 +227,9 @@ def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None
         )
         return
     far = [key for key in (SSIM, DICE) if key in both and abs(version.metrics[key] - metrics[key]) > TOLERANCE]
-    low, high = (version.metrics.get(end, version.metrics.get(KID, 0.0)) for end in (KID_LOW, KID_HIGH))
-    if KID in both and not low <= metrics[KID] <= high:
-        far.append(KID)
+    low, high = (version.metrics.get(end, version.metrics.get(MMD, 0.0)) for end in MMD_ENDS)
+    if MMD in both and not low <= metrics[MMD] <= high:
+        far.append(MMD)
     if far or not both:
         raise Refused(
             f"{version.uri}: what was rebuilt is another model: {', '.join(far) or 'no metric in common'}. Compare the "

@@ -23,6 +23,7 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 _UNKNOWN = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # what MLflow says of versions that are not there
 JUDGED_ON, JUDGED_BY = "evaluated.dataset", "evaluated.extractor"  # tags: what its metrics were measured with
+EVALUATION = "evaluated.values"  # tag: SHA-256 of the per-image values that are kept with the version
 COPIES_AMONG = "evaluated.copies_among"  # tag: how many test images the copy rate was measured against
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
 
@@ -86,6 +87,8 @@ def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any] | No
     extractors = {of: found["sha256"] for of, found in provenance["extractors"].items()}
     if "privacy/copy_rate" in metrics:
         tags[COPIES_AMONG] = tags["run/num_test"]
+    if "evaluation" in provenance:
+        tags[EVALUATION] = provenance["evaluation"]
     return tags | {JUDGED_ON: provenance["dataset"], **({JUDGED_BY: extractors["domain"]} if extractors else {})}
 
 
@@ -101,7 +104,7 @@ def set_tags(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str,
         stays = () if any(key.startswith("privacy/") for key in tags) else ("privacy/",)
         had = {key for key in version.tags if key.startswith(METRIC_GROUPS)}
         stale = {key for key in had if not key.startswith(stays)} - tags.keys()
-    judged = {JUDGED_ON, JUDGED_BY}
+    judged = {JUDGED_ON, JUDGED_BY, EVALUATION}
     if stale or any(key.startswith(METRIC_GROUPS) for key in news):
         stale |= judged & version.tags.keys()  # first to go and last to come: a kill leaves no mixture that looks whole
         news |= {key: tags[key] for key in judged & tags.keys()}

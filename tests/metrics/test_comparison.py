@@ -43,7 +43,7 @@ DEFINITIONS: dict[str, Callable[[ImageSet, ImageSet], float]] = {
     "mmd": lambda real, samples: mmd(real.features, samples.features, 3.4, PATIENTS).interval.value,
     "spectrum": lambda real, samples: spectrum_distance(samples.power, real.power),
     "c2st": lambda real, samples: linear_auc(real.features, samples.features, PATIENTS).value,
-    "recall": lambda real, samples: -recall(real, samples),
+    "recall": recall,
 }
 
 
@@ -51,7 +51,7 @@ DEFINITIONS: dict[str, Callable[[ImageSet, ImageSet], float]] = {
 def test_differences_after_swaps_are_those_of_the_swapped_sets(name: str) -> None:
     one, other, real = image_set(80, 1, 0.2), image_set(80, 2, scale=0.8), image_set(60, 99)
     statistic = {
-        "mmd": lambda: comparison._MMD(one, other, real, 3.4),
+        "mmd": lambda: comparison._MMD(one, other, real, 3.4, PATIENTS),
         "spectrum": lambda: comparison._Spectrum(one, other, real),
         "c2st": lambda: comparison._C2ST(one, other, real, PATIENTS),
         "recall": lambda: comparison._Recall(one, other, real),
@@ -61,6 +61,7 @@ def test_differences_after_swaps_are_those_of_the_swapped_sets(name: str) -> Non
     measure = DEFINITIONS[name]
     expected = [measure(real, swapped(one, other, row)) - measure(real, swapped(other, one, row)) for row in signs]
     assert statistic.differences(signs, torch.arange(60)).tolist() == pytest.approx(expected, abs=2e-6)
+    assert statistic.both() == pytest.approx((measure(real, one), measure(real, other)), abs=2e-6)
 
 
 def test_equal_models_are_refused_in_about_5_percent() -> None:
@@ -72,7 +73,7 @@ def test_equal_models_are_refused_in_about_5_percent() -> None:
             )
         )
         < 0.05
-        for t in range(150)
+        for t in range(100)
     ]
     assert np.mean(refused) <= 0.09
 
@@ -83,9 +84,8 @@ def test_equal_models_are_refused_in_about_5_percent() -> None:
         ({"shift": 0.4}, {"mmd", "c2st"}),
         ({"power": 0.7}, {"spectrum"}),
         ({"scale": 0.4}, {"mmd", "recall"}),
-        ({"scale": 1.5}, {"mmd"}),
     ],
-    ids=["shifted", "blurred", "collapsed", "spread too far"],
+    ids=["shifted", "blurred", "collapsed"],
 )
 def test_a_worse_model_is_found_by_what_should_see_it(worse: dict[str, float], seen_by: set[str]) -> None:
     good, bad = image_set(400, 1), image_set(400, 2, **worse)
@@ -93,6 +93,13 @@ def test_a_worse_model_is_found_by_what_should_see_it(worse: dict[str, float], s
     assert seen_by <= {name for name, one in tests.items() if one.p < 0.05}
     assert all(tests[name].difference > tests[name].detectable > 0 for name in seen_by)
     assert min(one.p for one in found(good, bad).values()) > 0.3  # the better one is not refused
+
+
+def test_recall_alone_prefers_samples_that_spread_too_far() -> None:
+    """The flaw of the measure that the gate on recall has to know: balls around far samples are large."""
+    tests = found(image_set(400, 1), image_set(400, 2, scale=1.5))
+    assert tests["recall"].p < 0.05
+    assert tests["mmd"].high < 0.0
 
 
 def test_pairs_that_share_their_noise_tell_more() -> None:
