@@ -6,7 +6,6 @@ medgen evaluate
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,7 +319,7 @@ def draw_samples(subject: Subject) -> Tensor:
 
 def judge_samples(subject: Subject, domain: DomainFeatures) -> dict[str, float]:
     """Generated against held-out images."""
-    kid = generation.kid(domain.held_out, domain.samples, patients(subject.held_out))
+    kid = generation.kid(domain.held_out, domain.samples, subject.held_out.patients)
     metrics = {
         "kid_domain": kid.value,
         "kid_domain_ci_low": kid.low,
@@ -364,7 +363,7 @@ def judge_through_inception(subject: Subject, samples: Tensor, train: Tensor, he
     seed = seed_of(subject.params.seed)
     thinned = generation.thin(train, min(len(train), subject.params.num_generated))
     generated, real, held = (subject.inception(images) for images in (samples, thinned, held_out))
-    kid = generation.kid(held.features, generated.features, patients(subject.held_out))
+    kid = generation.kid(held.features, generated.features, subject.held_out.patients)
     metrics = {
         "inception_score": inception_score(generated.logits, seed),
         "inception_score_real": inception_score(held.logits, seed),
@@ -415,13 +414,6 @@ def features(subject: Subject, images: Tensor) -> Tensor:
 def pixels(split: Split) -> Tensor:
     """All images of a split, (N, C, H, W) uint8."""
     return torch.from_numpy(split.images.copy())
-
-
-def patients(split: Split) -> list[str] | None:
-    """Each image's patient; None where there is none for each, or where one patient has nearly all images."""
-    names = [row["patient"] for row in split.rows()]
-    largest = max(Counter(names).values())
-    return names if all(names) and largest <= len(names) - 2 else None
 
 
 def proportional_labels(frequencies: Tensor, n: int) -> Tensor:

@@ -48,6 +48,7 @@ class Encoded:
     labels: Tensor  # (N,) int64, -1 where unlabelled
     variance: Tensor | None  # (*latent_shape) posterior variance, mean over the images; None without one
     files: list[str]  # N paths
+    patients: list[str] | None = None  # N of them; see `medgen.data.store.Split.patients`
 
 
 def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior | None:
@@ -74,7 +75,9 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
     made: Prior
     pictures: list[Path] = []
     if name in FITTED:
-        made = fitted = FITTED[name].fit(train.means, train.labels, len(store.classes), prior, train.variance)
+        made = fitted = FITTED[name].fit(
+            train.means, train.labels, len(store.classes), prior, train.variance, train.patients
+        )
         save_prior(project.prior, fitted, digest)
         metrics = {"train_log_likelihood": mean_log_likelihood(fitted, train)}
         if len(val.labels):
@@ -221,18 +224,19 @@ def encode(model: GenerativeModel, split: Split) -> Encoded:
     device = next(model.parameters()).device
     means, labels = [torch.empty(0, *model.latent_shape)], [torch.empty(0, dtype=torch.int64)]
     variance: Tensor | None = None
-    files: list[str] = []
-    paths = split.paths
+    rows: list[int] = []
+    paths, patients = split.paths, split.patients
     for batch in Loader(split, BATCH_SIZE, device, subset=subset).sequential() if len(paths) else ():
         latent = model.encode(batch.image, batch.label)
         means.append(latent.mean.float().cpu())
         labels.append(batch.label.cpu())
-        files += [paths[row] for row in batch.index.tolist()]
+        rows += batch.index.tolist()
         if latent.logvar is not None:
             total = latent.logvar.double().exp().sum(0).cpu()
             variance = total if variance is None else variance + total
-    mean_variance = None if variance is None else (variance / len(files)).float()
-    return Encoded(torch.cat(means), torch.cat(labels), mean_variance, files)
+    mean_variance = None if variance is None else (variance / len(rows)).float()
+    files, people = [paths[row] for row in rows], patients and [patients[row] for row in rows]
+    return Encoded(torch.cat(means), torch.cat(labels), mean_variance, files, people)
 
 
 def mean_log_likelihood(prior: FittedPrior, data: Encoded) -> float:

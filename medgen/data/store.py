@@ -65,6 +65,13 @@ class Split:
         """Source files, relative to the data folder, in the order of the arrays."""
         return [row["path"] for row in self.rows()]
 
+    @property
+    def patients(self) -> list[str] | None:
+        """Each image's patient; None where an image has none, or where one patient has nearly all images."""
+        names = [row["patient"] for row in self.rows()]
+        largest = max(Counter(names).values(), default=0)
+        return names if all(names) and largest <= len(names) - 2 else None
+
 
 @dataclass(frozen=True)
 class Store:
