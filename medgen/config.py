@@ -138,7 +138,7 @@ class Schedule(Section):
     period_factor: Count = 1  # cosine_restarts: each period is this many times the last
     min_factor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # plateau: what the rate is multiplied by
-    patience: Count = 5  # plateau: epochs without a better validation loss
+    patience: Count = 5  # plateau: epochs without a lower val/objective
 
 
 class Weights(Section):
@@ -195,7 +195,7 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    keep: Literal["last", "best"] = "last"  # whose epoch's weights are exported; best: of the lowest val/loss
+    keep: Literal["last", "best"] = "last"  # weights to export; best: of the epoch with the lowest val/objective
     on_nonfinite: Literal["raise", "rollback"] = "raise"
     max_rollbacks: Count = 3
     sample_every: Count = 10  # epochs between sample and reconstruction grids

@@ -151,14 +151,18 @@ class LatentTask:
 
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
-        """The loss on validation latents (on train latents where there are none), with the same draws each time."""
+        """The loss on validation latents (on train latents where there are none), with the same draws each time.
+
+        It is the objective, too.
+        """
         data = self.val if len(self.val.labels) else self.data
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, 2))
         total = 0.0
         for _ in range(NUM_LOOKS):
             for rows in torch.split(torch.arange(len(data.labels)), BATCH_SIZE):
                 total += len(rows) * float(self._loss(data, rows, generator))
-        return {"loss": total / (NUM_LOOKS * len(data.labels))}
+        loss = total / (NUM_LOOKS * len(data.labels))
+        return {"loss": loss, "objective": loss}
 
     def record(self, phase: Phase, epoch: float) -> dict[str, float]:
         """Nothing besides the loss."""
@@ -193,7 +197,7 @@ def learn(
         train_to_end(job, tracker)
         with job.final_weights():
             save_prior(project.prior, task.prior, digest)
-            metrics = {"val_loss": job.state.best_loss}
+            metrics = {"val_loss": job.state.best_objective}
             grid = scratch / "prior_samples.png"
             write_grid(grid, sample_images(task.prior, task.decoder, NUM_SAMPLES, None, task.params.seed))
     records = history(scratch)
