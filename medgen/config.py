@@ -291,7 +291,7 @@ class Tune(Section):
 
     space: dict[str, Searched] = {}  # dotted key of model, loss, train, prior -> its values; empty: see tune/space.py
     # a key of docs/contract.md, or pareto: 1 - MS-SSIM (1 - SSIM of small images) against KID. None:
-    # generation/kid_domain; segmentation/dice of models that find masks
+    # generation/kid_domain; segmentation/dice_foreground of models that find masks
     objective: str | None = None
     ssim_floor: Fraction | None = None  # a winner's reconstruction/ssim at least; None: what params.yaml itself reaches
     pruner: Literal["median", "hyperband", "none"] = "median"  # by val/ssim (val/dice) after each epoch
@@ -319,7 +319,7 @@ class Gates(Section):
     copy_rate_ceiling: Annotated[float, Field(ge=0.0, le=1.0)] | None = (
         None  # privacy/copy_rate; None: as chance has it
     )
-    dice_floor: Fraction = 0.6  # segmentation/dice at least
+    dice_floor: Fraction = 0.6  # segmentation/dice_foreground at least
     dice_margin: NonNegative = 0.01  # and at most this below the champion's
 
 

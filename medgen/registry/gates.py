@@ -8,7 +8,8 @@ from medgen.evaluation_report import LEAST_LIMIT
 from medgen.metrics.privacy import plausible
 from medgen.registry.versions import COPIES_AMONG, JUDGED_BY, JUDGED_ON, Version
 
-SSIM, DICE, KID, COPIES = "reconstruction/ssim", "segmentation/dice", "generation/kid_domain", "privacy/copy_rate"
+SSIM, DICE = "reconstruction/ssim", "segmentation/dice_foreground"
+KID, COPIES = "generation/kid_domain", "privacy/copy_rate"
 KID_HIGH, HELD_OUT_LIMIT, NUM_GENERATED = "generation/kid_domain_ci_high", "privacy/held_out_limit", "run/num_generated"
 TRAINED_ON = "dataset.fingerprint"  # tag
 SHORT = 7  # characters of a hash that are shown
