@@ -219,7 +219,7 @@ class Prior(Section):
     conditional: bool = True  # told apart by class where the data has labels
     seed: int = 0
     components: tuple[Count, ...] = (1, 2, 4, 8)  # gmm: tried; the best held-out likelihood is kept
-    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8  # gmm: share of latent variance under the mixture
+    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95  # gmm: share of latent variance under the mixture
     # flow and tokens are networks, trained on the latents; an epoch of theirs is 100 steps
     channels: Annotated[int, Field(ge=8, multiple_of=8)] = 64  # width of the network
     blocks: Count = 4  # residual blocks (flow), transformer blocks (tokens)

@@ -42,7 +42,7 @@ SAMPLING = {"sampling_steps", "solver", "guidance"}  # parameters that the train
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder says of a split."""
+    """The latents of a split's images."""
 
     means: Tensor  # (N, *latent_shape) posterior means
     labels: Tensor  # (N,) int64, -1 where unlabelled
@@ -222,7 +222,7 @@ def write_none(project: Project, info: BundleInfo) -> None:
 
 @torch.no_grad()
 def encode(model: GenerativeModel, split: Split) -> Encoded:
-    """What the encoder says of a split, on the CPU; of one too large to hold, images spread over it."""
+    """Latents of a split, on the CPU; of a split too large to hold, those of images spread over it."""
     limit = max(1, MAX_LATENT_NUMBERS // torch.Size(model.latent_shape).numel())
     subset = limit if len(split.images) > limit else None
     device = next(model.parameters()).device

@@ -31,7 +31,7 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class Found:
-    """The masks a model finds in a held-out split, and what they are worth."""
+    """The masks a model finds in a held-out split, and their scores."""
 
     metrics: dict[str, float]
     images: Tensor  # (N, C, H, W) uint8

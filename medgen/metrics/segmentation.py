@@ -1,4 +1,4 @@
-"""How well predicted masks lie on true ones. Class 0 is the background.
+"""Scores of predicted masks against true ones. Class 0 is the background.
 
 Shapes: B images, K classes (2 for a mask of 0 and 1), H W height and width.
 """
