@@ -139,7 +139,7 @@ class Schedule(Section):
     period_factor: Count = 1  # cosine_restarts: each period is this many times the last
     min_factor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # plateau: what the rate is multiplied by
-    patience: Count = 5  # plateau: epochs without a better validation loss
+    patience: Count = 5  # plateau: epochs without a lower val/objective
 
 
 class Weights(Section):
@@ -196,7 +196,7 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    keep: Literal["last", "best"] = "last"  # whose epoch's weights are exported; best: of the lowest val/loss
+    keep: Literal["last", "best"] = "last"  # weights to export; best: of the epoch with the lowest val/objective
     on_nonfinite: Literal["raise", "rollback"] = "raise"
     max_rollbacks: Count = 3
     sample_every: Count = 10  # epochs between sample and reconstruction grids
@@ -220,7 +220,7 @@ class Prior(Section):
     conditional: bool = True  # told apart by class where the data has labels
     seed: int = 0
     components: tuple[Count, ...] = (1, 2, 4, 8)  # gmm: tried; the best held-out likelihood is kept
-    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8  # gmm: share of latent variance under the mixture
+    variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95  # gmm: share of latent variance under the mixture
     # flow and tokens are networks, trained on the latents; an epoch of theirs is 100 steps
     channels: Annotated[int, Field(ge=8, multiple_of=8)] = 64  # width of the network
     blocks: Count = 4  # residual blocks (flow), transformer blocks (tokens)
@@ -292,7 +292,7 @@ class Tune(Section):
 
     space: dict[str, Searched] = {}  # dotted key of model, loss, train, prior -> its values; empty: see tune/space.py
     # a key of docs/contract.md, or pareto: 1 - MS-SSIM (1 - SSIM of small images) against KID. None:
-    # generation/kid_domain; segmentation/dice of models that find masks
+    # generation/kid_domain; segmentation/dice_foreground of models that find masks
     objective: str | None = None
     ssim_floor: Fraction | None = None  # a winner's reconstruction/ssim at least; None: what params.yaml itself reaches
     pruner: Literal["median", "hyperband", "none"] = "median"  # by val/ssim (val/dice) after each epoch
@@ -320,7 +320,7 @@ class Gates(Section):
     copy_rate_ceiling: Annotated[float, Field(ge=0.0, le=1.0)] | None = (
         None  # privacy/copy_rate; None: as chance has it
     )
-    dice_floor: Fraction = 0.6  # segmentation/dice at least
+    dice_floor: Fraction = 0.6  # segmentation/dice_foreground at least
     dice_margin: NonNegative = 0.01  # and on the same images at most this below a champion's
 
     @model_validator(mode="before")

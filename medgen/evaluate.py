@@ -6,7 +6,6 @@ medgen evaluate
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,7 +253,7 @@ def judge(
 def mask_evaluation(store: Store, found: segmentation_report.Found, split: str) -> EvaluationData:
     """What a later comparison with another model that finds masks needs of this evaluation."""
     held_out = store.split(split)
-    keys, rows = patients(held_out), held_out.masked_rows.tolist()
+    keys, rows = held_out.patients, held_out.masked_rows.tolist()
     groups = group_numbers(None if keys is None else [keys[row] for row in rows], len(rows))
     return EvaluationData(EvaluationInfo(store.fingerprint, "", split, 0, 0, 0.0), found.dice, groups)
 
@@ -330,7 +329,7 @@ def judge_reconstructions(subject: Subject) -> Reconstructions:
             codes.append(encoded.codes.cpu())
     scores = reconstruction.compare(zip(originals, results, strict=True))
     metrics = {f"reconstruction/{name}": float(values.mean()) for name, values in scores.items()}
-    interval = mean_interval(scores["ssim"], patients(subject.held_out))
+    interval = mean_interval(scores["ssim"], subject.held_out.patients)
     metrics |= {"reconstruction/ssim_ci_low": interval.low, "reconstruction/ssim_ci_high": interval.high}
     images = torch.cat([quantised(result) for result in results])
     metrics |= spectrum_metrics("reconstruction", radial_power(images), radial_power(torch.cat(originals)))
@@ -381,7 +380,7 @@ def quantised(images: Tensor) -> Tensor:
 
 def judge_samples(subject: Subject, samples: Tensor, held_out: Tensor, views: Views) -> dict[str, float]:
     """Samples against held-out images, by every measure, with 95 % intervals by patient."""
-    groups = patients(subject.held_out)
+    groups = subject.held_out.patients
     intervals = distances(views.samples, views.held_out, views.bandwidth, groups)
     intervals |= generation.manifold_intervals(views.held_out.features, views.samples.features, groups)
     intervals |= realism(subject, samples, views.samples, held_out, views.held_out)
@@ -394,9 +393,9 @@ def judge_data(subject: Subject, samples: Tensor, train: Tensor, test: Tensor, v
     seed = seed_of(subject.params.seed)
     rows = generation.thin(torch.arange(len(train)), min(len(train), subject.params.num_generated))
     real = ImageSet(views.train.features[rows], views.train.power[rows])
-    keys = patients(subject.store.split("train"))
+    keys = subject.store.split("train").patients
     groups = None if keys is None else [keys[row] for row in rows.tolist()]
-    floors = distances(real, views.held_out, views.bandwidth, patients(subject.held_out), groups)
+    floors = distances(real, views.held_out, views.bandwidth, subject.held_out.patients, groups)
     floors |= realism(subject, train[rows], real, test, views.held_out, groups)
     metrics = {f"generation/{name}_floor": interval.value for name, interval in floors.items()}
     metrics["generation/spectrum_distance_floor"] = spectrum_distance(real.power, views.held_out.power)
@@ -426,7 +425,7 @@ def realism(
     own_groups: Groups = None,
 ) -> dict[str, Interval]:
     """How well classifiers tell a set from the held-out images, by what they look at; nothing where those are few."""
-    groups = patients(subject.held_out)
+    groups = subject.held_out.patients
     if min(len(group_rows(len(images), own_groups)), len(group_rows(len(held_out), groups))) < MIN_GROUPS:
         return {}
     seed = seed_of(subject.params.seed, 3) % 2**31
@@ -459,7 +458,7 @@ def evaluation_data(subject: Subject, reconstructions: Reconstructions, views: V
         num_generated=subject.params.num_generated,
         bandwidth=views.bandwidth,
     )
-    groups = group_numbers(patients(subject.held_out), len(reconstructions.ssim))
+    groups = group_numbers(subject.held_out.patients, len(reconstructions.ssim))
     return EvaluationData(info, reconstructions.ssim, groups, views.samples, views.held_out)
 
 
@@ -483,7 +482,7 @@ def judge_through_inception(subject: Subject, samples: Tensor, train: Tensor, he
     seed = seed_of(subject.params.seed)
     thinned = generation.thin(train, min(len(train), subject.params.num_generated))
     generated, real, held = (subject.inception(images) for images in (samples, thinned, held_out))
-    groups = patients(subject.held_out)
+    groups = subject.held_out.patients
     found = kid(held.features, generated.features, groups)
     metrics = {
         "inception_score": inception_score(generated.logits, seed),
@@ -537,13 +536,6 @@ def features(subject: Subject, images: Tensor) -> Tensor:
 def pixels(split: Split) -> Tensor:
     """All images of a split, (N, C, H, W) uint8."""
     return torch.from_numpy(split.images.copy())
-
-
-def patients(split: Split) -> list[str] | None:
-    """Each image's patient; None where one is unknown, or where too few patients are left without one of them."""
-    names = [row["patient"] for row in split.rows()]
-    counts = Counter(names)
-    return names if all(names) and len(counts) >= MIN_IMAGES and max(counts.values()) <= len(names) - 2 else None
 
 
 def proportional_labels(frequencies: Tensor, n: int) -> Tensor:

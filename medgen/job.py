@@ -41,7 +41,11 @@ class Task(Protocol):
         ...
 
     def validate(self, phase: Phase) -> dict[str, float]:
-        """Over the whole validation split, without randomness: `loss`, and what else is worth knowing."""
+        """Metrics of the whole validation split, without randomness, among them `objective`.
+
+        The lower objective is better: it decides which epoch `train.keep: best` keeps, and the plateau schedule. It is
+        the same function of the weights in all epochs of a phase.
+        """
         ...
 
     def record(self, phase: Phase, epoch: float) -> dict[str, float]:
@@ -67,7 +71,7 @@ class State:
     position: int = 0  # steps since the start of the run
     rate_scale: float = 1.0  # halved by every rollback
     num_rollbacks: int = 0
-    best_loss: float = math.inf  # of this phase's epochs, where train.keep asks for the best
+    best_objective: float = math.inf  # of this phase's epochs, where train.keep asks for the best
     plateau: optim.Plateau = field(default_factory=optim.Plateau)
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch's terms
 
@@ -99,7 +103,7 @@ class Job:
         self.model.to(memory_format=torch.channels_last)
         self.network = self._wrap(self.model)
         self.average = optim.AveragedWeights(self.model, train.ema_decay) if train.ema_decay else None
-        self.best: dict[str, Tensor] | None = None  # the weights of the epoch that `state.best_loss` is of
+        self.best: dict[str, Tensor] | None = None  # the weights of the epoch that `state.best_objective` is of
         self.guard = Guard(world.device, world.any)
         self.stop = StopRequest()
         self.state = State()
@@ -137,7 +141,7 @@ class Job:
             if state.phase == len(phases) - 1:
                 return None
             state.phase, state.epoch, state.plateau = state.phase + 1, 0, optim.Plateau()
-            state.best_loss, self.best = math.inf, None
+            state.best_objective, self.best = math.inf, None
             self.optimizer = optim.build_optimizer(phases[state.phase], self.model.parameters())
         return phases[state.phase]
 
@@ -175,10 +179,10 @@ class Job:
         finally:
             self.model.load_state_dict(live)
 
-    def keep_best(self, loss: float) -> None:
-        """Takes an epoch's validation loss, with the model in its averaged weights; keeps them if none was lower."""
-        if self.train.keep == "best" and loss < self.state.best_loss:
-            self.state.best_loss = loss
+    def keep_best(self, objective: float) -> None:
+        """Keep the model's weights, which are the averaged ones now, if no epoch had a lower validation objective."""
+        if self.train.keep == "best" and objective < self.state.best_objective:
+            self.state.best_objective = objective
             self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def save_is_due(self) -> bool:

@@ -84,13 +84,13 @@ def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Displ
         job.model.eval()
         # one number for all processes: each steps its own plateau by it
         validation = job.world.mean_of(job.task.validate(phase))
-        job.keep_best(validation["loss"])
+        job.keep_best(validation["objective"])
     record = {
         **{f"train/{name}": total / state.step for name, total in job.world.mean_of(state.sums).items()},
         **{f"val/{name}": value for name, value in validation.items()},
         **{f"train/{name}": value for name, value in used.items()},
     }
-    state.plateau.update(validation["loss"], phase.schedule)
+    state.plateau.update(validation["objective"], phase.schedule)
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if tracker:
         tracker.metrics(record, step=job.epochs_done)

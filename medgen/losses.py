@@ -44,23 +44,35 @@ class Objective(nn.Module):
 
     def forward(self, output: ModelOutput, target: Tensor, weights: Weights, beta: float) -> Losses:
         """Total loss and its named terms; `target` is the batch's images (B, C, H, W) or masks (B, K, H, W)."""
+        image, latent = self.image_loss(output.reconstruction, target, weights), self.latent_loss(output, beta)
+        return Losses(image.total + latent.total, image.terms | latent.terms)
+
+    def image_loss(self, reconstruction: Tensor, target: Tensor, weights: Weights) -> Losses:
+        """The terms that compare the model's output with `target`."""
         terms: dict[str, Tensor] = {}
         total = target.new_zeros(())
         for name, weight in weights.model_dump().items():
             if weight > 0:
-                term = self._image_term(name, output.reconstruction.float(), target)
-                terms[f"{name}_loss" if name in ("ssim", "dice") else name] = term  # 1 - SSIM must not pass for SSIM
+                term = self._image_term(name, reconstruction.float(), target)
+                # 1 - SSIM must not pass for SSIM
+                terms[f"{name}_loss" if name in ("ssim", "dice") else name] = term.detach()
                 total = total + weight * term
+        return Losses(total, terms)
+
+    def latent_loss(self, output: ModelOutput, beta: float) -> Losses:
+        """The terms of the latent: KL weighed by `beta`, commitment, codebook; 0 for a model without them."""
+        terms: dict[str, Tensor] = {}
+        total = output.reconstruction.new_zeros((), dtype=torch.float32)
         if output.latent is not None and output.latent.logvar is not None:
             kl = kl_per_number(output.latent)
-            terms["kl"] = kl.flatten(1).sum(dim=1).mean()
+            terms["kl"] = kl.flatten(1).sum(dim=1).mean().detach()
             # β = 0 leaves KL out of the graph: 0 · inf would be NaN, and it is cheaper
             if beta > 0:
                 total = total + self.kl_weight(beta, kl[0].numel()) * free_bits(kl, self.loss.free_bits)
         for name, term in output.terms.items():
-            terms[name] = term
+            terms[name] = term.detach()
             total = total + (self.loss.commitment if name == "commitment" else 1.0) * term
-        return Losses(total=total, terms={name: term.detach() for name, term in terms.items()})
+        return Losses(total, terms)
 
     def kl_weight(self, beta: float, latent_numel: int) -> float:
         """What KL in nats per image is multiplied by under `loss.kl_reduction`."""

@@ -38,7 +38,7 @@ def rate_factor(phase: Phase, epoch: float, step: int) -> float:
 
 @dataclass
 class Plateau:
-    """Lowers the rate when the validation loss stops falling, as torch's ReduceLROnPlateau does.
+    """Lowers the rate when the validation objective stops falling, as torch's ReduceLROnPlateau does.
 
     Kept apart from the optimizer so that schedules multiply and the state is three numbers.
     """
@@ -47,12 +47,12 @@ class Plateau:
     bad_epochs: int = 0
     factor: float = 1.0
 
-    def update(self, loss: float, schedule: Schedule) -> None:
-        """Takes an epoch's validation loss; better means by more than 0.01 %."""
+    def update(self, objective: float, schedule: Schedule) -> None:
+        """Takes an epoch's validation objective; better means by more than 0.01 %."""
         if schedule.name != "plateau":
             return
-        if loss + 1e-4 * abs(loss) < self.best:  # a likelihood's loss may be negative, where torch's rule is wrong
-            self.best, self.bad_epochs = loss, 0
+        if objective + 1e-4 * abs(objective) < self.best:  # a likelihood may be below 0, where torch's rule is wrong
+            self.best, self.bad_epochs = objective, 0
             return
         self.bad_epochs += 1
         if self.bad_epochs > schedule.patience:

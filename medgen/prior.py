@@ -42,12 +42,13 @@ SAMPLING = {"sampling_steps", "solver", "guidance"}  # parameters that the train
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder says of a split."""
+    """The latents of a split's images."""
 
     means: Tensor  # (N, *latent_shape) posterior means
     labels: Tensor  # (N,) int64, -1 where unlabelled
     variance: Tensor | None  # (*latent_shape) posterior variance, mean over the images; None without one
     files: list[str]  # N paths
+    patients: list[str] | None = None  # N of them; see `medgen.data.store.Split.patients`
 
 
 def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior | None:
@@ -74,7 +75,9 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
     made: Prior
     pictures: list[Path] = []
     if name in FITTED:
-        made = fitted = FITTED[name].fit(train.means, train.labels, len(store.classes), prior, train.variance)
+        made = fitted = FITTED[name].fit(
+            train.means, train.labels, len(store.classes), prior, train.variance, train.patients
+        )
         save_prior(project.prior, fitted, digest)
         metrics = {"train_log_likelihood": mean_log_likelihood(fitted, train)}
         if len(val.labels):
@@ -148,14 +151,18 @@ class LatentTask:
 
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
-        """The loss on validation latents (on train latents where there are none), with the same draws each time."""
+        """The loss on validation latents (on train latents where there are none), with the same draws each time.
+
+        It is the objective, too.
+        """
         data = self.val if len(self.val.labels) else self.data
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, 2))
         total = 0.0
         for _ in range(NUM_LOOKS):
             for rows in torch.split(torch.arange(len(data.labels)), BATCH_SIZE):
                 total += len(rows) * float(self._loss(data, rows, generator))
-        return {"loss": total / (NUM_LOOKS * len(data.labels))}
+        loss = total / (NUM_LOOKS * len(data.labels))
+        return {"loss": loss, "objective": loss}
 
     def record(self, phase: Phase, epoch: float) -> dict[str, float]:
         """Nothing besides the loss."""
@@ -190,7 +197,7 @@ def learn(
         train_to_end(job, tracker)
         with job.final_weights():
             save_prior(project.prior, task.prior, digest)
-            metrics = {"val_loss": job.state.best_loss}
+            metrics = {"val_loss": job.state.best_objective}
             grid = scratch / "prior_samples.png"
             write_grid(grid, sample_images(task.prior, task.decoder, NUM_SAMPLES, None, task.params.seed))
     records = history(scratch)
@@ -215,24 +222,25 @@ def write_none(project: Project, info: BundleInfo) -> None:
 
 @torch.no_grad()
 def encode(model: GenerativeModel, split: Split) -> Encoded:
-    """What the encoder says of a split, on the CPU; of one too large to hold, images spread over it."""
+    """Latents of a split, on the CPU; of a split too large to hold, those of images spread over it."""
     limit = max(1, MAX_LATENT_NUMBERS // torch.Size(model.latent_shape).numel())
     subset = limit if len(split.images) > limit else None
     device = next(model.parameters()).device
     means, labels = [torch.empty(0, *model.latent_shape)], [torch.empty(0, dtype=torch.int64)]
     variance: Tensor | None = None
-    files: list[str] = []
-    paths = split.paths
+    rows: list[int] = []
+    paths, patients = split.paths, split.patients
     for batch in Loader(split, BATCH_SIZE, device, subset=subset).sequential() if len(paths) else ():
         latent = model.encode(batch.image, batch.label)
         means.append(latent.mean.float().cpu())
         labels.append(batch.label.cpu())
-        files += [paths[row] for row in batch.index.tolist()]
+        rows += batch.index.tolist()
         if latent.logvar is not None:
             total = latent.logvar.double().exp().sum(0).cpu()
             variance = total if variance is None else variance + total
-    mean_variance = None if variance is None else (variance / len(files)).float()
-    return Encoded(torch.cat(means), torch.cat(labels), mean_variance, files)
+    mean_variance = None if variance is None else (variance / len(rows)).float()
+    files, people = [paths[row] for row in rows], patients and [patients[row] for row in rows]
+    return Encoded(torch.cat(means), torch.cat(labels), mean_variance, files, people)
 
 
 def mean_log_likelihood(prior: FittedPrior, data: Encoded) -> float:

@@ -20,8 +20,8 @@ from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 from medgen.files import write_atomic
 
 MAIN_METRICS = (  # shown, where a model has them
-    "segmentation/dice",
-    "segmentation/iou",
+    "segmentation/dice_foreground",
+    "segmentation/iou_foreground",
     "reconstruction/ssim",
     "reconstruction/psnr",
     "generation/kid_domain",

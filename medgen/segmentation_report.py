@@ -15,7 +15,7 @@ from medgen.data.loader import Loader
 from medgen.data.store import Store
 from medgen.errors import UserError
 from medgen.figures import overlay, write_grid, write_stacks
-from medgen.metrics.segmentation import class_means, commonest_class, decide, dice_and_iou
+from medgen.metrics.segmentation import class_means, commonest_class, decide, dice_and_iou, foreground_mean
 from medgen.models import ImageModel
 
 NUM_TRIPLES = 16
@@ -31,13 +31,13 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class Found:
-    """The masks a model finds in a held-out split, and what they are worth."""
+    """The masks a model finds in a held-out split, and their scores."""
 
     metrics: dict[str, float]
     images: Tensor  # (N, C, H, W) uint8
     true: Tensor  # (N, H, W) class numbers, uint8
     predicted: Tensor  # (N, H, W) uint8
-    dice: Tensor  # (N,) of each image: of class 1, or the mean over the classes it has
+    dice: Tensor  # (N,) of each image: mean over its classes but the background
     num_classes: int
 
 
@@ -71,15 +71,18 @@ def judge(store: Store, model: ImageModel, device: torch.device, batch_size: int
     dice, iou = dice_and_iou(guessed, masks, num_classes)
     assert train.masks is not None
     mean_mask = commonest_class(torch.from_numpy(train.masks[train.masked_rows][:, 0]), num_classes)
-    mark, _ = dice_and_iou(mean_mask.expand_as(masks), masks, num_classes)
-    metrics = {"segmentation/dice_mean_mask": _over_classes(mark)}
-    metrics |= {"segmentation/dice": _over_classes(dice), "segmentation/iou": _over_classes(iou)}
+    reference, _ = dice_and_iou(mean_mask.expand_as(masks), masks, num_classes)
+    metrics = {
+        "segmentation/dice_foreground": foreground_mean(dice),
+        "segmentation/iou_foreground": foreground_mean(iou),
+        "segmentation/dice_foreground_mean_mask": foreground_mean(reference),
+    }
     if num_classes > 2:
         for name, scores in (("dice", dice), ("iou", iou)):
             means = class_means(scores).tolist()
             metrics |= {f"segmentation/{name}_{k}": mean for k, mean in enumerate(means) if math.isfinite(mean)}
     metrics |= {"run/num_train": len(train.masked_rows), "run/num_test": len(masks)}
-    each = torch.nanmean(_judged(dice), dim=1).nan_to_num(1.0)  # an empty mask found empty
+    each = torch.nanmean(dice[:, 1:], dim=1).nan_to_num(1.0)  # an empty mask found empty
     return Found(metrics, torch.cat(images), masks, guessed, each, num_classes)
 
 
@@ -108,11 +111,16 @@ def shades(masks: Tensor, num_classes: int) -> Tensor:
 
 
 def key_numbers(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """Name, value, what it is to be held against, and how to read it."""
+    """Rows of name, value, reference and explanation."""
     m = {name.partition("/")[2]: f"{value:.4f}" for name, value in metrics.items()}
     rows = [
-        ("Dice of masks", m["dice"], f"{m['dice_mean_mask']} commonest train mask", "mean over images, 1 is perfect"),
-        ("IoU of masks", m["iou"], "", "intersection over union, as Dice but harder on errors"),
+        (
+            "Dice of masks",
+            m["dice_foreground"],
+            f"{m['dice_foreground_mean_mask']} commonest train mask",
+            "mean over images and classes without the background, 1 is perfect",
+        ),
+        ("IoU of masks", m["iou_foreground"], "", "intersection over union, as Dice but harder on errors"),
     ]
     numbers = sorted(int(name[5:]) for name in m if name[5:].isdigit() and name.startswith("dice_"))
     rows += [(f"  Dice, IoU of class {k}", f"{m[f'dice_{k}']}, {m[f'iou_{k}']}", "", "") for k in numbers]
@@ -121,14 +129,15 @@ def key_numbers(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]
 
 
 def findings(metrics: Mapping[str, float]) -> list[str]:
-    """What the numbers say in words, and what to try."""
-    dice, mark = metrics["segmentation/dice"], metrics["segmentation/dice_mean_mask"]
-    if dice <= mark:
+    """Sentences on the numbers, and what to try."""
+    dice, reference = metrics["segmentation/dice_foreground"], metrics["segmentation/dice_foreground_mean_mask"]
+    if dice <= reference:
         return [
-            f"The commonest train mask, the same for every image, is as good (Dice {mark:.3f} against {dice:.3f}): the "
-            "model does not look at the image yet. Train longer, raise the learning rate, or weigh Dice (loss.weights)."
+            f"The commonest train mask, the same for every image, is as good (Dice {reference:.3f}, the model "
+            f"{dice:.3f}): the model does not use the image yet. Train longer, raise the learning rate, or add a Dice "
+            "term (loss.weights)."
         ]
-    found = [f"Dice {dice:.3f}: better than the commonest train mask, the same for every image ({mark:.3f})."]
+    found = [f"Dice {dice:.3f}: better than the commonest train mask, the same for every image ({reference:.3f})."]
     classes = {name: metrics[name] for name in metrics if name.startswith("segmentation/dice_") and name[-1].isdigit()}
     if classes and min(classes.values()) < dice - 0.1:
         worst = min(classes, key=lambda name: classes[name])
@@ -137,13 +146,3 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
             "from a Dice term beside cross-entropy (loss.weights)."
         )
     return found
-
-
-def _judged(scores: Tensor) -> Tensor:
-    """The classes that count (N, K'): of a mask of 0 and 1 that of 1, else all."""
-    return scores[:, 1:] if scores.shape[1] == 2 else scores
-
-
-def _over_classes(scores: Tensor) -> float:
-    """Mean over images, then over classes."""
-    return float(torch.nanmean(class_means(_judged(scores))))

@@ -115,19 +115,26 @@ class ModelTask:
         batch = self.loader.batch(position)
         with self._autocast():
             output: ModelOutput = network(batch.image.contiguous(memory_format=torch.channels_last), batch.label)
-        return self._compare(output, self._target(batch), self._weights(phase), beta_at(phase.beta, epoch))
+        losses: Losses = self.objective(output, self._target(batch), self._weights(phase), beta_at(phase.beta, epoch))
+        return losses
 
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
-        """Loss (image terms), and the scores of what was learnt."""
-        scores = {name: 0.0 for name in ("loss", *SCORES[self.model.target])}
+        """Means over the val split: `loss` (image terms), `objective` (with the latent's) and scores of the output.
+
+        The objective has the phase's last β from its first epoch on. With a β that still rises it would be lowest for
+        the epoch that is regularised least.
+        """
+        scores = {name: 0.0 for name in ("loss", "objective", *SCORES[self.model.target])}
         codes: list[Tensor] = []
         for batch in self.validation.sequential():
             with self._autocast():
                 output = self.model.predict(batch.image, batch.label)
             result, target, size = output.reconstruction.float(), self._target(batch), len(batch.image)
-            compared = self._compare(ModelOutput(result, output.latent), target, self._weights(phase), 0.0)
-            scores["loss"] += size * float(compared.total)
+            image_loss = self.objective.image_loss(result, target, self._weights(phase)).total
+            latent_loss = self.objective.latent_loss(output, phase.beta.end).total
+            scores["loss"] += size * float(image_loss)
+            scores["objective"] += size * float(image_loss + latent_loss)
             for name, score in SCORES[self.model.target].items():
                 scores[name] += size * float(score(result, target))
             if output.latent is not None and output.latent.codes is not None:
@@ -175,10 +182,6 @@ class ModelTask:
             f"Data: {self.store.name} {self.store.fingerprint} ({counts}; "
             f"classes: {', '.join(self.store.classes) or 'none'}). Phases: {phases}."
         )
-
-    def _compare(self, output: ModelOutput, target: Tensor, weights: Weights, beta: float) -> Losses:
-        losses: Losses = self.objective(output, target, weights, beta)
-        return losses
 
     def _target(self, batch: Batch) -> Tensor:
         """What the network's output is compared with: the images (B, C, H, W), or the masks.

@@ -207,7 +207,7 @@ def test_names_from_outside_stay_text(name: str) -> None:
 
 
 def test_a_model_that_finds_masks_is_not_said_to_draw() -> None:
-    tags = {"segmentation/dice": "0.9", "segmentation/dice_mean_mask": "0.6"}
+    tags = {"segmentation/dice_foreground": "0.9", "segmentation/dice_foreground_mean_mask": "0.6"}
     text = page.about_version("medgen", 2, info(name="unet"), None, tags, has_picture=True)
     assert "finds masks of 2 classes" in text
     assert shown_numbers(text) == {"Dice of masks": ["0.9", "0.6"]}

@@ -14,7 +14,7 @@ from medgen.config import Model, Preprocess, Prior, Tracking
 from medgen.data.store import open_store
 from medgen.errors import NonFiniteError, UserError
 from medgen.models import build_model
-from medgen.priors import FITTED, load_prior
+from medgen.priors import FITTED, gmm, load_prior
 from medgen.tracking import history, read_run
 
 MODEL = Model(base_channels=8, max_channels=16, latent_channels=4, latent_size=4, attention_resolutions=())
@@ -77,6 +77,18 @@ def test_encoding_keeps_order_and_averages_the_posterior_variance(project):
     torch.testing.assert_close(encoded.variance, latent.logvar.exp().mean(0), rtol=1e-4, atol=1e-5)
     assert encoded.labels.tolist() == split.labels.tolist()
     assert encoded.files == split.paths
+    assert split.patients and encoded.patients == split.patients
+
+
+def test_the_mixture_is_given_the_patients_of_its_rows(project, monkeypatch):
+    given = []
+    held_out = gmm._held_out
+    monkeypatch.setattr(gmm, "_held_out", lambda patients, seed: given.append(patients) or held_out(patients, seed))
+    monkeypatch.setattr(gmm, "RARE", 10)
+    prior.run(project, prior=Prior(name="gmm", conditional=False), tracking=QUIET)
+    names = open_store(project.dataset).split("train").patients
+    (patients,) = given
+    assert len(set(zip(names, patients.tolist(), strict=True))) == len(set(names)) == len(set(patients.tolist()))
 
 
 def test_too_many_latents_are_thinned(project, monkeypatch):
@@ -86,7 +98,9 @@ def test_too_many_latents_are_thinned(project, monkeypatch):
     encoded = prior.encode(model, split)
     assert encoded.means.shape == (10, 4, 4, 4)
     assert len(set(encoded.labels.tolist())) > 1
-    assert [split.paths.index(path) for path in encoded.files] == sorted(split.paths.index(p) for p in encoded.files)
+    rows = [split.paths.index(path) for path in encoded.files]
+    assert rows == sorted(rows)
+    assert encoded.patients == [split.patients[row] for row in rows]
 
 
 def test_unsplit_classes_do_not_break_the_check():

@@ -40,7 +40,9 @@ METRICS = {
     "privacy/held_out_limit": 0.5,
     "run/num_test": 200.0,
 }
-MASKS = {"segmentation/dice": 0.9, "segmentation/iou": 0.8, "run/num_test": 50.0}
+MASKS = {"segmentation/dice_foreground": 0.9, "segmentation/iou_foreground": 0.8, "run/num_test": 50.0}
+# of a version registered before the mean over classes left the background out
+OLD_MASKS = {"segmentation/dice": 0.66, "segmentation/dice_0": 1.0, "segmentation/dice_1": 0.95, "run/num_test": 50.0}
 REGISTRY = Registry()
 
 
@@ -185,22 +187,40 @@ REFUSALS: dict[str, tuple[Version, Version | None, Gates, set[str]]] = {
         set(),
     ),
     "masks worse": (
-        version(metrics=MASKS | {"segmentation/dice": 0.88}, evaluated_extractor=None),
+        version(metrics=MASKS | {"segmentation/dice_foreground": 0.88}, evaluated_extractor=None),
         version(1, MASKS, evaluated_extractor=None),
         Gates(),
-        {"dice"},
+        {"dice_foreground"},
     ),
-    "masks poor": (
-        version(metrics=MASKS | {"segmentation/dice": 0.5}, evaluated_extractor=None),
+    "masks as good as those of an older medgen, two classes": (
+        version(metrics=MASKS, evaluated_extractor=None),
+        version(1, {"segmentation/dice": 0.905, "run/num_test": 50.0}, evaluated_extractor=None),
+        Gates(),
+        set(),
+    ),
+    "masks worse than those of an older medgen, three classes": (
+        version(metrics=MASKS, evaluated_extractor=None),
+        version(1, OLD_MASKS | {"segmentation/dice_2": 0.93}, evaluated_extractor=None),
+        Gates(),
+        {"dice_foreground"},
+    ),
+    "masks of an older medgen without one of two organs": (
+        version(metrics=OLD_MASKS | {"segmentation/dice_2": 0.0}, evaluated_extractor=None),
         None,
         Gates(),
-        {"dice"},
+        {"dice_foreground"},
+    ),
+    "masks poor": (
+        version(metrics=MASKS | {"segmentation/dice_foreground": 0.5}, evaluated_extractor=None),
+        None,
+        Gates(),
+        {"dice_foreground"},
     ),
     "masks against images": (
         version(metrics=MASKS, evaluated_extractor=None),
         CHAMPION,
         Gates(),
-        {"judged with", "dice"},
+        {"judged with", "dice_foreground"},
     ),
 }
 

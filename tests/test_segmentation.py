@@ -88,8 +88,7 @@ def test_metrics_are_scikit_learns_over_the_test_images_with_a_mask(done: tuple[
         pairs = zip(split.masks[rows, 0], found.numpy().astype(int), strict=True)
         options = {"labels": range(classes), "average": None, "zero_division": 0}
         of_class = np.mean([score(mask.ravel(), each.ravel(), **options) for mask, each in pairs], axis=0)
-        expected = of_class[1] if classes == 2 else of_class.mean()
-        assert metrics[f"segmentation/{name}"] == pytest.approx(expected, rel=1e-5)
+        assert metrics[f"segmentation/{name}_foreground"] == pytest.approx(of_class[1:].mean(), rel=1e-5, abs=1e-9)
         for number in range(classes) if classes > 2 else ():
             assert metrics[f"segmentation/{name}_{number}"] == pytest.approx(of_class[number], rel=1e-5, abs=1e-9)
     assert metrics["run/num_test"] == len(rows)
@@ -109,7 +108,7 @@ def test_what_dvc_declares_is_there(done: tuple[Project, dict[str, float]], root
     assert json.loads((project.prior / "prior.json").read_text())["name"] is None
     assert json.loads((project.reports / "metrics.json").read_text()) == metrics
     page = (project.reports / "index.html").read_text()
-    assert f"{metrics['segmentation/dice']:.4f}" in page and page.count("<img") == 5
+    assert f"{metrics['segmentation/dice_foreground']:.4f}" in page and page.count("<img") == 5
     assert "drawn through the prior" not in page and "medgen generate" not in page and "medgen compare" in page
     with (project.reports / "curves.csv").open() as file:
         columns = set(next(csv.reader(file)))
@@ -122,7 +121,7 @@ def test_it_learns_and_is_recorded(done: tuple[Project, dict[str, float]]) -> No
     project, metrics = done
     records = history(next(project.runs.glob("*/")))
     assert records[1]["train/loss"] < records[0]["train/loss"]
-    assert records[-1]["segmentation/dice"] == metrics["segmentation/dice"]
+    assert records[-1]["segmentation/dice_foreground"] == metrics["segmentation/dice_foreground"]
     before = {path: path.read_bytes() for path in project.reports.rglob("*.png")}
     before[project.reports / "index.html"] = (project.reports / "index.html").read_bytes()
     assert evaluate.run(project, evaluate=Evaluate(batch_size=5), tracking=OFF) == metrics
@@ -136,6 +135,34 @@ class OnePixel(UNet):
         found = torch.zeros(len(image), 1, 32, 32)
         found[:, :, 0, 0] = 1.0
         return ModelOutput(reconstruction=found, latent=None)
+
+
+class TrueBut(UNet):
+    """Finds the true masks, without the classes that are left out."""
+
+    true: torch.Tensor
+    left_out: tuple[int, ...]
+
+    def predict(self, image: torch.Tensor, label: torch.Tensor | None = None) -> ModelOutput:
+        mask, self.true = self.true[: len(image)], self.true[len(image) :]
+        for number in self.left_out:
+            mask = torch.where(mask == number, 0, mask)
+        return ModelOutput(torch.nn.functional.one_hot(mask, 3).movedim(-1, 1).float(), latent=None)
+
+
+@pytest.mark.parametrize("done", [3], indirect=True)
+@pytest.mark.parametrize(("left_out", "expected"), [((), 1.0), ((2,), 0.5), ((1, 2), 0.0)])
+def test_the_background_counts_for_nothing(
+    done: tuple[Project, dict[str, float]], left_out: tuple[int, ...], expected: float
+) -> None:
+    store = open_store(done[0].dataset)
+    split, model = store.split("test"), TrueBut(UNET, (1, 32, 32), 0, 3)
+    assert split.masks is not None
+    model.true, model.left_out = torch.from_numpy(split.masks[split.masked_rows][:, 0]).long(), left_out
+    found = judge(store, model, torch.device("cpu"), 5)
+    assert found.metrics["segmentation/dice_foreground"] == pytest.approx(expected)
+    assert found.metrics["segmentation/iou_foreground"] == pytest.approx(expected)
+    torch.testing.assert_close(found.dice, torch.full_like(found.dice, expected))
 
 
 @pytest.mark.parametrize("done", [2], indirect=True)
@@ -212,9 +239,9 @@ def test_data_without_masks_is_refused(tmp_path: Path) -> None:
 
 
 def test_findings_follow_the_numbers() -> None:
-    good = {"segmentation/dice": 0.9, "segmentation/dice_mean_mask": 0.7}
+    good = {"segmentation/dice_foreground": 0.9, "segmentation/dice_foreground_mean_mask": 0.7}
     assert "better than" in findings(good)[0] and len(findings(good)) == 1
-    assert "does not look" in findings(good | {"segmentation/dice": 0.6})[0]
+    assert "does not use" in findings(good | {"segmentation/dice_foreground": 0.6})[0]
     assert "Class 2" in findings(good | {"segmentation/dice_1": 0.95, "segmentation/dice_2": 0.5})[1]
 
 
@@ -223,7 +250,7 @@ def test_recipes_run_one_after_another(tmp_path: Path, monkeypatch: pytest.Monke
 
     def stage(project: Project, name: str, stage: str, overrides: Any) -> None:
         ran.append((name, stage))
-        score = {"segmentation/dice": 0.5} if name.startswith("unet") else {"reconstruction/ssim": 0.75}
+        score = {"segmentation/dice_foreground": 0.5} if name.startswith("unet") else {"reconstruction/ssim": 0.75}
         project.reports.mkdir(exist_ok=True)
         (project.reports / "metrics.json").write_text(json.dumps(score))
 
@@ -240,8 +267,10 @@ def test_recipes_run_one_after_another(tmp_path: Path, monkeypatch: pytest.Monke
     said = capsys.readouterr().out
     assert "0.5000" in said and "0.7500" in said
     assert (tmp_path / "reports" / "recipes.csv").read_text().splitlines() == [
-        "recipe,reconstruction/ssim,segmentation/dice", "unet-maxpool-transposed-bce,,0.5", "chest-xray-64,0.75,",
-    ]  # fmt: skip
+        "recipe,reconstruction/ssim,segmentation/dice_foreground",
+        "unet-maxpool-transposed-bce,,0.5",
+        "chest-xray-64,0.75,",
+    ]
 
 
 def test_a_failed_stage_ends_it_with_its_name(tmp_path: Path, capfd: Any) -> None:

@@ -97,6 +97,53 @@ def test_validation_numbers_are_those_of_the_exported_model_over_the_whole_split
     assert last["val/ssim"] == pytest.approx(full[..., 5:-5, 5:-5].mean().item(), abs=1e-4)
 
 
+RAMP = Phase(
+    name="ramp", epochs=4, learning_rate=2e-3, weights=Weights(mse=1.0), beta=Beta(schedule="linear", end=0.5, epochs=4)
+)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_epoch_that_is_kept_is_the_best_by_the_objective_that_training_ends_with(tiny_project, keep):
+    """While β rises the image terms alone are lowest in the epoch that is regularised least."""
+    first = Phase(name="reconstruct", epochs=2, learning_rate=2e-3, beta=Beta(end=0.25))
+    loss = Loss(weights=Weights(l1=1.0), free_bits=1.0)
+    records = history(run(tiny_project, Train(batch_size=8, phases=(first, RAMP), keep=keep), loss=loss))
+    model, _ = bundle.load(tiny_project.model)
+    images = torch.tensor(open_store(tiny_project.dataset).split("val").images).float() / 255
+    with torch.no_grad():
+        latent = model.encode(images)
+        error = model.decode(latent.mean) - images
+
+    def nats(batch):  # Kingma & Welling 2014, appendix B; of each channel at least free_bits
+        mean, logvar = latent.mean[batch], latent.logvar[batch]
+        kl = 0.5 * (mean**2 + logvar.exp() - logvar - 1)
+        return sum(max(1.0, float(kl[:, c].sum((1, 2)).mean())) for c in range(kl.shape[1]))
+
+    batches = torch.split(torch.arange(len(images)), 16)
+    kl = sum(len(batch) * nats(batch) for batch in batches) / len(images)
+    ours = float((error**2).mean()) + 0.5 * kl / (32 * 32)
+    objectives, losses = ([record[f"val/{key}"] for record in records[2:]] for key in ("objective", "loss"))
+    assert losses.index(min(losses)) < objectives.index(min(objectives))
+    assert ours == pytest.approx(min(objectives) if keep == "best" else objectives[-1], rel=1e-4)
+    assert records[-1]["val/loss"] < records[-1]["val/objective"]
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "vqvae"])
+def test_without_kl_the_objective_is_the_loss_and_what_the_model_adds(tiny_project, name):
+    model, loss = SMALL.model_copy(update={"name": name, "num_codes": 16}), Loss(weights=Weights(l1=1.0), commitment=3)
+    phase = Phase(name="a", epochs=1, learning_rate=1e-3, beta=Beta(end=1.0))
+    (record,) = history(run(tiny_project, Train(batch_size=8, phases=(phase,)), model, loss))
+    trained, _ = bundle.load(tiny_project.model)
+    added = 0.0
+    if name == "vqvae":
+        images = torch.tensor(open_store(tiny_project.dataset).split("val").images).float() / 255
+        with torch.no_grad():
+            vectors = trained._vectors(images)
+        nearest = torch.cdist(vectors.movedim(1, -1).flatten(0, 2), trained.codes).min(1).values
+        added = 3 * float((nearest**2).sum()) / vectors.numel()
+    assert record["val/objective"] - record["val/loss"] == pytest.approx(added, rel=1e-3, abs=0)
+
+
 KILL = """
 import os, signal, sys
 from medgen.data.loader import Loader

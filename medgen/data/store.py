@@ -65,6 +65,13 @@ class Split:
         """Source files, relative to the data folder, in the order of the arrays."""
         return [row["path"] for row in self.rows()]
 
+    @property
+    def patients(self) -> list[str] | None:
+        """Each image's patient; None where one is unknown, or without one patient too few are left for statistics."""
+        names = [row["patient"] for row in self.rows()]
+        counts = Counter(names)
+        return names if all(names) and len(counts) >= 3 and max(counts.values()) <= len(names) - 2 else None
+
 
 @dataclass(frozen=True)
 class Store:

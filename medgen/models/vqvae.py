@@ -46,11 +46,16 @@ class VQVAE(GenerativeModel):
         codes, nearest = self.quantizer(vectors)
         if self.training:
             self.quantizer.follow(vectors.detach(), codes)
-        terms = {"commitment": F.mse_loss(vectors, nearest.detach())}
-        if self.quantizer.learns_by_gradient:
-            terms["codebook"] = F.mse_loss(nearest, vectors.detach())
         value = vectors + (nearest - vectors).detach()
-        return ModelOutput(self._decode(value), Latent(value=value, mean=nearest, codes=codes), terms)
+        latent = Latent(value=value, mean=nearest, codes=codes)
+        return ModelOutput(self._decode(value), latent, self._terms(vectors, nearest))
+
+    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+        """One pass with the terms of `forward`, without moving a code."""
+        vectors = self._vectors(image)
+        codes, nearest = self.quantizer(vectors)
+        latent = Latent(value=nearest, mean=nearest, codes=codes)
+        return ModelOutput(self._decode(nearest), latent, self._terms(vectors, nearest))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
         """Images (B, C, S, S) -> the codes at each place, (B, Z, h, h), and their numbers (B, h, h)."""
@@ -60,6 +65,12 @@ class VQVAE(GenerativeModel):
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
         """Latents (B, Z, h, h), moved to their nearest codes -> images (B, C, S, S) in [0, 1]."""
         return self._decode(self.quantizer(latent.float())[1])
+
+    def _terms(self, vectors: Tensor, nearest: Tensor) -> dict[str, Tensor]:
+        terms = {"commitment": F.mse_loss(vectors, nearest.detach())}
+        if self.quantizer.learns_by_gradient:
+            terms["codebook"] = F.mse_loss(nearest, vectors.detach())
+        return terms
 
     def _vectors(self, image: Tensor) -> Tensor:
         return self.quantizer.place(self.encoder(image).float())  # distances of near codes need float32

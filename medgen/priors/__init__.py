@@ -67,6 +67,7 @@ class FittedPrior(Prior, Protocol):
         num_classes: int,
         prior: config.Prior,
         variance: Tensor | None = None,
+        patients: Sequence[str] | None = None,
     ) -> Self:
         """Fits the aggregate posterior q(z) = E_x q(z|x), which the decoder was trained on.
 
@@ -80,6 +81,7 @@ class FittedPrior(Prior, Protocol):
             num_classes: how many classes there are.
             prior: the parameters.
             variance: (*latent_shape) posterior variance, mean over the images; None for deterministic encoders.
+            patients: N patients, whose images a held-out part keeps together; None where they are unknown.
 
         Raises:
             UserError: the latents are not finite, or (gmm) do not vary.

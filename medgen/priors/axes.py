@@ -67,22 +67,28 @@ class PrincipalAxes:
         """Coordinates (N, R) -> latents (N, D)."""
         return self.mean + (white * self.scales) @ self.directions
 
-    def residual_log_likelihood(self, flat: Tensor, skip: int) -> Tensor:
-        """Log density in nats (N,) of all but the first `skip` coordinates of `flat` (N, D) as independent Gaussians.
+    def residual_log_likelihood(self, flat: Tensor, means: Tensor, scales: Tensor) -> Tensor:
+        """Log densities in nats (N, M) of `flat` (N, D), without its first coordinates, under M diagonal Gaussians.
 
         Directions without variance in the train split get a floor of 1 % of the mean variance, as
         unseen latents do vary there.
+
+        Args:
+            flat: (N, D) latents.
+            means, scales: (M, S) means and standard deviations of the last S whitened coordinates.
         """
-        mean, directions, scales = self.mean.double(), self.directions.double(), self.scales.double()
-        size = len(mean)
-        floor = (_VARIANCE_FLOOR * scales.square().sum() / size).clamp_min(_TINY)
-        variances = scales[skip:].square().clamp_min(floor)
+        mean, directions, widths = self.mean.double(), self.directions.double(), self.scales.double()
+        size, rank, skip = len(mean), len(widths), len(widths) - means.shape[1]
+        floor = (_VARIANCE_FLOOR * widths.square().sum() / size).clamp_min(_TINY)
         centred = flat.double() - mean
         along = centred @ directions.T  # (N, R)
-        off = (centred.square().sum(1) - along.square().sum(1)).clamp_min(0.0)
-        squares = (along[:, skip:].square() / variances).sum(1) + off / floor
-        log_volume = variances.log().sum() + (size - len(scales)) * floor.log()
-        return -0.5 * (squares + log_volume + (size - skip) * LOG_TAU)
+        off = (centred.square().sum(1) - along.square().sum(1)).clamp_min(0.0) / floor + (size - rank) * floor.log()
+        columns = []
+        for centre, variances in zip(means * widths[skip:], (scales * widths[skip:]).square(), strict=True):
+            variances = variances.clamp_min(floor)
+            squares = ((along[:, skip:] - centre).square() / variances).sum(1)
+            columns.append(-0.5 * (squares + variances.log().sum() + off + (size - skip) * LOG_TAU))
+        return torch.stack(columns, dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
         """What `restore` takes: float32, contiguous."""

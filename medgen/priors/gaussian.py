@@ -1,6 +1,6 @@
 """`normal`: the N(0, I) a variational model is pulled towards. `gaussian`: the moments of the aggregate posterior."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,7 +22,13 @@ class Normal:
 
     @classmethod
     def fit(
-        cls, latents: Tensor, labels: Tensor | None, num_classes: int, prior: Prior, variance: Tensor | None = None
+        cls,
+        latents: Tensor,
+        labels: Tensor | None,
+        num_classes: int,
+        prior: Prior,
+        variance: Tensor | None = None,
+        patients: Sequence[str] | None = None,
     ) -> Self:
         """See `medgen.priors.Prior.fit`; only shape and class frequencies are taken from the data."""
         return cls(tuple(latents.shape[1:]), class_frequencies(labels, num_classes))
@@ -62,7 +68,13 @@ class Gaussian:
 
     @classmethod
     def fit(
-        cls, latents: Tensor, labels: Tensor | None, num_classes: int, prior: Prior, variance: Tensor | None = None
+        cls,
+        latents: Tensor,
+        labels: Tensor | None,
+        num_classes: int,
+        prior: Prior,
+        variance: Tensor | None = None,
+        patients: Sequence[str] | None = None,
     ) -> Self:
         """See `medgen.priors.Prior.fit`; `prior.variance_kept` is not used: all of the covariance is kept."""
         axes = PrincipalAxes.fit(latents.flatten(1).cpu())
@@ -79,7 +91,8 @@ class Gaussian:
 
     def log_likelihood(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Log density in nats (N,) of posterior means (N, *latent_shape); see `PrincipalAxes`."""
-        return self.axes.residual_log_likelihood(latents.flatten(1), skip=0)
+        rank = len(self.axes.scales)
+        return self.axes.residual_log_likelihood(latents.flatten(1), torch.zeros(1, rank), torch.ones(1, rank))[:, 0]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values that `restore` takes."""

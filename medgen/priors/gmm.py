@@ -2,20 +2,24 @@
 
 Ex-post density estimation: Ghosh et al., From Variational to Deterministic Autoencoders, 2020, section 4.
 Latents have many more numbers than a mixture can be fitted in, so it lives in the first K principal
-axes, whitened; the remaining axes are independent Gaussians, which keep the fine detail in the picture.
+axes, whitened; the remaining axes are independent Gaussians around the class's own mean, with its own
+variances: they keep the fine detail in the image.
 
 A component's covariance is its own full scatter, shrunk a little towards the diagonal so that it stays
 invertible. More shrinkage would have the better held-out likelihood in so many axes, and samples farther
 from real films: it forgets how the axes go together within a class (docs/results.md). The number of
-components is chosen, per class, by the likelihood of a held-out fifth; then all its images are fitted.
+components is chosen, per class, by the likelihood of a held-out fifth of the patients' images; then all
+images of the class are fitted.
 
-Shapes: N latents, D numbers in a latent, R axes, K of them under the mixture, M components over all classes.
+Shapes: N latents, D numbers in a latent, R axes, K of them under the mixture and S = R - K residual ones,
+M components over all classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +28,7 @@ from medgen.priors.axes import LOG_TAU, PrincipalAxes, all_alike, num_axes
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 
 RARE = 50  # a class with fewer images gets its own mean and the covariance all classes share
+_FOLDS = 5  # the number of components is chosen on one part in so many
 _ROWS_PER_COMPONENT = 10  # at least; fewer do not even give variances
 _STARTS = 4  # of EM; whitening makes clusters no wider apart than noise is, and a single start often misses them
 _SHRINKAGE = 0.05  # of a covariance towards its diagonal
@@ -44,6 +49,16 @@ class _Mixture:
         return (1.0 - _SHRINKAGE) * self.scatters + _SHRINKAGE * diagonal
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """What is fitted to one class."""
+
+    mixture: _Mixture
+    residual_mean: Tensor  # (S,)
+    residual_scale: Tensor  # (S,)
+    choice: dict[str, Any]  # class, rows, components, held_out
+
+
 class GaussianMixture:
     """Gaussian mixture over principal coordinates; one per class where `conditional`."""
 
@@ -56,7 +71,7 @@ class GaussianMixture:
         choices: list[dict[str, Any]],
     ) -> None:
         self.latent_shape = latent_shape
-        self.choices = choices  # one entry per fitted class: class, rows, components, shrinkage, held_out
+        self.choices = choices  # one entry per fitted class: class, rows, components, held_out
         self.axes = PrincipalAxes.restore(tensors)
         self.noise = tensors["noise"]  # (D,) root of the mean posterior variance; empty without one
         self.frequencies = tensors["frequencies"]  # (num_classes,)
@@ -64,6 +79,10 @@ class GaussianMixture:
         self.owners = tensors["owners"]  # (M,) int64, the class of a component; -1 where not conditional
         self.centres = tensors["centres"]  # (M, K)
         self.factors = tensors["factors"]  # (M, K, K) Cholesky factors, lower
+        shape = len(self.centres), len(self.axes.scales) - self.centres.shape[1]
+        # Residual coordinates; older files lack these tensors and have one Gaussian for all classes.
+        self.residual_means = tensors.get("residual_means", torch.zeros(shape))  # (M, S)
+        self.residual_scales = tensors.get("residual_scales", torch.ones(shape))  # (M, S) standard deviations
 
     @property
     def conditional(self) -> bool:
@@ -72,7 +91,13 @@ class GaussianMixture:
 
     @classmethod
     def fit(
-        cls, latents: Tensor, labels: Tensor | None, num_classes: int, prior: Prior, variance: Tensor | None = None
+        cls,
+        latents: Tensor,
+        labels: Tensor | None,
+        num_classes: int,
+        prior: Prior,
+        variance: Tensor | None = None,
+        patients: Sequence[str] | None = None,
     ) -> Self:
         """See `medgen.priors.Prior.fit`. Rows labelled -1 shape the axes only, where others are labelled."""
         flat = latents.flatten(1).double().cpu()
@@ -80,26 +105,30 @@ class GaussianMixture:
         if len(axes.scales) == 0:
             raise all_alike(latents)
         kept = num_axes(axes.scales.square(), prior.variance_kept)
-        white = axes.whiten(flat)[:, :kept]
+        white = axes.whiten(flat)
+        people = torch.arange(len(white))
+        if patients is not None:
+            people = torch.from_numpy(np.unique(np.array(patients), return_inverse=True)[1])
         frequencies = class_frequencies(labels, num_classes)
-        groups = {-1: white}
+        members = {-1: torch.ones(len(white), dtype=torch.bool)}
         if prior.conditional and labels is not None and len(frequencies):
-            groups = {c: white[labels.cpu() == c] for c in range(num_classes) if bool(frequencies[c] > 0)}
-        total = sum(len(rows) for rows in groups.values())
-        shared = _shared_covariance(list(groups.values()))
-        fits = [_fit_group(owner, rows, shared, prior) for owner, rows in groups.items()]
+            members = {c: labels.cpu() == c for c in range(num_classes) if bool(frequencies[c] > 0)}
+        pooled = torch.cat([white[rows] - white[rows].mean(0) for rows in members.values()])  # (N, R)
+        fits = [_fit_class(owner, white[rows], people[rows], pooled, kept, prior) for owner, rows in members.items()]
         tensors = {
             **axes.tensors(),
             "noise": posterior_noise(variance),
             "frequencies": frequencies,
-            "weights": torch.cat([fit[0] * len(rows) / total for fit, rows in zip(fits, groups.values(), strict=True)]),
-            "owners": torch.tensor([owner for owner, fit in zip(groups, fits, strict=True) for _ in fit[0]]),
-            "centres": torch.cat([fit[1] for fit in fits]),
-            "factors": torch.linalg.cholesky(torch.cat([fit[2] for fit in fits])),
+            "weights": torch.cat([fit.mixture.weights * fit.choice["rows"] / len(pooled) for fit in fits]),
+            "owners": torch.tensor([fit.choice["class"] for fit in fits for _ in fit.mixture.weights]),
+            "centres": torch.cat([fit.mixture.centres for fit in fits]),
+            "factors": torch.linalg.cholesky(torch.cat([fit.mixture.covariances() for fit in fits])),
+            "residual_means": torch.cat([fit.residual_mean.expand(len(fit.mixture.weights), -1) for fit in fits]),
+            "residual_scales": torch.cat([fit.residual_scale.expand(len(fit.mixture.weights), -1) for fit in fits]),
         }
         # Contiguous, as they will be when loaded: a matrix product rounds by its operands' layout.
         plain = {name: (t if name == "owners" else t.float()).contiguous() for name, t in tensors.items()}
-        return cls(tuple(latents.shape[1:]), plain, [fit[3] for fit in fits])
+        return cls(tuple(latents.shape[1:]), plain, [fit.choice for fit in fits])
 
     def sample(self, n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """`n` latents (n, *latent_shape) of the classes `labels` (n,), or of the train split's mix.
@@ -113,6 +142,7 @@ class GaussianMixture:
         for m in sorted(set(component.tolist())):
             rows = component == m
             white[rows, :size] = self.centres[m] + white[rows, :size] @ self.factors[m].T
+            white[rows, size:] = self.residual_means[m] + white[rows, size:] * self.residual_scales[m]
         return add_noise(self.axes.colour(white), self.noise, generator).view(n, *self.latent_shape)
 
     def log_likelihood(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -120,16 +150,15 @@ class GaussianMixture:
         flat = latents.flatten(1)
         size = self.centres.shape[1]
         white = self.axes.whiten(flat)[:, :size].double()
-        factors = self.factors.double()
-        densities = _component_densities(white, self.centres.double(), factors)
+        densities = _component_densities(white, self.centres.double(), self.factors.double())
+        residual = self.axes.residual_log_likelihood(flat, self.residual_means.double(), self.residual_scales.double())
         weights = self._weights_for(len(flat), labels).double()
-        mixture = torch.logsumexp(weights.log() + densities, dim=1)
-        volume = self.axes.scales[:size].double().log().sum()
-        return mixture - volume + self.axes.residual_log_likelihood(flat, skip=size)
+        mixture = torch.logsumexp(weights.log() + densities + residual, dim=1)
+        return mixture - self.axes.scales[:size].double().log().sum()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values that `restore` takes."""
-        names = ("noise", "frequencies", "weights", "owners", "centres", "factors")
+        names = ("noise", "frequencies", "weights", "owners", "centres", "factors", "residual_means", "residual_scales")
         tensors = {**self.axes.tensors(), **{name: getattr(self, name) for name in names}}
         return tensors, {"latent_shape": list(self.latent_shape), "choices": self.choices}
 
@@ -153,14 +182,34 @@ class GaussianMixture:
         return weights / sums
 
 
-def _fit_group(owner: int, rows: Tensor, shared: Tensor, prior: Prior) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Weights (M,), centres (M, K), covariances (M, K, K) of one class's `rows` (N, K), and what was chosen."""
+def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, kept: int, prior: Prior) -> _Fit:
+    """Fit one class.
+
+    Args:
+        owner: the class, -1 for all images together.
+        rows: (N, R) whitened coordinates of its images.
+        patients: (N,) int64, the number of each image's patient.
+        pooled: (all images, R) differences from their own class's mean, whose covariance a rare class borrows.
+        kept: K, how many of the axes the mixture is fitted in.
+        prior: the parameters.
+    """
     choice: dict[str, Any] = {"class": owner, "rows": len(rows)}
+    mean, own = rows.mean(0), rows - rows.mean(0)
     if len(rows) < RARE:
+        own = pooled
+        scatter = own[:, :kept].T @ own[:, :kept] / len(own)
+        mixture = _Mixture(torch.ones(1).to(rows), mean[None, :kept], scatter[None])
         choice |= {"components": 1, "held_out": None}
-        return torch.ones(1, dtype=rows.dtype), rows.mean(0, keepdim=True), shared[None], choice
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(prior.seed))
-    held, used = rows[order[: len(rows) // 5]], rows[order[len(rows) // 5 :]]
+    else:
+        mixture, chosen = _fit_mixture(rows[:, :kept], patients, prior)
+        choice |= chosen
+    return _Fit(mixture, mean[kept:], own[:, kept:].square().mean(0).sqrt(), choice)
+
+
+def _fit_mixture(rows: Tensor, patients: Tensor, prior: Prior) -> tuple[_Mixture, dict[str, Any]]:
+    """The mixture of `rows` (N, K), and how many components it has; see `_fit_class`."""
+    chosen = _held_out(patients, prior.seed)
+    held, used = rows[chosen], rows[~chosen]
     scores: dict[int, Tensor] = {}  # components -> log density of held-out rows (N,)
     affordable = {c for c in prior.components if c * _ROWS_PER_COMPONENT <= len(used)} or {1}
     for components in sorted(affordable):
@@ -171,8 +220,26 @@ def _fit_group(owner: int, rows: Tensor, shared: Tensor, prior: Prior) -> tuple[
     components = _fewest_good(scores)
     held_out = float(scores[components].mean()) / rows.shape[1]
     mixture = _expectation_maximisation(rows, components, prior.seed)
-    choice |= {"components": components, "held_out": round(held_out, 4)}
-    return mixture.weights, mixture.centres, mixture.covariances(), choice
+    return mixture, {"components": components, "held_out": round(held_out, 4)}
+
+
+def _held_out(patients: Tensor, seed: int) -> Tensor:
+    """Mask (N,) of about a fifth of the images with the patients (N,) int64: all images of patients drawn at random.
+
+    Images of one patient are alike: split over both sides, they would favour too many components. A few patients with
+    many images each may give less than half of a fifth; there the images are drawn one by one.
+    """
+    wanted = len(patients) // _FOLDS
+    for owners in (patients, torch.arange(len(patients))):
+        _, owners, counts = torch.unique(owners, return_inverse=True, return_counts=True)
+        held, room = torch.zeros(len(counts), dtype=torch.bool), wanted
+        for owner in torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed)).tolist():
+            if counts[owner] <= room:
+                held[owner] = True
+                room -= int(counts[owner])
+        if 2 * room <= wanted:
+            break
+    return held[owners]
 
 
 def _fewest_good(scores: Mapping[int, Tensor]) -> int:
@@ -214,13 +281,6 @@ def _expectation_maximisation(rows: Tensor, components: int, seed: int) -> _Mixt
         centred = rows - centres[m]
         scatters.append((centred.T * responsibilities[:, m]) @ centred / counts[m])
     return _Mixture(counts / counts.sum(), centres, torch.stack(scatters))
-
-
-def _shared_covariance(groups: list[Tensor]) -> Tensor:
-    """Covariance (K, K) around each group's own mean, pooled: rows of rare classes borrow it."""
-    centred = torch.cat([rows - rows.mean(0) for rows in groups])
-    pooled = _Mixture(torch.ones(1), torch.zeros(1, centred.shape[1]), (centred.T @ centred / len(centred))[None])
-    return pooled.covariances()[0]
 
 
 def _component_densities(rows: Tensor, centres: Tensor, factors: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from medgen.metrics.comparison import Comparison
 from medgen.metrics.privacy import plausible
 from medgen.registry.versions import COPIES_AMONG, JUDGED_BY, JUDGED_ON, Version
 
-SSIM, DICE, MMD, COPIES = "reconstruction/ssim", "segmentation/dice", "generation/mmd_domain", "privacy/copy_rate"
-HELD_OUT_LIMIT, NUM_GENERATED = "privacy/held_out_limit", "run/num_generated"
+SSIM, DICE, MMD = "reconstruction/ssim", "segmentation/dice_foreground", "generation/mmd_domain"
+COPIES, HELD_OUT_LIMIT, NUM_GENERATED = "privacy/copy_rate", "privacy/held_out_limit", "run/num_generated"
 TRAINED_ON = "dataset.fingerprint"  # tag
 SHORT = 7  # characters of a hash that are shown
 NOTHING, UNALIKE = "–", "evaluated alike by this medgen"

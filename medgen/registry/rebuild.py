@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from medgen import bundle, config
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import Refused, UserError
+from medgen.metrics.segmentation import with_foreground
 from medgen.registry.gates import DICE, MMD, SSIM
 from medgen.registry.packing import CONTENT_TAG, PARAMS, making
 from medgen.registry.versions import JUDGED_ON, Version, answering, find, load
@@ -71,7 +72,7 @@ def reproduce(
     _git(project.root, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(tree), commit)
     try:
         rebuilt = _rebuild(Project(tree / folder), project, data, params)
-        metrics = json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8"))
+        metrics = with_foreground(json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8")))
         same = bundle.content(rebuilt.model, rebuilt.prior) == found.tags.get(CONTENT_TAG)
     except UserError as error:
         raise UserError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medgen.config import Project, Tracking
 from medgen.errors import UserError
+from medgen.metrics.segmentation import with_foreground
 from medgen.tracking.mirror import REFUSALS, connect, first_line, load_mlflow, store_uri, unreachable
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class Version:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What it was judged by: the keys of metrics.json."""
+        """The metrics of its evaluation, with the keys of metrics.json."""
         found = {name: _number(text) for name, text in self.tags.items() if name.startswith(METRIC_GROUPS)}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return with_foreground({name: value for name, value in found.items() if math.isfinite(value)})
 
 
 def all_versions(client: "MlflowClient", name: str) -> list[Version]:

@@ -15,7 +15,7 @@ PARETO = "pareto"
 SSIM = "reconstruction/ssim"
 MS_SSIM = "reconstruction/ms_ssim"
 KID = "generation/kid_domain"
-DICE = "segmentation/dice"
+DICE = "segmentation/dice_foreground"
 # keys of docs/contract.md that have a better end; the others describe
 DIRECTIONS: dict[str, Direction] = {
     "reconstruction/(l1|mse)": "minimize",
@@ -26,7 +26,7 @@ DIRECTIONS: dict[str, Direction] = {
     "generation/label_agreement(_wrong)?": "maximize",
     "latent/(active_units|codebook_usage|codebook_perplexity)": "maximize",
     "privacy/copy_rate(_features|_pixels)?": "minimize",
-    "segmentation/(dice|iou)(_[0-9]+)?": "maximize",
+    "segmentation/(dice|iou)_(foreground|[0-9]+)": "maximize",
 }
 CHOICES = f"{KID} (the default), {SSIM}, {DICE} for masks, {PARETO}, or another key of docs/contract.md"
 

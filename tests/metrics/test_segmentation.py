@@ -7,8 +7,16 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, jaccard_score
 from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.functional.segmentation import dice_score, mean_iou
 
-from medgen.metrics.segmentation import class_means, commonest_class, decide, dice_and_iou
+from medgen.metrics.segmentation import (
+    class_means,
+    commonest_class,
+    decide,
+    dice_and_iou,
+    foreground_mean,
+    with_foreground,
+)
 
 
 @pytest.mark.parametrize("num_classes", [2, 4])
@@ -22,6 +30,33 @@ def test_scores_are_scikit_learns_and_torchmetrics(num_classes: int) -> None:
         np.testing.assert_allclose(iou[image], jaccard_score(a, b, average=None), rtol=1e-12)
         independent = MulticlassJaccardIndex(num_classes, average=None)(predicted[image][None], true[image][None])
         torch.testing.assert_close(iou[image].float(), independent)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 5])
+def test_the_headline_is_torchmetrics_mean_without_the_background(num_classes: int) -> None:
+    generator = torch.Generator().manual_seed(num_classes)
+    true, predicted = (torch.randint(num_classes, (4, 9, 11), generator=generator) for _ in range(2))
+    for found, reference in zip(dice_and_iou(predicted, true, num_classes), (dice_score, mean_iou), strict=True):
+        options = {"average": None} if reference is dice_score else {"per_class": True}
+        each = reference(predicted, true, num_classes, include_background=False, input_format="index", **options)
+        assert foreground_mean(found) == pytest.approx(float(each.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "expected"),
+    [
+        ({"dice": 0.7, "iou": 0.6}, {"dice_foreground": 0.7, "iou_foreground": 0.6}),
+        (
+            {"dice": 0.8, "dice_0": 1.0, "dice_1": 0.9, "dice_2": 0.5},
+            {"dice_0": 1.0, "dice_1": 0.9, "dice_2": 0.5, "dice_foreground": 0.7},
+        ),
+        ({"dice_foreground": 0.7, "dice_1": 0.7}, {"dice_foreground": 0.7, "dice_1": 0.7}),
+        ({}, {}),
+    ],
+)
+def test_metrics_of_an_older_medgen(old: dict[str, float], expected: dict[str, float]) -> None:
+    found = with_foreground({f"segmentation/{name}": value for name, value in old.items()})
+    assert found == pytest.approx({f"segmentation/{name}": value for name, value in expected.items()})
 
 
 def test_scores_take_class_numbers_as_they_are_stored() -> None:

@@ -13,6 +13,7 @@ from medgen.config import Prior
 from medgen.errors import UserError
 from medgen.priors import FITTED, load_prior, sample_images, save_prior
 from medgen.priors.axes import PrincipalAxes
+from medgen.priors.gmm import _held_out
 
 SHAPES = [(4, 3, 3), (7,)]
 COUNTS = {"three classes, one rare": (200, 22, 400), "unlabelled": ()}
@@ -112,28 +113,94 @@ def test_fewer_images_than_latent_numbers_keep_their_covariance():
     np.testing.assert_allclose(covariance, np.cov(latents.numpy().T), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "gmm"])
-def test_log_likelihood_is_scipys(name):
-    latents = torch.randn(400, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0])
-    latents[:, 0] += 10.0 * (torch.arange(400) % 2)  # two clusters for the mixture
-    labels = torch.zeros(400, dtype=torch.long)
-    prior = FITTED[name].fit(latents, labels, 1, Prior(variance_kept=1.0, components=(2,)))
+@pytest.mark.parametrize(("name", "kept"), [("gaussian", 1.0), ("gmm", 1.0), ("gmm", 0.8)])
+def test_log_likelihood_is_scipys(name, kept):
+    latents = torch.randn(800, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0])
+    latents[:, 0] += 10.0 * (torch.arange(800) % 2)  # two clusters for the mixture
+    labels = torch.arange(800) // 400
+    latents[:, 2] += 2.0 * labels  # classes differ in an axis of little variance
+    prior = FITTED[name].fit(latents, labels, 2, Prior(variance_kept=kept, components=(2,)))
     axes = prior.axes
     scaled = axes.scales[:, None].double() * axes.directions.double()  # latent = mean + white @ scaled
     if name == "gaussian":
-        parts = [(1.0, np.zeros(5), np.eye(5))]
+        parts = [(-1, 1.0, np.zeros(5), np.eye(5))]
     else:
-        factors = prior.factors.double()
-        parts = list(zip(prior.weights.tolist(), prior.centres.double().numpy(), factors @ factors.mT, strict=True))
-        assert len(parts) == 2
-    density = sum(
-        weight
-        * multivariate_normal(
-            axes.mean.numpy() + centre @ scaled.numpy(), scaled.T.numpy() @ np.asarray(cov) @ scaled.numpy()
-        ).pdf(latents.numpy())
-        for weight, centre, cov in parts
-    )
-    np.testing.assert_allclose(prior.log_likelihood(latents, labels), np.log(density), rtol=1e-3)
+        assert (prior.centres.shape[1] < 5) == (kept < 1.0) and len(prior.weights) == 4
+        centres = torch.cat([prior.centres, prior.residual_means], dim=1).double().numpy()
+        factors = [
+            np.block([[a.numpy(), np.zeros((len(a), len(b)))], [np.zeros((len(b), len(a))), np.diag(b)]])
+            for a, b in zip(prior.factors.double(), prior.residual_scales.double(), strict=True)
+        ]
+        weights = (2 * prior.weights).tolist()  # within the class; both are as large
+        parts = list(zip(prior.owners.tolist(), weights, centres, [each @ each.T for each in factors], strict=True))
+    for label in range(2):
+        rows = labels == label
+        density = sum(
+            weight
+            * multivariate_normal(
+                axes.mean.numpy() + centre @ scaled.numpy(), scaled.T.numpy() @ np.asarray(cov) @ scaled.numpy()
+            ).pdf(latents[rows].numpy())
+            for owner, weight, centre, cov in parts
+            if owner in (-1, label)
+        )
+        np.testing.assert_allclose(prior.log_likelihood(latents[rows], labels[rows]), np.log(density), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.8, 1.0])
+def test_draws_of_a_class_have_its_moments_in_every_axis(kept):
+    """Moments by NumPy. The classes differ most where there is little variance; correlations of residual axes go."""
+    generator = torch.Generator().manual_seed(0)
+    widths = torch.linspace(3.0, 0.5, 12)
+    labels = torch.arange(1800) % 3
+    spread = torch.tensor([1.0, 0.5, 2.0])[labels][:, None]
+    latents = torch.randn(1800, 12, generator=generator) * widths * spread
+    latents[:, -1] += 2.0 * labels
+    latents[:, -2] -= 1.5 * (labels == 1)
+    prior = FITTED["gmm"].fit(latents, labels, 3, Prior(variance_kept=kept, components=(1,)))
+    for label in range(3):
+        drawn = prior.sample(20_000, torch.full((20_000,), label), torch.Generator().manual_seed(1)).numpy()
+        rows = latents[labels == label].numpy()
+        assert (np.abs(drawn.mean(0) - rows.mean(0)) / rows.std(0)).max() < 0.05
+        along = [each @ prior.axes.directions.numpy().T for each in (drawn, rows)]
+        np.testing.assert_allclose(along[0].std(0), along[1].std(0), rtol=0.03)
+        difference = np.cov(drawn.T) - np.cov(rows.T)
+        assert np.linalg.norm(difference) < 0.15 * np.linalg.norm(np.cov(rows.T))
+
+
+def test_an_older_file_has_one_gaussian_for_all_classes_in_the_residual_axes():
+    prior = fit("gmm", variance_kept=0.5)
+    tensors, meta = prior.state()
+    size = prior.centres.shape[1]
+    for name in ("residual_means", "residual_scales"):
+        assert tensors.pop(name).shape == (len(prior.centres), len(prior.axes.scales) - size)
+    old = type(prior).restore(tensors, meta)
+    drawn = [
+        each.axes.whiten(each.sample(20_000, torch.full((20_000,), 2), torch.Generator().manual_seed(0)).flatten(1))
+        for each in (prior, old)
+    ]
+    torch.testing.assert_close(drawn[0][:, :size], drawn[1][:, :size], atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose(np.cov(drawn[1][:, size:].T), np.eye(drawn[1].shape[1] - size), atol=0.05)
+    assert drawn[1][:, size:].mean(0).abs().max() < 0.05 < drawn[0][:, size:].mean(0).abs().max()
+
+
+@pytest.mark.parametrize(("sizes", "by_image"), [([5] * 60, False), ([120, *[3] * 40], False), ([150, 150], True)])
+def test_images_of_one_patient_stay_on_one_side_when_components_are_chosen(sizes, by_image):
+    patients = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    held = _held_out(patients, seed=0)
+    assert 0.15 * len(patients) < held.sum() <= 0.2 * len(patients)
+    assert bool(set(patients[held].tolist()) & set(patients[~held].tolist())) == by_image
+
+
+def test_patients_with_many_alike_images_make_no_components():
+    generator = torch.Generator().manual_seed(0)
+    patients = torch.arange(240) // 12
+    latents = 3.0 * torch.randn(20, 4, generator=generator)[patients] + 0.1 * torch.randn(240, 4, generator=generator)
+    names = [f"p{number}" for number in patients.tolist()]
+    params = Prior(variance_kept=1.0, components=(1, 8))
+    chosen = [
+        FITTED["gmm"].fit(latents, None, 0, params, patients=known).choices[0]["components"] for known in (None, names)
+    ]
+    assert chosen == [8, 1]
 
 
 @pytest.mark.parametrize("num_clusters", [1, 2, 4])

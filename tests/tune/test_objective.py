@@ -15,7 +15,7 @@ BOTH = Evaluate(extractors=("domain", "inception"))
     ("name", "target", "keys", "directions"),
     [
         (None, "image", ("generation/kid_domain",), ("minimize",)),
-        (None, "mask", ("segmentation/dice",), ("maximize",)),
+        (None, "mask", ("segmentation/dice_foreground",), ("maximize",)),
         ("reconstruction/ssim", "image", ("reconstruction/ssim",), ("maximize",)),
         ("generation/fd_inception", "image", ("generation/fd_inception",), ("minimize",)),
         ("generation/recall", "image", ("generation/recall",), ("maximize",)),
@@ -43,7 +43,8 @@ def test_of_small_images_the_front_trades_plain_ssim():
         ("generation/kid", "image", 64, Evaluate(), "no metric with a better end"),
         ("reconstruction/pca_ssim", "image", 64, Evaluate(), "no metric with a better end"),
         ("generation/kid_domain_floor", "image", 64, Evaluate(), "no metric with a better end"),
-        ("segmentation/dice", "image", 64, Evaluate(), "learns images"),
+        ("segmentation/dice_foreground", "image", 64, Evaluate(), "learns images"),
+        ("segmentation/dice", "mask", 64, Evaluate(), "segmentation/dice_foreground for masks"),
         ("generation/kid_domain", "mask", 64, Evaluate(), "learns masks"),
         ("pareto", "mask", 64, Evaluate(), "no metric with a better end"),
         ("reconstruction/ms_ssim", "image", 64, Evaluate(), "larger images than 64"),

@@ -464,7 +464,7 @@ def test_a_search_for_masks(small_params, tmp_path):
     params = Params.model_validate(json.loads(json.dumps(plain)))
     preprocess.run(project, data=params.data, preprocess=params.preprocess)
     _, study = run_here(project, params, 2)
-    assert study.objective.keys == ("segmentation/dice",) and set(study.space) == {
+    assert study.objective.keys == ("segmentation/dice_foreground",) and set(study.space) == {
         "train.phases.0.learning_rate",
         "loss.weights.bce",
         "loss.weights.dice",
