@@ -97,10 +97,10 @@ class Preprocess(Section):
 class Features(Section):
     """The domain extractor: a small classifier trained on the train split."""
 
-    width: Count = 32  # channels of the first block
+    width: Count = 16  # channels after the first convolution
     epochs: Count = 10
-    batch_size: Count = 32
-    learning_rate: Positive = 1e-3
+    batch_size: Count = 16
+    learning_rate: Positive = 3e-3
     seed: int = 0
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,10 +84,41 @@ def test_without_validation_images_there_is_no_accuracy(tmp_path: Path) -> None:
     assert described(made)["val_balanced_accuracy"] is None
 
 
-def test_classes_weigh_alike_in_sum() -> None:
-    labels = torch.tensor([0] * 6 + [1] * 2 + [-1] * 5)
-    weights = features.class_weights(labels, 2)
-    assert (weights * torch.tensor([6, 2])).tolist() == pytest.approx([4.0, 4.0])
+def test_a_rare_class_is_drawn_as_often_as_a_common_one() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10 + [-1] * 100)
+    weights = features.sampling_weights(labels)
+    assert [float(weights[labels == label].sum()) for label in (0, 1, -1)] == pytest.approx([50.0, 50.0, 100.0])
+
+
+def test_it_says_what_it_can_tell_and_what_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of class "bar" and "same" are drawn alike, so that nothing can tell them apart."""
+    made = project(tmp_path, ["bar", "disc", "same"], num_val=48)
+    features.run(made, features=SMALL)
+    description: Any = described(made)
+    assert description["val_accuracy"]["disc"] > 0.9
+    assert description["val_images"] == {"bar": 16, "disc": 16, "same": 16}
+    assert description["val_degradation_auc"]["jpeg"] > 0.9
+    unknown = description["at_chance"]["classes"]
+    assert set(unknown) & {"bar", "same"}
+    assert "disc" not in unknown
+    output = capsys.readouterr()
+    assert "disc" in output.out
+    for name in [*unknown, *description["at_chance"]["degradations"]]:
+        assert f"does not recognise {name}" in output.err or f"does not see {name}" in output.err
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "num_images", "at_chance"),
+    [(0.30, 13, True), (0.55, 13, True), (0.62, 13, False), (0.40, 400, False), (1.0, 1, True)],
+)
+def test_chance_level_of_a_class_depends_on_its_images(accuracy: float, num_images: int, at_chance: bool) -> None:
+    found = features.Validation({"a": accuracy}, {"a": num_images}, {})
+    assert bool(found.classes_at_chance(3)) == at_chance
+
+
+def test_area_under_the_curve_is_the_share_of_ordered_pairs() -> None:
+    positive, negative = torch.tensor([3.0, 1.0]), torch.tensor([0.0, 1.0, 2.0])
+    assert features.area_under_curve(positive, negative) == pytest.approx(4.5 / 6)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Loader:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
             self._order = (epoch, torch.randperm(len(self.images), generator=generator))
         rows = self._order[1][step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
-        batch = self._gather(rows)
+        batch = self.gather(rows)
         if self.horizontal_flip:
             generator = torch.Generator().manual_seed(seed_of(self.seed, position, self.rank, 1))
             batch = _flip(batch, torch.rand(len(rows), generator=generator) < 0.5)
@@ -65,9 +65,10 @@ class Loader:
     def sequential(self) -> Iterator[Batch]:
         """The whole split in order, the last batch as ragged as it is."""
         for start in range(0, len(self.images), self.batch_size):
-            yield self._gather(torch.arange(start, min(start + self.batch_size, len(self.images))))
+            yield self.gather(torch.arange(start, min(start + self.batch_size, len(self.images))))
 
-    def _gather(self, rows: Tensor) -> Batch:
+    def gather(self, rows: Tensor) -> Batch:
+        """The images at these positions (B,), on the CPU, among those served."""
         index = torch.from_numpy(self.rows)[rows]  # rows stay on the CPU: reading them back would wait for the device
         rows = rows.to(self.images.device, non_blocking=True)
         return Batch(

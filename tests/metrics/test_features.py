@@ -4,11 +4,13 @@ import hashlib
 import json
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
 from medgen.errors import UserError
-from medgen.metrics.features import DomainExtractor, ExtractorSizes, load_extractor, save_extractor
+from medgen.metrics.degradations import DEGRADATIONS
+from medgen.metrics.features import DomainExtractor, ExtractorSizes, cosine_basis, load_extractor, save_extractor
 
 
 def extractor(image_size: int = 32, channels: int = 1, width: int = 8) -> DomainExtractor:
@@ -24,6 +26,7 @@ def test_every_size_gives_128_features(trained_at: int, size: int, channels: int
     image = torch.rand(2, channels, size, size)
     assert network(image).shape == (2, 128)
     assert network.logits(image).shape == (2, 3)
+    assert network.quality_logits(image).shape == (2, 1 + len(DEGRADATIONS))
 
 
 @torch.no_grad()
@@ -37,7 +40,7 @@ def test_features_are_of_the_image_not_of_its_batch() -> None:
 def test_standardised_over_the_images_given() -> None:
     network = extractor()
     batches = [torch.rand(count, 1, 32, 32) * torch.rand(count, 1, 1, 1) for count in (40, 7)]
-    network.standardise(batches)
+    network.standardise(batches, [batch + 1e-3 for batch in batches])
     features = network(torch.cat(batches)).double()
     torch.testing.assert_close(features.mean(0), torch.zeros(128, dtype=torch.float64), atol=1e-4, rtol=0)
     assert features.std(0, correction=0).max() < 1.001
@@ -45,9 +48,24 @@ def test_standardised_over_the_images_given() -> None:
 
 
 @torch.no_grad()
+def test_degraded_images_do_not_move_a_feature_far() -> None:
+    network = extractor()
+    images = 0.5 + 0.01 * torch.rand(40, 1, 32, 32)
+    far = torch.rand(40, 1, 32, 32)
+    network.standardise([images], [far])
+    assert network(far).square().mean(0).sqrt().max() < 2.001
+
+
+def test_the_cosine_transform_is_opencvs() -> None:
+    block = torch.rand(8, 8)
+    found = torch.einsum("kij,ij->k", cosine_basis(8)[:, 0], block).reshape(8, 8)
+    torch.testing.assert_close(found, torch.from_numpy(cv2.dct(block.numpy())))
+
+
+@torch.no_grad()
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     network = extractor(channels=3)
-    network.standardise([torch.rand(8, 3, 32, 32)])
+    network.standardise([torch.rand(8, 3, 32, 32)], [torch.rand(8, 3, 32, 32)])
     digest = save_extractor(tmp_path / "features", network, {"task": "classes"})
     again, found = load_extractor(tmp_path / "features")
     image = torch.rand(2, 3, 40, 40)
@@ -65,6 +83,11 @@ def damage_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
 
+def age(folder: Path) -> None:
+    path = folder / "extractor.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+
+
 def change_sizes(folder: Path) -> None:
     path = folder / "extractor.json"
     description = json.loads(path.read_text())
@@ -79,10 +102,11 @@ def change_sizes(folder: Path) -> None:
         (lambda folder: (folder / "extractor.safetensors").unlink(), r"extractor\.safetensors: not found"),
         (lambda folder: (folder / "extractor.json").write_text("{"), "not readable as JSON"),
         (lambda folder: (folder / "extractor.json").write_text("[]"), "schema"),
+        (age, r"expected an extractor of schema 2; run `medgen features` again"),
         (damage_weights, r"extractor\.safetensors: damaged"),
         (change_sizes, "does not describe"),
     ],
-    ids=["no description", "no weights", "no JSON", "other schema", "other weights", "other sizes"],
+    ids=["no description", "no weights", "no JSON", "no schema", "an older schema", "other weights", "other sizes"],
 )
 def test_a_damaged_extractor_is_refused_by_name(damage: object, message: str, tmp_path: Path) -> None:
     save_extractor(tmp_path, extractor(), {})
