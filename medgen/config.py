@@ -317,7 +317,7 @@ class Gates(Section):
     ssim_margin: NonNegative = 0.05  # and at most this below the champion's
     kid_margin: NonNegative = 0.0  # generation/kid_domain at most this above the upper end of the champion's interval
     copy_rate_ceiling: Annotated[float, Field(ge=0.0, le=1.0)] | None = (
-        None  # privacy/copy_rate; None: as chance has it
+        None  # privacy/copy_rate at most; None: privacy/copy_rate_plausible
     )
     dice_floor: Fraction = 0.6  # segmentation/dice at least
     dice_margin: NonNegative = 0.01  # and at most this below the champion's

@@ -118,7 +118,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     metrics |= judge_data(subject, samples, test, domain)
     if subject.inception:
         metrics |= judge_through_inception(subject, samples, train, test)
-    copies, pairs = judge_privacy(domain, samples, train, test)
+    copies, pairs = judge_privacy(subject, domain, samples, train, test)
     metrics |= copies
     swapped = swap_labels(subject)
     metrics |= judge_labels(subject, samples, swapped)
@@ -221,7 +221,7 @@ def judge(
     metrics |= judge_samples(subject, domain)
     if subject.inception:
         metrics |= judge_through_inception(subject, samples, train, held_out)
-    metrics |= judge_privacy(domain, samples, train, held_out)[0]
+    metrics |= judge_privacy(subject, domain, samples, train, held_out)[0]
     return metrics | judge_labels(subject, samples, swap_labels(subject)), subject.hashes
 
 
@@ -347,12 +347,18 @@ def judge_data(subject: Subject, samples: Tensor, test: Tensor, domain: DomainFe
 
 
 def judge_privacy(
-    domain: DomainFeatures, samples: Tensor, train: Tensor, held_out: Tensor
+    subject: Subject, domain: DomainFeatures, samples: Tensor, train: Tensor, held_out: Tensor
 ) -> tuple[dict[str, float], privacy.Pairs]:
-    """Whether samples are copies of train images, held against the held-out images; and the closest pairs."""
-    parts = (privacy.nearest_by_features(part, domain.train) for part in (domain.samples, domain.held_out))
-    by_features = privacy.judge(*parts)
-    by_pixels = privacy.judge(*(privacy.nearest_by_pixels(part, train) for part in (samples, held_out)))
+    """The `privacy/` metrics of samples (N, C, H, W) with held-out images as the reference, and the closest pairs."""
+    names = patients(subject.held_out)
+    by_features = privacy.find_copies(
+        privacy.nearest_by_features(domain.samples, domain.train),
+        privacy.nearest_by_features(domain.held_out, domain.train),
+        names,
+    )
+    by_pixels = privacy.find_copies(
+        privacy.nearest_by_pixels(samples, train), privacy.nearest_by_pixels(held_out, train), names
+    )
     metrics = {f"privacy/{name}": value for name, value in privacy.metrics(by_features, by_pixels).items()}
     return metrics, privacy.closest_pairs(by_features, by_pixels, NUM_NEAREST)
 

@@ -36,7 +36,8 @@ KEYS = {
         for of in ("", "_real")
     ),
     *(f"generation/label_agreement{of}" for of in ("", "_real")),
-    *(f"privacy/copy_rate{by}" for by in ("", "_features", "_pixels")),
+    *(f"privacy/copy_rate{by}" for by in ("", "_features", "_pixels", "_plausible")),
+    "privacy/nearest_over_limit",
     *(f"privacy/nearest_train_ratio{by}" for by in ("", "_pixels")),
     "privacy/held_out_limit",
     *(f"run/{name}" for name in ("num_train", "num_test", "num_generated")),
@@ -338,8 +339,9 @@ def test_too_few_generated_images_are_refused(judged: tuple[Project, dict[str, f
         ({"generation/kid_domain_ci_low": 0.3}, ["beat", "can be told"]),
         ({"generation/ms_ssim_diversity": 0.6}, ["beat", "does not tell", "collapse"]),
         ({"privacy/copy_rate": 0.2}, ["beat", "does not tell", "gives back patients' images"]),
-        ({"privacy/held_out_limit": 0.01}, ["beat", "does not tell", "can hardly be told"]),
-        ({"privacy/copy_rate": 0.2, "run/num_test": 10}, ["beat", "does not tell", "up to 41% is chance"]),
+        ({"privacy/held_out_limit": 0.01}, ["beat", "does not tell", "is unreliable"]),
+        ({"privacy/copy_rate": 0.02, "privacy/copy_rate_plausible": 0.015}, ["beat", "does not tell", "up to 1.5% is"]),
+        ({"privacy/nearest_over_limit": 0.2}, ["beat", "does not tell", "At least one sample is a copy"]),
     ],
 )
 def test_findings_follow_the_numbers(change: dict[str, float], words: list[str]) -> None:
@@ -351,6 +353,8 @@ def test_findings_follow_the_numbers(change: dict[str, float], words: list[str])
         "generation/ms_ssim_diversity": 0.3,
         "generation/ms_ssim_diversity_real": 0.3,
         "privacy/copy_rate": 0.01,
+        "privacy/copy_rate_plausible": 0.05,
+        "privacy/nearest_over_limit": 0.9,
         "privacy/held_out_limit": 0.5,
         "run/num_test": 300,
     }
@@ -374,6 +378,8 @@ def test_advice_names_the_kl_weight_only_where_there_is_one(has_kl: bool) -> Non
         "generation/label_agreement_wrong": 0.1,
         "latent/codebook_usage": 0.1,
         "privacy/copy_rate": 0.01,
+        "privacy/copy_rate_plausible": 0.05,
+        "privacy/nearest_over_limit": 0.9,
         "privacy/held_out_limit": 0.5,
         "run/num_test": 300,
     }

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from medgen.config import Gates
 from medgen.evaluation_report import LEAST_LIMIT
-from medgen.metrics.privacy import plausible
-from medgen.registry.versions import COPIES_AMONG, JUDGED_BY, JUDGED_ON, Version
+from medgen.metrics.privacy import CERTAIN
+from medgen.registry.versions import JUDGED_BY, JUDGED_ON, Version
 
 SSIM, DICE, KID, COPIES = "reconstruction/ssim", "segmentation/dice", "generation/kid_domain", "privacy/copy_rate"
 KID_HIGH, HELD_OUT_LIMIT, NUM_GENERATED = "generation/kid_domain_ci_high", "privacy/held_out_limit", "run/num_generated"
+COPIES_BY_CHANCE, NEAREST = "privacy/copy_rate_plausible", "privacy/nearest_over_limit"
 TRAINED_ON = "dataset.fingerprint"  # tag
 SHORT = 7  # characters of a hash that are shown
 NOTHING, UNALIKE = "–", "judged alike"
@@ -37,7 +38,7 @@ def judge(candidate: Version, champion: Version | None, gates: Gates) -> list[Ga
     if not finds_masks:
         if champion:
             found.append(_kid(candidate, champion, gates.kid_margin))
-        found.append(_copies(candidate, champion, gates.copy_rate_ceiling))
+        found += _copies(candidate, champion, gates.copy_rate_ceiling)
     return found
 
 
@@ -108,14 +109,18 @@ def _kid(candidate: Version, champion: Version, margin: float) -> Gate:
     return _row(KID, candidate, champion, wanted, lambda value: value <= limit + margin)
 
 
-def _copies(candidate: Version, champion: Version | None, ceiling: float | None) -> Gate:
-    among = candidate.tags.get(COPIES_AMONG, "")
-    if not among.isdecimal() or int(among) < 1 or candidate.metrics.get(HELD_OUT_LIMIT, 0.0) < LEAST_LIMIT:
-        return _row(COPIES, candidate, champion, "test images unlike train images (medgen data audit)")
-    chance = plausible(int(among))
-    wanted = f"≤ {chance:.4g}, what chance allows" if ceiling is None else f"≤ {ceiling:g}"
-    most = chance if ceiling is None else ceiling
-    return _row(COPIES, candidate, champion, wanted, lambda value: value <= most)
+def _copies(candidate: Version, champion: Version | None, ceiling: float | None) -> list[Gate]:
+    """The share of samples that are near train images, and the nearest sample alone; one row where neither is known."""
+    if candidate.metrics.get(HELD_OUT_LIMIT, 0.0) < LEAST_LIMIT:
+        return [_row(COPIES, candidate, champion, "test images unlike train images (medgen data audit)")]
+    if not {COPIES_BY_CHANCE, NEAREST} <= candidate.metrics.keys():
+        return [_row(COPIES, candidate, champion, "evaluated by this version of medgen (medgen evaluate)")]
+    most = candidate.metrics[COPIES_BY_CHANCE] if ceiling is None else ceiling
+    wanted = f"≤ {most:.4g}" + (", what chance allows" if ceiling is None else "")
+    return [
+        _row(COPIES, candidate, champion, wanted, lambda value: value <= most),
+        _at_least(NEAREST, candidate, champion, CERTAIN),
+    ]
 
 
 def _comparable(key: str, candidate: Version, champion: Version) -> float | None:
