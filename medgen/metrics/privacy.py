@@ -192,16 +192,16 @@ def nearest_by_pixels(images: Tensor, train: Tensor) -> Nearest:
     """
     if len(train) < 2:
         raise ValueError(f"train: expected at least 2 images, found {len(train)}")
-    side, num_train = _common_side(train), len(train)
-    shifts = torch.arange(2 * side // _CELLS + 1)
-    coarse = shifts[:: max(1, side // _CELLS // 2)]
+    cell, num_train = _cell(train), len(train)
+    shifts = torch.arange(2 * cell + 1)
+    coarse = shifts[:: max(1, cell // 2)]
     coarse = (coarse[:, None] * len(shifts) + coarse).flatten()
-    targets = _targets(train, side)  # (2·M, D)
+    targets = _targets(train, cell)  # (2·M, D)
     num_candidates, neighbours = min(num_train, max(_CANDIDATES, num_train // 8)), min(_NEIGHBOURS, num_train - 1)
     numbers = max(len(coarse) * len(targets), targets.shape[1] * (2 * num_candidates + len(shifts) ** 2))  # of an image
     parts = []
     for part in torch.split(images, max(1, _NUMBERS_PER_BLOCK // numbers)):
-        windows = _windows(part, side)  # (N, D, S)
+        windows = _windows(_resized(part, cell), cell)  # (N, D, S)
         first = (windows[:, :, coarse].transpose(1, 2) @ targets.T).amax(dim=1)  # (N, 2·M)
         rows = first.view(-1, 2, num_train).amax(dim=1).topk(num_candidates).indices  # (N, K)
         candidates = targets[torch.cat([rows, rows + num_train], dim=1)]  # (N, 2·K, D)
@@ -213,29 +213,32 @@ def nearest_by_pixels(images: Tensor, train: Tensor) -> Nearest:
     return Nearest(torch.cat([part.distance for part in parts]), torch.cat([part.row for part in parts]))
 
 
-def _common_side(train: Tensor) -> int:
-    """The side that images are brought to: the next multiple of 16, within `_SIDES`."""
+def _cell(train: Tensor) -> int:
+    """Pixels of a cell's side, at the side that images are brought to: the next multiple of 16, within `_SIDES`."""
     least, most = _SIDES
-    return min(most, max(least, -(-train.shape[-1] // _CELLS) * _CELLS))
+    return min(most, max(least, train.shape[-1] + _CELLS - 1)) // _CELLS
 
 
-def _targets(train: Tensor, side: int) -> Tensor:
-    """The unshifted windows (2·M, D) of the train images, then those of their mirror images."""
-    middle = (2 * side // _CELLS + 1) ** 2 // 2
-    plain = torch.cat([_windows(part, side)[:, :, middle] for part in torch.split(train, 64)])
+def _resized(images: Tensor, cell: int) -> Tensor:
+    return F.adaptive_avg_pool2d(images.float(), _CELLS * cell)
+
+
+def _targets(train: Tensor, cell: int) -> Tensor:
+    """The middle windows (2·M, D) of the train images, then those of their mirror images."""
+    middle = slice(cell, -cell)
+    parts = [_windows(_resized(part, cell)[..., middle, middle], cell)[:, :, 0] for part in torch.split(train, 256)]
+    plain = torch.cat(parts)
     mirrored = plain.view(len(plain), -1, _WINDOW, _WINDOW).flip(-1).flatten(1)
     return torch.cat([plain, mirrored])
 
 
-def _windows(images: Tensor, side: int) -> Tensor:
-    """(N, C, H, W) -> windows (N, D, S) under every shift, the rows of shifts in turn.
+def _windows(images: Tensor, cell: int) -> Tensor:
+    """Images -> windows (N, D, S) under every shift that fits, the rows of shifts in turn.
 
     They have mean 0 and length 1: their inner products are Pearson's correlations. A window of one grey becomes 0,
     which correlates with nothing.
     """
-    cell = side // _CELLS
-    cells = F.avg_pool2d(F.adaptive_avg_pool2d(images.float(), side), cell, stride=1)
-    windows = F.unfold(cells, _WINDOW, dilation=cell)
+    windows = F.unfold(F.avg_pool2d(images, cell, stride=1), _WINDOW, dilation=cell)
     centred = windows - windows.mean(dim=1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
     shows = length > 1e-5 * windows.norm(dim=1, keepdim=True).clamp_min(_TINY)  # above the rounding of the mean
