@@ -18,6 +18,7 @@ from medgen.errors import UserError
 from medgen.evaluation_report import findings
 from medgen.figures import write_grid
 from medgen.metrics import generation, inception, reconstruction
+from medgen.metrics.privacy import CERTAIN, plausible
 from medgen.models import build_model
 from medgen.priors import FITTED, save_prior
 from medgen.tracking import history, read_run
@@ -194,7 +195,7 @@ def test_a_model_that_replays_its_train_set_is_caught_and_an_honest_one_is_not(
     films = small_films(220, seed=0)
     with StoreWriter(project.dataset, (1, 32, 32), with_masks=False) as writer:
         for i, image in enumerate((films * 255).round().to(torch.uint8).numpy()):
-            writer.add(image, None, {"path": f"secret{i}.png", "patient": f"patient{i}"})
+            writer.add(image, None, {"path": f"secret{i}.png", "patient": f"patient{i // 2}"})
         writer.commit(["train"] * 100 + ["test"] * 120, [], {}, "")
     trained(project)
     shown = project.figures / "nearest_train.png"
@@ -207,7 +208,9 @@ def test_a_model_that_replays_its_train_set_is_caught_and_an_honest_one_is_not(
         rate, page = metrics["privacy/copy_rate"], (project.reports / "index.html").read_text()
         assert rate == max(metrics["privacy/copy_rate_pixels"], metrics["privacy/copy_rate_features"])
         assert rate > 0.95 if name == "copies" else rate <= 0.03
-        assert ("gives back patients" in page) == (name == "copies")
+        assert metrics["privacy/copy_rate_plausible"] == pytest.approx(plausible(len(soft), num_patients=60))
+        assert (metrics["privacy/nearest_over_limit"] < CERTAIN) == (name == "copies")
+        assert ("gives back patients" in page) == ("is a copy of a train image" in page) == (name == "copies")
         assert "secret" not in page and "patient1" not in page
         pictures[name] = shown.read_bytes()
     assert pictures["copies"] != pictures["honest"]
