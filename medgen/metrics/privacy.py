@@ -38,11 +38,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CERTAIN = 0.25  # of the limit: no real image of an unseen patient came as near in 3,000 simulated test sets
+CERTAIN = 0.25  # of the limit: no real image of an unseen patient came as near in 72,000 simulated evaluations
 
 _CELLS = 16  # along a side
 _WINDOW = 14  # cells of a window's side, which leaves one cell of shift on either side
-_SIDES = (32, 128)  # pixels; finer shifts than 1/128 of the side change no correlation that matters
+_SIDES = (32, 128)  # pixels; a copy half a step of 1/128 away is still within a quarter of the limit
 _NEIGHBOURS = 50
 _CANDIDATES = 64  # train images that are compared under every shift, where an eighth of all is fewer
 _QUANTILE = 0.01
@@ -183,9 +183,10 @@ def nearest_by_features(images: Tensor, train: Tensor) -> Nearest:
 def nearest_by_pixels(images: Tensor, train: Tensor) -> Nearest:
     """Nearest train image of each image by shifted correlation: (N, C, H, W) against (M, C, H, W), uint8 or floats.
 
-    All train images are compared under 25 shifts, a 1/32 of the side apart, both mirrored and not; then the nearest 64
-    of them, or the nearest eighth of all, under every shift. Takes N·M·C·2·10⁴ multiplications in the first pass, and
-    memory for a few times 4 million numbers and two copies of the train images at 14 x 14.
+    A first pass compares all train images, mirrored and not, under shifts of about 1/32 of the side (25 of them at 64
+    and 128 pixels). The second compares the nearest eighth of them, at least 64, under every shift. Takes N·M·C·10⁴
+    multiplications in the first pass, and memory for a few times 4 million numbers and two copies of the train images
+    at 14 x 14.
 
     Raises:
         ValueError: fewer than 2 train images: the distance is relative to those of others.
@@ -220,6 +221,7 @@ def _cell(train: Tensor) -> int:
 
 
 def _resized(images: Tensor, cell: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, 16·cell, 16·cell) floats, by area."""
     return F.adaptive_avg_pool2d(images.float(), _CELLS * cell)
 
 
