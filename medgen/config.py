@@ -318,7 +318,7 @@ class Gates(Section):
     ssim_margin: NonNegative = 0.01  # and on the same images at most this below a champion's
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05  # a candidate worse than a champion with p below is refused
     copy_rate_ceiling: Annotated[float, Field(ge=0.0, le=1.0)] | None = (
-        None  # privacy/copy_rate; None: as chance has it
+        None  # privacy/copy_rate at most; None: privacy/copy_rate_plausible
     )
     dice_floor: Fraction = 0.6  # segmentation/dice_foreground at least
     dice_margin: NonNegative = 0.01  # and on the same images at most this below a champion's

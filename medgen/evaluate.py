@@ -137,7 +137,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     metrics |= judge_data(subject, samples, train, test, views)
     if subject.inception:
         metrics |= judge_through_inception(subject, samples, train, test)
-    copies, pairs = judge_privacy(views, samples, train, test)
+    copies, pairs = judge_privacy(subject, views, samples, train, test)
     metrics |= copies
     swapped = swap_labels(subject)
     metrics |= judge_labels(subject, samples, swapped)
@@ -245,7 +245,7 @@ def judge(
     metrics |= judge_samples(subject, samples, held_out, views)
     if subject.inception:
         metrics |= judge_through_inception(subject, samples, train, held_out)
-    metrics |= judge_privacy(views, samples, train, held_out)[0]
+    metrics |= judge_privacy(subject, views, samples, train, held_out)[0]
     kept = save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
     return metrics | judge_labels(subject, samples, swap_labels(subject)), subject.hashes, kept
 
@@ -463,14 +463,18 @@ def evaluation_data(subject: Subject, reconstructions: Reconstructions, views: V
 
 
 def judge_privacy(
-    views: Views, samples: Tensor, train: Tensor, held_out: Tensor
+    subject: Subject, views: Views, samples: Tensor, train: Tensor, held_out: Tensor
 ) -> tuple[dict[str, float], privacy.Pairs]:
-    """Whether samples are copies of train images, held against the held-out images; and the closest pairs."""
-    parts = (
-        privacy.nearest_by_features(part.features, views.train.features) for part in (views.samples, views.held_out)
+    """The `privacy/` metrics of samples (N, C, H, W) with held-out images as the reference, and the closest pairs."""
+    names, of_train = subject.held_out.patients, views.train.features
+    by_features = privacy.find_copies(
+        privacy.nearest_by_features(views.samples.features, of_train),
+        privacy.nearest_by_features(views.held_out.features, of_train),
+        names,
     )
-    by_features = privacy.judge(*parts)
-    by_pixels = privacy.judge(*(privacy.nearest_by_pixels(part, train) for part in (samples, held_out)))
+    by_pixels = privacy.find_copies(
+        privacy.nearest_by_pixels(samples, train), privacy.nearest_by_pixels(held_out, train), names
+    )
     metrics = {f"privacy/{name}": value for name, value in privacy.metrics(by_features, by_pixels).items()}
     return metrics, privacy.closest_pairs(by_features, by_pixels, NUM_NEAREST)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen.files import write_atomic
-from medgen.metrics.privacy import plausible
+from medgen.metrics.privacy import CERTAIN
 from medgen.pages import bullets, figure, page, table
 
 PICTURES = {
@@ -37,6 +37,10 @@ MORE_IMAGES = "<code>medgen generate --n 25 --out outputs/new</code> makes more 
 
 LOW_USAGE = 0.5  # of a codebook
 LABEL_TOLERANCE = 0.05  # by which samples may agree less with their label than real images do
+ADVICE_ON_COPIES = (
+    "Look at the closest pairs below, and hand out neither samples nor model. Bring more images, train shorter, or "
+    "take a smaller latent (model.latent_channels) or a simpler prior (prior.name)."
+)
 LEAST_LIMIT = 0.2  # of the copy limit, in held-out images' median distances; real chest films: 0.5
 
 
@@ -115,12 +119,18 @@ def _inception_numbers(metrics: Mapping[str, float]) -> list[Row]:
 def _privacy_numbers(metrics: Mapping[str, float]) -> list[Row]:
     """How near samples come to train images."""
     m = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("privacy/")}
-    beside = f"up to {plausible(round(metrics['run/num_test'])):.0%} is chance; expected about 1 %"
+    chance = f"up to {m['copy_rate_plausible']:.1%} is chance"
     parts = f"{m['copy_rate_features']:.1%} by features, {m['copy_rate_pixels']:.1%} by pixels"
     reading = "share of samples nearer to a train image than 99 % of test images are"
     ratio = f"{m['nearest_train_ratio_pixels']:.4g} by pixels"
     return [
-        Row("Copies of train images", f"{m['copy_rate']:.1%}", beside, f"{reading}: {parts}"),
+        Row("Copies of train images", f"{m['copy_rate']:.1%}", chance, f"{reading}: {parts}"),
+        Row(
+            "  nearest sample, of the limit",
+            f"{m['nearest_over_limit']:.3g}",
+            f"at least {CERTAIN:g}",
+            "smallest distance to a train image; 1 is where copies are counted, less than a quarter is a copy for sure",
+        ),
         Row("  distance to the nearest", f"{m['nearest_train_ratio']:.4g}", ratio, "over test images' own; copies: 0"),
     ]
 
@@ -176,21 +186,24 @@ def _say_less(metrics: Mapping[str, float]) -> str:
 
 def _privacy_findings(metrics: Mapping[str, float]) -> list[str]:
     rate, limit = metrics["privacy/copy_rate"], metrics["privacy/held_out_limit"]
-    chance = plausible(round(metrics["run/num_test"]))
+    chance, nearest = metrics["privacy/copy_rate_plausible"], metrics["privacy/nearest_over_limit"]
     found = []
     if limit < LEAST_LIMIT:
         found.append(
-            "Whether samples are copies of train images can hardly be told: some test images are nearly in the train "
-            "split themselves. See what `medgen data audit` says of duplicates and leaks, mend it, and start again."
+            "The search for copied train images is unreliable: some test images are nearly in the train split "
+            "themselves. Fix the duplicates and leaks that `medgen data audit` lists, and start again."
         )
     if rate > chance:
         found.append(
-            f"{rate:.0%} of the samples are nearer to a train image than test images are (up to {chance:.0%} is "
-            "chance): the model gives back patients' images. Look at the closest pairs below, and hand out neither "
-            "samples nor model. Bring more images, train shorter, or take a smaller latent (model.latent_channels) or "
-            "a simpler prior (prior.name)."
+            f"{rate:.1%} of the samples are nearer to a train image than test images are (up to {chance:.1%} is "
+            f"chance): the model gives back patients' images. {ADVICE_ON_COPIES}"
         )
-    return found or [f"No sign of copied train images (copy rate {rate:.1%}, up to {chance:.0%} is chance)."]
+    if nearest < CERTAIN:
+        found.append(
+            f"At least one sample is a copy of a train image: its distance is {nearest:.3g} of the limit, and no real "
+            f"image of another patient comes nearer than {CERTAIN:g}. {ADVICE_ON_COPIES}"
+        )
+    return found or [f"No sign of copied train images (copy rate {rate:.1%}, up to {chance:.1%} is chance)."]
 
 
 def _label_findings(metrics: Mapping[str, float]) -> list[str]:

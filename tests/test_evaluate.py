@@ -18,6 +18,7 @@ from medgen.errors import UserError
 from medgen.evaluation_report import findings
 from medgen.figures import write_grid
 from medgen.metrics import generation, inception, reconstruction
+from medgen.metrics.privacy import CERTAIN, plausible
 from medgen.models import build_model
 from medgen.priors import FITTED, save_prior
 from medgen.tracking import history, read_run
@@ -36,7 +37,8 @@ KEYS = {
         for of in ("", "_real")
     ),
     *(f"generation/label_agreement{of}" for of in ("", "_real")),
-    *(f"privacy/copy_rate{by}" for by in ("", "_features", "_pixels")),
+    *(f"privacy/copy_rate{by}" for by in ("", "_features", "_pixels", "_plausible")),
+    "privacy/nearest_over_limit",
     *(f"privacy/nearest_train_ratio{by}" for by in ("", "_pixels")),
     "privacy/held_out_limit",
     *(f"run/{name}" for name in ("num_train", "num_test", "num_generated")),
@@ -193,7 +195,7 @@ def test_a_model_that_replays_its_train_set_is_caught_and_an_honest_one_is_not(
     films = small_films(220, seed=0)
     with StoreWriter(project.dataset, (1, 32, 32), with_masks=False) as writer:
         for i, image in enumerate((films * 255).round().to(torch.uint8).numpy()):
-            writer.add(image, None, {"path": f"secret{i}.png", "patient": f"patient{i}"})
+            writer.add(image, None, {"path": f"secret{i}.png", "patient": f"patient{i // 2}"})
         writer.commit(["train"] * 100 + ["test"] * 120, [], {}, "")
     trained(project)
     shown = project.figures / "nearest_train.png"
@@ -206,7 +208,9 @@ def test_a_model_that_replays_its_train_set_is_caught_and_an_honest_one_is_not(
         rate, page = metrics["privacy/copy_rate"], (project.reports / "index.html").read_text()
         assert rate == max(metrics["privacy/copy_rate_pixels"], metrics["privacy/copy_rate_features"])
         assert rate > 0.95 if name == "copies" else rate <= 0.03
-        assert ("gives back patients" in page) == (name == "copies")
+        assert metrics["privacy/copy_rate_plausible"] == pytest.approx(plausible(len(soft), num_patients=60))
+        assert (metrics["privacy/nearest_over_limit"] < CERTAIN) == (name == "copies")
+        assert ("gives back patients" in page) == ("is a copy of a train image" in page) == (name == "copies")
         assert "secret" not in page and "patient1" not in page
         pictures[name] = shown.read_bytes()
     assert pictures["copies"] != pictures["honest"]
@@ -338,8 +342,9 @@ def test_too_few_generated_images_are_refused(judged: tuple[Project, dict[str, f
         ({"generation/kid_domain_ci_low": 0.3}, ["beat", "can be told"]),
         ({"generation/ms_ssim_diversity": 0.6}, ["beat", "does not tell", "collapse"]),
         ({"privacy/copy_rate": 0.2}, ["beat", "does not tell", "gives back patients' images"]),
-        ({"privacy/held_out_limit": 0.01}, ["beat", "does not tell", "can hardly be told"]),
-        ({"privacy/copy_rate": 0.2, "run/num_test": 10}, ["beat", "does not tell", "up to 41% is chance"]),
+        ({"privacy/held_out_limit": 0.01}, ["beat", "does not tell", "is unreliable"]),
+        ({"privacy/copy_rate": 0.02, "privacy/copy_rate_plausible": 0.015}, ["beat", "does not tell", "up to 1.5% is"]),
+        ({"privacy/nearest_over_limit": 0.2}, ["beat", "does not tell", "At least one sample is a copy"]),
     ],
 )
 def test_findings_follow_the_numbers(change: dict[str, float], words: list[str]) -> None:
@@ -351,6 +356,8 @@ def test_findings_follow_the_numbers(change: dict[str, float], words: list[str])
         "generation/ms_ssim_diversity": 0.3,
         "generation/ms_ssim_diversity_real": 0.3,
         "privacy/copy_rate": 0.01,
+        "privacy/copy_rate_plausible": 0.05,
+        "privacy/nearest_over_limit": 0.9,
         "privacy/held_out_limit": 0.5,
         "run/num_test": 300,
     }
@@ -374,6 +381,8 @@ def test_advice_names_the_kl_weight_only_where_there_is_one(has_kl: bool) -> Non
         "generation/label_agreement_wrong": 0.1,
         "latent/codebook_usage": 0.1,
         "privacy/copy_rate": 0.01,
+        "privacy/copy_rate_plausible": 0.05,
+        "privacy/nearest_over_limit": 0.9,
         "privacy/held_out_limit": 0.5,
         "run/num_test": 300,
     }

@@ -187,6 +187,8 @@ def test_findings_say_when_labels_or_codes_are_not_used(change: dict[str, float]
         "generation/ms_ssim_diversity": 0.3,
         "generation/ms_ssim_diversity_real": 0.3,
         "privacy/copy_rate": 0.01,
+        "privacy/copy_rate_plausible": 0.05,
+        "privacy/nearest_over_limit": 0.9,
         "privacy/held_out_limit": 0.5,
         "run/num_test": 300,
         "generation/label_agreement": 0.96,

@@ -29,7 +29,6 @@ LINEAGE = TRAINED | {
 JUDGED = {
     "evaluated.dataset": "ba9876543210",
     "evaluated.extractor": "e" * 64,
-    "evaluated.copies_among": "200",
 }
 METRICS = {
     "reconstruction/ssim": 0.85,
@@ -37,6 +36,8 @@ METRICS = {
     "generation/kid_domain_ci_low": 0.05,
     "generation/kid_domain_ci_high": 0.15,
     "privacy/copy_rate": 0.01,
+    "privacy/copy_rate_plausible": 0.05,
+    "privacy/nearest_over_limit": 0.9,
     "privacy/held_out_limit": 0.5,
     "run/num_test": 200.0,
 }
@@ -96,19 +97,19 @@ REFUSALS: dict[str, tuple[Version, Version | None, Gates, set[str]]] = {
         Gates(copy_rate_ceiling=0.1),
         set(),
     ),
-    "few test images: chance allows 1 - 0.005 ** (1 / 20)": (
-        version(metrics=METRICS | {"privacy/copy_rate": 0.23}, **{"evaluated.copies_among": "20"}),
+    "few test images: chance allows more": (
+        version(metrics=METRICS | {"privacy/copy_rate": 0.23, "privacy/copy_rate_plausible": 0.23}),
         None,
         Gates(),
         set(),
     ),
-    "few test images, and more than that": (
-        version(metrics=METRICS | {"privacy/copy_rate": 0.24}, **{"evaluated.copies_among": "20"}),
+    "one certain copy": (
+        version(metrics=METRICS | {"privacy/nearest_over_limit": 0.249}),
         None,
-        Gates(),
-        {"copy_rate"},
+        Gates(copy_rate_ceiling=0.1),
+        {"nearest_over_limit"},
     ),
-    "copies cannot be told": (
+    "test images too near to train images": (
         version(metrics=METRICS | {"privacy/held_out_limit": 0.1}),
         None,
         Gates(),
@@ -173,13 +174,12 @@ REFUSALS: dict[str, tuple[Version, Version | None, Gates, set[str]]] = {
         Gates(),
         {"kid_domain"},
     ),
-    "no word of how copies were looked for": (
-        version(**{"evaluated.copies_among": None}),
+    "copies searched by an older medgen": (
+        version(**{"privacy/copy_rate_plausible": None, "privacy/nearest_over_limit": None}),
         None,
         Gates(),
         {"copy_rate"},
     ),
-    "copies among none": (version(**{"evaluated.copies_among": "0"}), None, Gates(), {"copy_rate"}),
     "masks as good": (
         version(metrics=MASKS, evaluated_extractor=None),
         version(1, MASKS, evaluated_extractor=None),
@@ -424,10 +424,8 @@ def test_later_metrics_take_the_place_of_earlier_ones_but_not_what_is_known_of_c
     assert metrics == {
         "reconstruction/ssim": "0.7",
         "generation/kid_domain": "0.3",
-        "privacy/copy_rate": "0.01",
-        "privacy/held_out_limit": "0.5",
+        **{key: f"{value:g}" for key, value in METRICS.items() if key.startswith("privacy/")},
     }
-    assert found["evaluated.copies_among"] == "200"  # not those of the later evaluation
     assert (found["evaluated.dataset"], found["evaluated.extractor"]) == ("later", "x")
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from medgen.config import Gates
 from medgen.evaluation_report import LEAST_LIMIT
 from medgen.metrics.comparison import Comparison
-from medgen.metrics.privacy import plausible
-from medgen.registry.versions import COPIES_AMONG, JUDGED_BY, JUDGED_ON, Version
+from medgen.metrics.privacy import CERTAIN
+from medgen.registry.versions import JUDGED_BY, JUDGED_ON, Version
 
 SSIM, DICE, MMD = "reconstruction/ssim", "segmentation/dice_foreground", "generation/mmd_domain"
 COPIES, HELD_OUT_LIMIT, NUM_GENERATED = "privacy/copy_rate", "privacy/held_out_limit", "run/num_generated"
+COPIES_BY_CHANCE, NEAREST = "privacy/copy_rate_plausible", "privacy/nearest_over_limit"
 TRAINED_ON = "dataset.fingerprint"  # tag
 SHORT = 7  # characters of a hash that are shown
 NOTHING, UNALIKE = "–", "evaluated alike by this medgen"
@@ -58,7 +59,7 @@ def check_gates(
         by_name = {one.name: one for one in comparison}
         found += [_compared(one, by_name, margin, gates.alpha, suffix) for one in comparison]
     if not finds_masks:
-        found.append(_copies(candidate, champion, gates.copy_rate_ceiling))
+        found += _copies(candidate, champion, gates.copy_rate_ceiling)
     return found
 
 
@@ -139,14 +140,18 @@ def _at_least(key: str, candidate: Version, champion: Version | None, floor: flo
     return _row(key, candidate, champion, f"≥ {floor:g}", lambda value: value >= floor)
 
 
-def _copies(candidate: Version, champion: Version | None, ceiling: float | None) -> Gate:
-    among = candidate.tags.get(COPIES_AMONG, "")
-    if not among.isdecimal() or int(among) < 1 or candidate.metrics.get(HELD_OUT_LIMIT, 0.0) < LEAST_LIMIT:
-        return _row(COPIES, candidate, champion, "test images unlike train images (medgen data audit)")
-    chance = plausible(int(among))
-    wanted = f"≤ {chance:.4g}, what chance allows" if ceiling is None else f"≤ {ceiling:g}"
-    most = chance if ceiling is None else ceiling
-    return _row(COPIES, candidate, champion, wanted, lambda value: value <= most)
+def _copies(candidate: Version, champion: Version | None, ceiling: float | None) -> list[Gate]:
+    """The share of samples that are near train images, and the nearest sample alone; one row where neither is known."""
+    if candidate.metrics.get(HELD_OUT_LIMIT, 0.0) < LEAST_LIMIT:
+        return [_row(COPIES, candidate, champion, "test images unlike train images (medgen data audit)")]
+    if not {COPIES_BY_CHANCE, NEAREST} <= candidate.metrics.keys():
+        return [_row(COPIES, candidate, champion, "evaluated by this version of medgen (medgen evaluate)")]
+    most = candidate.metrics[COPIES_BY_CHANCE] if ceiling is None else ceiling
+    wanted = f"≤ {most:.4g}" + (", what chance allows" if ceiling is None else "")
+    return [
+        _row(COPIES, candidate, champion, wanted, lambda value: value <= most),
+        _at_least(NEAREST, candidate, champion, CERTAIN),
+    ]
 
 
 def _row(

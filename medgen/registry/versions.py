@@ -25,7 +25,6 @@ _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 _UNKNOWN = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # what MLflow says of versions that are not there
 JUDGED_ON, JUDGED_BY = "evaluated.dataset", "evaluated.extractor"  # tags: what its metrics were measured with
 EVALUATION = "evaluated.values"  # tag: SHA-256 of the per-image values that are kept with the version
-COPIES_AMONG = "evaluated.copies_among"  # tag: how many test images the copy rate was measured against
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
 
 
@@ -86,8 +85,6 @@ def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any] | No
     if not metrics or provenance is None:
         return tags
     extractors = {of: found["sha256"] for of, found in provenance["extractors"].items()}
-    if "privacy/copy_rate" in metrics:
-        tags[COPIES_AMONG] = tags["run/num_test"]
     if "evaluation" in provenance:
         tags[EVALUATION] = provenance["evaluation"]
     return tags | {JUDGED_ON: provenance["dataset"], **({JUDGED_BY: extractors["domain"]} if extractors else {})}
