@@ -382,7 +382,7 @@ def judge_samples(subject: Subject, samples: Tensor, held_out: Tensor, views: Vi
     """Samples against held-out images, by every measure, with 95 % intervals by patient."""
     groups = subject.held_out.patients
     intervals = distances(views.samples, views.held_out, views.bandwidth, groups)
-    intervals |= generation.manifold_intervals(views.held_out.features, views.samples.features, groups)
+    intervals |= generation.manifold_intervals(views.held_out.content, views.samples.content, groups)
     intervals |= realism(subject, samples, views.samples, held_out, views.held_out)
     metrics = with_bounds(intervals) | spectrum_metrics("generation", views.samples.power, views.held_out.power)
     return metrics
@@ -401,7 +401,7 @@ def judge_data(subject: Subject, samples: Tensor, train: Tensor, test: Tensor, v
     metrics["generation/spectrum_distance_floor"] = spectrum_distance(real.power, views.held_out.power)
     metrics["generation/ms_ssim_diversity"] = generation.ms_ssim_diversity(samples.float() / 255.0, seed=seed)
     metrics["generation/ms_ssim_diversity_real"] = generation.ms_ssim_diversity(test.float() / 255.0, seed=seed)
-    shares = generation.manifold(views.held_out.features, real.features)._asdict()
+    shares = generation.manifold(views.held_out.content, real.content)._asdict()
     return metrics | {f"generation/{name}_real": value for name, value in shares.items()}
 
 
