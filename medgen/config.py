@@ -234,9 +234,9 @@ class Prior(Section):
 
 
 class Evaluate(Section):
-    """How the model is judged, on the test split."""
+    """How the model is evaluated, on the test split."""
 
-    num_generated: Count = 1000
+    num_generated: Count = 2000  # samples are free, and comparisons of models need many
     batch_size: Count = 64
     seed: int = 0
     grid_images: Count = 36

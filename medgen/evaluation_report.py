@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen.files import write_atomic
+from medgen.metrics.intervals import NORMAL_QUANTILE
 from medgen.metrics.privacy import CERTAIN
+from medgen.metrics.spectrum import NUM_BANDS
 from medgen.pages import bullets, figure, page, table
 
 PICTURES = {
@@ -36,6 +38,9 @@ NEXT_STEPS = (  # HTML
 MORE_IMAGES = "<code>medgen generate --n 25 --out outputs/new</code> makes more images."
 
 LOW_USAGE = 0.5  # of a codebook
+BLURRED = 0.8  # share of real images' power in the finest band, below which a person sees blur
+VIEWS = ("spectrum", "domain", "pixels")  # what classifiers look at
+VISIBLE = 1.645 + 0.842  # standard errors that a one-sided test at 5 % finds 4 times out of 5
 LABEL_TOLERANCE = 0.05  # by which samples may agree less with their label than real images do
 ADVICE_ON_COPIES = (
     "Look at the closest pairs below, and hand out neither samples nor model. Bring more images, train shorter, or "
@@ -50,12 +55,12 @@ class Row:
 
     name: str
     value: str
-    beside: str  # what the value is to be held against
+    reference: str  # what the value is compared with
     reading: str
 
 
 def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_latent: int) -> list[Row]:
-    """The numbers a person looks at first, each with its mark.
+    """The numbers a person looks at first, each with its reference.
 
     Args:
         metrics: the content of metrics.json.
@@ -63,26 +68,37 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
         num_latent: how many numbers the latent has; of a model with a codebook, how many codes.
     """
     m = {name: f"{value:.4g}" for name, value in metrics.items()}
-    kid = [m[f"generation/kid_domain{end}"] for end in ("", "_ci_low", "_ci_high", "_floor")]
-    rows = [Row("SSIM of reconstructions", m["reconstruction/ssim"], f"{num_latent:,} latent numbers", "1 is perfect")]
+    ssim = _interval(metrics, "reconstruction/ssim")
+    rows = [Row("SSIM of reconstructions", ssim, f"{num_latent:,} latent numbers", "1 is perfect")]
     for count, score in sorted(pca.items()):
-        rows.append(Row("  of PCA reconstructions", f"{score:.4g}", f"{count:,} components", "the classical mark"))
+        rows.append(Row("  of PCA reconstructions", f"{score:.4g}", f"{count:,} components", "linear reference"))
     rows += [
         Row("PSNR of reconstructions", f"{m['reconstruction/psnr']} dB", "", "higher is better"),
         Row("L1 of reconstructions", m["reconstruction/l1"], "", "mean over pixels in [0, 1], lower is better"),
-        Row("KID of samples", kid[0], f"{kid[3]} real against real", "0 where samples and test images are alike"),
-        Row("  95 % interval", f"{kid[1]} to {kid[2]}", "", "other draws of test images and samples"),
+        *_spectrum_numbers(metrics),
+        *_realism_numbers(metrics),
     ]
+    sizes = _sizes(metrics)
     names = {
-        "fd_domain": ("Fréchet distance of samples", "fd_domain_floor", "lower is better"),
-        "precision": ("Precision", "precision_real", "share of samples among real images"),
-        "recall": ("Recall", "recall_real", "share of real images among samples"),
-        "density": ("Density", "density_real", "as precision, outliers weigh less"),
-        "coverage": ("Coverage", "coverage_real", "share of real images with a sample near"),
-        "ms_ssim_diversity": ("Likeness of samples", "ms_ssim_diversity_real", "MS-SSIM of pairs; higher: too alike"),
+        "mmd_domain": ("MMD of samples", f"squared, RBF kernel; lower is better; {sizes}"),
+        "kid_domain": ("KID of samples", f"0 where samples and test images are alike; {sizes}"),
+        "fd_domain": ("Fréchet distance of samples", f"lower is better, biased upward in small sets; {sizes}"),
     }
-    for key, (name, real, reading) in names.items():
-        rows.append(Row(name, m[f"generation/{key}"], f"{m[f'generation/{real}']} real against real", reading))
+    for key, (name, reading) in names.items():
+        reference = f"{m[f'generation/{key}_floor']} train images"
+        rows.append(Row(name, _interval(metrics, f"generation/{key}"), reference, reading))
+    shares = {
+        "precision": ("Precision", "share of samples among real images"),
+        "recall": ("Recall", "share of real images among samples"),
+        "density": ("Density", "as precision, outliers weigh less"),
+        "coverage": ("Coverage", "share of real images with a sample near"),
+    }
+    for key, (name, reading) in shares.items():
+        reference = f"{m[f'generation/{key}_real']} train images"
+        rows.append(Row(name, _interval(metrics, f"generation/{key}"), reference, reading))
+    diversity = f"{m['generation/ms_ssim_diversity_real']} test images"
+    reading = "MS-SSIM of pairs; higher: too alike"
+    rows.append(Row("Similarity of two samples", m["generation/ms_ssim_diversity"], diversity, reading))
     rows += _privacy_numbers(metrics)
     if "generation/fd_inception" in m:
         rows += _inception_numbers(metrics)
@@ -99,11 +115,48 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
     return rows
 
 
+def _interval(metrics: Mapping[str, float], key: str) -> str:
+    """A value with its 95 % interval."""
+    low, high = metrics[f"{key}_ci_low"], metrics[f"{key}_ci_high"]
+    return f"{metrics[key]:.3g} ({low:.3g} to {high:.3g})"
+
+
+def _sizes(metrics: Mapping[str, float]) -> str:
+    """Numbers of images that a comparison of sets rests on."""
+    return f"n = {metrics['run/num_test']:,.0f} test images, m = {metrics['run/num_generated']:,.0f} samples"
+
+
+def _spectrum_numbers(metrics: Mapping[str, float]) -> list[Row]:
+    """Whether images hold as much detail as real ones, band by band."""
+    rows = []
+    for group, name in (("reconstruction", "reconstructions"), ("generation", "samples")):
+        ratios = ", ".join(f"{metrics[f'{group}/spectrum_ratio_{band}']:.2f}" for band in range(1, NUM_BANDS + 1))
+        reading = "coarse to fine, over real images' power: below 1 is blurred, above is noise"
+        rows.append(Row(f"Power by band of {name}", ratios, "1 in each band", reading))
+    floor = f"{metrics['generation/spectrum_distance_floor']:.3g} train images"
+    distance = f"{metrics['generation/spectrum_distance']:.3g}"
+    rows.append(Row("Spectrum distance of samples", distance, floor, "RMS log ratio over frequencies; 0 is alike"))
+    return rows
+
+
+def _realism_numbers(metrics: Mapping[str, float]) -> list[Row]:
+    """How well classifiers tell samples from real images."""
+    if "generation/c2st_auc" not in metrics:
+        return []
+    rows = []
+    reading = "AUC of a classifier, samples against test images: 0.5 is chance, 1 finds every sample"
+    for suffix, name in (("", "Realism (C2ST)"), *((f"_{view}", f"  by {view}") for view in VIEWS)):
+        key = f"generation/c2st_auc{suffix}"
+        floor = f"{metrics[f'{key}_floor']:.3g} train images"
+        rows.append(Row(name, _interval(metrics, key), floor, reading if not suffix else ""))
+    return rows
+
+
 def _inception_numbers(metrics: Mapping[str, float]) -> list[Row]:
     """What published systems are compared by, with the numbers of images it hangs on."""
     m = {name: f"{value:.4g}" for name, value in metrics.items()}
     sizes = f"{metrics['run/num_generated']:,.0f} samples against all {metrics['run/num_test']:,.0f} test images"
-    fid, kid = (f"{m[f'generation/{name}_inception_floor']} real against real" for name in ("fd", "kid"))
+    fid, kid = (f"{m[f'generation/{name}_inception_floor']} train images" for name in ("fd", "kid"))
     return [
         Row("FID (Inception)", m["generation/fd_inception"], fid, f"{sizes}; higher with fewer, lower is better"),
         Row("KID (Inception)", m["generation/kid_inception"], kid, "the same sets; not biased by their sizes"),
@@ -149,24 +202,19 @@ def _label_numbers(metrics: Mapping[str, float]) -> list[Row]:
 
 
 def findings(metrics: Mapping[str, float]) -> list[str]:
-    """What the numbers say in words, and what to try."""
+    """States what the numbers say, and what to try."""
     found = []
-    ssim, mark = metrics["reconstruction/ssim"], metrics["reconstruction/pca_ssim"]
-    if ssim < mark:
+    ssim, reference = metrics["reconstruction/ssim"], metrics["reconstruction/pca_ssim"]
+    if ssim < reference:
         found.append(
-            f"Principal components of the train split rebuild better (SSIM {mark:.3f} against {ssim:.3f}): "
+            f"Principal components of the train split rebuild better (SSIM {reference:.3f} against {ssim:.3f}): "
             "train longer, raise the learning rate, or spread the latent over a larger grid (model.latent_size)."
         )
     else:
-        found.append(f"Reconstructions beat the train split's principal components (SSIM {ssim:.3f} over {mark:.3f}).")
-    if metrics["generation/kid_domain_ci_low"] > metrics["generation/kid_domain_floor"]:
         found.append(
-            "Samples can be told from test images (KID's interval lies above the real-against-real floor). Compare the "
-            "pictures below: where reconstructions look as wrong as samples, train longer; where only samples do, "
-            f"{_say_less(metrics)}."
+            f"Reconstructions beat the train split's principal components (SSIM {ssim:.3f} over {reference:.3f})."
         )
-    else:
-        found.append("KID does not tell samples from test images: its interval reaches the real-against-real floor.")
+    found += [_sharpness_finding(metrics), _realism_finding(metrics), _distance_finding(metrics)]
     if metrics["generation/ms_ssim_diversity"] > metrics["generation/ms_ssim_diversity_real"] + 0.05:
         found.append("Samples are more alike than real images are: look for a collapse in the grid below.")
     found += _privacy_findings(metrics)
@@ -176,6 +224,56 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
             "train them another way (model.codebook)."
         )
     return found + _label_findings(metrics)
+
+
+def _sharpness_finding(metrics: Mapping[str, float]) -> str:
+    """Whether the finest detail has the power that it has in real images."""
+    own, rebuilt = (metrics[f"{group}/spectrum_ratio_{NUM_BANDS}"] for group in ("generation", "reconstruction"))
+    both = f"samples hold {own:.0%} of real images' power in the finest detail, reconstructions {rebuilt:.0%}"
+    if own < BLURRED:
+        cause = "the decoder blurs" if rebuilt < BLURRED else "the prior draws latents that decode to blurred images"
+        return f"Samples are blurred: {both}. As reconstructions show, {cause}."
+    if own > 1.0 / BLURRED:
+        return f"Samples are noisy: {both}."
+    return f"Sharpness: {both}."
+
+
+def _realism_finding(metrics: Mapping[str, float]) -> str:
+    """Whether classifiers tell samples from real images, and by what."""
+    if "generation/c2st_auc" not in metrics:
+        return f"Too few images for a classifier test of realism ({_sizes(metrics)})."
+    auc, low, floor = (metrics[f"generation/c2st_auc{end}"] for end in ("", "_ci_low", "_floor"))
+    views = ", ".join(f"{metrics[f'generation/c2st_auc_{view}']:.2f} by {view}" for view in VIEWS)
+    if low > max(0.5, floor):
+        advice = (
+            "Compare the images below: where reconstructions look as wrong as samples, train longer; where only "
+            f"samples do, {_say_less(metrics)}."
+        )
+        return (
+            f"Classifiers find samples among real images (AUC {views}; 0.5 is chance, train images {floor:.2f}). "
+            f"{advice}"
+        )
+    error = (metrics["generation/c2st_auc_ci_high"] - low) / 2 / NORMAL_QUANTILE
+    return (
+        f"Too few images to tell whether samples differ from real ones ({_sizes(metrics)}): AUC {auc:.2f} ({views}; "
+        f"train images {floor:.2f}). An AUC below {max(0.5, floor) + VISIBLE * error:.2f} would not be seen."
+    )
+
+
+def _distance_finding(metrics: Mapping[str, float]) -> str:
+    """Whether samples are farther from test images than train images are."""
+    value, low, high, floor = (metrics[f"generation/mmd_domain{end}"] for end in ("", "_ci_low", "_ci_high", "_floor"))
+    if low > floor:
+        return (
+            f"By the domain extractor samples are farther from test images than train images are (squared MMD "
+            f"{value:.3g}, {low:.3g} to {high:.3g}, against {floor:.3g})."
+        )
+    visible = floor + VISIBLE * (high - low) / 2 / NORMAL_QUANTILE
+    return (
+        f"Too few images to tell by the domain extractor whether samples are farther from test images than train "
+        f"images are ({_sizes(metrics)}): squared MMD {value:.3g}, {low:.3g} to {high:.3g}; below {visible:.2g} a "
+        "difference would not be seen."
+    )
 
 
 def _say_less(metrics: Mapping[str, float]) -> str:
@@ -227,9 +325,9 @@ def print_table(rows: Sequence[Row]) -> None:
     shown = Table(title="Evaluation on the test split", title_justify="left")
     shown.add_column("measure", no_wrap=True)
     shown.add_column("value", justify="right", no_wrap=True)
-    shown.add_column("beside it", overflow="fold")
+    shown.add_column("reference", overflow="fold")
     for row in rows:
-        shown.add_row(row.name, row.value, row.beside)
+        shown.add_row(row.name, row.value, row.reference)
     Console(highlight=False).print(shown)
 
 
@@ -256,8 +354,8 @@ def write_page(
         for name, caption in pictures.items()
         if (path.parent / "figures" / name).is_file()
     )
-    head = ("measure", "value", "beside it", "how to read it")
-    numbers = table(head, [(row.name, row.value, row.beside, row.reading) for row in rows], numeric={1})
+    head = ("measure", "value", "reference", "how to read it")
+    numbers = table(head, [(row.name, row.value, row.reference, row.reading) for row in rows], numeric={1})
     body = f"""<h1>How good is the model?</h1>
 {bullets(findings)}
 <h2>Key numbers, on the test split</h2>

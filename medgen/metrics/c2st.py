@@ -25,7 +25,7 @@ SHRINKAGE = 0.1  # of the features' correlations towards none: few real images h
 _NUM_NETWORK_FOLDS = 3
 _PATCH = 64  # pixels of a side that the network sees at a time; smaller images whole
 _MAX_IMAGES = 1000  # of a set that the networks are trained on and asked about
-_WIDTHS = (16, 32, 64)
+_WIDTHS = (32, 64)
 _STEPS = 60  # of a fold's network
 _BATCH_SIZE = 32  # half of it real
 _LEARNING_RATE = 3e-3
@@ -170,8 +170,8 @@ class _Network(nn.Module):
         super().__init__()
         widths = [4 * channels, *_WIDTHS]
         self.layers = nn.Sequential(nn.PixelUnshuffle(2))
-        for depth, (before, after) in enumerate(pairwise(widths)):
-            convolution = nn.Conv2d(before, after, 3, stride=1 if depth == 0 else 2, padding=1, bias=False)
+        for before, after in pairwise(widths):
+            convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
             self.layers.extend([convolution, nn.GroupNorm(4, after), nn.SiLU()])
         self.head = nn.Linear(widths[-1], 1)
 
