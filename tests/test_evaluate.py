@@ -17,7 +17,7 @@ from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
 from medgen.evaluation_report import findings
 from medgen.figures import write_grid
-from medgen.metrics import generation, inception, reconstruction
+from medgen.metrics import generation, inception, mmd, reconstruction
 from medgen.metrics.privacy import CERTAIN, plausible
 from medgen.models import build_model
 from medgen.priors import FITTED, save_prior
@@ -29,19 +29,32 @@ MODEL = Model(base_channels=8, latent_size=8, latent_channels=2, attention_resol
 KEYS = {
     *(f"reconstruction/{name}" for name in ("l1", "mse", "psnr", "ssim", "pca_ssim")),
     *(f"latent/{name}" for name in ("kl_nats", "active_units")),
-    *(f"generation/kid_domain{name}" for name in ("", "_ci_low", "_ci_high", "_floor")),
-    *(f"generation/fd_domain{name}" for name in ("", "_floor")),
+    *(f"reconstruction/ssim_ci_{end}" for end in ("low", "high")),
+    *(f"{group}/spectrum_ratio_{band}" for group in ("reconstruction", "generation") for band in range(1, 6)),
+    *(f"{group}/spectrum_distance" for group in ("reconstruction", "generation")),
+    "generation/spectrum_distance_floor",
+    *(
+        f"generation/{kind}_domain{name}"
+        for kind in ("kid", "mmd", "fd")
+        for name in ("", "_ci_low", "_ci_high", "_floor")
+    ),
     *(
         f"generation/{name}{of}"
-        for name in ("precision", "recall", "density", "coverage", "ms_ssim_diversity")
-        for of in ("", "_real")
+        for name in ("precision", "recall", "density", "coverage")
+        for of in ("", "_ci_low", "_ci_high", "_real")
     ),
+    *(f"generation/ms_ssim_diversity{of}" for of in ("", "_real")),
     *(f"generation/label_agreement{of}" for of in ("", "_real")),
     *(f"privacy/copy_rate{by}" for by in ("", "_features", "_pixels", "_plausible")),
     "privacy/nearest_over_limit",
     *(f"privacy/nearest_train_ratio{by}" for by in ("", "_pixels")),
     "privacy/held_out_limit",
     *(f"run/{name}" for name in ("num_train", "num_test", "num_generated")),
+}
+REALISM = {  # where there are patients enough
+    f"generation/c2st_auc{view}{of}"
+    for view in ("", "_spectrum", "_domain", "_pixels")
+    for of in ("", "_ci_low", "_ci_high", "_floor")
 }
 REPORTS = (
     "metrics.json",
@@ -139,8 +152,11 @@ def test_reports_name_no_place_on_this_machine_and_need_no_other_file(
     page = (project.reports / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("<img") == 3
-    for name in ("reconstruction/ssim", "generation/kid_domain", "generation/kid_domain_floor"):
-        assert f"{metrics[name]:.4g}" in page
+    for name in ("reconstruction/ssim", "generation/mmd_domain", "generation/kid_domain"):
+        low, high = (metrics[f"{name}_ci_{end}"] for end in ("low", "high"))
+        assert f"{metrics[name]:.3g} ({low:.3g} to {high:.3g})" in page
+    assert f"{metrics['generation/mmd_domain_floor']:.4g}" in page
+    assert f"n = {metrics['run/num_test']:.0f} test images, m = 20 samples" in page
     assert f"{metrics['reconstruction/pca_ssim']:.4g}" in page
 
 
@@ -177,7 +193,12 @@ def test_unlabelled_images_are_judged_too(tmp_path: Path) -> None:
             writer.add(image, None, {"path": f"{i}.png", "patient": ""})
         writer.commit(["train"] * 20 + ["test"] * 10, [], {}, "")
     metrics = evaluate.run(trained(project), evaluate=SMALL, tracking=OFF)
-    assert set(metrics) == {name for name in KEYS if "label" not in name}
+    assert set(metrics) == {name for name in KEYS if "label" not in name} | REALISM
+    assert metrics["generation/c2st_auc"] == max(
+        metrics[f"generation/c2st_auc_{view}"] for view in ("spectrum", "domain", "pixels")
+    )
+    page = (project.reports / "index.html").read_text()
+    assert "Realism (C2ST)" in page and f"{metrics['generation/c2st_auc_pixels']:.2f} by pixels" in page
 
 
 def small_films(count: int, seed: int) -> Tensor:
@@ -203,7 +224,7 @@ def test_a_model_that_replays_its_train_set_is_caught_and_an_honest_one_is_not(
     replayed = torch.cat([films[:50], films[50:100].flip(-1)])
     for name, images in (("copies", replayed), ("honest", small_films(100, seed=1))):
         soft = nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-        monkeypatch.setattr(evaluate, "sample_images", lambda *_, soft=soft: soft)
+        monkeypatch.setattr(evaluate, "draw_samples", lambda _, soft=soft: evaluate.quantised(soft))
         metrics = evaluate.run(project, evaluate=SMALL, tracking=OFF)
         rate, page = metrics["privacy/copy_rate"], (project.reports / "index.html").read_text()
         assert rate == max(metrics["privacy/copy_rate_pixels"], metrics["privacy/copy_rate_features"])
@@ -259,8 +280,9 @@ def test_inception_metrics_are_those_of_the_saved_images(
     assert len(generated) == 20
     seen, other = network(generated).features, network(real).features
     expected = generation.frechet_distance(other, seen)
+    groups = open_store(project.dataset).split("test").patients
     assert metrics["generation/fd_inception"] == pytest.approx(expected, rel=1e-4)
-    assert metrics["generation/kid_inception"] == pytest.approx(generation.kid(other, seen).value, rel=1e-4)
+    assert metrics["generation/kid_inception"] == pytest.approx(mmd.kid(other, seen, groups).value, rel=1e-4)
     found = json.loads((project.reports / "provenance.json").read_text())["extractors"]
     assert found["inception"]["sha256"].startswith("6726825d") and found["domain"]["sha256"]
     page = (project.reports / "index.html").read_text()
@@ -334,57 +356,78 @@ def test_too_few_generated_images_are_refused(judged: tuple[Project, dict[str, f
         evaluate.run(judged[0], evaluate=Evaluate(num_generated=2), tracking=OFF)
 
 
+GOOD = {
+    "reconstruction/ssim": 0.9,
+    "reconstruction/pca_ssim": 0.8,
+    "reconstruction/spectrum_ratio_5": 0.95,
+    "generation/spectrum_ratio_5": 0.9,
+    **{f"generation/c2st_auc{view}": 0.53 for view in ("", "_spectrum", "_domain", "_pixels")},
+    "generation/c2st_auc_ci_low": 0.45,
+    "generation/c2st_auc_ci_high": 0.61,
+    "generation/c2st_auc_floor": 0.52,
+    "generation/mmd_domain": 0.002,
+    "generation/mmd_domain_ci_low": -0.001,
+    "generation/mmd_domain_ci_high": 0.005,
+    "generation/mmd_domain_floor": 0.001,
+    "generation/ms_ssim_diversity": 0.3,
+    "generation/ms_ssim_diversity_real": 0.3,
+    "privacy/copy_rate": 0.01,
+    "privacy/copy_rate_plausible": 0.05,
+    "privacy/nearest_over_limit": 0.9,
+    "privacy/held_out_limit": 0.5,
+    "run/num_test": 300.0,
+    "run/num_generated": 2000.0,
+}
+SAID = [  # of `GOOD`
+    "beat",
+    "Sharpness: samples hold 90% of real images' power in the finest detail, reconstructions 95%",
+    "Too few images to tell whether samples differ from real ones (n = 300 test images, m = 2,000 samples): AUC 0.53",
+    "Too few images to tell by the domain extractor",
+    "No sign of copied train images",
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "said"),
     [
-        ({}, ["beat", "does not tell"]),
-        ({"reconstruction/ssim": 0.5}, ["rebuild better", "does not tell"]),
-        ({"generation/kid_domain_ci_low": 0.3}, ["beat", "can be told"]),
-        ({"generation/ms_ssim_diversity": 0.6}, ["beat", "does not tell", "collapse"]),
-        ({"privacy/copy_rate": 0.2}, ["beat", "does not tell", "gives back patients' images"]),
-        ({"privacy/held_out_limit": 0.01}, ["beat", "does not tell", "is unreliable"]),
-        ({"privacy/copy_rate": 0.02, "privacy/copy_rate_plausible": 0.015}, ["beat", "does not tell", "up to 1.5% is"]),
-        ({"privacy/nearest_over_limit": 0.2}, ["beat", "does not tell", "At least one sample is a copy"]),
+        ({}, {}),
+        ({"reconstruction/ssim": 0.5}, {0: "rebuild better"}),
+        ({"generation/spectrum_ratio_5": 0.1, "reconstruction/spectrum_ratio_5": 0.1}, {1: "the decoder blurs"}),
+        ({"generation/spectrum_ratio_5": 0.1}, {1: "the prior draws latents that decode to blurred images"}),
+        ({"generation/spectrum_ratio_5": 1.5}, {1: "Samples are noisy"}),
+        (
+            {"generation/c2st_auc": 0.99, "generation/c2st_auc_pixels": 0.99, "generation/c2st_auc_ci_low": 0.97},
+            {2: "Classifiers find samples among real images (AUC 0.53 by spectrum, 0.53 by domain, 0.99 by pixels"},
+        ),
+        ({"generation/c2st_auc_ci_low": 0.51, "generation/c2st_auc_ci_high": 0.55}, {2: "An AUC below 0.55 would not"}),
+        ({"generation/mmd_domain_ci_low": 0.0015}, {3: "samples are farther from test images than train images are"}),
+        ({"generation/ms_ssim_diversity": 0.6}, {3.5: "collapse"}),
+        ({"privacy/copy_rate": 0.2}, {4: "gives back patients' images"}),
+        ({"privacy/held_out_limit": 0.01}, {4: "is unreliable"}),
+        ({"privacy/copy_rate": 0.02, "privacy/copy_rate_plausible": 0.015}, {4: "up to 1.5% is"}),
+        ({"privacy/nearest_over_limit": 0.2}, {4: "At least one sample is a copy"}),
     ],
 )
-def test_findings_follow_the_numbers(change: dict[str, float], words: list[str]) -> None:
-    metrics = {
-        "reconstruction/ssim": 0.9,
-        "reconstruction/pca_ssim": 0.8,
-        "generation/kid_domain_ci_low": 0.0,
-        "generation/kid_domain_floor": 0.1,
-        "generation/ms_ssim_diversity": 0.3,
-        "generation/ms_ssim_diversity_real": 0.3,
-        "privacy/copy_rate": 0.01,
-        "privacy/copy_rate_plausible": 0.05,
-        "privacy/nearest_over_limit": 0.9,
-        "privacy/held_out_limit": 0.5,
-        "run/num_test": 300,
-    }
-    found = findings(metrics | change)
-    if not any(key.startswith("privacy/") for key in change):
-        words = [*words, "No sign of copied train images"]
-    assert len(found) == len(words)
-    assert all(word in text for word, text in zip(words, found, strict=True))
+def test_findings_follow_the_numbers(change: dict[str, float], said: dict[float, str]) -> None:
+    found = findings(GOOD | change)
+    expected = [words for _, words in sorted((dict(enumerate(SAID)) | said).items())]
+    assert len(found) == len(expected)
+    for words, text in zip(expected, found, strict=True):
+        assert words in text
+
+
+def test_without_patients_enough_the_findings_say_so() -> None:
+    few = {key: value for key, value in GOOD.items() if "c2st" not in key}
+    assert any("Too few images for a classifier test" in text for text in findings(few))
 
 
 @pytest.mark.parametrize("has_kl", [True, False])
 def test_advice_names_the_kl_weight_only_where_there_is_one(has_kl: bool) -> None:
-    metrics = {
-        "reconstruction/ssim": 0.9,
-        "reconstruction/pca_ssim": 0.8,
-        "generation/kid_domain_ci_low": 0.3,
-        "generation/kid_domain_floor": 0.1,
-        "generation/ms_ssim_diversity": 0.3,
-        "generation/ms_ssim_diversity_real": 0.3,
+    metrics = GOOD | {
+        "generation/c2st_auc_ci_low": 0.9,
         "generation/label_agreement_real": 0.9,
         "generation/label_agreement_wrong": 0.1,
         "latent/codebook_usage": 0.1,
-        "privacy/copy_rate": 0.01,
-        "privacy/copy_rate_plausible": 0.05,
-        "privacy/nearest_over_limit": 0.9,
-        "privacy/held_out_limit": 0.5,
-        "run/num_test": 300,
     }
     text = " ".join(findings(metrics | ({"latent/kl_nats": 9.0} if has_kl else {})))
     assert text.count("take a smaller latent") == 2 and text.count("raise the KL weight") == 2 * has_kl
@@ -404,7 +447,7 @@ def test_a_model_trained_on_other_data_is_judged_without_saying_anything_of_copi
     assert found == {name: metrics[name] for name in found}
     assert {name for name in metrics if name not in found} == {
         "reconstruction/pca_ssim",
-        *(f"generation/{name}_floor" for name in ("kid_domain", "fd_domain")),
+        *(f"generation/{name}_floor" for name in ("kid_domain", "mmd_domain", "fd_domain", "spectrum_distance")),
         *(f"generation/ms_ssim_diversity{of}" for of in ("", "_real")),
         *(f"generation/{name}_real" for name in ("precision", "recall", "density", "coverage")),
     }
