@@ -26,16 +26,24 @@ from medgen.tracking.mirror import connect, store_uri, without_password
 PICTURE = "samples.png"
 FOLDER = "page"  # of a run's artifacts
 MAX_WIDTH = 640  # pixels: the page shows pictures at their own size, and cuts off what is wider than its column
-MARKS = (  # metric, its name, what it is to be held against, and how to read the two
+MARKS = (  # metric, its name, its reference, and how to read the two
     (
         "reconstruction/ssim",
         "SSIM of reconstructions",
         "reconstruction/pca_ssim",
         "PCA with as many numbers; 1 is perfect",
     ),
-    ("generation/kid_domain", "KID of samples", "generation/kid_domain_floor", "real against real; 0 is best"),
-    ("generation/precision", "Precision of samples", "generation/precision_real", "real against real"),
-    ("generation/recall", "Recall of samples", "generation/recall_real", "real against real"),
+    ("generation/c2st_auc", "Realism (C2ST AUC)", "generation/c2st_auc_floor", "train images; 0.5 is best, 1 worst"),
+    (
+        "generation/spectrum_distance",
+        "Spectrum distance",
+        "generation/spectrum_distance_floor",
+        "train images; 0 is best",
+    ),
+    ("generation/mmd_domain", "MMD of samples", "generation/mmd_domain_floor", "train images; 0 is best"),
+    ("generation/kid_domain", "KID of samples", "generation/kid_domain_floor", "train images; 0 is best"),
+    ("generation/precision", "Precision of samples", "generation/precision_real", "train images"),
+    ("generation/recall", "Recall of samples", "generation/recall_real", "train images"),
     ("generation/label_agreement", "Label agreement", "generation/label_agreement_real", "of real test images"),
     ("privacy/copy_rate", "Copies of train images", "privacy/copy_rate_plausible", "the largest rate by chance"),
     (
@@ -163,8 +171,8 @@ def _what_it_is(info: BundleInfo, prior: str | None) -> str:
 
 
 def _judged(tags: Mapping[str, str]) -> list[str]:
-    """The key metrics; nothing where nothing was judged."""
-    rows = [("", "here", "held against", "")]
+    """The key metrics; nothing where nothing was evaluated."""
+    rows = [("", "here", "reference", "")]
     for key, name, beside, reading in MARKS:
         if key in tags:
             rows.append((name, tags[key], tags.get(beside, ""), reading))
