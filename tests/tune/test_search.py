@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -24,7 +25,7 @@ from medgen.machine import gpus
 from medgen.tracking import history, read_run
 from medgen.tune import worker
 from medgen.tune.pool import environment, seats
-from medgen.tune.study import MAX_ATTEMPTS, origin
+from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, origin
 
 LONG = [{"name": "one", "epochs": 40, "learning_rate": 1e-3, "beta": {"end": 0.1}}]
 
@@ -52,6 +53,14 @@ def test_a_trial_is_judged_on_the_val_split_and_leaves_its_record_and_pictures(s
     monkeypatch.setattr(evaluate, "load", lambda *args: judged.append(args[-1]) or load_subject(*args))
     search, study = run_here(project, params, 2)
     assert judged == ["val", "val"]
+    stored = [trial.user_attrs[DISCREPANCY] for trial in study.trials]
+    assert study.trials[1].values[0] - study.trials[0].values[0] == pytest.approx(
+        stored[1]["among_samples"]
+        - stored[0]["among_samples"]
+        - 2 * np.mean(np.subtract(stored[1]["to_samples"], stored[0]["to_samples"])),
+        abs=1e-6,
+    )
+    assert [len(each["patients"]) for each in stored] == [open_store(project.dataset).counts["val"]] * 2
     for trial in study.trials:
         record = read_run(scratch_of(search, trial.number))
         assert (record.name, record.status) == (f"trial {trial.number}", "FINISHED")
@@ -384,6 +393,7 @@ def full_of(project, params):
     return tune.prepare(project, params, 0, None, confirms=True)
 
 
+@pytest.mark.slow
 def test_a_confirmation_is_what_dvc_repro_would_train_and_its_model_stays(search_project, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     trial = {"num_generated": 16, "epochs": 1, "subset": 24}
