@@ -151,17 +151,20 @@ def reconstruct(
 
 @app.command()
 def tune(
-    trials: Annotated[int, typer.Option(min=1, help="How many the study shall have, earlier ones included.")] = 50,
+    trials: Annotated[int, typer.Option(min=1, help="Total number of trials in the study.")] = 50,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine; by default one for each GPU, or one.")
     ] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which no trial begins.")] = None,
+    confirm: Annotated[
+        int, typer.Option(min=0, help="Train this many of the best in full, and choose the winner among them.")
+    ] = 0,
     apply: Annotated[bool, typer.Option("--apply", help="Write the best values into the params file.")] = False,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Search for better parameters; the same command again goes on (docs/tune.md)."""
-    words = {"trials": trials, "workers": workers, "timeout": timeout, "apply": apply}
+    """Search for better parameters; run again, it continues (docs/tune.md)."""
+    words = {"trials": trials, "workers": workers, "timeout": timeout, "confirm": confirm, "apply": apply}
     _call("tune", "run", params, overrides, file=params, **words)
 
 

@@ -280,19 +280,19 @@ class Searched(Section):
 
 
 class TrialBudget(Section):
-    """What makes a trial cheaper than the training it stands for."""
+    """Limits that make a trial cheaper than a full training."""
 
     epochs: Count | None = None  # of all phases in sum; their shares stay, ramps and schedules shrink with them
     subset: Count | None = None  # only this many training images, spread over the split
-    num_generated: Annotated[int, Field(ge=3)] = 500
+    num_generated: Annotated[int, Field(ge=3)] = 2000  # below 2000 samples the ranking is rough
 
 
 class Tune(Section):
-    """The search for better parameters; every trial is judged on the val split."""
+    """The search for better parameters; every trial is evaluated on the val split."""
 
     space: dict[str, Searched] = {}  # dotted key of model, loss, train, prior -> its values; empty: see tune/space.py
-    # a key of docs/contract.md, or pareto: 1 - MS-SSIM (1 - SSIM of small images) against KID. None:
-    # generation/kid_domain; segmentation/dice_foreground of models that find masks
+    # a key of docs/contract.md, or pareto: 1 - MS-SSIM (1 - SSIM of small images) against MMD. None:
+    # generation/mmd_domain; segmentation/dice_foreground of models that find masks
     objective: str | None = None
     ssim_floor: Fraction | None = None  # a winner's reconstruction/ssim at least; None: what params.yaml itself reaches
     pruner: Literal["median", "hyperband", "none"] = "median"  # by val/ssim (val/dice) after each epoch

@@ -383,9 +383,9 @@ def judge_samples(subject: Subject, samples: Tensor, held_out: Tensor, views: Vi
     groups = subject.held_out.patients
     intervals = distances(views.samples, views.held_out, views.bandwidth, groups)
     intervals |= generation.manifold_intervals(views.held_out.content, views.samples.content, groups)
-    intervals |= realism(subject, samples, views.samples, held_out, views.held_out)
-    metrics = with_bounds(intervals) | spectrum_metrics("generation", views.samples.power, views.held_out.power)
-    return metrics
+    if subject.held_out.name == "test":  # a search has no use for it, and it trains networks
+        intervals |= realism(subject, samples, views.samples, held_out, views.held_out)
+    return with_bounds(intervals) | spectrum_metrics("generation", views.samples.power, views.held_out.power)
 
 
 def judge_data(subject: Subject, samples: Tensor, train: Tensor, test: Tensor, views: Views) -> dict[str, float]:
@@ -399,8 +399,8 @@ def judge_data(subject: Subject, samples: Tensor, train: Tensor, test: Tensor, v
     floors |= realism(subject, train[rows], real, test, views.held_out, groups)
     metrics = {f"generation/{name}_floor": interval.value for name, interval in floors.items()}
     metrics["generation/spectrum_distance_floor"] = spectrum_distance(real.power, views.held_out.power)
-    metrics["generation/ms_ssim_diversity"] = generation.ms_ssim_diversity(samples.float() / 255.0, seed=seed)
-    metrics["generation/ms_ssim_diversity_real"] = generation.ms_ssim_diversity(test.float() / 255.0, seed=seed)
+    metrics["generation/ms_ssim_diversity"] = generation.ms_ssim_diversity(samples, seed=seed)
+    metrics["generation/ms_ssim_diversity_real"] = generation.ms_ssim_diversity(test, seed=seed)
     shares = generation.manifold(views.held_out.content, real.content)._asdict()
     return metrics | {f"generation/{name}_real": value for name, value in shares.items()}
 

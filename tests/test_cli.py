@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": {"--model", "--params", "--set"},
     "generate": {"--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--model", "--params", "--set"},
     "reconstruct": {"--out", "--label", "--model", "--params", "--set"},
-    "tune": {"--trials", "--workers", "--timeout", "--apply", "--params", "--set"},
+    "tune": {"--trials", "--workers", "--timeout", "--confirm", "--apply", "--params", "--set"},
     "compare": {"--json"},
     "register": {"--params", "--set"},
     "promote": {"--version", "--force", "--params", "--set"},

@@ -119,7 +119,7 @@ def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> fl
     above 80, three above 40, two above 20), their weights rescaled to a sum of 1: compare at equal size only.
 
     Args:
-        images: (N, C, H, W) in [0, 1], N > 1; a pair's value is the mean over its channels.
+        images: (N, C, H, W), floats in [0, 1] or uint8, N > 1; a pair's value is the mean over its channels.
         num_pairs: pairs of two different images, drawn with replacement.
         seed: of the draw.
 
@@ -127,6 +127,7 @@ def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> fl
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+    scale = 1.0 if images.is_floating_point() else 255.0
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(images), (num_pairs,), generator=generator)
     second = (first + torch.randint(1, len(images), (num_pairs,), generator=generator)) % len(images)
@@ -134,10 +135,10 @@ def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> fl
     num_scales = max(1, sum((_SSIM_WINDOW - 1) * 2**scale < side for scale in range(len(_MS_SSIM_WEIGHTS))))
     weights = _MS_SSIM_WEIGHTS[:num_scales]
     betas = tuple(weight / sum(weights) for weight in weights)
-    channels = images.float().transpose(0, 1).unsqueeze(2)  # (C, N, 1, H, W)
+    channels = images.transpose(0, 1).unsqueeze(2)  # (C, N, 1, H, W)
     values = [
         multiscale_structural_similarity_index_measure(
-            channel[a], channel[b], data_range=1.0, betas=betas, reduction="none"
+            channel[a].float() / scale, channel[b].float() / scale, data_range=1.0, betas=betas, reduction="none"
         ).reshape(-1)
         for channel in channels
         for a, b in torch.split(torch.stack([first, second]), _PAIRS_PER_BATCH, dim=1)

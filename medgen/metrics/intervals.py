@@ -27,10 +27,15 @@ class Interval(NamedTuple):
 
 def group_rows(count: int, groups: Groups) -> list[Tensor]:
     """Row numbers of each group of `count` images, in order of first appearance."""
-    members: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(range(count) if groups is None else groups):
-        members.setdefault(key, []).append(row)
-    return [torch.tensor(rows) for rows in members.values()]
+    numbers = _group_numbers(count, groups)
+    return list(torch.split(numbers.argsort(stable=True), torch.bincount(numbers).tolist()))
+
+
+def _group_numbers(count: int, groups: Groups) -> Tensor:
+    """The number of each image's group (count,), in order of first appearance."""
+    keys = range(count) if groups is None else groups
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def leave_out_variance(estimates: Tensor) -> Tensor:
@@ -43,11 +48,12 @@ def leave_out_variance(estimates: Tensor) -> Tensor:
 
 def mean_variance(values: Tensor, groups: Groups = None) -> float:
     """Jackknife variance of the mean of values (N,) over images, by group; 0 of a single group."""
-    values, members = values.double(), group_rows(len(values), groups)
-    if len(members) < 2:
+    values, numbers = values.double(), _group_numbers(len(values), groups)
+    sizes = torch.bincount(numbers)
+    if len(sizes) < 2:
         return 0.0
-    without = [(values.sum() - values[rows].sum()) / (len(values) - len(rows)) for rows in members]
-    return float(leave_out_variance(torch.stack(without)))
+    sums = torch.zeros(len(sizes), dtype=values.dtype).index_add_(0, numbers, values)
+    return float(leave_out_variance((values.sum() - sums) / (len(values) - sizes)))
 
 
 def mean_interval(values: Tensor, groups: Groups = None) -> Interval:

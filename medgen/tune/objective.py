@@ -1,4 +1,4 @@
-"""What a search improves: a metric of the val split by its key, or two of them that are traded for each other."""
+"""The objective of a search: one metric of the val split by its key, or two that are traded for each other."""
 
 import re
 from collections.abc import Mapping
@@ -14,12 +14,14 @@ Direction = Literal["minimize", "maximize"]
 PARETO = "pareto"
 SSIM = "reconstruction/ssim"
 MS_SSIM = "reconstruction/ms_ssim"
-KID = "generation/kid_domain"
+MMD = "generation/mmd_domain"
+RECALL = "generation/recall"
 DICE = "segmentation/dice_foreground"
-# keys of docs/contract.md that have a better end; the others describe
+# keys of docs/contract.md for which higher or lower is better; the others describe
 DIRECTIONS: dict[str, Direction] = {
     "reconstruction/(l1|mse)": "minimize",
     "reconstruction/(psnr|ssim|ms_ssim)": "maximize",
+    "generation/mmd_domain": "minimize",
     "generation/(kid|fd)_(domain|inception)": "minimize",
     "generation/inception_score": "maximize",
     "generation/(precision|recall|density|coverage)": "maximize",
@@ -28,7 +30,7 @@ DIRECTIONS: dict[str, Direction] = {
     "privacy/copy_rate(_features|_pixels)?": "minimize",
     "segmentation/(dice|iou)_(foreground|[0-9]+)": "maximize",
 }
-CHOICES = f"{KID} (the default), {SSIM}, {DICE} for masks, {PARETO}, or another key of docs/contract.md"
+CHOICES = f"{MMD} (the default), {SSIM}, {DICE} for masks, {PARETO}, or another key of docs/contract.md"
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,18 @@ class Objective:
 
     @property
     def is_pareto(self) -> bool:
-        """Whether two metrics are traded for each other."""
+        """True if two metrics are traded for each other."""
         return self.name == PARETO
 
     @property
     def has_floor(self) -> bool:
-        """Whether a trial's reconstructions must not be worse than a floor: samples alone can be had from a model that
-        reconstructs nothing.
-        """
+        """True if a trial's SSIM must reach a floor: a model that reconstructs nothing can still draw good samples."""
         return not self.is_pareto and self.keys[0].startswith(("generation/", "latent/", "privacy/"))
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the values are, for figures and tables."""
-        return tuple(f"1 − {key}" if self.is_pareto and key != KID else key for key in self.keys)
+        """Names of the values, for figures and tables."""
+        return tuple(f"1 − {key}" if self.is_pareto and key != MMD else key for key in self.keys)
 
     def values(self, metrics: Mapping[str, float]) -> list[float]:
         """The values of a trial, from its metrics; some may not be finite.
@@ -80,12 +80,12 @@ def choose_objective(name: str | None, target: str, image_side: int, evaluate: E
         name: a metric's key, "pareto", or None for the default.
         target: what the model learns, "image" or "mask".
         image_side: shorter side of the images, in pixels.
-        evaluate: says which extractors are asked.
+        evaluate: names the extractors in use.
 
     Raises:
-        UserError: it is a loss, no metric, one without a better end, or not this model's.
+        UserError: it is a loss, no metric, one without a direction, or not one of this model's.
     """
-    name = name or (KID if target == "image" else DICE)
+    name = name or (MMD if target == "image" else DICE)
     if name == "loss" or name.startswith(("train/", "val/")):
         raise UserError(
             f"tune.objective: {name!r} is what training lowers, and no objective: the loss is weighed by β and by the "
@@ -94,12 +94,14 @@ def choose_objective(name: str | None, target: str, image_side: int, evaluate: E
         )
     if name == PARETO and target == "image":
         similarity = SSIM if ms_ssim_window(image_side) is None else MS_SSIM
-        return Objective(name, (similarity, KID), ("minimize", "minimize"))
+        return Objective(name, (similarity, MMD), ("minimize", "minimize"))
     direction = next((way for pattern, way in DIRECTIONS.items() if re.fullmatch(pattern, name)), None)
     if direction is None:
-        raise UserError(f"tune.objective: {name!r} is no metric with a better end; expected {CHOICES}")
+        raise UserError(
+            f"tune.objective: {name!r} is not a metric that can be maximized or minimized; expected {CHOICES}"
+        )
     if (target == "mask") != name.startswith("segmentation/"):
-        raise UserError(f"tune.objective: {name!r} does not judge a model that learns {target}s; expected {CHOICES}")
+        raise UserError(f"tune.objective: {name!r} does not apply to a model that learns {target}s; expected {CHOICES}")
     if name == MS_SSIM and ms_ssim_window(image_side) is None:
         raise UserError(f"tune.objective: {name} needs larger images than {image_side} px; expected {SSIM}")
     if "inception" in name and "inception" not in evaluate.extractors:

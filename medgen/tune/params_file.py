@@ -16,18 +16,18 @@ from medgen.config import Params, load, replace
 from medgen.errors import UserError
 from medgen.files import write_atomic
 from medgen.tune.space import Value, value_at
-from medgen.tune.study import Study
+from medgen.tune.study import Study, trial_name
 
 
 def write_best(study: Study, trial: FrozenTrial, params_file: Path, folder: Path) -> Path:
-    """Writes best.yaml: the params file with the trial's values in place, below lines that say where they are from.
+    """Writes best.yaml: the params file with the trial's values, below lines that name study, trial and metrics.
 
     Raises:
         UserError: as `apply_best`.
     """
     scores = study.scores(trial)
     head = [
-        f"# medgen tune, study {study.name}: trial {trial.number} of {len(study.trials)}",
+        f"# medgen tune, study {study.name}: {trial_name(trial)}, best of {len(study.trials)}",
         *(f"# val {name} {score:.5g}" for name, score in scores.items()),
         f"# {params_file.name} with this trial's values; `medgen tune --apply` writes them into it",
     ]
@@ -59,7 +59,7 @@ def _with_values(study: Study, trial: FrozenTrial, params_file: Path) -> str:
     ruamel finds the places; its own writing would lay out anew what it does not know how to keep, such as other
     indentation or spaces in braces.
     """
-    source, values = f"trial {trial.number}", study.tried(trial)
+    source, values = trial_name(trial), study.tried(trial)
     own = load(params_file)
     wanted = replace(own, values, source)
     text = params_file.read_bytes().decode()  # read_text would turn \r\n into \n

@@ -125,16 +125,21 @@ MARKS: dict[str, dict[str, Any]] = {  # how a trial is drawn, by what became of 
 }
 
 
-def write_figures(study: Study, folder: Path) -> list[Path]:
+def write_figures(study: Study, folder: Path, best: FrozenTrial | None) -> list[Path]:
     """Draws history, importances, parallel_coordinates, slice and front as PNGs, as far as the trials allow.
 
+    Args:
+        study: the search.
+        folder: where they are written.
+        best: its trial that is marked as the winner.
+
     Returns:
-        The files. A picture that cannot be drawn yet is left out, and an older one of its name is removed.
+        The files. A figure that cannot be drawn yet is left out, and an older one of its name is removed.
     """
     trials, good = study.trials, study.complete()
     numbers = {trial.number for trial in good}
     poor = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.number not in numbers]
-    board = Board(study, trials, good, poor, study.winner())
+    board = Board(study, trials, good, poor, best)
     written = []
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
@@ -149,7 +154,7 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
 
 
 def draw_history(board: Board) -> "Figure | None":
-    """The objective by trial, the best so far, and below it which trials have no value; of one objective."""
+    """The objective by trial, its best value so far, and below it which trials have no value; of one objective."""
     if board.study.objective.is_pareto or not board.complete:
         return None
     scale, ended = board.scale(0), board.ended()
@@ -161,7 +166,7 @@ def draw_history(board: Board) -> "Figure | None":
     for trial in board.good:
         best[trial.number] = scale.sign * trial.values[0]
     curve = scale.sign * np.fmin.accumulate(best)
-    panels[0].step(range(len(curve)), curve, where="post", color=GREEN, label="best so far", zorder=2)
+    panels[0].step(range(len(curve)), curve, where="post", color=GREEN, label="best value so far", zorder=2)
     panels[0].set(ylim=scale.limits(), ylabel=scale.label)
     if ended:
         for row, (name, group) in enumerate(ended.items()):

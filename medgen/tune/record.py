@@ -1,4 +1,4 @@
-"""A search in MLflow: the study is a parent run, its trials are children. One process of a machine writes there."""
+"""A search in MLflow: the study is a run with its trials below it. One process of a machine writes there."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from medgen.config import Tracking
 from medgen.errors import UserError
 from medgen.tracking import Tracker, lineage, mirror_run
 from medgen.tracking.mirror import Mirror
-from medgen.tune.study import Study
+from medgen.tune.study import Study, trial_name
 from medgen.tune.worker import UNTRACKED, Search
 
 RETRY_SECONDS = 60.0  # after MLflow did not answer
@@ -70,10 +70,11 @@ class Sender:
 def keep_record(
     search: Search, study: Study, status: str, best: FrozenTrial | None = None, files: Sequence[Path] = ()
 ) -> None:
-    """The study's own record: what is searched, how it stands, the best trial, figures."""
+    """Writes the study's own record: searched keys, counts, the best trial, figures."""
     params, objective = search.params, study.objective
+    name = f"{'confirmation' if search.confirms else 'search'} {study.name}"
     with Tracker.open(
-        search.folder, UNTRACKED, search.project, f"search {study.name}", identity=study.record
+        search.folder, UNTRACKED, search.project, name, identity=study.record, parent=study.parent
     ) as tracker:
         tracker.params({"tune": params.tune, "model": params.model, "loss": params.loss, "train": params.train})
         tracker.tags({**lineage(search.project, params), "tune.study": study.name})
@@ -85,9 +86,9 @@ def keep_record(
             values = dict(zip(objective.labels, best.values, strict=True))
             tracker.metrics({f"tune/best/{label}": value for label, value in values.items()}, step=ended)
             tried = {f"tune.best.{key}": str(value) for key, value in study.tried(best).items()}
-            tracker.tags({"tune.best": f"trial {best.number}", **tried})
+            tracker.tags({"tune.best": trial_name(best), **tried})
             samples = search.trial_folder(best.number) / "reports" / "figures" / "samples.png"
-            if samples.exists():  # of a trial of this machine
+            if samples.exists():  # if the trial ran on this machine
                 tracker.artifact(samples, "best")
         for path in files:
             tracker.artifact(path, "tune")

@@ -1,6 +1,7 @@
-"""What is searched: `tune.space` of params.yaml, held against the schema; what it makes of the parameters in a trial.
+"""The search space: `tune.space` of params.yaml, checked against the schema; and the parameters of a trial.
 
-Without `tune.space`: each phase's learning rate and β, and the weights of the loss terms that params.yaml has.
+Without `tune.space`: each phase's learning rate and β, the weights of the loss terms that params.yaml has, and the
+variance that a gmm prior keeps.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ import optuna
 from medgen.config import Beta, Params, Phase, Schedule, Searched, Train, TrialBudget, replace, unknown_name
 from medgen.data.weights import weights_path
 from medgen.errors import UserError
+from medgen.models import MODELS, GenerativeModel
 
 SECTIONS = ("model", "loss", "train", "prior")  # data and extractor are made once, and judge all trials
 OVERRULED = tuple(  # these change nothing that is learnt, or tune.trial decides them
@@ -23,6 +25,7 @@ SIGNIFICANT_DIGITS = 4  # of what is tried: nobody reads more, and the rest is n
 LEARNING_RATE = (1e-4, 1e-2)
 BETA = (1e-3, 1.0)  # where 1 is the evidence lower bound
 BETA_FACTOR = 30.0  # either way, where β has another scale
+VARIANCE_KEPT = (0.8, 0.99)
 WEIGHTS = {"l1": (0.1, 2.0), "ssim": (0.05, 2.0), "perceptual": (0.01, 1.0), "bce": (0.1, 2.0), "dice": (0.1, 2.0)}
 
 Value = str | int | float | bool
@@ -84,7 +87,7 @@ def build_space(params: Params) -> dict[str, Dimension]:
 
 
 def default_space(params: Params) -> dict[str, Searched]:
-    """Learning rates, β and weights, as far as params.yaml has them, in ranges that hold its own values."""
+    """Learning rates, β, weights and a gmm's variance, as far as params.yaml has them, in ranges with its values."""
     space = {}
     for number, phase in enumerate(params.train.phases):
         if not phase.epochs:
@@ -98,7 +101,18 @@ def default_space(params: Params) -> dict[str, Searched]:
     weights = {name: weight for name, weight in params.loss.weights.model_dump().items() if weight > 0}
     if len(weights) > 1 and any(phase.weights is None for phase in params.train.phases):  # one alone: only a scale
         space |= {f"loss.weights.{name}": _around(weights[name], *WEIGHTS[name]) for name in WEIGHTS if name in weights}
+    if has_mixture(params):
+        space["prior.variance_kept"] = _around(params.prior.variance_kept, *VARIANCE_KEPT, log=False)
     return space
+
+
+def has_mixture(params: Params) -> bool:
+    """True if the prior is a gmm: by name, or by `medgen.prior.run`'s default for models without a codebook."""
+    family = MODELS[params.model.name]
+    if not issubclass(family, GenerativeModel):
+        return False
+    default = "gmm" if family.codes is GenerativeModel.codes else "tokens"
+    return (params.prior.name or default) == "gmm"
 
 
 def check_weights(params: Params, space: Mapping[str, Dimension]) -> None:
@@ -112,7 +126,7 @@ def check_weights(params: Params, space: Mapping[str, Dimension]) -> None:
 
 
 def trial_params(params: Params, values: Mapping[str, Value]) -> Params:
-    """The parameters of a trial: searched values in place, cut down to `tune.trial`.
+    """The parameters of a trial: searched values in place, cut to the budget `tune.trial`.
 
     Raises:
         UserError: values that are good one by one do not go together.
@@ -120,16 +134,34 @@ def trial_params(params: Params, values: Mapping[str, Value]) -> Params:
     chosen = replace(params, values, SOURCE)
     budget = params.tune.trial
     train = shortened(chosen.train, budget)
+    is_full = train is chosen.train and budget.subset is None
     train = train.model_copy(
         update={
             "subset": budget.subset or train.subset,
             "sample_every": sum(phase.epochs for phase in train.phases),  # the first epoch's and the last one's grids
             "on_nonfinite": "raise",  # parameters that need to be nursed are not what is searched for
-            "compile": "off" if train.compile == "auto" else train.compile,  # a trial is over before it pays
+            "compile": "off" if train.compile == "auto" and not is_full else train.compile,  # short: it would not pay
         }
     )
     evaluate = chosen.evaluate.model_copy(update={"num_generated": budget.num_generated})
     return chosen.model_copy(update={"train": train, "evaluate": evaluate})
+
+
+def in_full(params: Params) -> Params:
+    """The parameters of a search whose trials are trained in full, and none pruned.
+
+    Raises:
+        UserError: `tune.trial` cuts nothing, so that they are already.
+    """
+    budget = TrialBudget(num_generated=params.tune.trial.num_generated)
+    tune = params.tune.model_copy(update={"trial": budget, "pruner": "none"})
+    full = params.model_copy(update={"tune": tune})
+    if trial_params(full, {}).train == trial_params(params, {}).train:
+        raise UserError(
+            "--confirm: tune.trial sets neither fewer epochs nor a subset, so every trial is already trained in full; "
+            "leave --confirm out, or set tune.trial.epochs"
+        )
+    return full
 
 
 def shortened(train: Train, budget: TrialBudget) -> Train:
@@ -205,8 +237,8 @@ def _holds(values: Searched, start: Value) -> bool:
     return values.low <= start <= values.high and abs(steps - round(steps)) < 1e-6
 
 
-def _around(value: float, low: float, high: float) -> Searched:
-    return Searched(low=min(low, value), high=max(high, value), log=True)
+def _around(value: float, low: float, high: float, log: bool = True) -> Searched:
+    return Searched(low=min(low, value), high=max(high, value), log=log)
 
 
 def _shortened(phase: Phase, epochs: int, factor: float) -> Phase:

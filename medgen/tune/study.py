@@ -1,7 +1,9 @@
-"""A study: which trials there are, which one is next, and what became of each.
+"""A study: its trials, which one is next, how they ended, and which one wins.
 
 The states are Optuna's: complete (has values), pruned (given up, for a reason), fail (a fault, and why), running. A
 running trial whose worker is gone is taken up again under its number: no trial is ever counted twice.
+
+A second study of the same kind confirms the best trials of a search: they are enqueued there and trained in full.
 """
 
 import os
@@ -9,23 +11,28 @@ import re
 import socket
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 import medgen
 from medgen import checkpoint, prior, train
 from medgen.config import Params, fingerprint, seed_of, set_at
 from medgen.errors import UserError
-from medgen.tune.objective import KID, SSIM, Objective
+from medgen.metrics.intervals import Interval
+from medgen.metrics.mmd import Discrepancy, mmd_difference
+from medgen.tune.objective import MMD, RECALL, SSIM, Objective
 from medgen.tune.space import SECTIONS, Dimension, Value, trial_params
 from medgen.tune.storage import Release, Storage
 
 COPY_RATE = "privacy/copy_rate"
+ORIGIN = "origin"  # user attribute of a confirmation: the number of the trial that it trains in full
+DISCREPANCY = "discrepancy"  # user attribute: the parts of the MMD that comparing two trials takes
 MAX_ATTEMPTS = 3  # a trial that kills its worker so often is given up
 SAME_FAILURES = 3  # in a row stop a search
 NUM_STARTUP_TRIALS = 10  # drawn at random before the sampler learns from them, and before any is compared with others
@@ -48,7 +55,16 @@ class Claim:
 
 
 class Study:
-    """An Optuna study and the rules of this search."""
+    """An Optuna study and the rules of this search.
+
+    Args:
+        storage: where it is kept.
+        name: as of `study_name`.
+        params: the parameters that the search starts from.
+        space: the searched parameters.
+        objective: what is minimized or maximized.
+        num_epochs: of a trial.
+    """
 
     def __init__(
         self,
@@ -61,6 +77,7 @@ class Study:
     ) -> None:
         self.storage, self.name, self.params = storage, name, params
         self.space, self.objective = space, objective
+        self._ties: dict[tuple[int, int], bool] = {}  # by the numbers of two complete trials, which never change
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with storage.turn():
             self.optuna = optuna.create_study(
@@ -81,20 +98,35 @@ class Study:
         return str(self.optuna.user_attrs["record"])
 
     @property
+    def parent(self) -> str | None:
+        """Of a confirmation, the identity of the search's record; None for a search."""
+        return self.optuna.user_attrs.get("parent")
+
+    @property
     def trials(self) -> list[FrozenTrial]:
         """All of them, by number."""
         return self.optuna.get_trials(deepcopy=False)
 
+    def enqueue_best(self, search: "Study", count: int) -> None:
+        """Makes this study the confirmation of a search: enqueues its trial 0 and its `count` best, each only once."""
+        best = [search.trials[0], *search.ranked()[:count]]
+        with self.storage.turn():
+            self.optuna.set_user_attr("parent", search.record)
+            present = {origin(trial) for trial in self.trials}
+            for number, trial in {trial.number: trial for trial in best}.items():
+                if number not in present:
+                    self.optuna.enqueue_trial(trial.params, user_attrs={ORIGIN: number})
+
     def claim(self, wanted: int, since: datetime) -> Claim | Literal["wait"] | None:
-        """The next trial: one that another worker left, else a new one.
+        """The next trial: one that another worker left, else an enqueued one, else a new one.
 
         Args:
             wanted: number of trials the study shall have.
             since: failures before are forgiven.
 
         Returns:
-            The trial; "wait" while others work on the first, which the SSIM floor comes from, or on the last ones; None
-            when all are done.
+            The trial; "wait" while others work on the first, which gives new ones their SSIM floor, or on the last
+            ones; None when all are done.
 
         Raises:
             UserError: the last trials failed for the same reason.
@@ -103,17 +135,18 @@ class Study:
             trials = self.trials
             if (reason := same_failures(trials, since)) is not None:
                 raise UserError(
-                    f"the last {SAME_FAILURES} trials failed alike: {reason}. Mend it and run the same command again"
+                    f"the last {SAME_FAILURES} trials failed alike: {reason}. Fix it and run the same command again"
                 )
             for left in trials:
                 if left.state == TrialState.RUNNING and (claim := self._take_over(left)) is not None:
                     return claim
             trials = self.trials
             states = [trial.state for trial in trials]
-            if self.objective.has_floor and states[:1] == [TrialState.RUNNING]:
-                return "wait"
-            if TrialState.WAITING not in states and len(trials) >= wanted:
-                return "wait" if TrialState.RUNNING in states else None  # who works on it may yet be killed
+            if TrialState.WAITING not in states:
+                if self.objective.has_floor and states[:1] == [TrialState.RUNNING]:
+                    return "wait"
+                if len(trials) >= wanted:
+                    return "wait" if TrialState.RUNNING in states else None  # who works on it may yet be killed
             if not trials:
                 self.optuna.enqueue_trial({key: dimension.start for key, dimension in self.space.items()})
             trial = self.optuna.ask()
@@ -140,31 +173,61 @@ class Study:
         return ssim_of(trials[0]) if trials and trials[0].state == TrialState.COMPLETE else None
 
     def complete(self) -> list[FrozenTrial]:
-        """Complete trials that hold the floor, the best first; of two objectives by the second, the KID."""
+        """Complete trials that reach the SSIM floor, by number."""
         trials = self.trials
         floor = self.ssim_floor(trials)
-        good = [t for t in trials if t.state == TrialState.COMPLETE and (floor is None or ssim_of(t) >= floor)]
-        sign = -1.0 if self.objective.directions[-1] == "maximize" else 1.0
-        return sorted(good, key=lambda trial: sign * trial.values[-1])
+        return [t for t in trials if t.state == TrialState.COMPLETE and (floor is None or ssim_of(t) >= floor)]
+
+    def ranked(self) -> list[FrozenTrial]:
+        """Trials that may win, the best first: those of `tied`, then the others by the objective."""
+        tied, ordered = self.tied(), self._ordered()
+        numbers = {trial.number for trial in tied}
+        return tied + [trial for trial in ordered if trial.number not in numbers]
+
+    def tied(self) -> list[FrozenTrial]:
+        """The trial with the best value, and those whose MMD is within one standard error of it, by recall, then SSIM.
+
+        The standard error is that of the difference of two models over the same val images (`mmd_difference`).
+        """
+        ordered = self._ordered()
+        tied = [trial for trial in ordered if self._is_tied(trial, ordered[0])]
+        return sorted(tied, key=lambda trial: [-_metrics(trial).get(name, 0.0) for name in (RECALL, SSIM)])
 
     def winner(self) -> FrozenTrial | None:
-        """The best trial; of two objectives the lowest KID that costs no similarity params.yaml has."""
-        good = self.complete()
-        if self.objective.is_pareto:
-            first = self.trials[0] if self.trials else None
-            limit = first.values[0] if first is not None and first.state == TrialState.COMPLETE else float("inf")
-            good = [trial for trial in good if trial.values[0] <= limit]
-        return good[0] if good else None
+        """The best trial; of a confirmation only after all its trials have ended."""
+        if self.parent is not None and not all(trial.state.is_finished() for trial in self.trials):
+            return None
+        return next(iter(self.ranked()), None)
 
     def tried(self, trial: FrozenTrial) -> dict[str, Value]:
         """The values a trial took, by key."""
         return {key: dimension.tried(trial.params[key]) for key, dimension in self.space.items() if key in trial.params}
 
     def scores(self, trial: FrozenTrial) -> dict[str, float]:
-        """A trial's objective values, SSIM, KID and share of copies, as far as it has them."""
-        metrics: dict[str, float] = trial.user_attrs.get("metrics", {})
+        """A trial's objective values, MMD, SSIM, recall and share of copies, as far as it has them."""
+        metrics = _metrics(trial)
         values = dict(zip(self.objective.labels, trial.values or (), strict=False))
-        return values | {name: metrics[name] for name in (SSIM, KID, COPY_RATE) if name in metrics}
+        return values | {name: metrics[name] for name in (MMD, SSIM, RECALL, COPY_RATE) if name in metrics}
+
+    def _ordered(self) -> list[FrozenTrial]:
+        """Trials that may win, by value; of two objectives by the MMD of those as similar as params.yaml's or more."""
+        good = self.complete()
+        if self.objective.is_pareto and good and good[0].number == 0:
+            good = [trial for trial in good if trial.values[0] <= good[0].values[0]]
+        sign = -1.0 if self.objective.directions[-1] == "maximize" else 1.0
+        return sorted(good, key=lambda trial: sign * trial.values[-1])
+
+    def _is_tied(self, trial: FrozenTrial, best: FrozenTrial) -> bool:
+        if trial.number == best.number:
+            return True
+        pair = trial.number, best.number
+        if pair not in self._ties:
+            own, lowest = (each.user_attrs.get(DISCREPANCY) for each in (trial, best))
+            if self.objective.keys[-1] != MMD or own is None or lowest is None:
+                return False
+            difference, error = mmd_difference(_unpacked(own), _unpacked(lowest), own["patients"])
+            self._ties[pair] = difference <= error
+        return self._ties[pair]
 
     def _lock(self, number: int) -> Release | None:
         return self.storage.try_lock(f"{self.name}-{number}")
@@ -231,12 +294,43 @@ def build_sampler(seed: int) -> optuna.samplers.BaseSampler:
 
 
 def ssim_of(trial: FrozenTrial) -> float:
-    """The SSIM a complete trial reached."""
-    return float(trial.user_attrs["metrics"][SSIM])
+    """The SSIM of a complete trial."""
+    return _metrics(trial)[SSIM]
+
+
+def origin(trial: FrozenTrial | optuna.Trial) -> int:
+    """The trial's number in the search, also where it is its confirmation."""
+    return int(trial.user_attrs.get(ORIGIN, trial.number))
+
+
+def trial_name(trial: FrozenTrial | optuna.Trial) -> str:
+    """The trial's name: "trial 7", of a confirmation "trial 7 in full"."""
+    return f"trial {origin(trial)}" + (" in full" if ORIGIN in trial.user_attrs else "")
+
+
+def packed(discrepancy: Discrepancy, patients: Sequence[int]) -> dict[str, Any]:
+    """A trial's MMD as a user attribute, from which any machine can compare it with another trial's.
+
+    Args:
+        discrepancy: of the trial's samples and the N val images.
+        patients: the number of each val image's patient (N).
+    """
+    to_samples = [float(f"{value:.8g}") for value in discrepancy.to_samples.tolist()]
+    return asdict(discrepancy) | {"to_samples": to_samples, "patients": list(patients)}
+
+
+def _unpacked(plain: dict[str, Any]) -> Discrepancy:
+    to_samples = torch.tensor(plain["to_samples"], dtype=torch.float64)
+    interval = Interval(*plain["interval"])
+    return Discrepancy(interval, to_samples, plain["among_samples"], plain["sampling_variance"])
+
+
+def _metrics(trial: FrozenTrial) -> dict[str, float]:
+    return trial.user_attrs.get("metrics", {})  # type: ignore[no-any-return]
 
 
 def same_failures(trials: Sequence[FrozenTrial], since: datetime) -> str | None:
-    """Why the last trials failed, where all did for the same reason; numbers in a reason do not count."""
+    """The reason that the last trials failed for, if it is the same but for numbers."""
     ended = [trial for trial in trials if trial.datetime_complete is not None and trial.datetime_complete >= since]
     last = sorted(ended, key=lambda trial: trial.datetime_complete or since)[-SAME_FAILURES:]
     reasons = [str(trial.user_attrs.get("reason", "")) for trial in last if trial.state == TrialState.FAIL]
@@ -250,10 +344,10 @@ def alike(reason: str) -> str:
 
 
 def is_nonfinite(trial: FrozenTrial) -> bool:
-    """Whether a trial was given up because a value was not finite."""
+    """True if a trial was given up because a value was not finite."""
     return "nonfinite_step" in trial.user_attrs or "not finite" in str(trial.user_attrs.get("reason", ""))
 
 
 def is_start(study: Study, trial: FrozenTrial) -> bool:
-    """Whether a trial's values are those of params.yaml as it is now."""
+    """True if a trial's values are those of params.yaml as it is now."""
     return study.tried(trial) == {key: dimension.start for key, dimension in study.space.items()}

@@ -1,4 +1,4 @@
-"""One worker of a search: a process that claims trials, trains and judges them, and tells the study."""
+"""One worker of a search: a process that claims trials, trains and evaluates them, and records the results."""
 
 import dataclasses
 import gc
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import optuna
 import torch
@@ -26,12 +26,14 @@ from medgen import checkpoint, evaluate, prior, train
 from medgen.config import Params, Project, Tracking
 from medgen.data.store import open_store
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
+from medgen.evaluation_data import load_evaluation
+from medgen.metrics.mmd import mmd
 from medgen.models import MODELS
 from medgen.tracking import Tracker, history
-from medgen.tune.objective import SSIM, Objective, choose_objective
+from medgen.tune.objective import MMD, SSIM, Objective, choose_objective
 from medgen.tune.space import build_space, trial_params
 from medgen.tune.storage import LOST, lost, open_storage
-from medgen.tune.study import MAX_ATTEMPTS, Claim, Study
+from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, Claim, Study, origin, packed, trial_name
 
 WAIT_SECONDS = 1.0
 UNTRACKED = Tracking(enabled=False)  # a search has one process that writes to MLflow: the one that started the workers
@@ -49,6 +51,7 @@ class Search:
     num_trials: int  # that the study shall have
     started: datetime
     deadline: float | None  # seconds since 1970; no trial begins after it
+    confirms: bool = False  # trains the best trials of another study in full, and keeps their models
 
     @property
     def folder(self) -> Path:
@@ -71,13 +74,14 @@ class Seat:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial."""
+    """The result of a trial."""
 
     state: TrialState
     reason: str = ""
     values: list[float] | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # more that is said of it, by tag
+    discrepancy: Mapping[str, Any] | None = None  # as of `medgen.tune.study.packed`, where the objective is the MMD
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # more tags
 
 
 def open_study(search: Search) -> Study:
@@ -94,7 +98,7 @@ def open_study(search: Search) -> Study:
 
 
 def objective_of(project: Project, params: Params) -> Objective:
-    """What is improved, for this model on this data."""
+    """The objective of this model on this data."""
     side = min(open_store(project.dataset).image_shape[1:])
     return choose_objective(params.tune.objective, MODELS[params.model.name].target, side, params.evaluate)
 
@@ -149,15 +153,15 @@ def stop_with_parent() -> None:
 
 
 def run_trial(search: Search, study: Study, claim: Claim) -> None:
-    """Trains, fits the prior, judges on the val split; records it and tells the study."""
-    number = claim.trial.number
+    """Trains, fits the prior, evaluates on the val split; writes the record and ends the trial in the study."""
+    number, name = claim.trial.number, trial_name(claim.trial)
     project = dataclasses.replace(search.project, apart=search.trial_folder(number))
-    print(f"trial {number}, attempt {claim.attempt}: {claim.values}", flush=True)
+    print(f"{name}, attempt {claim.attempt}: {claim.values}", flush=True)
     scratch, started = project.runs / "not_begun", time.monotonic()
     try:
         params = trial_params(search.params, claim.values)
         scratch = scratch_of(project, params)
-        with Tracker.open(scratch, UNTRACKED, project, f"trial {number}", parent=study.record) as tracker:
+        with Tracker.open(scratch, UNTRACKED, project, name, parent=study.record) as tracker:
             tracker.finish("RUNNING")
         if claim.attempt > MAX_ATTEMPTS:
             reason = f"its worker was killed {MAX_ATTEMPTS} times without getting on; was there enough memory?"
@@ -178,19 +182,21 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
     except Exception as error:  # whatever breaks one trial is written down, and the search goes on
         traceback.print_exc()
         outcome = Outcome(TrialState.FAIL, describe(error))
-    print(f"trial {number}: {outcome.state.name.lower()} {outcome.reason}", flush=True)
+    print(f"{name}: {outcome.state.name.lower()} {outcome.reason}", flush=True)
     record(project, scratch, study, claim, outcome)
     claim.trial.set_user_attr("seconds", round(time.monotonic() - started, 2))
-    for name, value in {"reason": outcome.reason, **outcome.facts}.items():
+    for key, value in {"reason": outcome.reason, **outcome.facts}.items():
         if value:
-            claim.trial.set_user_attr(name, value)
+            claim.trial.set_user_attr(key, value)
     if outcome.metrics:
         claim.trial.set_user_attr("metrics", dict(outcome.metrics))
+    if outcome.discrepancy is not None:
+        claim.trial.set_user_attr(DISCREPANCY, outcome.discrepancy)
     if study.objective.has_floor and outcome.state == TrialState.COMPLETE:
         own = outcome.metrics[SSIM]
         claim.trial.set_constraint(SSIM, (own if claim.ssim_floor is None else claim.ssim_floor) - own)
     study.tell(claim, outcome.state, outcome.values)
-    tidy(search.trial_folder(number))
+    tidy(search, number)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -214,9 +220,9 @@ def attempt(project: Project, params: Params, study: Study, claim: Claim) -> Out
             trial.set_user_attr("attempts", 1)  # it got on
         if objective.is_pareto or not math.isfinite(values[watched]):
             return  # Optuna compares nothing where there are two objectives
-        # where SSIM is a floor and not the aim, to have more of it than params.yaml is no merit
+        # where SSIM is a floor and not the objective, more of it than params.yaml has does not count
         trial.report(sign * min(values[watched], sign * first.get(epoch, sign * math.inf)), epoch)
-        if epoch < last and trial.number > 0 and trial.should_prune():  # the first is params.yaml, the yardstick
+        if epoch < last and trial.number > 0 and trial.should_prune():  # trial 0 is the reference
             raise optuna.TrialPruned(f"{watched} {values[watched]:.4f} after epoch {epoch}: worse than other trials'")
 
     sections = {"model": params.model, "loss": params.loss, "train": params.train}
@@ -227,15 +233,25 @@ def attempt(project: Project, params: Params, study: Study, claim: Claim) -> Out
     checked = dict(zip(objective.labels, values, strict=True))
     checked |= {SSIM: metrics[SSIM]} if objective.has_floor else {}
     if broken := [f"{name} is {value}" for name, value in checked.items() if not math.isfinite(value)]:
-        return Outcome(TrialState.PRUNED, f"what is searched by is not finite: {', '.join(broken)}")
+        return Outcome(TrialState.PRUNED, f"the objective is not finite: {', '.join(broken)}")
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return Outcome(TrialState.COMPLETE, values=values, metrics=finite)
+    compared = discrepancy_of(project) if objective.keys[-1] == MMD else None
+    return Outcome(TrialState.COMPLETE, values=values, metrics=finite, discrepancy=compared)
+
+
+def discrepancy_of(project: Project) -> dict[str, Any]:
+    """The parts of the evaluated model's MMD that comparing it with another takes."""
+    data = load_evaluation(project.evaluation)
+    assert data.samples is not None and data.held_out is not None, "models that find masks have no MMD"
+    patients = data.groups.tolist()
+    found = mmd(data.held_out.features, data.samples.features, data.info.bandwidth, patients)
+    return packed(found, patients)
 
 
 def record(project: Project, scratch: Path, study: Study, claim: Claim, outcome: Outcome) -> None:
     """Ends the trial's record: its state and reason, its metrics, its samples."""
-    with Tracker.open(scratch, UNTRACKED, project, f"trial {claim.trial.number}", parent=study.record) as tracker:
-        tags = {"tune.study": study.name, "tune.trial": str(claim.trial.number)}
+    with Tracker.open(scratch, UNTRACKED, project, trial_name(claim.trial), parent=study.record) as tracker:
+        tags = {"tune.study": study.name, "tune.trial": str(origin(claim.trial))}
         tags["tune.state"] = outcome.state.name.lower()
         tracker.tags(tags | ({"tune.reason": outcome.reason} if outcome.reason else {}) | dict(outcome.facts))
         records = history(scratch)
@@ -254,16 +270,18 @@ def scratch_of(project: Project, params: Params) -> Path:
 
 
 def describe(error: Exception) -> str:
-    """Why a trial failed, in a line."""
+    """One line that says why a trial failed."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return f"out of memory: {text}"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def tidy(folder: Path) -> None:
-    """Removes what an ended trial does not need: weights, checkpoints. The record and the pictures stay."""
-    shutil.rmtree(folder / "artifacts", ignore_errors=True)
+def tidy(search: Search, number: int) -> None:
+    """Removes checkpoints of an ended trial, and its weights if it is no confirmation; record and images stay."""
+    folder = search.trial_folder(number)
+    if not search.confirms:
+        shutil.rmtree(folder / "artifacts", ignore_errors=True)
     for scratch in folder.glob("runs/*"):
         checkpoint.remove(scratch)
         for prior_scratch in scratch.glob("prior_*"):

@@ -8,19 +8,23 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 from ruamel.yaml import YAML
 
+from medgen import tune
 from medgen.config import Params, Searched, load, replace
 from medgen.errors import UserError
-from medgen.tune.objective import KID, SSIM, choose_objective
+from medgen.metrics.intervals import Interval
+from medgen.metrics.mmd import Discrepancy
+from medgen.tune.objective import MMD, RECALL, SSIM, choose_objective
 from medgen.tune.params_file import apply_best, write_best
 from medgen.tune.pictures import Board, write_figures
 from medgen.tune.report import describe, print_summary
 from medgen.tune.space import Dimension, build_space
 from medgen.tune.storage import JournalStorage
-from medgen.tune.study import Study
+from medgen.tune.study import DISCREPANCY, Study, packed
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -56,20 +60,21 @@ def build(tmp_path: Path) -> Build:
 def add(
     study: Study,
     values: Mapping[str, Any] = OTHER,
-    kid: float = 0.02,
+    mmd: float = 0.02,
     ssim: float = 0.9,
     state: TrialState = TrialState.COMPLETE,
-    **attributes: str,
+    recall: float = 0.5,
+    **attributes: Any,
 ) -> FrozenTrial:
     """A trial that ended, or runs, as the worker writes it down."""
-    metrics = {KID: kid, SSIM: ssim, "privacy/copy_rate": 0.0125}
+    metrics = {MMD: mmd, SSIM: ssim, RECALL: recall, "privacy/copy_rate": 0.0125}
     complete = state == TrialState.COMPLETE
     trial = create_trial(
         state=state,
         params=dict(values),
         distributions={key: study.space[key].distribution for key in values},
         values=study.objective.values(metrics) if complete else None,
-        user_attrs={"metrics": metrics} if complete else attributes,
+        user_attrs=attributes | ({"metrics": metrics} if complete else {}),
     )
     study.optuna.add_trial(trial)
     return study.trials[-1]
@@ -90,6 +95,7 @@ def other(dimension: Dimension) -> float:
 def test_only_values_change_in_a_params_file(file: Path, tmp_path: Path, build: Build) -> None:
     params = load(file)
     space = build_space(params)
+    space.pop("prior.variance_kept", None)  # a default, which needs a new line: test_a_value_finds_its_place
     study = build(space, params=params, name=SSIM if params.model.name != "unet" else None, target=target_of(params))
     values = {key: other(dimension) for key, dimension in space.items()}
     trial = create_trial(values=[0.5], params=values, distributions={k: d.distribution for k, d in space.items()})
@@ -239,21 +245,21 @@ def test_what_cannot_be_written_is_said(text: str, told: str, tmp_path: Path, bu
 def test_best_says_where_it_is_from(tmp_path: Path, build: Build) -> None:
     study = build()
     add(study, START)
-    best = write_best(study, add(study, kid=0.0123, ssim=0.912), ROOT / "params.yaml", tmp_path / "tune")
+    best = write_best(study, add(study, mmd=0.0123, ssim=0.912), ROOT / "params.yaml", tmp_path / "tune")
     assert best == tmp_path / "tune" / "best.yaml"
     head = [line for line in best.read_text().partition("# The sample project")[0].splitlines()]
     assert head and all(line.startswith("#") for line in head)
-    for words in ("vae-123456: trial 1 of 2", f"{KID} 0.0123", f"{SSIM} 0.912", "`medgen tune --apply`"):
+    for words in ("vae-123456: trial 1, best of 2", f"{MMD} 0.0123", f"{SSIM} 0.912", "`medgen tune --apply`"):
         assert words in "\n".join(head)
 
 
 def search(build: Build, name: str | None = None, far: bool = False) -> Study:
     """Trials of every kind."""
     study = build(name=name)
-    add(study, START, kid=0.03, ssim=0.85)
+    add(study, START, mmd=0.03, ssim=0.85)
     for number in range(8):
         values = START | {RATE: 1e-4 * 1.5**number, FLIP: number % 2 == 0, BETA: number / 8}
-        add(study, values, kid=99.0 if far and number == 3 else 0.04 - 0.002 * number, ssim=0.84 + 0.01 * (number % 4))
+        add(study, values, mmd=99.0 if far and number == 3 else 0.04 - 0.002 * number, ssim=0.84 + 0.01 * (number % 4))
     add(study, state=TrialState.PRUNED, reason="val/ssim 0.51 after epoch 3: worse than other trials'")
     add(study, state=TrialState.PRUNED, reason="kl not finite at step 7 (phase one)", nonfinite_step="7")
     add(study, {}, state=TrialState.FAIL, reason="out of memory")
@@ -266,7 +272,7 @@ COMMON = ["importances.png", "parallel_coordinates.png", "slice.png"]
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [(KID, ["history.png", *COMMON]), (SSIM, ["history.png", *COMMON]), ("pareto", [*COMMON, "front.png"])],
+    [(MMD, ["history.png", *COMMON]), (SSIM, ["history.png", *COMMON]), ("pareto", [*COMMON, "front.png"])],
 )
 def test_figures(name: str, expected: list[str], tmp_path: Path, build: Build) -> None:
     study, folder, style = search(build, name), tmp_path / "tune", dict(mpl.rcParams)
@@ -275,7 +281,7 @@ def test_figures(name: str, expected: list[str], tmp_path: Path, build: Build) -
         (folder / stale).write_bytes(b"of an earlier search")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna's would reach the user
-        written = write_figures(study, folder)
+        written = write_figures(study, folder, study.winner())
     assert [path.name for path in written] == expected
     assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
     for path in written:
@@ -289,13 +295,13 @@ def test_figures(name: str, expected: list[str], tmp_path: Path, build: Build) -
 
 def test_the_same_trials_give_the_same_bytes(tmp_path: Path, build: Build) -> None:
     study = search(build, "pareto")
-    one, two = ([path.read_bytes() for path in write_figures(study, tmp_path / name)] for name in "ab")
+    one, two = ([path.read_bytes() for path in write_figures(study, tmp_path / name, study.winner())] for name in "ab")
     assert len(one) == 4
     assert one == two
 
 
 @pytest.mark.parametrize(
-    ("kids", "expected"),
+    ("mmds", "expected"),
     [
         pytest.param([], [], id="no trial is complete"),
         pytest.param([0.02], ["history.png"], id="one"),
@@ -304,20 +310,20 @@ def test_the_same_trials_give_the_same_bytes(tmp_path: Path, build: Build) -> No
     ],
 )
 def test_what_cannot_be_drawn_yet_is_absent(
-    kids: Sequence[float], expected: list[str], tmp_path: Path, build: Build
+    mmds: Sequence[float], expected: list[str], tmp_path: Path, build: Build
 ) -> None:
     study, folder = build(), tmp_path / "tune"
     folder.mkdir()
     for stale in ("history", "importances", "parallel_coordinates", "slice", "front"):
         (folder / f"{stale}.png").write_bytes(b"old")
-    for kid in kids:
-        add(study, START if kid == kids[0] else OTHER, kid=kid)
+    for mmd in mmds:
+        add(study, START if mmd == mmds[0] else OTHER, mmd=mmd)
     add(study, state=TrialState.PRUNED, reason="too slow")
-    assert [path.name for path in write_figures(study, folder)] == expected
+    assert [path.name for path in write_figures(study, folder, study.winner())] == expected
     assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
 
 
-@pytest.mark.parametrize("name", [KID, "pareto"])
+@pytest.mark.parametrize("name", [MMD, "pareto"])
 def test_a_trial_that_went_far_wrong_does_not_flatten_the_others(name: str, build: Build) -> None:
     study = search(build, name, far=True)
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
@@ -329,6 +335,16 @@ def test_a_trial_that_went_far_wrong_does_not_flatten_the_others(name: str, buil
     assert all(scale.place(trial) == trial.values[-1] and not scale.is_beyond(trial) for trial in others)
 
 
+def test_everything_names_the_same_winner_of_tied_trials(build: Build, tmp_path: Path) -> None:
+    study = build()
+    tied(study)
+    best = study.winner()
+    assert best is not None and best.number == 2
+    assert "best 0.029 (trial 2)" in tune.state_of(study)
+    assert "best 0.029 (trial 2)" in tune.line_of(study, study.trials[3])
+    assert ": trial 2, best of 4" in write_best(study, best, ROOT / "params.yaml", tmp_path).read_text()
+
+
 def test_rows_hold_both_values(build: Build) -> None:
     study = build()
     assert describe(study, add(study)) == [(RATE, "0.002", "0.001"), (FLIP, "false", "true"), (BETA, "0.1", "0.1")]
@@ -338,24 +354,32 @@ Fill = Callable[[Study], object]
 
 
 def still_best(study: Study) -> None:
-    add(study, START, kid=0.02)
-    add(study, kid=0.03)
+    add(study, START, mmd=0.02)
+    add(study, mmd=0.03)
 
 
 def better(study: Study) -> None:
-    add(study, START, kid=0.03)
-    add(study, kid=0.0123, ssim=0.91)
+    add(study, START, mmd=0.03)
+    add(study, mmd=0.0123, ssim=0.91)
+
+
+def tied(study: Study) -> None:
+    """Standard error 0.01, of the samples alone."""
+    for mmd, recall in ((0.05, 0.6), (0.02, 0.5), (0.029, 0.7), (0.031, 0.9)):
+        found = Discrepancy(Interval.of(mmd, 0.01), torch.zeros(4), mmd, 0.5e-4)
+        values = OTHER | {BETA: mmd}
+        add(study, START if mmd == 0.05 else values, mmd=mmd, recall=recall, **{DISCREPANCY: packed(found, range(4))})
 
 
 def below_floor(study: Study) -> None:
-    add(study, START, kid=0.03, ssim=0.9)
-    add(study, kid=0.0123, ssim=0.8)
-    add(study, OTHER | {BETA: 0.5}, kid=0.025, ssim=0.9)
+    add(study, START, mmd=0.03, ssim=0.9)
+    add(study, mmd=0.0123, ssim=0.8)
+    add(study, OTHER | {BETA: 0.5}, mmd=0.025, ssim=0.9)
 
 
-def no_yardstick(study: Study) -> None:
+def no_reference(study: Study) -> None:
     add(study, START, state=TrialState.PRUNED, reason="kl not finite at step 3 (phase one)", nonfinite_step="3")
-    add(study, kid=0.0123)
+    add(study, mmd=0.0123)
 
 
 def given_up(study: Study) -> None:
@@ -384,16 +408,27 @@ def many_reasons(study: Study) -> None:
             id="better",
         ),
         pytest.param(
+            tied,
+            [
+                "Trial 2 is the best. 2 trials have the lowest MMD within one standard error; of them it has the "
+                "highest recall.",
+                "0.029",
+                "0.7",
+            ],
+            ["trial 1", "trial 3"],
+            id="tied",
+        ),
+        pytest.param(
             below_floor,
             ["3 complete (1 below the SSIM floor of 0.9)", "Trial 2 is the best."],
             ["0.0123"],
             id="better below the floor only",
         ),
         pytest.param(
-            no_yardstick,
-            ["Trial 1 is the best. Trial 0, the yardstick, is not complete (pruned)"],
+            no_reference,
+            ["Trial 1 is the best. Trial 0, the reference, is not complete (pruned)"],
             [],
-            id="no yardstick",
+            id="no reference",
         ),
         pytest.param(
             given_up,
@@ -451,12 +486,12 @@ def test_summary_of_two_objectives_shows_the_front(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     study = build(name="pareto")
-    for kid, ssim in ((0.04, 0.8), (0.05, 0.95), (0.02, 0.85), (0.01, 0.7), (0.045, 0.79)):
-        add(study, kid=kid, ssim=ssim)
+    for mmd, ssim in ((0.04, 0.8), (0.05, 0.95), (0.02, 0.85), (0.01, 0.7), (0.045, 0.79)):
+        add(study, mmd=mmd, ssim=ssim)
     print_summary(study, ROOT / "params.yaml")
     printed = capsys.readouterr().out
     front = printed.partition("┃ val")[0].partition("front")[2]
     assert [number for number in range(5) if f"trial {number} " in front] == [1, 2, 3]
     assert front.index("trial 1") < front.index("trial 2 *") < front.index("trial 3")
-    assert "Trial 2 has the lowest KID of those that reconstruct no worse." in printed
+    assert "Trial 2 has the lowest MMD of those that reconstruct no worse." in printed
     assert max(map(len, printed.splitlines())) <= 80

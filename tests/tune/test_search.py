@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -17,13 +18,14 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from medgen import evaluate, train, tune
-from medgen.config import Project, load
+from medgen.config import Project, load, replace
+from medgen.data.store import open_store
 from medgen.errors import TrainingInterrupted, UserError
 from medgen.machine import gpus
 from medgen.tracking import history, read_run
 from medgen.tune import worker
 from medgen.tune.pool import environment, seats
-from medgen.tune.study import MAX_ATTEMPTS
+from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, origin
 
 LONG = [{"name": "one", "epochs": 40, "learning_rate": 1e-3, "beta": {"end": 0.1}}]
 
@@ -51,12 +53,20 @@ def test_a_trial_is_judged_on_the_val_split_and_leaves_its_record_and_pictures(s
     monkeypatch.setattr(evaluate, "load", lambda *args: judged.append(args[-1]) or load_subject(*args))
     search, study = run_here(project, params, 2)
     assert judged == ["val", "val"]
+    stored = [trial.user_attrs[DISCREPANCY] for trial in study.trials]
+    assert study.trials[1].values[0] - study.trials[0].values[0] == pytest.approx(
+        stored[1]["among_samples"]
+        - stored[0]["among_samples"]
+        - 2 * np.mean(np.subtract(stored[1]["to_samples"], stored[0]["to_samples"])),
+        abs=1e-6,
+    )
+    assert [len(each["patients"]) for each in stored] == [open_store(project.dataset).counts["val"]] * 2
     for trial in study.trials:
         record = read_run(scratch_of(search, trial.number))
         assert (record.name, record.status) == (f"trial {trial.number}", "FINISHED")
         assert (record.tags["tune.trial"], record.tags["tune.state"]) == (str(trial.number), "complete")
         assert record.params["train.phases.0.learning_rate"] == study.tried(trial)["train.phases.0.learning_rate"]
-        assert record.metrics[-1]["val/generation/kid_domain"] == trial.values[0]
+        assert record.metrics[-1]["val/generation/mmd_domain"] == trial.values[0]
         assert trial.system_attrs["constraints:reconstruction/ssim"] == pytest.approx(
             study.trials[0].user_attrs["metrics"]["reconstruction/ssim"]
             - trial.user_attrs["metrics"]["reconstruction/ssim"]
@@ -78,7 +88,7 @@ def test_the_search_sees_what_evaluate_says_of_the_same_split(search_project, mo
     by_hand = evaluate.run(project, evaluate=own.evaluate, tracking=worker.UNTRACKED)
     metrics = study.trials[0].user_attrs["metrics"]
     compared = set(metrics) & set(by_hand)
-    assert {"reconstruction/ssim", "generation/kid_domain", "privacy/copy_rate"} <= compared
+    assert {"reconstruction/ssim", "generation/mmd_domain", "privacy/copy_rate"} <= compared
     assert {key: metrics[key] for key in compared} == pytest.approx({key: by_hand[key] for key in compared}, rel=1e-4)
 
 
@@ -104,11 +114,11 @@ def test_what_goes_infinite_is_pruned_with_step_and_term_and_never_complete(sear
     assert study.winner() not in planted
 
 
-@pytest.mark.parametrize(("objective", "key"), [(None, "generation/kid_domain"), (None, "reconstruction/ssim")])
+@pytest.mark.parametrize(("objective", "key"), [(None, "generation/mmd_domain"), (None, "reconstruction/ssim")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_objective_that_is_not_finite_is_pruned(search_project, monkeypatch, objective, key, value):
     project, params = search_project(objective=objective)
-    good = {"reconstruction/ssim": 0.5, "generation/kid_domain": 1.0}
+    good = {"reconstruction/ssim": 0.5, "generation/mmd_domain": 1.0}
     monkeypatch.setattr(evaluate, "judge_validation", lambda *_, **__: good | {key: value})
     _, study = run_here(project, params, 1)
     (trial,) = study.trials
@@ -205,8 +215,9 @@ def test_a_trial_worse_than_the_others_is_pruned_by_its_epochs(search_project, m
 
     monkeypatch.setattr(train, "run", learn)
     monkeypatch.setattr(worker.prior, "run", lambda *_, **__: None)
-    good = {"reconstruction/ssim": 0.5, "generation/kid_domain": 1.0}
+    good = {"reconstruction/ssim": 0.5, "generation/mmd_domain": 1.0}
     monkeypatch.setattr(evaluate, "judge_validation", lambda *_, **__: good)
+    monkeypatch.setattr(worker, "discrepancy_of", lambda *_: None)
     _, study = run_here(project, params, 13)
     states = [trial.state.name for trial in study.trials]
     assert states[:10] == ["COMPLETE"] * 10  # nothing to compare with yet
@@ -378,6 +389,113 @@ def test_two_commands_work_on_one_study(search_project, request, storage):
     assert [trial.user_attrs["attempts"] for trial in study.trials] == [1] * 4
 
 
+def full_of(project, params):
+    return tune.prepare(project, params, 0, None, confirms=True)
+
+
+@pytest.mark.slow
+def test_a_confirmation_is_what_dvc_repro_would_train_and_its_model_stays(search_project, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    trial = {"num_generated": 16, "epochs": 1, "subset": 24}
+    project, params = search_project(phases=[LONG[0] | {"epochs": 3}], trial=trial)
+    search, study = run_here(project, params, 3)
+    full = full_of(project, params)
+    confirmation = worker.open_study(full)
+    confirmation.enqueue_best(study, 2)
+    worker.run_trials(full)
+    numbers = {0, *(t.number for t in study.ranked()[:2])}
+    assert {origin(t): t.state.name for t in confirmation.trials} == dict.fromkeys(numbers, "COMPLETE")
+    for trial in confirmation.trials:
+        own = replace(params, study.tried(study.trials[origin(trial)]), "test")
+        dataset = open_store(project.dataset).fingerprint
+        scratch = scratch_of(full, trial.number)
+        assert scratch.name == train.run_fingerprint(dataset, own.model, own.loss, own.train)
+        assert epochs_of(full, trial.number) == [1, 2, 3] and epochs_of(search, origin(trial)) == [1]
+        assert read_run(scratch).name == f"trial {origin(trial)} in full"
+        for part in ("model", "prior"):
+            assert list((full.trial_folder(trial.number) / "artifacts" / part).glob("*.safetensors"))
+        assert not list(full.trial_folder(trial.number).rglob("checkpoint.pt"))
+
+    file = project.root / "params.yaml"
+    (search.folder / file.name).write_bytes(file.read_bytes())
+    stages = [tune.open_stage(each) for each in (search, full)]
+    capsys.readouterr()
+    best = tune.conclude(stages, "FINISHED", file, Console())
+    printed = capsys.readouterr().out
+    assert best == confirmation.winner() and "rank in search" in printed and "rank in full" in printed
+    assert f"its model and prior: {full.trial_folder(best.number) / 'artifacts'}" in printed
+    written = project.reports / "tune" / "best.yaml"
+    assert f"trial {origin(best)} in full, best of {len(numbers)}" in written.read_text()
+    tried = study.tried(study.trials[origin(best)])
+    assert load(written).train.phases[0].learning_rate == tried["train.phases.0.learning_rate"]
+
+
+def test_a_confirmation_of_trials_that_are_full_already_is_refused(search_project):
+    project, params = search_project()
+    with pytest.raises(UserError, match="every trial is already trained in full"):
+        full_of(project, params)
+
+
+@pytest.mark.parametrize(
+    ("section", "warns"),
+    [
+        ({}, False),
+        ({"trial": {"num_generated": 1999}}, True),
+        ({"trial": {"num_generated": 1999}, "objective": "pareto"}, False),
+        ({"trial": {"num_generated": 1999}, "objective": "reconstruction/ssim"}, False),
+    ],
+)
+def test_too_few_samples_for_a_reliable_ranking_are_warned_of(search_project, capsys, section, warns):
+    project, params = search_project(**({"trial": {}} | section))
+    search_of(project, params, 1)
+    assert ("tune.trial.num_generated is 1999" in " ".join(capsys.readouterr().err.split())) == warns
+
+
+@pytest.mark.slow
+def test_a_confirmation_that_is_killed_goes_on_and_repeats_nothing(search_project):
+    phases = [LONG[0] | {"epochs": 20}]
+    project, params = search_project(tracking=True, phases=phases, trial={"num_generated": 16, "epochs": 1})
+    search, full = search_of(project, params, 2), full_of(project, params)
+    process = start(project, 2, "--confirm", "2")
+    wait_for_epochs(full, 0, 3, process)
+    (working,) = workers_of(process)
+    process.kill()
+    process.communicate()
+    working.wait()  # it notices, saves and ends
+    assert [trial.state.name for trial in worker.open_study(full).trials] == ["RUNNING", "WAITING"]
+
+    arguments = command(2, "--confirm", "2", "--workers", "2", "--apply")
+    run = subprocess.run(arguments, cwd=project.root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    confirmation, best = worker.open_study(full), worker.open_study(full).winner()
+    assert sorted(origin(trial) for trial in confirmation.trials) == [0, 1]
+    assert [epochs_of(full, number) for number in (0, 1)] == [list(range(1, 21))] * 2
+    assert f"rial {origin(best)} in full" in run.stdout
+    tried = confirmation.tried(best)
+    assert load(project.root / "params.yaml").train.phases[0].beta.end == tried["train.phases.0.beta.end"]
+
+    again = subprocess.run(arguments, cwd=project.root, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "2 of 2 trials in full are done" in again.stdout
+    assert len(worker.open_study(full).trials) == 2 and len(worker.open_study(search).trials) == 2
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{project.root}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("medgen").experiment_id])
+    ids = {run.info.run_name: run.info.run_id for run in runs}
+    parents = {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in runs}
+    search_run, confirmation_run = ids[f"search {search.study}"], ids[f"confirmation {full.study}"]
+    assert parents == {
+        f"search {search.study}": None,
+        "trial 0": search_run,
+        "trial 1": search_run,
+        f"confirmation {full.study}": search_run,
+        "trial 0 in full": confirmation_run,
+        "trial 1 in full": confirmation_run,
+    }
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
 def test_two_commands_that_end_at_once_write_their_reports_in_turn(search_project, monkeypatch):
     project, params = search_project()
     search, _ = run_here(project, params, 2)
@@ -396,9 +514,7 @@ def test_two_commands_that_end_at_once_write_their_reports_in_turn(search_projec
     (search.folder / file.name).write_bytes(file.read_bytes())
 
     def conclude(_):
-        study = worker.open_study(search)
-        sender = tune.Sender(search, study, worker.UNTRACKED)
-        return tune.conclude(search, study, "FINISHED", file, sender, Console()).number
+        return tune.conclude([tune.open_stage(search)], "FINISHED", file, Console()).number
 
     with ThreadPoolExecutor(2) as pool:
         assert len(set(pool.map(conclude, range(2)))) == 1
@@ -436,14 +552,14 @@ def test_a_search_from_the_first_trial_to_mlflow_and_params_yaml(search_project)
     assert len(runs) == 5
     parent = by_name.pop(f"search {study.name}")
     assert parent.info.status == "FINISHED" and parent.data.metrics["tune/complete"] == 4
-    assert parent.data.metrics["tune/best/generation/kid_domain"] == pytest.approx(best.values[0])
+    assert parent.data.metrics["tune/best/generation/mmd_domain"] == pytest.approx(best.values[0])
     artifacts = {file.path for name in ("tune", "best") for file in client.list_artifacts(parent.info.run_id, name)}
     assert {"tune/history.png", "tune/best.yaml", "best/samples.png"} <= artifacts
     for number in range(4):
         child = by_name[f"trial {number}"]
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.info.status == "FINISHED"
-        assert child.data.metrics["val/generation/kid_domain"] == pytest.approx(study.trials[number].values[0])
+        assert child.data.metrics["val/generation/mmd_domain"] == pytest.approx(study.trials[number].values[0])
         assert {"figures/samples.png"} <= {file.path for file in client.list_artifacts(child.info.run_id, "figures")}
 
 

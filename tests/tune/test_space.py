@@ -5,8 +5,10 @@ import pytest
 from medgen.config import (
     Beta,
     Loss,
+    Model,
     Params,
     Phase,
+    Prior,
     Schedule,
     Searched,
     Train,
@@ -34,7 +36,7 @@ def params_of(space=None, **sections):
     return Params(tune=Tune(space=space or {}), **sections)
 
 
-def test_by_default_learning_rates_beta_and_weights_are_searched_around_what_there_is():
+def test_by_default_rates_beta_weights_and_the_priors_variance_are_searched_around_their_values():
     space = build_space(params_of())
     assert list(space) == [
         "train.phases.0.learning_rate",
@@ -42,9 +44,11 @@ def test_by_default_learning_rates_beta_and_weights_are_searched_around_what_the
         "train.phases.1.beta.end",
         "loss.weights.l1",
         "loss.weights.ssim",
+        "prior.variance_kept",
     ]
-    for dimension in space.values():
-        assert dimension.values.log and dimension.values.low <= dimension.start <= dimension.values.high
+    for key, dimension in space.items():
+        assert dimension.values.log == (key != "prior.variance_kept")
+        assert dimension.values.low <= dimension.start <= dimension.values.high
 
 
 @pytest.mark.parametrize(
@@ -57,10 +61,21 @@ def test_by_default_learning_rates_beta_and_weights_are_searched_around_what_the
             "train.phases.1.learning_rate",
         ),
         ({"train": Train(phases=(Phase(name="a", epochs=1),))}, "train.phases.0.beta.end"),
+        ({"prior": Prior(name="flow")}, "prior.variance_kept"),
+        ({"model": Model(name="vqvae")}, "prior.variance_kept"),
+        ({"model": Model(name="unet")}, "prior.variance_kept"),
     ],
 )
 def test_by_default_nothing_is_searched_that_is_not_in_use(sections, absent):
     assert absent not in build_space(params_of(**sections))
+
+
+@pytest.mark.parametrize(
+    ("own", "ends"), [(0.8, (0.8, 0.99)), (0.97, (0.8, 0.99)), (0.5, (0.5, 0.99)), (1.0, (0.8, 1.0))]
+)
+def test_the_range_of_the_priors_variance_holds_the_files_own(own, ends):
+    dimension = build_space(params_of(prior=Prior(name="gmm", variance_kept=own)))["prior.variance_kept"]
+    assert (dimension.values.low, dimension.values.high) == ends and dimension.start == own
 
 
 def test_every_kind_of_value_can_be_searched():

@@ -6,14 +6,17 @@ from threading import Barrier
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from medgen.config import Params, Phase, Project, Searched, Train, Tune
 from medgen.errors import UserError
+from medgen.metrics.intervals import Interval
+from medgen.metrics.mmd import Discrepancy
 from medgen.tune.objective import choose_objective
 from medgen.tune.space import build_space
 from medgen.tune.storage import JournalStorage, lost, open_storage
-from medgen.tune.study import Claim, Study, build_pruner, study_name
+from medgen.tune.study import DISCREPANCY, Claim, Study, build_pruner, packed, study_name, trial_name
 
 SPACE = {
     "train.phases.0.learning_rate": Searched(low=1e-4, high=1e-2, log=True),
@@ -28,17 +31,21 @@ def objective_of(params):
     return choose_objective(params.tune.objective, "image", 64, params.evaluate)
 
 
-def open_study(root, params=PARAMS, storage="optuna.journal"):
-    return Study(open_storage(Project(root), storage), "name", params, build_space(params), objective_of(params), 2)
+def open_study(root, params=PARAMS, storage="optuna.journal", name="name"):
+    opened = open_storage(Project(root), storage)
+    return Study(opened, name, params, build_space(params), objective_of(params), 2)
 
 
 def with_tune(**values):
     return PARAMS.model_copy(update={"tune": PARAMS.tune.model_copy(update=values)})
 
 
-def finish(study, claim, kid=1.0, ssim=0.5):
-    claim.trial.set_user_attr("metrics", {"reconstruction/ssim": ssim, "generation/kid_domain": kid})
-    study.tell(claim, TrialState.COMPLETE, [kid])
+def finish(study, claim, mmd=1.0, ssim=0.5, recall=0.5, discrepancy=None):
+    metrics = {"reconstruction/ssim": ssim, "generation/mmd_domain": mmd, "generation/recall": recall}
+    claim.trial.set_user_attr("metrics", metrics)
+    if discrepancy is not None:
+        claim.trial.set_user_attr(DISCREPANCY, discrepancy)
+    study.tell(claim, TrialState.COMPLETE, [mmd])
 
 
 def fail(study, claim, reason):
@@ -50,7 +57,7 @@ def fail(study, claim, reason):
 def opened(request, tmp_path):
     """A function that opens the study as another process would."""
     storage = "optuna.journal" if request.param == "journal" else request.getfixturevalue("postgres")()
-    return lambda params=PARAMS: open_study(tmp_path, params, storage)
+    return lambda params=PARAMS, name="name": open_study(tmp_path, params, storage, name)
 
 
 def test_the_first_trial_is_params_yaml_itself_and_others_wait_for_its_floor(opened):
@@ -105,7 +112,7 @@ def test_the_first_to_end_a_trial_counts(opened):
     claim = one.claim(1, BEFORE)
     claim.release()
     again = two.claim(1, BEFORE)
-    finish(two, again, kid=1.0)
+    finish(two, again, mmd=1.0)
     one.tell(claim, TrialState.COMPLETE, [2.0])
     assert [trial.values for trial in one.trials] == [[1.0]]
 
@@ -118,7 +125,7 @@ def test_an_interrupted_search_suggests_what_an_unbroken_one_does(tmp_path):
             study = open_study(tmp_path / folder) if opens_anew else study
             claim = study.claim(14, BEFORE)
             values.append(claim.values)
-            finish(study, claim, kid=claim.values["train.phases.0.learning_rate"] * number)
+            finish(study, claim, mmd=claim.values["train.phases.0.learning_rate"] * number)
         drawn.append(values)
     assert drawn[0] == drawn[1]
     assert len({tuple(values.values()) for values in drawn[0]}) == 14
@@ -148,18 +155,92 @@ def test_three_failures_alike_in_a_row_stop_the_search(tmp_path, reasons, stops)
 
 def test_the_winner_holds_the_floor(tmp_path):
     study = open_study(tmp_path)
-    for kid, ssim in ((3.0, 0.7), (1.0, 0.6), (2.0, 0.8)):
-        finish(study, study.claim(3, BEFORE), kid, ssim)
+    for mmd, ssim in ((3.0, 0.7), (1.0, 0.6), (2.0, 0.8)):
+        finish(study, study.claim(3, BEFORE), mmd, ssim)
     assert study.winner().number == 2
-    assert [trial.number for trial in study.complete()] == [2, 0]
+    assert [trial.number for trial in study.ranked()] == [2, 0]
+
+
+def discrepancy(mmd, to_samples=(0.0,) * 4, patients=(0, 1, 2, 3), variance=0.5e-4):
+    """With equal `to_samples` the standard error of a difference is 0.01."""
+    among = mmd + 2 * sum(to_samples) / len(to_samples)
+    return packed(Discrepancy(Interval.of(mmd, 0.01), torch.tensor(to_samples), among, variance), patients)
+
+
+WAVE = (0.0, 0.4, 0.0, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("trials", "order"),
+    [
+        pytest.param([(0.100, 0.5, 0.7), (0.109, 0.6, 0.7)], [1, 0], id="tied: higher recall"),
+        pytest.param([(0.100, 0.5, 0.7), (0.111, 0.6, 0.7)], [0, 1], id="more than one standard error away"),
+        pytest.param([(0.100, 0.5, 0.7), (0.109, 0.5, 0.8)], [1, 0], id="tied and equal recall: higher SSIM"),
+        pytest.param([(0.109, 0.5, 0.7), (0.100, 0.5, 0.7)], [1, 0], id="tied in all: lower MMD"),
+        pytest.param([(0.118, 0.9, 0.9), (0.109, 0.6, 0.7), (0.1, 0.5, 0.7)], [1, 2, 0], id="tied with the best only"),
+        pytest.param([(0.100, 0.5, 0.7), (0.101, 0.9, 0.05)], [0], id="below the floor"),
+        pytest.param([(0.100, 0.5, 0.7, None), (0.101, 0.9, 0.7)], [0, 1], id="the best has no record: no ties"),
+        pytest.param([(0.100, 0.5, 0.7), (0.101, 0.9, 0.7, None)], [0, 1], id="the other has no record: no tie"),
+        pytest.param([(0.1, 0.5, 0.7, WAVE), (0.2, 0.6, 0.7)], [1, 0], id="the val images differ widely between them"),
+    ],
+)
+def test_trials_within_one_paired_standard_error_are_tied(tmp_path, trials, order):
+    study = open_study(tmp_path, with_tune(ssim_floor=0.1))
+    for mmd, recall, ssim, *record in trials:
+        to_samples = record[0] if record else (0.0,) * 4
+        found = None if to_samples is None else discrepancy(mmd, to_samples)
+        finish(study, study.claim(9, BEFORE), mmd, ssim, recall, found)
+    assert [trial.number for trial in study.ranked()] == order
+    assert study.winner().number == order[0]
+
+
+def test_images_of_one_patient_count_once_in_the_standard_error(tmp_path):
+    """Within each patient the two models' differences cancel, so that only the samples' own spread is left."""
+    study = open_study(tmp_path, with_tune(ssim_floor=0.1))
+    for mmd, recall, to_samples in ((0.1, 0.5, WAVE), (0.111, 0.9, (0.0,) * 4), (0.109, 0.6, (0.0,) * 4)):
+        finish(study, study.claim(9, BEFORE), mmd, 0.7, recall, discrepancy(mmd, to_samples, (7, 7, 9, 9)))
+    assert [trial.number for trial in study.ranked()] == [2, 0, 1]
+
+
+def test_other_objectives_have_no_ties(tmp_path):
+    study = open_study(tmp_path, with_tune(objective="generation/kid_domain", ssim_floor=0.1))
+    for mmd, recall in ((0.100, 0.5), (0.101, 0.9)):
+        finish(study, study.claim(9, BEFORE), mmd, 0.7, recall, discrepancy(mmd))
+    assert [trial.number for trial in study.ranked()] == [0, 1]
+
+
+def test_a_confirmation_takes_trial_0_and_the_best_once_whoever_asks(opened):
+    search = opened()
+    for mmd, ssim in ((3.0, 0.7), (1.0, 0.6), (2.0, 0.8), (2.5, 0.7), (1.5, 0.9)):
+        finish(search, search.claim(5, BEFORE), mmd, ssim)
+    one, two = opened(name="name-full"), opened(name="name-full")
+    one.enqueue_best(search, 1)
+    first = one.claim(0, BEFORE)
+    two.enqueue_best(search, 2)  # another machine, asked for one more
+    second, third = two.claim(0, BEFORE), one.claim(0, BEFORE)  # no waiting for the floor of the first
+    claims = [first, second, third]
+    assert [trial_name(claim.trial) for claim in claims] == ["trial 0 in full", "trial 4 in full", "trial 2 in full"]
+    assert [claim.values for claim in claims] == [search.tried(search.trials[number]) for number in (0, 4, 2)]
+    assert two.claim(0, BEFORE) == "wait" and one.parent == search.record
+    third.release()  # its process was killed
+    again = two.claim(0, BEFORE)
+    assert (trial_name(again.trial), again.attempt) == ("trial 2 in full", 2)
+    for claim, mmd in ((first, 0.9), (second, 0.5)):
+        finish(one, claim, mmd)
+    assert one.winner() is None  # one of them is not done
+    finish(two, again, 0.4)
+    assert trial_name(one.winner()) == "trial 2 in full"
+    one.enqueue_best(search, 2)
+    assert one.claim(0, BEFORE) is None  # none twice
+    assert len(search.trials) == 5
 
 
 def test_of_a_front_the_winner_costs_no_similarity(tmp_path):
     study = open_study(tmp_path, with_tune(objective="pareto"))
-    for kid, ssim in ((3.0, 0.7), (1.0, 0.6), (2.0, 0.8)):
+    for mmd, ssim in ((3.0, 0.7), (1.0, 0.6), (2.0, 0.8)):
         claim = study.claim(3, BEFORE)
         claim.trial.set_user_attr("metrics", {})
-        study.tell(claim, TrialState.COMPLETE, [1 - ssim, kid])
+        study.tell(claim, TrialState.COMPLETE, [1 - ssim, mmd])
     assert study.winner().number == 2
     assert {trial.number for trial in study.optuna.best_trials} == {1, 2}
 
