@@ -24,13 +24,22 @@ from medgen.data.weights import WEIGHTS, checked_weights
 from medgen.distributed import pick_device
 from medgen.errors import UserError
 from medgen.evaluation_data import EvaluationData, EvaluationInfo, group_numbers, save_evaluation
-from medgen.evaluation_report import NEXT_STEPS, NO_INCEPTION, Row, findings, key_numbers, print_table, write_page
+from medgen.evaluation_report import (
+    NEXT_STEPS,
+    NO_INCEPTION,
+    Row,
+    findings,
+    key_numbers,
+    print_table,
+    unrecognised_finding,
+    write_page,
+)
 from medgen.figures import write_grid, write_images, write_pairs, write_stacks
 from medgen.files import hash_file, write_atomic
 from medgen.metrics import generation, latent, privacy, reconstruction
 from medgen.metrics.c2st import MIN_GROUPS, linear_auc, network_auc
 from medgen.metrics.comparison import ImageSet
-from medgen.metrics.features import DomainExtractor, load_extractor
+from medgen.metrics.features import DomainExtractor, load_extractor, unrecognised_classes
 from medgen.metrics.inception import Inception, fid, inception_score, load_inception
 from medgen.metrics.intervals import Groups, Interval, group_rows, mean_interval
 from medgen.metrics.mmd import kid, median_distance, mmd
@@ -59,6 +68,7 @@ class Subject:
     prior: Prior
     extractor: DomainExtractor
     extractor_sha256: str
+    unrecognised: tuple[str, ...]  # classes that the extractor does not tell from the others
     inception: Inception | None  # not asked for, or its weights are not here
     device: torch.device
     params: Evaluate
@@ -157,6 +167,8 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
         write_images(project.images / "real", test)
     rows = key_numbers(metrics, pca, subject.num_latent)
     lines = findings(metrics)
+    if subject.conditional and subject.unrecognised:
+        lines.append(unrecognised_finding(subject.unrecognised))
     if "inception" in evaluate.extractors and subject.inception is None:
         lines.append(NO_INCEPTION)
     write_page(project.reports / "index.html", facts(subject), rows, lines)
@@ -298,8 +310,19 @@ def load(
             )
     if evaluate.num_generated < MIN_IMAGES:
         raise UserError(f"evaluate.num_generated: found {evaluate.num_generated}, expected at least {MIN_IMAGES}")
-    held_out, inception = store.split(split), find_inception(evaluate, device)
-    return Subject(store, held_out, model, info, prior, extractor.to(device), digest, inception, device, evaluate)
+    return Subject(
+        store=store,
+        held_out=store.split(split),
+        model=model,
+        info=info,
+        prior=prior,
+        extractor=extractor.to(device),
+        extractor_sha256=digest,
+        unrecognised=unrecognised_classes(project.features),
+        inception=find_inception(evaluate, device),
+        device=device,
+        params=evaluate,
+    )
 
 
 def find_inception(params: Evaluate, device: torch.device) -> Inception | None:
@@ -502,7 +525,7 @@ def judge_through_inception(subject: Subject, samples: Tensor, train: Tensor, he
 
 
 def swap_labels(subject: Subject) -> label_report.Swapped | None:
-    """Test images decoded with a wrong label, where the model looks at labels and the data has some."""
+    """Test images decoded with a wrong label; None for a model without labels or data without classes."""
     if not subject.model.conditional or len(subject.prior.frequencies) == 0:
         return None
     known, seed = subject.prior.frequencies > 0, seed_of(subject.params.seed, 2)
@@ -510,19 +533,36 @@ def swap_labels(subject: Subject) -> label_report.Swapped | None:
 
 
 def judge_labels(subject: Subject, samples: Tensor, swapped: label_report.Swapped | None) -> dict[str, float]:
-    """How often the domain classifier sees the label asked for, in samples, wrongly labelled and real images."""
-    asked, labels = subject.asked_labels, torch.from_numpy(subject.held_out.labels.copy())
-    if asked is None or len(subject.store.classes) < 2 or not bool((labels >= 0).any()):
-        return {}  # one class alone: the extractor has learnt quarter turns
-    shown = {"": (samples, asked), "_real": (pixels(subject.held_out), labels)}
-    if swapped:
-        shown["_wrong"] = (swapped.decoded, swapped.given)
-    return {
-        f"generation/label_agreement{of}": label_report.agreement(
-            subject.extractor, images, wanted, subject.params.batch_size
-        )
-        for of, (images, wanted) in shown.items()
+    """Balanced accuracy of the domain classifier on samples, wrongly labelled and real images, with intervals.
+
+    All are means over the same classes: those that the extractor recognises and that samples and real images have.
+    With fewer than two of them there is no metric; wrongly labelled images need all of them too.
+    """
+    labels, groups = torch.from_numpy(subject.held_out.labels.copy()), subject.held_out.patients
+    if subject.asked_labels is None:
+        return {}
+    sets: dict[str, tuple[Tensor, Tensor, Groups]] = {
+        "": (samples, subject.asked_labels, None),
+        "_real": (pixels(subject.held_out), labels, groups),
     }
+    recognised = {i for i, name in enumerate(subject.store.classes) if name not in subject.unrecognised}
+    classes = sorted(recognised.intersection(*(wanted.tolist() for _, wanted, _ in sets.values())))
+    if len(classes) < 2:
+        return {}
+    if swapped and set(classes) <= set(swapped.given.tolist()):
+        swapped_groups = None if groups is None else [groups[row] for row in swapped.rows.tolist()]
+        sets["_wrong"] = (swapped.decoded, swapped.given, swapped_groups)
+    return with_bounds(
+        {
+            f"label_accuracy{of}": label_report.balanced_accuracy(
+                label_report.answers(subject.extractor, images, wanted, subject.params.batch_size),
+                wanted,
+                classes,
+                keys,
+            )
+            for of, (images, wanted, keys) in sets.items()
+        }
+    )
 
 
 def view(subject: Subject, images: Tensor) -> ImageSet:
