@@ -102,6 +102,8 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
     rows += _privacy_numbers(metrics)
     if "generation/fd_inception" in m:
         rows += _inception_numbers(metrics)
+    if "generation/fd_local" in m:
+        rows += _network_numbers(metrics, "local", "local network")
     if "latent/kl_nats" in m:
         rows.append(Row("KL of the posterior", f"{m['latent/kl_nats']} nats", "", "what an image tells the latent"))
     rows += _label_numbers(metrics)
@@ -153,19 +155,27 @@ def _realism_numbers(metrics: Mapping[str, float]) -> list[Row]:
 
 
 def _inception_numbers(metrics: Mapping[str, float]) -> list[Row]:
-    """What published systems are compared by, with the numbers of images it hangs on."""
+    """Inception Score, FID and KID, by which published systems are compared."""
     m = {name: f"{value:.4g}" for name, value in metrics.items()}
-    sizes = f"{metrics['run/num_generated']:,.0f} samples against all {metrics['run/num_test']:,.0f} test images"
-    fid, kid = (f"{m[f'generation/{name}_inception_floor']} train images" for name in ("fd", "kid"))
     return [
-        Row("FID (Inception)", m["generation/fd_inception"], fid, f"{sizes}; higher with fewer, lower is better"),
-        Row("KID (Inception)", m["generation/kid_inception"], kid, "the same sets; not biased by their sizes"),
+        *_network_numbers(metrics, "inception", "Inception"),
         Row(
             "Inception Score",
             m["generation/inception_score"],
             f"{m['generation/inception_score_real']} of the test images",
             "classes of photographs that samples spread over; says little of medical images",
         ),
+    ]
+
+
+def _network_numbers(metrics: Mapping[str, float], key: str, name: str) -> list[Row]:
+    """Distances through a network trained on other images, with the numbers of images they depend on."""
+    m = {name: f"{value:.4g}" for name, value in metrics.items()}
+    sizes = f"{metrics['run/num_generated']:,.0f} samples against all {metrics['run/num_test']:,.0f} test images"
+    fid, kid = (f"{m[f'generation/{distance}_{key}_floor']} train images" for distance in ("fd", "kid"))
+    return [
+        Row(f"FID ({name})", m[f"generation/fd_{key}"], fid, f"{sizes}; higher with fewer, lower is better"),
+        Row(f"KID ({name})", m[f"generation/kid_{key}"], kid, "the same sets; not biased by their sizes"),
     ]
 
 

@@ -25,7 +25,7 @@ DIRECTIONS: dict[str, Direction] = {
     "reconstruction/(l1|mse)": "minimize",
     "reconstruction/(psnr|ssim|ms_ssim)": "maximize",
     "generation/mmd_domain": "minimize",
-    "generation/(kid|fd)_(domain|inception)": "minimize",
+    "generation/(kid|fd)_(domain|inception|local)": "minimize",
     "generation/inception_score": "maximize",
     "generation/(precision|recall|density|coverage)": "maximize",
     "generation/label_accuracy(_wrong)?": "maximize",
@@ -112,6 +112,7 @@ def choose_objective(name: str | None, target: str, image_side: int, evaluate: E
         raise UserError(f"tune.objective: {name!r} does not apply to a model that learns {target}s; expected {CHOICES}")
     if name == MS_SSIM and ms_ssim_window(image_side) is None:
         raise UserError(f"tune.objective: {name} needs larger images than {image_side} px; expected {SSIM}")
-    if "inception" in name and "inception" not in evaluate.extractors:
-        raise UserError(f"tune.objective: {name} needs evaluate.extractors: [domain, inception]")
+    for extractor in ("inception", "local"):
+        if extractor in name and extractor not in evaluate.extractors:
+            raise UserError(f"tune.objective: {name} needs evaluate.extractors: [domain, {extractor}]")
     return Objective(name, (name,), (direction,))

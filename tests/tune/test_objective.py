@@ -50,6 +50,7 @@ def test_of_small_images_the_front_trades_plain_ssim():
         ("pareto", "mask", 64, Evaluate(), "not a metric that can be maximized or minimized"),
         ("reconstruction/ms_ssim", "image", 64, Evaluate(), "larger images than 64"),
         ("generation/kid_inception", "image", 64, Evaluate(), r"evaluate.extractors: \[domain, inception\]"),
+        ("generation/kid_local", "image", 64, Evaluate(), r"evaluate.extractors: \[domain, local\]"),
     ],
 )
 def test_what_cannot_be_an_objective_is_refused_with_the_reason(name, target, side, evaluate, words):
