@@ -6,7 +6,7 @@ medgen evaluate
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,15 +24,25 @@ from medgen.data.weights import WEIGHTS, checked_weights
 from medgen.distributed import pick_device
 from medgen.errors import UserError
 from medgen.evaluation_data import EvaluationData, EvaluationInfo, group_numbers, save_evaluation
-from medgen.evaluation_report import NEXT_STEPS, NO_INCEPTION, Row, findings, key_numbers, print_table, write_page
+from medgen.evaluation_report import (
+    NEXT_STEPS,
+    NO_INCEPTION,
+    Row,
+    findings,
+    key_numbers,
+    print_table,
+    unrecognised_finding,
+    write_page,
+)
 from medgen.figures import write_grid, write_images, write_pairs, write_stacks
 from medgen.files import hash_file, write_atomic
 from medgen.metrics import generation, latent, privacy, reconstruction
 from medgen.metrics.c2st import MIN_GROUPS, linear_auc, network_auc
 from medgen.metrics.comparison import ImageSet
-from medgen.metrics.features import DomainExtractor, load_extractor
-from medgen.metrics.inception import Inception, fid, inception_score, load_inception
+from medgen.metrics.features import DomainExtractor, load_extractor, unrecognised_classes
+from medgen.metrics.inception import Inception, inception_score, load_inception
 from medgen.metrics.intervals import Groups, Interval, group_rows, mean_interval
+from medgen.metrics.local_network import LocalNetwork, load_local_network
 from medgen.metrics.mmd import kid, median_distance, mmd
 from medgen.metrics.spectrum import band_ratios, log_power, radial_power, spectrum_distance
 from medgen.models import GenerativeModel, ImageModel
@@ -59,7 +69,9 @@ class Subject:
     prior: Prior
     extractor: DomainExtractor
     extractor_sha256: str
+    unrecognised: tuple[str, ...]  # classes that the extractor does not tell from the others
     inception: Inception | None  # not asked for, or its weights are not here
+    local: LocalNetwork | None
     device: torch.device
     params: Evaluate
 
@@ -83,9 +95,13 @@ class Subject:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the weights of each network that samples are looked at through."""
+        """SHA-256 of the weights of each feature network."""
         known = {"domain": self.extractor_sha256}
-        return known if self.inception is None else known | {"inception": WEIGHTS["inception"].sha256}
+        if self.inception:
+            known["inception"] = WEIGHTS["inception"].sha256
+        if self.local:
+            known["local"] = self.local.params.sha256
+        return known
 
 
 class Views(NamedTuple):
@@ -135,8 +151,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     views = Views(*(view(subject, images) for images in (samples, train, test)))
     metrics |= judge_samples(subject, samples, test, views)
     metrics |= judge_data(subject, samples, train, test, views)
-    if subject.inception:
-        metrics |= judge_through_inception(subject, samples, train, test)
+    metrics |= judge_through_networks(subject, samples, train, test)
     copies, pairs = judge_privacy(subject, views, samples, train, test)
     metrics |= copies
     swapped = swap_labels(subject)
@@ -157,6 +172,8 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
         write_images(project.images / "real", test)
     rows = key_numbers(metrics, pca, subject.num_latent)
     lines = findings(metrics)
+    if subject.conditional and subject.unrecognised:
+        lines.append(unrecognised_finding(subject.unrecognised))
     if "inception" in evaluate.extractors and subject.inception is None:
         lines.append(NO_INCEPTION)
     write_page(project.reports / "index.html", facts(subject), rows, lines)
@@ -243,8 +260,7 @@ def judge(
     train, held_out = pixels(store.split("train")), pixels(subject.held_out)
     views = Views(*(view(subject, images) for images in (samples, train, held_out)))
     metrics |= judge_samples(subject, samples, held_out, views)
-    if subject.inception:
-        metrics |= judge_through_inception(subject, samples, train, held_out)
+    metrics |= judge_through_networks(subject, samples, train, held_out)
     metrics |= judge_privacy(subject, views, samples, train, held_out)[0]
     kept = save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
     return metrics | judge_labels(subject, samples, swap_labels(subject)), subject.hashes, kept
@@ -298,8 +314,20 @@ def load(
             )
     if evaluate.num_generated < MIN_IMAGES:
         raise UserError(f"evaluate.num_generated: found {evaluate.num_generated}, expected at least {MIN_IMAGES}")
-    held_out, inception = store.split(split), find_inception(evaluate, device)
-    return Subject(store, held_out, model, info, prior, extractor.to(device), digest, inception, device, evaluate)
+    return Subject(
+        store=store,
+        held_out=store.split(split),
+        model=model,
+        info=info,
+        prior=prior,
+        extractor=extractor.to(device),
+        extractor_sha256=digest,
+        unrecognised=unrecognised_classes(project.features),
+        inception=find_inception(evaluate, device),
+        local=find_local_network(evaluate, project.root, device),
+        device=device,
+        params=evaluate,
+    )
 
 
 def find_inception(params: Evaluate, device: torch.device) -> Inception | None:
@@ -312,6 +340,13 @@ def find_inception(params: Evaluate, device: torch.device) -> Inception | None:
         warning = f"warning: no Inception Score and no FID: {error}"
         Console(stderr=True, highlight=False).print(warning, style="yellow", markup=False, soft_wrap=True)
         return None
+
+
+def find_local_network(params: Evaluate, root: Path, device: torch.device) -> LocalNetwork | None:
+    """The network that evaluate.local describes, where evaluate.extractors holds it."""
+    if "local" not in params.extractors or params.local is None:
+        return None
+    return load_local_network(params.local, root).to(device)
 
 
 @torch.no_grad()
@@ -391,10 +426,8 @@ def judge_samples(subject: Subject, samples: Tensor, held_out: Tensor, views: Vi
 def judge_data(subject: Subject, samples: Tensor, train: Tensor, test: Tensor, views: Views) -> dict[str, float]:
     """The same measures of as many train images as there are samples, or all; and how diverse samples and tests are."""
     seed = seed_of(subject.params.seed)
-    rows = generation.thin(torch.arange(len(train)), min(len(train), subject.params.num_generated))
+    rows, groups = train_reference(subject)
     real = ImageSet(views.train.features[rows], views.train.power[rows])
-    keys = subject.store.split("train").patients
-    groups = None if keys is None else [keys[row] for row in rows.tolist()]
     floors = distances(real, views.held_out, views.bandwidth, subject.held_out.patients, groups)
     floors |= realism(subject, train[rows], real, test, views.held_out, groups)
     metrics = {f"generation/{name}_floor": interval.value for name, interval in floors.items()}
@@ -479,30 +512,57 @@ def judge_privacy(
     return metrics, privacy.closest_pairs(by_features, by_pixels, NUM_NEAREST)
 
 
-@torch.no_grad()
-def judge_through_inception(subject: Subject, samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
-    """The metrics of published systems: Inception Score, FID and KID, and their floors."""
-    assert subject.inception is not None
-    seed = seed_of(subject.params.seed)
-    thinned = generation.thin(train, min(len(train), subject.params.num_generated))
-    generated, real, held = (subject.inception(images) for images in (samples, thinned, held_out))
+def judge_through_networks(subject: Subject, samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
+    """Distances, with floors, through the networks that were trained on other images, and Inception's score."""
+    metrics: dict[str, float] = {}
+    rows, train_groups = train_reference(subject)
+    sets = (samples, train[rows], held_out)
+    if subject.inception:
+        outputs = [subject.inception(images) for images in sets]
+        metrics |= network_distances(subject, "inception", [output.features for output in outputs], train_groups)
+        seed = seed_of(subject.params.seed)
+        metrics["generation/inception_score"] = inception_score(outputs[0].logits, seed)
+        metrics["generation/inception_score_real"] = inception_score(outputs[2].logits, seed)
+    if subject.local:
+        metrics |= network_distances(subject, "local", [subject.local(images) for images in sets], train_groups)
+    return metrics
+
+
+def network_distances(
+    subject: Subject, name: str, features: Sequence[Tensor], train_groups: Groups
+) -> dict[str, float]:
+    """KID and Fréchet distance from the held-out images: of the samples, and of the train images as floors.
+
+    Args:
+        subject: whose held-out split gives the patients.
+        name: of the network, in the metrics' keys.
+        features: (N, D) of samples, train and held-out images.
+        train_groups: the train images' patients.
+    """
+    samples, train, held_out = features
     groups = subject.held_out.patients
-    found = kid(held.features, generated.features, groups)
+    found = kid(held_out, samples, groups)
     metrics = {
-        "inception_score": inception_score(generated.logits, seed),
-        "inception_score_real": inception_score(held.logits, seed),
-        "fd_inception": fid(held.features, generated.features),
-        "fd_inception_floor": fid(held.features, real.features),
-        "kid_inception": found.value,
-        "kid_inception_ci_low": found.low,
-        "kid_inception_ci_high": found.high,
-        "kid_inception_floor": kid(held.features, real.features, groups).value,
+        f"fd_{name}": generation.frechet_distance(held_out, samples),
+        f"fd_{name}_floor": generation.frechet_distance(held_out, train),
+        f"kid_{name}": found.value,
+        f"kid_{name}_ci_low": found.low,
+        f"kid_{name}_ci_high": found.high,
+        f"kid_{name}_floor": kid(held_out, train, groups, train_groups).value,
     }
-    return {f"generation/{name}": value for name, value in metrics.items()}
+    return {f"generation/{key}": value for key, value in metrics.items()}
+
+
+def train_reference(subject: Subject) -> tuple[Tensor, Groups]:
+    """Rows of as many train images as there are samples, or of all, and their patients."""
+    split = subject.store.split("train")
+    rows = generation.thin(torch.arange(len(split.images)), min(len(split.images), subject.params.num_generated))
+    keys = split.patients
+    return rows, None if keys is None else [keys[row] for row in rows.tolist()]
 
 
 def swap_labels(subject: Subject) -> label_report.Swapped | None:
-    """Test images decoded with a wrong label, where the model looks at labels and the data has some."""
+    """Test images decoded with a wrong label; None for a model without labels or data without classes."""
     if not subject.model.conditional or len(subject.prior.frequencies) == 0:
         return None
     known, seed = subject.prior.frequencies > 0, seed_of(subject.params.seed, 2)
@@ -510,19 +570,36 @@ def swap_labels(subject: Subject) -> label_report.Swapped | None:
 
 
 def judge_labels(subject: Subject, samples: Tensor, swapped: label_report.Swapped | None) -> dict[str, float]:
-    """How often the domain classifier sees the label asked for, in samples, wrongly labelled and real images."""
-    asked, labels = subject.asked_labels, torch.from_numpy(subject.held_out.labels.copy())
-    if asked is None or len(subject.store.classes) < 2 or not bool((labels >= 0).any()):
-        return {}  # one class alone: the extractor has learnt quarter turns
-    shown = {"": (samples, asked), "_real": (pixels(subject.held_out), labels)}
-    if swapped:
-        shown["_wrong"] = (swapped.decoded, swapped.given)
-    return {
-        f"generation/label_agreement{of}": label_report.agreement(
-            subject.extractor, images, wanted, subject.params.batch_size
-        )
-        for of, (images, wanted) in shown.items()
+    """Balanced accuracy of the domain classifier on samples, wrongly labelled and real images, with intervals.
+
+    All are means over the same classes: those that the extractor recognises and that samples and real images have.
+    With fewer than two of them there is no metric; wrongly labelled images need all of them too.
+    """
+    labels, groups = torch.from_numpy(subject.held_out.labels.copy()), subject.held_out.patients
+    if subject.asked_labels is None:
+        return {}
+    sets: dict[str, tuple[Tensor, Tensor, Groups]] = {
+        "": (samples, subject.asked_labels, None),
+        "_real": (pixels(subject.held_out), labels, groups),
     }
+    recognised = {i for i, name in enumerate(subject.store.classes) if name not in subject.unrecognised}
+    classes = sorted(recognised.intersection(*(wanted.tolist() for _, wanted, _ in sets.values())))
+    if len(classes) < 2:
+        return {}
+    if swapped and set(classes) <= set(swapped.given.tolist()):
+        swapped_groups = None if groups is None else [groups[row] for row in swapped.rows.tolist()]
+        sets["_wrong"] = (swapped.decoded, swapped.given, swapped_groups)
+    return with_bounds(
+        {
+            f"label_accuracy{of}": label_report.balanced_accuracy(
+                label_report.answers(subject.extractor, images, wanted, subject.params.batch_size),
+                wanted,
+                classes,
+                keys,
+            )
+            for of, (images, wanted, keys) in sets.items()
+        }
+    )
 
 
 def view(subject: Subject, images: Tensor) -> ImageSet:

@@ -1,5 +1,6 @@
 """What an evaluation leaves to read: a table in the terminal, and reports/index.html with the pictures in it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,6 @@ LOW_USAGE = 0.5  # of a codebook
 BLURRED = 0.8  # share of real images' power in the finest band, below which a person sees blur
 VIEWS = ("spectrum", "domain", "pixels")  # what classifiers look at
 VISIBLE = 1.645 + 0.842  # standard errors that a one-sided test at 5 % finds 4 times out of 5
-LABEL_TOLERANCE = 0.05  # by which samples may agree less with their label than real images do
 ADVICE_ON_COPIES = (
     "Look at the closest pairs below, and hand out neither samples nor model. Bring more images, train shorter, or "
     "take a smaller latent (model.latent_channels) or a simpler prior (prior.name)."
@@ -102,6 +102,8 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
     rows += _privacy_numbers(metrics)
     if "generation/fd_inception" in m:
         rows += _inception_numbers(metrics)
+    if "generation/fd_local" in m:
+        rows += _network_numbers(metrics, "local", "local network")
     if "latent/kl_nats" in m:
         rows.append(Row("KL of the posterior", f"{m['latent/kl_nats']} nats", "", "what an image tells the latent"))
     rows += _label_numbers(metrics)
@@ -153,19 +155,27 @@ def _realism_numbers(metrics: Mapping[str, float]) -> list[Row]:
 
 
 def _inception_numbers(metrics: Mapping[str, float]) -> list[Row]:
-    """What published systems are compared by, with the numbers of images it hangs on."""
+    """Inception Score, FID and KID, by which published systems are compared."""
     m = {name: f"{value:.4g}" for name, value in metrics.items()}
-    sizes = f"{metrics['run/num_generated']:,.0f} samples against all {metrics['run/num_test']:,.0f} test images"
-    fid, kid = (f"{m[f'generation/{name}_inception_floor']} train images" for name in ("fd", "kid"))
     return [
-        Row("FID (Inception)", m["generation/fd_inception"], fid, f"{sizes}; higher with fewer, lower is better"),
-        Row("KID (Inception)", m["generation/kid_inception"], kid, "the same sets; not biased by their sizes"),
+        *_network_numbers(metrics, "inception", "Inception"),
         Row(
             "Inception Score",
             m["generation/inception_score"],
             f"{m['generation/inception_score_real']} of the test images",
             "classes of photographs that samples spread over; says little of medical images",
         ),
+    ]
+
+
+def _network_numbers(metrics: Mapping[str, float], key: str, name: str) -> list[Row]:
+    """Distances through a network trained on other images, with the numbers of images they depend on."""
+    m = {name: f"{value:.4g}" for name, value in metrics.items()}
+    sizes = f"{metrics['run/num_generated']:,.0f} samples against all {metrics['run/num_test']:,.0f} test images"
+    fid, kid = (f"{m[f'generation/{distance}_{key}_floor']} train images" for distance in ("fd", "kid"))
+    return [
+        Row(f"FID ({name})", m[f"generation/fd_{key}"], fid, f"{sizes}; higher with fewer, lower is better"),
+        Row(f"KID ({name})", m[f"generation/kid_{key}"], kid, "the same sets; not biased by their sizes"),
     ]
 
 
@@ -189,16 +199,22 @@ def _privacy_numbers(metrics: Mapping[str, float]) -> list[Row]:
 
 
 def _label_numbers(metrics: Mapping[str, float]) -> list[Row]:
-    """How often the classifier sees the label that an image was made for."""
-    if "generation/label_agreement" not in metrics:
-        return []
-    real = f"{metrics['generation/label_agreement_real']:.1%} of real test images"
-    reading = "share in which the domain classifier sees the label asked for"
-    rows = [Row("Label agreement of samples", f"{metrics['generation/label_agreement']:.1%}", real, reading)]
-    if "generation/label_agreement_wrong" in metrics:
-        wrong, reading = f"{metrics['generation/label_agreement_wrong']:.1%}", "test images decoded with a wrong label"
-        rows.append(Row("  with a wrong label", wrong, real, f"{reading}: the wrong one is seen"))
+    """The classifier's accuracy on samples and on wrongly labelled images, each with that on real images."""
+    rows = []
+    names = {
+        "label_accuracy": ("Label accuracy of samples", "the domain classifier finds the class asked for"),
+        "label_accuracy_wrong": ("  with a wrong label", "test images decoded with a wrong label: that one is found"),
+    }
+    for key, (name, reading) in names.items():
+        if f"generation/{key}" in metrics:
+            value, real = _percentage(metrics, key), _percentage(metrics, "label_accuracy_real")
+            rows.append(Row(name, value, f"{real} of real test images", f"mean over classes; {reading}"))
     return rows
+
+
+def _percentage(metrics: Mapping[str, float], key: str) -> str:
+    error = metrics[f"generation/{key}_ci_high"] - metrics[f"generation/{key}"]
+    return f"{metrics[f'generation/{key}']:.1%} ± {100 * error:.1f}"
 
 
 def findings(metrics: Mapping[str, float]) -> list[str]:
@@ -306,18 +322,35 @@ def _privacy_findings(metrics: Mapping[str, float]) -> list[str]:
 
 def _label_findings(metrics: Mapping[str, float]) -> list[str]:
     found = []
-    real = metrics.get("generation/label_agreement_real", 0.0)
-    if (agreement := metrics.get("generation/label_agreement", 1.0)) < real - LABEL_TOLERANCE:
+    samples, wrong, real = (f"generation/label_accuracy{of}" for of in ("", "_wrong", "_real"))
+    if _clearly_below(metrics, samples, real):
         found.append(
-            f"Samples show the class they were asked for less often than real images show theirs ({agreement:.0%} "
-            f"against {real:.0%} by the domain classifier): the classes are blurred in what is generated."
+            "Samples show the class they were asked for less often than real images show theirs "
+            f"({metrics[samples]:.0%} and {metrics[real]:.0%} by the domain classifier): the classes are blurred."
         )
-    if (agreement := metrics.get("generation/label_agreement_wrong", 1.0)) < real - LABEL_TOLERANCE:
+    if _clearly_below(metrics, wrong, real):
         found.append(
-            f"Decoded with a wrong label, test images show it in {agreement:.0%} only: the latent still says the "
-            f"class. To mend it, {_say_less(metrics)} (model.latent_channels)."
+            f"Decoded with a wrong label, test images show it in {metrics[wrong]:.0%} only: the latent still holds the "
+            f"class. To change that, {_say_less(metrics)} (model.latent_channels)."
         )
     return found
+
+
+def _clearly_below(metrics: Mapping[str, float], name: str, reference: str) -> bool:
+    """True if the 95 % interval of the difference of two independent metrics lies below 0."""
+    if name not in metrics:
+        return False
+    upper, lower = metrics[f"{name}_ci_high"] - metrics[name], metrics[reference] - metrics[f"{reference}_ci_low"]
+    return metrics[reference] - metrics[name] > math.hypot(upper, lower)
+
+
+def unrecognised_finding(classes: Sequence[str]) -> str:
+    """A sentence on classes that the domain extractor does not recognise."""
+    return (
+        f"The domain extractor does not recognise {', '.join(classes)} on validation images (`medgen features` prints "
+        "its accuracies): label accuracy leaves these classes out, and the other measures through it may overlook "
+        "them. Raise features.epochs, or bring more images of these classes."
+    )
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -43,18 +43,22 @@ class Validation:
         """Mean accuracy over classes; None where no image has a label."""
         return sum(self.accuracy.values()) / len(self.accuracy) if self.accuracy else None
 
-    def classes_at_chance(self, num_classes: int) -> list[str]:
-        """Classes whose accuracy guessing one of `num_classes` may give too."""
-        chance = 1 / num_classes
-        error = math.sqrt(chance * (1 - chance))
+    def unrecognised_classes(self, names: Sequence[str]) -> list[str]:
+        """Those of the classes (or turns) whose accuracy is not clearly above guessing, or only a little above it.
+
+        It must exceed chance by 1.96 standard errors and by a quarter of the way to 1. A class without images fails.
+        """
+        chance = 1 / len(names)
+        error = NORMAL_QUANTILE * math.sqrt(chance * (1 - chance))
         return [
             name
-            for name, value in self.accuracy.items()
-            if value - chance <= NORMAL_QUANTILE * error / math.sqrt(self.num_images[name])
+            for name in names
+            if name not in self.accuracy
+            or self.accuracy[name] - chance <= max((1 - chance) / 4, error / math.sqrt(self.num_images[name]))
         ]
 
-    def degradations_at_chance(self, num_images: int) -> list[str]:
-        """Degradations whose AUC an extractor that does not see them may give too, by Mann and Whitney's test."""
+    def unrecognised_degradations(self, num_images: int) -> list[str]:
+        """Degradations whose AUC is not clearly above 0.5, by Mann and Whitney's test."""
         error = math.sqrt((2 * num_images + 1) / (12 * num_images**2)) if num_images else 0.0
         return [name for name, value in self.degradation_auc.items() if value - 0.5 <= NORMAL_QUANTILE * error]
 
@@ -95,7 +99,8 @@ def run(project: Project, *, features: Features) -> float | None:
         validation = Loader(store.split("val"), 2 * features.batch_size, device)
         found = validate(extractor, validation, names, by_class, generator)
     accuracy = found.balanced_accuracy
-    unknown, unseen = found.classes_at_chance(len(names)), found.degradations_at_chance(store.counts["val"])
+    classes = found.unrecognised_classes(names)
+    degradations = found.unrecognised_degradations(store.counts["val"])
     facts = {
         "task": "classes" if by_class else "quarter turns",
         "classes": list(store.classes),
@@ -104,12 +109,12 @@ def run(project: Project, *, features: Features) -> float | None:
         "val_accuracy": {name: rounded(value) for name, value in found.accuracy.items()},
         "val_images": found.num_images,
         "val_degradation_auc": {name: rounded(value) for name, value in found.degradation_auc.items()},
-        "at_chance": {"classes": unknown, "degradations": unseen},
+        "unrecognised": {"classes": classes, "degradations": degradations},
         "features": features.model_dump(mode="json"),
     }
     digest = save_extractor(project.features, extractor, facts)
     report(store, by_class, found, digest)
-    warn(unknown, unseen, names)
+    warn(classes, degradations, len(names))
     return accuracy
 
 
@@ -272,16 +277,16 @@ def report(store: Store, by_class: bool, found: Validation, digest: str) -> None
     console.print(shown)
 
 
-def warn(classes: Sequence[str], degradations: Sequence[str], names: Sequence[str]) -> None:
-    """Prints a warning for each class and degradation that the extractor tells no better than chance."""
+def warn(classes: Sequence[str], degradations: Sequence[str], num_classes: int) -> None:
+    """Prints a warning for each class and degradation that the extractor does not recognise."""
     lines = [
-        f"warning: the domain extractor does not recognise {name}: its validation accuracy is not clearly above chance "
-        f"(1/{len(names)}). Raise features.epochs, or bring more images of it"
+        f"warning: the domain extractor does not recognise {name}: its accuracy on validation images is not clearly "
+        f"above chance (1/{num_classes}). Raise features.epochs, or bring more images of it"
         for name in classes
     ]
     lines += [
-        f"warning: the domain extractor does not see {name}: its AUC on validation images is not clearly above chance "
-        "(0.5). Raise features.epochs"
+        f"warning: the domain extractor does not recognise {name}: its AUC on validation images is not clearly above "
+        "chance (0.5). Raise features.epochs"
         for name in degradations
     ]
     for line in lines:

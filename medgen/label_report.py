@@ -1,7 +1,7 @@
-"""Whether a label does what it says: what an independent classifier sees in images that were made for a label.
+"""Compares the class that a classifier finds in an image with the label the image was made for.
 
-The classifier is the domain extractor, trained on real images alone. Beside its agreement with the label that was
-given stands its accuracy on real test images: more cannot be asked of a sample.
+The classifier is the domain extractor, trained on real images alone. Its accuracy on real test images is the reference:
+more cannot be asked of a sample.
 
 Shapes: N images, C channels, H W height and width, K classes.
 """
@@ -17,6 +17,7 @@ from medgen.data.store import Split
 from medgen.figures import write_stacks
 from medgen.metrics.features import DomainExtractor
 from medgen.metrics.generation import thin
+from medgen.metrics.intervals import Groups, Interval, group_rows
 from medgen.models import GenerativeModel
 
 MAX_SWAPPED = 1000
@@ -33,6 +34,7 @@ class Swapped:
     decoded: Tensor  # (N, C, H, W) in [0, 1]
     true: Tensor  # (N,)
     given: Tensor  # (N,)
+    rows: Tensor  # (N,) of the test split
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def swap_labels(model: GenerativeModel, test: Split, known: Tensor, batch_size: 
     for part in torch.split(torch.arange(len(rows)), batch_size):
         latent = model.encode(original[part].to(device).float() / 255.0, true[part].to(device)).mean
         decoded.append(model.decode(latent, given[part].to(device)).float().cpu())
-    return Swapped(original, torch.cat(decoded), true, given)
+    return Swapped(original, torch.cat(decoded), true, given, rows)
 
 
 def other_labels(true: Tensor, known: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,19 +66,45 @@ def other_labels(true: Tensor, known: Tensor, generator: torch.Generator) -> Ten
 
 
 @torch.no_grad()
-def agreement(extractor: DomainExtractor, images: Tensor, labels: Tensor, batch_size: int) -> float:
-    """Share of images (N, C, H, W), uint8 or floats in [0, 1], in which the classifier sees their label (N,).
-
-    Images without a label (-1) are left out.
-    """
+def answers(extractor: DomainExtractor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+    """For each image (N, C, H, W), uint8 or floats in [0, 1]: True where the class found is its label (N,)."""
     device = next(extractor.parameters()).device
-    images, labels = images[labels >= 0], labels[labels >= 0]
-    agreed = 0
-    for part, wanted in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
+    found = []
+    for part in torch.split(images, batch_size):
         part = part.to(device)
         scores = extractor.logits(part if part.is_floating_point() else part.float() / 255.0)
-        agreed += int((scores.argmax(dim=1).cpu() == wanted).sum())
-    return agreed / len(labels)
+        found.append(scores.argmax(dim=1).cpu())
+    return torch.cat(found) == labels
+
+
+def balanced_accuracy(correct: Tensor, labels: Tensor, classes: Sequence[int], groups: Groups = None) -> Interval:
+    """Mean over classes of the share of right answers, so that sets of different class mixes can be compared.
+
+    The error is the linearised one of a mean of ratios over groups. Where answers hardly vary, as when all are right,
+    it is at least that of independent answers with one right and one wrong added to each class.
+
+    Args:
+        correct: (N,) of True and False.
+        labels: (N,); images of other classes than `classes` do not count.
+        classes: each has an image at least.
+        groups: N keys, such as each image's patient: answers on one patient's images resemble one another.
+
+    Returns:
+        The accuracy and its 95 % interval, which may exceed [0, 1].
+    """
+    correct = correct.double()
+    influence = torch.zeros_like(correct)
+    shares, least = [], 0.0
+    for label in classes:
+        rows = (labels == label).nonzero()[:, 0]
+        count, share = len(rows), correct[rows].mean()
+        shares.append(float(share))
+        influence[rows] = (correct[rows] - share) / (count * len(classes))
+        smoothed = (float(correct[rows].sum()) + 1) / (count + 2)
+        least += smoothed * (1 - smoothed) / count / len(classes) ** 2
+    sums = torch.stack([influence[rows].sum() for rows in group_rows(len(labels), groups)])
+    variance = float(sums.square().sum()) * len(sums) / max(1, len(sums) - 1)
+    return Interval.of(sum(shares) / len(shares), max(variance, least) ** 0.5)
 
 
 def draw(figures: Path, swapped: Swapped, classes: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ MAIN_METRICS = (  # shown, where a model has them
     "generation/mmd_domain",
     "generation/kid_domain",
     "generation/fd_domain",
-    "generation/label_agreement",
+    "generation/label_accuracy",
 )
 
 

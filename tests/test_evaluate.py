@@ -12,12 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from medgen import bundle, evaluate, features
-from medgen.config import Evaluate, Features, Model, Preprocess, Prior, Project, Tracking
+from medgen.config import Evaluate, Features, LocalNetwork, Model, Preprocess, Prior, Project, Tracking
 from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
 from medgen.evaluation_report import findings
 from medgen.figures import write_grid
+from medgen.files import hash_file
 from medgen.metrics import generation, inception, mmd, reconstruction
+from medgen.metrics.local_network import load_local_network
 from medgen.metrics.privacy import CERTAIN, plausible
 from medgen.models import build_model
 from medgen.priors import FITTED, save_prior
@@ -44,7 +46,7 @@ KEYS = {
         for of in ("", "_ci_low", "_ci_high", "_real")
     ),
     *(f"generation/ms_ssim_diversity{of}" for of in ("", "_real")),
-    *(f"generation/label_agreement{of}" for of in ("", "_real")),
+    *(f"generation/label_accuracy{of}{end}" for of in ("", "_real") for end in ("", "_ci_low", "_ci_high")),
     *(f"privacy/copy_rate{by}" for by in ("", "_features", "_pixels", "_plausible")),
     "privacy/nearest_over_limit",
     *(f"privacy/nearest_train_ratio{by}" for by in ("", "_pixels")),
@@ -83,6 +85,8 @@ def trained(project: Project, prior: str = "gmm", conditional: bool = True) -> P
         project.prior, FITTED[prior].fit(means, labels, len(store.classes), params), bundle.digest(project.model)
     )
     features.run(project, features=Features(width=8, epochs=1))
+    description = project.features / "extractor.json"  # one epoch teaches it nothing, but labels are to be evaluated
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"unrecognised": {}}))
     return project
 
 
@@ -310,6 +314,38 @@ def test_without_weights_the_inception_metrics_are_absent_and_it_is_said_how_to_
     assert not project.images.exists()
 
 
+def test_a_network_from_a_local_file_gives_distances_with_floors(
+    judged: tuple[Project, dict[str, float]], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+    from torchvision.models import resnet18
+
+    project = Project(tmp_path)
+    shutil.copytree(judged[0].root / "artifacts", tmp_path / "artifacts")
+    torch.manual_seed(0)
+    save_file(resnet18(weights=None).state_dict(), tmp_path / "radiology.safetensors")
+    digest = hash_file(tmp_path / "radiology.safetensors")
+    local = LocalNetwork(path="radiology.safetensors", sha256=digest, architecture="resnet18", image_size=32)
+    params = SMALL.model_copy(update={"extractors": ("domain", "local"), "local": local, "save_images": True})
+    metrics = evaluate.run(project, evaluate=params, tracking=OFF)
+
+    more = {"fd_local", "fd_local_floor", "kid_local", "kid_local_ci_low", "kid_local_ci_high", "kid_local_floor"}
+    assert set(metrics) == set(judged[1]) | {f"generation/{name}" for name in more}
+    network = load_local_network(local, tmp_path)
+    seen, other = (network(bytes_of(project.images / name)) for name in ("generated", "real"))
+    expected = generation.frechet_distance(other, seen)
+    assert metrics["generation/fd_local"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["generation/kid_local"] > metrics["generation/kid_local_floor"]
+    found = json.loads((project.reports / "provenance.json").read_text())["extractors"]
+    assert found["local"]["sha256"] == digest
+    page = (project.reports / "index.html").read_text()
+    assert "FID (local network)" in page and "KID (local network)" in page
+
+    wrong = params.model_copy(update={"local": local.model_copy(update={"sha256": "0" * 64})})
+    with pytest.raises(UserError, match=f"SHA-256 is {digest}, but"):
+        evaluate.run(project, evaluate=wrong, tracking=OFF)
+
+
 def test_labels_follow_the_train_splits_mix() -> None:
     labels = evaluate.proportional_labels(torch.tensor([0.5, 0.0, 0.26, 0.24]), 10)
     assert torch.bincount(labels, minlength=4).tolist() == [5, 0, 3, 2]
@@ -425,8 +461,10 @@ def test_without_patients_enough_the_findings_say_so() -> None:
 def test_advice_names_the_kl_weight_only_where_there_is_one(has_kl: bool) -> None:
     metrics = GOOD | {
         "generation/c2st_auc_ci_low": 0.9,
-        "generation/label_agreement_real": 0.9,
-        "generation/label_agreement_wrong": 0.1,
+        "generation/label_accuracy_real": 0.9,
+        "generation/label_accuracy_real_ci_low": 0.85,
+        "generation/label_accuracy_wrong": 0.1,
+        "generation/label_accuracy_wrong_ci_high": 0.15,
         "latent/codebook_usage": 0.1,
     }
     text = " ".join(findings(metrics | ({"latent/kl_nats": 9.0} if has_kl else {})))

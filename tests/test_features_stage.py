@@ -98,22 +98,23 @@ def test_it_says_what_it_can_tell_and_what_not(tmp_path: Path, capsys: pytest.Ca
     assert description["val_accuracy"]["disc"] > 0.9
     assert description["val_images"] == {"bar": 16, "disc": 16, "same": 16}
     assert description["val_degradation_auc"]["jpeg"] > 0.9
-    unknown = description["at_chance"]["classes"]
-    assert set(unknown) & {"bar", "same"}
-    assert "disc" not in unknown
+    unrecognised = description["unrecognised"]
+    assert set(unrecognised["classes"]) & {"bar", "same"}
+    assert "disc" not in unrecognised["classes"]
     output = capsys.readouterr()
     assert "disc" in output.out
-    for name in [*unknown, *description["at_chance"]["degradations"]]:
-        assert f"does not recognise {name}" in output.err or f"does not see {name}" in output.err
+    assert output.err.count("does not recognise") == len(unrecognised["classes"]) + len(unrecognised["degradations"])
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "num_images", "at_chance"),
-    [(0.30, 13, True), (0.55, 13, True), (0.62, 13, False), (0.40, 400, False), (1.0, 1, True)],
+    ("accuracy", "num_images", "recognised"),
+    [(0.30, 13, False), (0.55, 13, False), (0.62, 13, True), (0.40, 4000, False), (0.55, 400, True), (1.0, 1, False)],
 )
-def test_chance_level_of_a_class_depends_on_its_images(accuracy: float, num_images: int, at_chance: bool) -> None:
-    found = features.Validation({"a": accuracy}, {"a": num_images}, {})
-    assert bool(found.classes_at_chance(3)) == at_chance
+def test_a_class_is_recognised_if_its_accuracy_is_clearly_above_chance(
+    accuracy: float, num_images: int, recognised: bool
+) -> None:
+    found = features.Validation({"a": accuracy, "b": 0.9}, {"a": num_images, "b": 100}, {})
+    assert found.unrecognised_classes(["a", "b", "without images"]) == [*(["a"] * (not recognised)), "without images"]
 
 
 def test_area_under_the_curve_is_the_share_of_ordered_pairs() -> None:

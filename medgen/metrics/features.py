@@ -225,16 +225,8 @@ def load_extractor(folder: Path, dataset: str | None = None) -> tuple[DomainExtr
     Raises:
         UserError: there is none, it is damaged, or trained on other data.
     """
-    path = folder / DESCRIPTION
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        weights = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: not found; run `medgen features` (or `dvc repro`) first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); run `medgen features` again") from None
-    if not isinstance(description, dict) or description.get("schema") != SCHEMA:
-        raise UserError(f"{path}: expected an extractor of schema {SCHEMA}; run `medgen features` again")
+    path, description = folder / DESCRIPTION, _describe(folder)
+    weights = _read(folder / WEIGHTS)
     if dataset is not None and description.get("dataset") != dataset:
         raise UserError(
             f"{path}: trained on dataset {description.get('dataset')}, but the store is now {dataset}; "
@@ -251,3 +243,32 @@ def load_extractor(folder: Path, dataset: str | None = None) -> tuple[DomainExtr
     except (ValidationError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: does not describe {WEIGHTS} ({error}); run `medgen features` again") from None
     return extractor.eval(), digest
+
+
+def unrecognised_classes(folder: Path) -> tuple[str, ...]:
+    """Classes that the extractor does not tell from the others on validation images.
+
+    Raises:
+        UserError: there is no extractor, or its description is damaged.
+    """
+    unrecognised = _describe(folder).get("unrecognised", {})
+    return tuple(unrecognised.get("classes", ()))
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    """The checked content of extractor.json."""
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(_read(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); run `medgen features` again") from None
+    if not isinstance(description, dict) or description.get("schema") != SCHEMA:
+        raise UserError(f"{path}: expected an extractor of schema {SCHEMA}; run `medgen features` again")
+    return description
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run `medgen features` (or `dvc repro`) first") from None

@@ -2,7 +2,7 @@
 
 inception = load_inception(checked_weights("inception"))
 seen = inception(generated)
-fid(inception(real).features, seen.features), inception_score(seen.logits)
+frechet_distance(inception(real).features, seen.features), inception_score(seen.logits)  # FID, IS
 """
 
 import io
@@ -85,22 +85,6 @@ def to_bytes(images: Tensor) -> Tensor:
     if images.is_floating_point():
         images = (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
     return images.expand(-1, 3, -1, -1)
-
-
-def fid(real: Tensor, generated: Tensor) -> float:
-    """Fréchet Inception distance of two sets of features, (N, D) and (M, D), by torchmetrics, in float64.
-
-    Biased upward in small sets, and much so with fewer images than the 2,048 features: compare only with
-    figures from sets of the same sizes.
-
-    Source: Heusel et al.: GANs trained by a two time-scale update rule, 2017, eq. 6.
-    """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=_AsTheyAre(real.shape[1]))
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
-    return max(0.0, float(metric.compute()))
 
 
 def inception_score(logits: Tensor, seed: int = 0) -> float:

@@ -44,7 +44,7 @@ MARKS = (  # metric, its name, its reference, and how to read the two
     ("generation/kid_domain", "KID of samples", "generation/kid_domain_floor", "train images; 0 is best"),
     ("generation/precision", "Precision of samples", "generation/precision_real", "train images"),
     ("generation/recall", "Recall of samples", "generation/recall_real", "train images"),
-    ("generation/label_agreement", "Label agreement", "generation/label_agreement_real", "of real test images"),
+    ("generation/label_accuracy", "Label accuracy", "generation/label_accuracy_real", "of real test images"),
     ("privacy/copy_rate", "Copies of train images", "privacy/copy_rate_plausible", "the largest rate by chance"),
     (
         "segmentation/dice_foreground",

@@ -200,6 +200,7 @@ def prepare(project: Project, params: Params, trials: int, timeout: float | None
     objective = objective_of(project, params)
     if any("inception" in key for key in objective.keys):
         checked_weights("inception")
+    evaluate.find_local_network(first.evaluate, project.root, torch.device("cpu"))
     name = study_name(params, space, objective, store.fingerprint, extractor)
     if confirms:
         params = in_full(params)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from rich.console import Console
+
 from medgen.config import Evaluate
 from medgen.errors import UserError
 from medgen.metrics.reconstruction import ms_ssim_window
@@ -17,15 +19,16 @@ MS_SSIM = "reconstruction/ms_ssim"
 MMD = "generation/mmd_domain"
 RECALL = "generation/recall"
 DICE = "segmentation/dice_foreground"
+LABEL_KEY, OLD_LABEL_KEY = "generation/label_accuracy", "generation/label_agreement"
 # keys of docs/contract.md for which higher or lower is better; the others describe
 DIRECTIONS: dict[str, Direction] = {
     "reconstruction/(l1|mse)": "minimize",
     "reconstruction/(psnr|ssim|ms_ssim)": "maximize",
     "generation/mmd_domain": "minimize",
-    "generation/(kid|fd)_(domain|inception)": "minimize",
+    "generation/(kid|fd)_(domain|inception|local)": "minimize",
     "generation/inception_score": "maximize",
     "generation/(precision|recall|density|coverage)": "maximize",
-    "generation/label_agreement(_wrong)?": "maximize",
+    "generation/label_accuracy(_wrong)?": "maximize",
     "latent/(active_units|codebook_usage|codebook_perplexity)": "maximize",
     "privacy/copy_rate(_features|_pixels)?": "minimize",
     "segmentation/(dice|iou)_(foreground|[0-9]+)": "maximize",
@@ -85,6 +88,11 @@ def choose_objective(name: str | None, target: str, image_side: int, evaluate: E
     Raises:
         UserError: it is a loss, no metric, one without a direction, or not one of this model's.
     """
+    if name and name.startswith(OLD_LABEL_KEY):
+        renamed = name.replace(OLD_LABEL_KEY, LABEL_KEY)
+        warning = f"warning: tune.objective: {name} is now {renamed} (a mean over classes); name that one"
+        Console(stderr=True, highlight=False).print(warning, style="yellow", markup=False, soft_wrap=True)
+        name = renamed
     name = name or (MMD if target == "image" else DICE)
     if name == "loss" or name.startswith(("train/", "val/")):
         raise UserError(
@@ -104,6 +112,7 @@ def choose_objective(name: str | None, target: str, image_side: int, evaluate: E
         raise UserError(f"tune.objective: {name!r} does not apply to a model that learns {target}s; expected {CHOICES}")
     if name == MS_SSIM and ms_ssim_window(image_side) is None:
         raise UserError(f"tune.objective: {name} needs larger images than {image_side} px; expected {SSIM}")
-    if "inception" in name and "inception" not in evaluate.extractors:
-        raise UserError(f"tune.objective: {name} needs evaluate.extractors: [domain, inception]")
+    for extractor in ("inception", "local"):
+        if extractor in name and extractor not in evaluate.extractors:
+            raise UserError(f"tune.objective: {name} needs evaluate.extractors: [domain, {extractor}]")
     return Objective(name, (name,), (direction,))

@@ -50,6 +50,7 @@ def test_of_small_images_the_front_trades_plain_ssim():
         ("pareto", "mask", 64, Evaluate(), "not a metric that can be maximized or minimized"),
         ("reconstruction/ms_ssim", "image", 64, Evaluate(), "larger images than 64"),
         ("generation/kid_inception", "image", 64, Evaluate(), r"evaluate.extractors: \[domain, inception\]"),
+        ("generation/kid_local", "image", 64, Evaluate(), r"evaluate.extractors: \[domain, local\]"),
     ],
 )
 def test_what_cannot_be_an_objective_is_refused_with_the_reason(name, target, side, evaluate, words):
@@ -59,10 +60,16 @@ def test_what_cannot_be_an_objective_is_refused_with_the_reason(name, target, si
 
 
 def test_a_model_without_the_metric_says_so():
-    with pytest.raises(UserError, match="label_agreement_wrong is not among this model's metrics"):
-        choose_objective("generation/label_agreement_wrong", "image", 64, Evaluate()).values(
+    with pytest.raises(UserError, match="label_accuracy_wrong is not among this model's metrics"):
+        choose_objective("generation/label_accuracy_wrong", "image", 64, Evaluate()).values(
             {"reconstruction/ssim": 1.0}
         )
+
+
+def test_the_former_name_of_label_accuracy_is_read_with_a_warning(capsys):
+    objective = choose_objective("generation/label_agreement_wrong", "image", 64, Evaluate())
+    assert objective.name == "generation/label_accuracy_wrong"
+    assert "label_agreement_wrong is now generation/label_accuracy_wrong" in capsys.readouterr().err
 
 
 @pytest.mark.slow

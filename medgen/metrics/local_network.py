@@ -1,0 +1,148 @@
+"""Features of a network from a local file, such as one trained on radiographs.
+
+network = load_local_network(params.evaluate.local, root)
+network(images)  # (N, D)
+
+The file is safetensors weights of a torchvision architecture, or a TorchScript program. It is read once, its SHA-256 is
+checked before anything in it is loaded, and nothing in it is unpickled by Python.
+"""
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medgen.config import LocalNetwork as Params
+from medgen.errors import UserError
+
+_HEADS = {"resnet18": "fc", "resnet34": "fc", "resnet50": "fc", "densenet121": "classifier"}  # replaced by the identity
+_BATCH_SIZE = 16
+_MAX_NAMED = 3  # tensors in a message
+
+
+class LocalNetwork:
+    """Images of any size -> features (N, D), on the CPU.
+
+    Grey is repeated to three channels; images are resized (bilinear, antialiased) and standardised by the params'
+    mean and standard deviation.
+    """
+
+    def __init__(self, network: nn.Module, params: Params, path: Path) -> None:
+        self.network, self.params, self.path = network, params, path
+        self.device = torch.device("cpu")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, D) of images (N, 1 or 3, H, W) uint8.
+
+        Raises:
+            UserError: the network fails on such images, or does not return one finite vector for each.
+        """
+        return torch.cat([self._features(part) for part in torch.split(images, _BATCH_SIZE)])
+
+    def to(self, device: torch.device) -> "LocalNetwork":
+        """Moves the network."""
+        self.network.to(device)
+        self.device = device
+        return self
+
+    def _features(self, images: Tensor) -> Tensor:
+        side = self.params.image_size
+        values = images.to(self.device).float().expand(-1, 3, -1, -1) / 255.0
+        values = F.interpolate(values, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+        mean, std = (
+            torch.tensor(part, device=self.device).view(1, 3, 1, 1) for part in (self.params.mean, self.params.std)
+        )
+        try:
+            features = self.network((values - mean) / std)
+        except RuntimeError as error:  # TorchScript's errors too; the last line names the cause
+            reason = str(error).strip().rpartition("\n")[2]
+            raise UserError(f"{self.path}: fails on images of shape {tuple(values.shape)}: {reason}") from None
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise UserError(
+                f"{self.path}: expected features of shape ({len(images)}, D) for {len(images)} images, found {found}"
+            )
+        if not bool(torch.isfinite(features).all()):
+            raise UserError(f"{self.path}: returns features that are not finite; check evaluate.local.mean and std")
+        return features.float().cpu()
+
+
+def load_local_network(params: Params, root: Path) -> LocalNetwork:
+    """The network that evaluate.local describes, on the CPU, after a trial run on two empty images.
+
+    Args:
+        params: path, hash, architecture and the images' preprocessing.
+        root: folder that a relative path starts from.
+
+    Raises:
+        UserError: the file is missing, has another SHA-256, does not hold this architecture, or gives no features.
+    """
+    path = root / Path(params.path).expanduser()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; expected the file that evaluate.local.path names. Put it "
+            "there, or take local out of evaluate.extractors"
+        ) from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != params.sha256:
+        raise UserError(
+            f"{path}: SHA-256 is {digest}, but evaluate.local.sha256 is {params.sha256}. Use the file that was meant, "
+            "or, if you trust this one, change the hash"
+        )
+    network = (
+        _torchscript(content, path) if params.architecture == "torchscript" else _torchvision(content, path, params)
+    )
+    loaded = LocalNetwork(network.eval(), params, path)
+    loaded(torch.zeros(2, 1, params.image_size, params.image_size, dtype=torch.uint8))
+    return loaded
+
+
+def _torchscript(content: bytes, path: Path) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated by torch, but many networks are handed out so
+            network: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: not readable as TorchScript ({reason}); expected a file of torch.jit.save") from None
+    return network
+
+
+def _torchvision(content: bytes, path: Path, params: Params) -> nn.Module:
+    """The architecture without its last layer, so that it returns the features below; the weights of that layer go."""
+    from torchvision import models
+
+    head = _HEADS[params.architecture]
+    expected = (
+        f"expected the weights of torchvision's {params.architecture} as safetensors (evaluate.local.architecture)"
+    )
+    try:
+        tensors = {name: tensor for name, tensor in load(content).items() if not name.startswith(f"{head}.")}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not readable as safetensors ({error}); {expected}") from None
+    network: nn.Module = getattr(models, params.architecture)(weights=None)
+    setattr(network, head, nn.Identity())
+    wanted = network.state_dict()
+    problems = {
+        "missing": [name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")],
+        "unknown": [name for name in tensors if name not in wanted],
+        "of another shape": [name for name in tensors if name in wanted and tensors[name].shape != wanted[name].shape],
+    }
+    found = [
+        f"{len(names)} tensors {problem}, such as {', '.join(names[:_MAX_NAMED])}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if found:
+        raise UserError(f"{path}: {'; '.join(found)}; {expected}")
+    network.load_state_dict(tensors, strict=False)  # counters of batches may be absent
+    return network
