@@ -85,7 +85,7 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
         "fd_domain": ("Fréchet distance of samples", f"lower is better, biased upward in small sets; {sizes}"),
     }
     for key, (name, reading) in names.items():
-        reference = f"{m[f'generation/{key}_floor']} train images"
+        reference = f"train {m[f'generation/{key}_floor']}"
         rows.append(Row(name, _interval(metrics, f"generation/{key}"), reference, reading))
     shares = {
         "precision": ("Precision", "share of samples among real images"),
@@ -94,9 +94,9 @@ def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_late
         "coverage": ("Coverage", "share of real images with a sample near"),
     }
     for key, (name, reading) in shares.items():
-        reference = f"{m[f'generation/{key}_real']} train images"
+        reference = f"train {m[f'generation/{key}_real']}"
         rows.append(Row(name, _interval(metrics, f"generation/{key}"), reference, reading))
-    diversity = f"{m['generation/ms_ssim_diversity_real']} test images"
+    diversity = f"test {m['generation/ms_ssim_diversity_real']}"
     reading = "MS-SSIM of pairs; higher: too alike"
     rows.append(Row("Similarity of two samples", m["generation/ms_ssim_diversity"], diversity, reading))
     rows += _privacy_numbers(metrics)
@@ -134,8 +134,8 @@ def _spectrum_numbers(metrics: Mapping[str, float]) -> list[Row]:
     for group, name in (("reconstruction", "reconstructions"), ("generation", "samples")):
         ratios = ", ".join(f"{metrics[f'{group}/spectrum_ratio_{band}']:.2f}" for band in range(1, NUM_BANDS + 1))
         reading = "coarse to fine, over real images' power: below 1 is blurred, above is noise"
-        rows.append(Row(f"Power by band of {name}", ratios, "1 in each band", reading))
-    floor = f"{metrics['generation/spectrum_distance_floor']:.3g} train images"
+        rows.append(Row(f"Power by band, {name}", ratios, "1 each", reading))
+    floor = f"train {metrics['generation/spectrum_distance_floor']:.3g}"
     distance = f"{metrics['generation/spectrum_distance']:.3g}"
     rows.append(Row("Spectrum distance of samples", distance, floor, "RMS log ratio over frequencies; 0 is alike"))
     return rows
@@ -149,7 +149,7 @@ def _realism_numbers(metrics: Mapping[str, float]) -> list[Row]:
     reading = "AUC of a classifier, samples against test images: 0.5 is chance, 1 finds every sample"
     for suffix, name in (("", "Realism (C2ST)"), *((f"_{view}", f"  by {view}") for view in VIEWS)):
         key = f"generation/c2st_auc{suffix}"
-        floor = f"{metrics[f'{key}_floor']:.3g} train images"
+        floor = f"train {metrics[f'{key}_floor']:.3g}"
         rows.append(Row(name, _interval(metrics, key), floor, reading if not suffix else ""))
     return rows
 

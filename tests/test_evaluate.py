@@ -275,8 +275,9 @@ def test_inception_metrics_are_those_of_the_saved_images(
     metrics = evaluate.run(project, evaluate=params, tracking=OFF)
 
     more = {f"generation/{name}" for name in ("inception_score", "inception_score_real", "fd_inception_floor")}
-    more |= {f"generation/{kind}" for kind in ("fd_inception", "kid_inception", "kid_inception_floor")}
-    more |= {f"generation/kid_inception_ci_{end}" for end in ("low", "high")}
+    more |= {f"generation/{kind}_inception{end}" for kind in ("kid", "mmd") for end in ("", "_floor")}
+    more |= {f"generation/{kind}_inception_ci_{end}" for kind in ("kid", "mmd") for end in ("low", "high")}
+    more.add("generation/fd_inception")
     assert set(metrics) == KEYS | more
     assert {name: metrics[name] for name in KEYS} == judged[1]
     generated, real = (bytes_of(project.images / name) for name in ("generated", "real"))
@@ -329,7 +330,8 @@ def test_a_network_from_a_local_file_gives_distances_with_floors(
     params = SMALL.model_copy(update={"extractors": ("domain", "local"), "local": local, "save_images": True})
     metrics = evaluate.run(project, evaluate=params, tracking=OFF)
 
-    more = {"fd_local", "fd_local_floor", "kid_local", "kid_local_ci_low", "kid_local_ci_high", "kid_local_floor"}
+    more = {f"{kind}_local{end}" for kind in ("kid", "mmd", "fd") for end in ("", "_floor")}
+    more |= {f"{kind}_local_ci_{end}" for kind in ("kid", "mmd") for end in ("low", "high")}
     assert set(metrics) == set(judged[1]) | {f"generation/{name}" for name in more}
     network = load_local_network(local, tmp_path)
     seen, other = (network(bytes_of(project.images / name)) for name in ("generated", "real"))

@@ -2,7 +2,7 @@
 
 An image's nearest train image is searched in two ways:
 
-- features: Euclidean distance of the domain extractor's features, which are standardised over the train split.
+- features: Euclidean distance of the domain extractor's content features, standardised over the train split.
   It finds a copy that is nearly exact, and loses one that is blurred or mirrored.
 - pixels: 1 - r, where r is Pearson's correlation of 14 x 14 cells, a cell being 1/16 of the side: the middle of the
   train image and of its mirror image against every window of the other image, shifted by up to one cell. Images are

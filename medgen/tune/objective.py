@@ -24,8 +24,8 @@ LABEL_KEY, OLD_LABEL_KEY = "generation/label_accuracy", "generation/label_agreem
 DIRECTIONS: dict[str, Direction] = {
     "reconstruction/(l1|mse)": "minimize",
     "reconstruction/(psnr|ssim|ms_ssim)": "maximize",
-    "generation/mmd_domain": "minimize",
-    "generation/(kid|fd)_(domain|inception|local)": "minimize",
+    "generation/(kid|mmd|fd)_(domain|inception|local)": "minimize",
+    "(reconstruction|generation)/spectrum_distance": "minimize",
     "generation/inception_score": "maximize",
     "generation/(precision|recall|density|coverage)": "maximize",
     "generation/label_accuracy(_wrong)?": "maximize",
