@@ -282,20 +282,24 @@ class _Recall(_Both):
         nearest = torch.cdist(pooled, pooled)
         nearest.fill_diagonal_(torch.inf)
         self.distances, self.listed = nearest.topk(min(_LISTED, len(pooled) - 1), dim=1, largest=False)
-        self.to_real = torch.cdist(pooled, held_out.content)  # (2M, N)
+        to_real = torch.cdist(pooled, held_out.content)  # (2M, N)
+        # A ball reaches no farther than its last listed sample, so few pairs can ever count.
+        self.sample, self.covered = (to_real <= self.distances[:, -1:]).nonzero().unbind(1)
+        self.to_real = to_real[self.sample, self.covered]
         self.num_samples, self.num_held_out = len(candidate.features), len(held_out.features)
 
     def values(self, signs: Tensor, kept: Tensor) -> Tensor:
-        to_real = self.to_real[:, kept]
         values = []
         for row in signs > 0:
             own = torch.cat([row, ~row])  # pooled samples of the candidate, after the swaps
-            values.append(torch.stack([self._recall(to_real, own), self._recall(to_real, ~own)]))
+            values.append(torch.stack([self._recall(own, kept), self._recall(~own, kept)]))
         return torch.stack(values, dim=1)
 
-    def _recall(self, to_real: Tensor, own: Tensor) -> Tensor:
-        rows = own.nonzero()[:, 0]
-        count = own[self.listed[rows]].cumsum(1)
+    def _recall(self, own: Tensor, kept: Tensor) -> Tensor:
+        count = own[self.listed].cumsum(1)
         position = (count < NEIGHBOURS).sum(1).clamp(max=count.shape[1] - 1)
-        radii = self.distances[rows].gather(1, position[:, None])
-        return (to_real[rows] <= radii).any(0).double().mean()
+        radii = self.distances.gather(1, position[:, None])[:, 0]
+        inside = own[self.sample] & (self.to_real <= radii[self.sample])
+        reached = torch.zeros(self.num_held_out, dtype=torch.bool)
+        reached[self.covered[inside]] = True
+        return reached[kept].double().mean()
