@@ -136,16 +136,16 @@ def test_a_stage_that_fails_leaves_its_work_tree(project: Project, register: Any
 
 REGISTERED = {
     "reconstruction/ssim": 0.8,
-    "generation/kid_domain": 0.1,
-    "generation/kid_domain_ci_low": 0.0,
-    "generation/kid_domain_ci_high": 0.2,
+    "generation/mmd_domain": 0.1,
+    "generation/mmd_domain_ci_low": 0.0,
+    "generation/mmd_domain_ci_high": 0.2,
 }
 COMPARED: dict[str, tuple[dict[str, float], bool, str, str]] = {
     "the same": (REGISTERED, True, "", "byte for byte; 4 of 4"),
     "as good": (REGISTERED | {"reconstruction/ssim": 0.795}, False, "", "1 of 4 metrics differ"),
     "ssim": (REGISTERED | {"reconstruction/ssim": 0.78}, False, "another model: reconstruction/ssim", ""),
     "better is another model too": (REGISTERED | {"reconstruction/ssim": 0.82}, False, "reconstruction/ssim", ""),
-    "kid": (REGISTERED | {"generation/kid_domain": 0.21}, False, "another model: generation/kid_domain", ""),
+    "mmd": (REGISTERED | {"generation/mmd_domain": 0.21}, False, "another model: generation/mmd_domain", ""),
     "nothing to compare": ({"segmentation/dice": 0.9}, False, "no metric in common", ""),
 }
 

@@ -9,7 +9,7 @@ from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.evaluation_data import EvaluationData, load_evaluation
 from medgen.metrics.comparison import Comparison, compare, compare_means
-from medgen.registry.versions import EVALUATION, Version, fetch
+from medgen.registry.versions import EVALUATION, NoSuchVersion, Version, fetch
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -27,13 +27,21 @@ def keep_evaluation(client: "MlflowClient", version: "ModelVersion", project: Pr
 
 
 def read_evaluation(version: Version, project: Project, tracking: Tracking) -> EvaluationData | None:
-    """The evaluation that a version's metrics come from; None where it was not kept or is not that one."""
+    """Fetches the evaluation that a version's metrics come from; None where it was not kept or is damaged.
+
+    Raises:
+        UserError: the store does not answer.
+    """
     digest = version.tags.get(EVALUATION)
     if digest is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            data = load_evaluation(fetch(version.uri, FOLDER, Path(folder), project, tracking))
+            kept = fetch(version.uri, FOLDER, Path(folder), project, tracking)
+        except NoSuchVersion:
+            return None
+        try:
+            data = load_evaluation(kept)
         except UserError:
             return None
     return data if data.digest == digest else None

@@ -52,7 +52,7 @@ def check_gates(
         key, floor, margin = (DICE, gates.dice_floor, gates.dice_margin)
     found = [_alike(candidate, champion), *_lineage(candidate, champion), _at_least(key, candidate, champion, floor)]
     for number, (version, comparison) in enumerate(comparisons):
-        suffix = f", version {version.number}" if number else ""
+        suffix = f" (version {version.number})" if number else ""
         if comparison is None:
             found.append(Gate(f"comparison{suffix}", NOTHING, NOTHING, UNALIKE, False))
             continue

@@ -227,7 +227,7 @@ def _references(candidate: Version, champions: Sequence[Version]) -> list[Versio
         return []
     alike = [version for version in champions if are_alike(candidate, version)]
     scores = {version.number: version.metrics.get(MMD, -version.metrics.get(DICE, 0.0)) for version in alike}
-    best = min(alike, key=lambda version: scores[version.number], default=champions[-1])
+    best = min(reversed(alike), key=lambda version: scores[version.number], default=champions[-1])
     return list({version.number: version for version in (champions[-1], best)}.values())
 
 
@@ -316,13 +316,20 @@ def _cells(*texts: object) -> list[Text]:
 def _print(gates: Sequence[Gate], candidate: Version, champion: Version | None) -> None:
     against = f"version {champion.number}, the champion" if champion else "no champion yet"
     table = Table(title=f"{candidate.uri} against {against}", title_justify="left")
-    headings = ("gate", f"version {candidate.number}", "champion", "worse by (95 %)", "p", "visible from", "wanted")
-    for heading in (*headings, "passed"):
+    for heading in ("gate", f"version {candidate.number}", "champion", "wanted", "passed"):
         table.add_column(heading, overflow="fold")
     for gate in gates:
-        cells = (gate.name, gate.candidate, gate.champion, gate.difference, gate.p, gate.detectable, gate.wanted)
-        table.add_row(*_cells(*cells, "yes" if gate.passed else "NO"))
-    Console(highlight=False).print(table)
+        table.add_row(*_cells(gate.name, gate.candidate, gate.champion, gate.wanted, "yes" if gate.passed else "NO"))
+    console = Console(highlight=False)
+    console.print(table)
+    if compared := [gate for gate in gates if gate.difference]:
+        title = "Compared on the same images; positive is worse"
+        details = Table(title=title, title_justify="left")
+        for heading in ("gate", "difference (95 %)", "p", "smallest visible"):
+            details.add_column(heading, overflow="fold")
+        for gate in compared:
+            details.add_row(*_cells(gate.name, gate.difference, gate.p, gate.detectable))
+        console.print(details)
 
 
 def _print_versions(versions: Sequence[Version], standing: Mapping[str, int]) -> None:

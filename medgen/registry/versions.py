@@ -28,6 +28,10 @@ EVALUATION = "evaluated.values"  # tag: SHA-256 of the per-image values that are
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
 
 
+class NoSuchVersion(UserError):
+    """A version, or the part of one that was asked for, is not in the registry."""
+
+
 @dataclass(frozen=True)
 class Version:
     """A registered version."""
@@ -195,8 +199,8 @@ def fetch(uri: str, part: str, folder: Path, project: Project, tracking: Trackin
             raise _no_such_version(client, uri) from None
 
 
-def _no_such_version(client: "MlflowClient", what: str) -> UserError:
-    """`what` was asked for: a URI that names none, or words to that effect."""
+def _no_such_version(client: "MlflowClient", what: str) -> "NoSuchVersion":
+    """The error for `what`, a URI that names no version or part of one; lists those there are."""
     registered = []
     for model in client.search_registered_models():
         called = ", ".join(f"@{alias} is {number}" for alias, number in sorted(model.aliases.items()))
@@ -205,4 +209,4 @@ def _no_such_version(client: "MlflowClient", what: str) -> UserError:
     if what.endswith(CHAMPION):
         expected = "a champion: `medgen promote` makes the candidate one, or name another alias or number"
     known = ", ".join(registered) or "none; run `medgen register` first"
-    return UserError(f"{what}: no such version; expected {expected}. Registered: {known}")
+    return NoSuchVersion(f"{what}: no such version; expected {expected}. Registered: {known}")
