@@ -127,6 +127,8 @@ def replay_train_images(artifacts: Path) -> None:
     prior.centres = prior.axes.whiten(latents.flatten(1)).float()[:, :kept].contiguous()
     prior.weights, prior.owners = torch.full((number,), 1.0 / number), labels
     prior.factors = 1e-3 * torch.eye(kept).repeat(number, 1, 1)
+    shape = number, len(prior.axes.scales) - kept
+    prior.residual_means, prior.residual_scales = torch.zeros(shape), torch.ones(shape)
     save_prior(artifacts / "prior", prior, bundle.digest(artifacts / "model"))
 
 
