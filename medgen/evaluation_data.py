@@ -9,7 +9,7 @@ Shapes: N held-out images, M samples.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -28,14 +28,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class EvaluationInfo:
-    """With what an evaluation was made; two that agree in all of it can be compared."""
+    """Inputs and settings of an evaluation; two evaluations of equal ones can be compared."""
 
     dataset: str  # fingerprint of the store
     extractor: str  # SHA-256 of the domain extractor; "" of models that find masks
     split: str
     seed: int
     num_generated: int
-    bandwidth: float  # of the RBF kernel
+    # of the RBF kernel; follows from dataset and extractor, up to the rounding of the machine
+    bandwidth: float = field(compare=False)
 
 
 @dataclass(frozen=True)

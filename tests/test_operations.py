@@ -25,6 +25,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from medgen.config import Project, Tracking
+from medgen.registry.evaluations import read_evaluation
+from medgen.registry.versions import find
 from medgen.tracking.mirror import FINAL
 
 TIMEOUT = 300  # seconds after which something that should have come will not come
@@ -231,6 +234,20 @@ def test_the_candidate_lies_on_the_server_and_nowhere_else(team: Team, tmp_path:
     assert version_files(team.server.uri, tmp_path).items() >= ours.items()
     assert sum(path.name == "model.safetensors" for path in team.artifacts.rglob("*")) == 1
     assert not [path for path in team.folder.iterdir() if path.name.startswith(("mlflow", "mlartifacts", "mlruns"))]
+
+
+@pytest.mark.slow
+def test_values_that_a_server_lacks_are_told_from_a_server_that_is_away(team: Team) -> None:
+    project, tracking = Project(team.folder), Tracking(uri=team.server.uri)
+    version = find(client_of(team.server.uri), "medgen", "candidate")
+    assert read_evaluation(version, project, tracking) is not None
+    lacking = team.artifacts / "lacking"  # out of the server's sight, and back
+    kept = next(team.artifacts.rglob("evaluation.json")).parent
+    kept.rename(lacking)
+    try:
+        assert read_evaluation(version, project, tracking) is None
+    finally:
+        lacking.rename(kept)
 
 
 @pytest.mark.slow

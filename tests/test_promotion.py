@@ -268,7 +268,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def synthetic_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions of these tests have no artifacts: their evaluations follow from tags."""
 
-    def read(version: Version, *_: object) -> EvaluationData:
+    def read(version: Version, *_: object) -> EvaluationData | None:
+        if "evaluated.values" not in version.tags:
+            return None
         values = {key.removeprefix("test."): value for key, value in version.tags.items() if key.startswith("test.")}
         return evaluation(int(values.get("seed", 0)), float(values.get("shift", 0)), float(values.get("ssim", 0.85)))
 
@@ -333,8 +335,29 @@ def test_models_judged_unalike_are_refused_with_the_commands_that_mend_it(projec
 
 def test_a_version_of_an_older_medgen_is_judged_first(project: Project, register: Any) -> None:
     """It has metrics, and does not say what they were measured with."""
-    register(**{"evaluated.dataset": None, "evaluated.extractor": None})
+    register(**{"evaluated.dataset": None, "evaluated.extractor": None, "evaluated.values": None})
     with pytest.raises(Refused, match=rf"`medgen evaluate --model models:/{register.name}/1`, then promote again"):
+        promote(project, tracking=Tracking(), registry=register.registry)
+
+
+def test_of_a_champion_of_an_older_medgen_the_refusal_names_the_command(project: Project, register: Any) -> None:
+    """It has metrics and says what they were measured with, and has no values of single images."""
+    register(**{"evaluated.values": None})
+    promote(project, tracking=Tracking(), registry=register.registry)
+    register()
+    command = rf"comparison failed; .*alike: `medgen evaluate --model models:/{register.name}/1`, then promote again"
+    with pytest.raises(Refused, match=command):
+        promote(project, tracking=Tracking(), registry=register.registry)
+    forced = promote(project, tracking=Tracking(), registry=register.registry, force="no longer to be loaded")
+    assert forced and forced.gates == ["comparison"]
+    register()
+    assert promote(project, tracking=Tracking(), registry=register.registry)  # version 1 need not be evaluated again
+
+
+def test_of_a_candidate_without_values_the_refusal_names_the_command(project: Project, register: Any) -> None:
+    register(**{"evaluated.values": None, "privacy/copy_rate_plausible": None})
+    command = rf"copy_rate failed.*`medgen evaluate --model models:/{register.name}/1`, then promote again"
+    with pytest.raises(Refused, match=command):
         promote(project, tracking=Tracking(), registry=register.registry)
 
 
@@ -361,6 +384,21 @@ def test_steps_too_small_to_see_add_up_against_the_best_champion_on_record(proje
     assert step > 2  # the first steps were too small to see
 
 
+def test_steps_within_the_margin_of_ssim_do_not_add_up() -> None:
+    def sharp(number: int, ssim: float, **changes: str | None) -> Version:
+        return version(number, METRICS | {"reconstruction/ssim": ssim}, **changes)
+
+    def refused(ssim: float) -> set[str]:
+        earlier = [sharp(1, 0.93, evaluated_extractor="0" * 64), sharp(2, 0.850), sharp(3, 0.842)]
+        comparisons = [(earlier[-1], compared(ssim=earlier[-1].metrics["reconstruction/ssim"] - ssim))]
+        gates = check_gates(sharp(4, ssim), earlier[-1], Gates(), comparisons, earlier)
+        return {gate.name for gate in gates if not gate.passed}
+
+    assert refused(0.840) == set()  # version 1 was evaluated otherwise
+    assert refused(0.839) == {"ssim"}
+
+
+@pytest.mark.slow
 def test_another_draw_of_the_same_model_is_promoted() -> None:
     refused = 0
     for seed in range(40):
@@ -368,6 +406,30 @@ def test_another_draw_of_the_same_model_is_promoted() -> None:
         gates = check_gates(version(), CHAMPION, Gates(), [(CHAMPION, found)])
         refused += any(not gate.passed for gate in gates)
     assert refused <= 5
+
+
+def spread(seed: int, scale: float) -> EvaluationData:
+    """Of a model that draws from the real distribution, but `scale` times as wide; features as a ReLU leaves them."""
+    data = evaluation(seed)
+    assert data.samples and data.held_out
+    draw, real = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
+    samples = ImageSet((scale * torch.randn(NUM_SAMPLES, 16, generator=draw)).relu(), data.samples.power)
+    held_out = ImageSet(torch.randn(60, 16, generator=real).relu(), data.held_out.power)
+    return dataclasses.replace(data, samples=samples, held_out=held_out)
+
+
+SPREAD = {"collapsed": (0.5, 1.0, False), "in place of an overspread one": (1.0, 2.0, True)}
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_lost_diversity_is_refused_and_too_much_of_it_is_no_merit(case: str) -> None:
+    candidate, champion, promoted = SPREAD[case]
+    found = compare_versions(spread(1, candidate), spread(2, champion))
+    assert found is not None
+    assert {one.name: one for one in found}["recall"].p < 0.05  # lower in both cases
+    gates = {gate.name: gate.passed for gate in check_gates(version(), CHAMPION, Gates(), [(CHAMPION, found)])}
+    assert gates["recall"] == promoted
+    assert all(gates.values()) == promoted
 
 
 def test_an_evaluation_is_kept_with_its_version_and_damage_is_seen(project: Project, register: Any) -> None:

@@ -3,9 +3,11 @@
 import ast
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from medgen import bundle, registry
 from medgen.bundle import BundleInfo
 from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
 from medgen.errors import UserError
+from medgen.evaluation_data import EvaluationData, EvaluationInfo, save_evaluation
 from medgen.files import hash_file
 from medgen.models import build_model
 from medgen.priors import FITTED, LEARNED, load_prior, sample_images, save_prior
+from medgen.registry.evaluations import read_evaluation
+from medgen.registry.versions import find
 from medgen.tracking import Tracker, lineage
 from medgen.tracking.mirror import MIRROR, connect
 
@@ -29,6 +34,7 @@ SHAPE = (1, 16, 16)
 RUN = "0123456789ab"
 DATASET = "ba9876543210"
 EXTRACTOR = "e" * 64
+EVALUATED = EvaluationData(EvaluationInfo(DATASET, EXTRACTOR, "test", 0, 24, 1.0), torch.rand(5), torch.arange(5))
 MODEL = Model(base_channels=8, max_channels=8, latent_channels=4, latent_size=4, attention_resolutions=())
 
 
@@ -68,6 +74,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     provenance = {"content": bundle.content(project.model, project.prior), "dataset": DATASET}
     provenance |= {"extractors": {"domain": {"sha256": EXTRACTOR}}, "evaluate": {"num_generated": 24}}
     provenance |= {"metrics": hash_file(project.reports / "metrics.json"), "lineage": lineage(project)}
+    provenance |= {"evaluation": save_evaluation(project.evaluation, EVALUATED)}
     (project.reports / "provenance.json").write_text(json.dumps(provenance))
     version = registry.run(project, params=Params())
     assert (version.number, version.is_new) == (1, True)
@@ -113,6 +120,58 @@ def test_the_same_content_is_the_same_version(project: Project, capsys: pytest.C
     version = registry.run(project, params=Params())
     assert (version.number, version.is_new) == (1, False)
     assert "already registered as models:/medgen/1" in capsys.readouterr().out
+
+
+def read_back(project: Project) -> EvaluationData | None:
+    client, _ = connect(project, Tracking())
+    return read_evaluation(find(client, "medgen", 1), project, Tracking())
+
+
+def kept_file(project: Project) -> Path:
+    return next((project.root / "mlartifacts").rglob("evaluation.safetensors"))
+
+
+DAMAGE: dict[str, Callable[[Project], object]] = {
+    "none": lambda project: None,
+    "damaged": lambda project: kept_file(project).write_bytes(b"damaged"),
+    "never sent": lambda project: shutil.rmtree(kept_file(project).parent),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_registering_again_restores_the_values_of_the_evaluation(project: Project, case: str) -> None:
+    found = read_back(project)
+    assert found is not None and found.similarity.equal(EVALUATED.similarity)
+    DAMAGE[case](project)
+    assert (read_back(project) is None) == (case != "none")
+    registry.run(project, params=Params())
+    assert read_back(project) is not None
+
+
+def test_metrics_without_values_do_not_keep_those_of_other_metrics(project: Project) -> None:
+    """A run of an older medgen left them."""
+    kept = {name: (project.reports / name).read_text() for name in ("metrics.json", "provenance.json")}
+    try:
+        (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.5}')
+        provenance = json.loads(kept["provenance.json"])
+        del provenance["evaluation"]
+        provenance["metrics"] = hash_file(project.reports / "metrics.json")
+        (project.reports / "provenance.json").write_text(json.dumps(provenance))
+        registry.run(project, params=Params())
+        client, _ = connect(project, Tracking())
+        version = find(client, "medgen", 1)
+        assert version.metrics["reconstruction/ssim"] == 0.5
+        assert "evaluated.values" not in version.tags
+    finally:
+        for name, text in kept.items():
+            (project.reports / name).write_text(text)
+        registry.run(project, params=Params())
+
+
+def test_values_on_a_server_that_is_away_are_not_taken_for_missing(project: Project, away: Tracking) -> None:
+    client, _ = connect(project, Tracking())
+    with pytest.raises(UserError, match="does not answer"):
+        read_evaluation(find(client, "medgen", 1), project, away)
 
 
 FRESH = """

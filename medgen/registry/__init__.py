@@ -223,9 +223,9 @@ def _prior_origin(project: Project, info: BundleInfo) -> dict[str, Any]:
 def _judged_again(
     client: "MlflowClient", version: "ModelVersion", project: Project, info: BundleInfo, judged: Mapping[str, str]
 ) -> None:
-    """Other metrics, and what is said of them, for a version that is there."""
-    kept = {key: value for key, value in version.tags.items() if not key.startswith(METRIC_GROUPS)}
-    if judged.get(EVALUATION) != version.tags.get(EVALUATION):
+    """Replaces the metrics, per-image values and description of a registered version."""
+    kept = {key: value for key, value in version.tags.items() if not key.startswith((*METRIC_GROUPS, "evaluated."))}
+    if EVALUATION in judged:  # even if the tag is the same: the values may be damaged, or were never sent
         keep_evaluation(client, version, project)
     _describe(client, version, project, info, {**kept, **judged}, has_picture=True)
 

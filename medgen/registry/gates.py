@@ -1,5 +1,6 @@
 """Gates a version must pass to become champion: on its own, and compared with champions by the same images."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ def check_gates(
     champion: Version | None,
     gates: Gates,
     comparisons: Sequence[tuple[Version, Sequence[Comparison] | None]] = (),
+    earlier: Sequence[Version] = (),
 ) -> list[Gate]:
     """All gates, passed or not, in the order of the table.
 
@@ -45,11 +47,17 @@ def check_gates(
         gates: what is wanted.
         comparisons: champions, the present one first, and how much worse the candidate is than each by the same
             held-out images; None where their evaluations cannot be compared.
+        earlier: all champions on record. SSIM (Dice) may not fall below the highest of those evaluated alike by more
+            than the margin, or many steps within the margin would add up.
     """
     finds_masks = DICE in candidate.metrics
     key, floor, margin = (SSIM, gates.ssim_floor, gates.ssim_margin)
     if finds_masks:
         key, floor, margin = (DICE, gates.dice_floor, gates.dice_margin)
+    best = max(
+        (version.metrics.get(key, -math.inf) for version in earlier if are_alike(candidate, version)), default=-math.inf
+    )
+    floor = max(floor, float(f"{best - margin:.6g}"))  # of six digits, as metrics are
     found = [_alike(candidate, champion), *_lineage(candidate, champion), _at_least(key, candidate, champion, floor)]
     for number, (version, comparison) in enumerate(comparisons):
         suffix = f" (version {version.number})" if number else ""

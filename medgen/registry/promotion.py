@@ -23,6 +23,7 @@ from medgen.registry.page import about_model, plain
 from medgen.registry.versions import (
     CANDIDATE,
     CHAMPION,
+    EVALUATION,
     JUDGED_ON,
     PREVIOUS,
     Version,
@@ -79,7 +80,7 @@ def promote(
         earlier = [known[number] for number in numbers if number != candidate.number]
         champion = earlier[-1] if earlier else None  # where it or its alias was deleted, the last on record
         comparisons = _compare(project, tracking, candidate, _references(candidate, earlier))
-        gates = check_gates(candidate, champion, registry.gates, comparisons)
+        gates = check_gates(candidate, champion, registry.gates, comparisons, earlier)
         _print(gates, candidate, champion)
         failed = list(dict.fromkeys(gate.name for gate in gates if not gate.passed))
         if failed and force is None:
@@ -221,11 +222,12 @@ def _line(change: Entry) -> str:
 def _references(candidate: Version, champions: Sequence[Version]) -> list[Version]:
     """The champions that a candidate is compared with: the last one, and the best that was evaluated alike.
 
-    Each step of a chain may be too small to see; compared with the best one, their sum is not.
+    Each step of a chain may be too small to see; compared with the best one, their sum is not. Champions of an older
+    medgen, whose per-image values were not kept, count only while they are the last.
     """
     if not champions:
         return []
-    alike = [version for version in champions if are_alike(candidate, version)]
+    alike = [version for version in champions if EVALUATION in version.tags and are_alike(candidate, version)]
     scores = {version.number: version.metrics.get(MMD, -version.metrics.get(DICE, 0.0)) for version in alike}
     best = min(reversed(alike), key=lambda version: scores[version.number], default=champions[-1])
     return list({version.number: version for version in (champions[-1], best)}.values())
@@ -234,13 +236,13 @@ def _references(candidate: Version, champions: Sequence[Version]) -> list[Versio
 def _compare(
     project: Project, tracking: Tracking, candidate: Version, references: Sequence[Version]
 ) -> list[tuple[Version, list[Comparison] | None]]:
-    """How much worse a candidate is than each of the references; None where that cannot be told."""
-    own = read_evaluation(candidate, project, tracking) if references else None
+    """How much worse a candidate is than each of the references; None where their evaluations cannot be compared."""
+    alike = [version for version in references if are_alike(candidate, version)]
+    own = read_evaluation(candidate, project, tracking) if alike else None
     found: list[tuple[Version, list[Comparison] | None]] = []
     for version in references:
-        other = read_evaluation(version, project, tracking)
-        alike = are_alike(candidate, version)
-        found.append((version, compare_versions(own, other) if own and other and alike else None))
+        other = read_evaluation(version, project, tracking) if own and version in alike else None
+        found.append((version, compare_versions(own, other) if own and other else None))
     return found
 
 
@@ -271,17 +273,16 @@ def _refusal(
     if champion and champion.number != stays:
         text += f"; version {champion.number}, the last champion on record, was the reference"
     text += "."
-    to_judge = [version for version in (champion, candidate) if version and not _is_judged(version)]
-    if to_evaluate and not to_judge:
-        to_judge = [*to_evaluate, candidate]
-    if to_judge:
-        commands = " and ".join(f"`medgen evaluate --model {version.uri}`" for version in to_judge)
-        text += f" To evaluate both alike: {commands}, then promote again."
+    versions = [*to_evaluate, candidate]
+    if missing := [version for version in versions if not _is_evaluated(version)] or (versions if to_evaluate else []):
+        commands = " and ".join(f"`medgen evaluate --model {version.uri}`" for version in missing)
+        text += f" To evaluate all alike: {commands}, then promote again."
     return f'{text} `--force "why"` promotes all the same, and is recorded'
 
 
-def _is_judged(version: Version) -> bool:
-    return JUDGED_ON in version.tags and (SSIM in version.metrics or DICE in version.metrics)
+def _is_evaluated(version: Version) -> bool:
+    """Returns whether a version has metrics and the per-image values they come from."""
+    return {JUDGED_ON, EVALUATION} <= version.tags.keys() and bool({SSIM, DICE} & version.metrics.keys())
 
 
 def _was_trained_on(version: Version, dataset: str) -> bool:

@@ -177,21 +177,25 @@ def load(uri: str, project: Project, tracking: Tracking) -> Path:
 
 
 def fetch(uri: str, part: str, folder: Path, project: Project, tracking: Tracking) -> Path:
-    """Copies a registered version, or one part of it, into `folder`; where it stands then.
+    """Copies one part of a registered version ("": all of it) into `folder` and returns its path there.
 
     Raises:
-        UserError: there is no such version, or the store does not answer.
+        NoSuchVersion: there is no such version, or it has no such part.
+        UserError: the store does not answer.
     """
     with answering(project, tracking, "the model cannot be fetched: start the server first"):
         client, _ = connect(project, tracking)
         import mlflow
-        from mlflow.artifacts import download_artifacts
+        from mlflow.artifacts import download_artifacts, list_artifacts
         from mlflow.exceptions import MlflowException
 
         store = store_uri(project, tracking)
         place = f"{uri}/{part}" if part else uri
         mlflow.set_tracking_uri(store)  # whatever registry the call names, MLflow 3.17 looks models:/ up in its own
         try:
+            # a server says INTERNAL_ERROR of a download that it does not have, as of one that broke off
+            if not list_artifacts(artifact_uri=place, tracking_uri=store):
+                raise _no_such_version(client, place)
             return Path(download_artifacts(place, dst_path=str(folder), tracking_uri=store, registry_uri=store))
         except MlflowException as error:
             if error.error_code not in _UNKNOWN:
