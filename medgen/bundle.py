@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
+from medgen import refinement
 from medgen.config import Model, Preprocess
 from medgen.data.store import Store
 from medgen.errors import UserError
 from medgen.files import hash_file, write_folder
 from medgen.models import GenerativeModel, ImageModel, build_model
 from medgen.priors import Prior, class_index, load_prior
+from medgen.refinement import Refiner, load_refiner
 
 SCHEMA = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -52,10 +54,16 @@ def digest(folder: Path) -> str:
     return hash_file(folder / WEIGHTS)
 
 
-def content(model: Path, prior: Path) -> str:
-    """SHA-256 of the names and bytes of all files of a model and its prior: what a version is, and what was judged."""
+def content(model: Path, prior: Path, refiner: Path) -> str:
+    """SHA-256 of the names and bytes of all files of a model, its prior and its refiner: what a version is.
+
+    A folder that says that there is no refiner counts for nothing, as none did before there were refiners.
+    """
     digest = hashlib.sha256()
-    for folder, name in ((model, "model"), (prior, "prior")):
+    parts = [(model, "model"), (prior, "prior")]
+    if (refiner / refinement.WEIGHTS).exists():
+        parts.append((refiner, "refiner"))
+    for folder, name in parts:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{name}/{path.relative_to(folder).as_posix()}\n".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -129,16 +137,25 @@ def load_generative(folder: Path, device: torch.device | str = "cpu") -> tuple[G
     return model, info
 
 
-def load_with_prior(
-    model_folder: Path, prior_folder: Path, device: torch.device | str = "cpu"
-) -> tuple[GenerativeModel, BundleInfo, Prior]:
-    """A model and the prior fitted to its latents: all that generating takes.
+@dataclass(frozen=True)
+class Generator:
+    """All that generating takes."""
+
+    model: GenerativeModel
+    info: BundleInfo
+    prior: Prior
+    refiner: Refiner | None
+
+
+def load_generator(model: Path, prior: Path, refiner: Path, device: torch.device | str = "cpu") -> Generator:
+    """Reads a model, the prior fitted to its latents and the refiner of its images from their folders.
 
     Raises:
-        UserError: one of them is missing or damaged, or the prior was fitted to another model.
+        UserError: one of them is missing or damaged, or belongs to another model.
     """
-    model, info = load_generative(model_folder, device)
-    return model, info, load_prior(prior_folder, digest(model_folder), device)
+    network, info = load_generative(model, device)
+    weights = digest(model)
+    return Generator(network, info, load_prior(prior, weights, device), load_refiner(refiner, weights, device))
 
 
 def label_to_encode(model: GenerativeModel, info: BundleInfo, label: str | None) -> int | None:

@@ -84,6 +84,12 @@ def prior(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def refiner(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Train the refiner that adds the detail which the decoder leaves out (stage 5)."""
+    _call("refiner", "run", params, overrides)
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         str | None, typer.Option(metavar="VERSION", help="Instead: a registered one, such as models:/medgen@champion.")
@@ -91,7 +97,7 @@ def evaluate(
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Judge the model on the test split and register it as candidate (stage 5)."""
+    """Judge the model on the test split and register it as candidate (stage 6)."""
     if model is None:
         _call("evaluate", "run", params, overrides)
         _call("registry", "register_if_wanted", params, overrides)

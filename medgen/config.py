@@ -233,6 +233,38 @@ class Prior(Section):
     guidance: NonNegative = 1.0  # strength of the label (Ho & Salimans 2022); 1 is plain, 0 forgets it
 
 
+class Refiner(Section):
+    """The flow on pixels that draws the detail which the decoder leaves out."""
+
+    enabled: bool = False
+    seed: int = 0
+    conditional: bool = True  # on the class, where the data has labels
+    channels: Annotated[int, Field(ge=8, multiple_of=8)] = 32  # width of the network
+    blocks: Count = 8  # residual blocks: half on the smallest grid, a quarter on each larger one, down and up
+    dropout: Fraction = 0.0
+    # standard deviations of noise on the latents in training, at most: what lies below is drawn anew, faults of the
+    # prior with it
+    latent_noise: NonNegative = 1.0
+    epochs: Count = 20
+    batch_size: Count = 16  # over all processes
+    learning_rate: Positive = 2e-3
+    ema_decay: Fraction = 0.999
+    horizontal_flip: bool = False  # mirrors the heart: a choice, not a default
+    # how it draws, changed without training again
+    sampling_steps: Annotated[int, Field(ge=1, le=1000)] = 8
+    solver: Literal["euler", "midpoint"] = "midpoint"  # midpoint evaluates the network twice a step
+    sampling_noise: NonNegative = 0.3  # standard deviations of noise on a sample's latent, at most `latent_noise`
+    guidance: NonNegative = 1.0  # strength of the label (Ho & Salimans 2022); 1 is plain, 0 ignores it
+
+    @model_validator(mode="after")
+    def _draws_within_what_it_learnt(self) -> Self:
+        if self.sampling_noise > self.latent_noise:
+            raise ValueError(
+                f"sampling_noise: found {self.sampling_noise:g}, expected at most latent_noise, {self.latent_noise:g}"
+            )
+        return self
+
+
 class LocalNetwork(Section):
     """A feature network from a local file: safetensors of a torchvision architecture, or TorchScript (docs/data.md)."""
 
@@ -366,6 +398,7 @@ class Params(Section):
     loss: Loss = Loss()
     train: Train = Train()
     prior: Prior = Prior()
+    refiner: Refiner = Refiner()
     evaluate: Evaluate = Evaluate()
     tune: Tune = Tune()
     tracking: Tracking = Tracking()
@@ -394,6 +427,10 @@ class Project:
     @property
     def prior(self) -> Path:
         return self._own / "artifacts" / "prior"
+
+    @property
+    def refiner(self) -> Path:
+        return self._own / "artifacts" / "refiner"
 
     @property
     def evaluation(self) -> Path:

@@ -36,7 +36,7 @@ STEPS_PER_EPOCH = 100  # of a network on latents: a pass over a small split woul
 NUM_LOOKS = 8  # at each validation latent: the loss depends on what is drawn
 NUM_SAMPLES = 36
 # what decides the result of a training: a change there is a new one, not a resumed one
-CODE = ("priors/*.py", "losses.py", "optim.py", "guard.py", "job.py", "loop.py", "prior.py")
+CODE = ("nn/*.py", "priors/*.py", "losses.py", "optim.py", "guard.py", "job.py", "loop.py", "prior.py")
 SAMPLING = {"sampling_steps", "solver", "guidance"}  # parameters that the trained network does not depend on
 
 

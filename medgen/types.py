@@ -7,7 +7,7 @@ h w latent height and width, D numbers in a latent, N images in a split.
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,12 @@ class Decoder(Protocol):
 
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
         """Latents (B, Z, h, w) or (B, D) -> images (B, C, H, W) in [0, 1]."""
+        ...
+
+
+class ImageRefiner(Protocol):
+    """All that sampling needs of a refiner."""
+
+    def draw(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: Generator) -> Tensor:
+        """A prior's latents (B, ...), decoded and refined: images (B, C, H, W) in [0, 1]."""
         ...

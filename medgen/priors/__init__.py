@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from medgen import config
-from medgen.config import unknown_name
+from medgen.config import seed_of, unknown_name
 from medgen.errors import UserError
 from medgen.files import write_folder
 from medgen.priors.flow import Flow
@@ -27,7 +27,7 @@ from medgen.priors.gaussian import Gaussian, Normal
 from medgen.priors.gmm import GaussianMixture
 from medgen.priors.learned import NetworkPrior
 from medgen.priors.tokens import Tokens
-from medgen.types import Decoder
+from medgen.types import Decoder, ImageRefiner
 
 
 class Prior(Protocol):
@@ -219,26 +219,44 @@ def draw_labels(prior: Prior, model: Decoder, n: int, generator: torch.Generator
 
 
 def iterate_samples(
-    prior: Prior, model: Decoder, n: int, labels: Tensor | None, seed: int, batch_size: int = 64
+    prior: Prior,
+    model: Decoder,
+    n: int,
+    labels: Tensor | None,
+    seed: int,
+    batch_size: int = 64,
+    refiner: ImageRefiner | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches of new images (b, C, H, W) in [0, 1] and their labels (b,), on the CPU, `n` images in all.
 
-    The same seed and batch size give the same images. Without `labels` (n,) they are drawn by frequency.
+    The same seed and batch size give the same images, and with a refiner the same images refined. Without `labels` (n,)
+    they are drawn by frequency.
     """
     generator = torch.Generator().manual_seed(seed)
+    refiner_generator = torch.Generator().manual_seed(seed_of(seed, 1))  # its draws leave those of latents as they are
     if labels is None:
         labels = draw_labels(prior, model, n, generator)
     device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
     for start in range(0, n, batch_size):
         chosen = None if labels is None else labels[start : start + batch_size]
         latents = prior.sample(min(batch_size, n - start), chosen, generator).to(device)
+        given = None if chosen is None else chosen.to(device)
         with torch.no_grad():
-            images = model.decode(latents, None if chosen is None else chosen.to(device))
+            if refiner is None:
+                images = model.decode(latents, given)
+            else:
+                images = refiner.draw(model, latents, given, refiner_generator)
         yield images.float().cpu(), chosen
 
 
 def sample_images(
-    prior: Prior, model: Decoder, n: int, labels: Tensor | None, seed: int, batch_size: int = 64
+    prior: Prior,
+    model: Decoder,
+    n: int,
+    labels: Tensor | None,
+    seed: int,
+    batch_size: int = 64,
+    refiner: ImageRefiner | None = None,
 ) -> Tensor:
     """`n` new images (n, C, H, W) in [0, 1] on the CPU; see `iterate_samples`."""
-    return torch.cat([images for images, _ in iterate_samples(prior, model, n, labels, seed, batch_size)])
+    return torch.cat([images for images, _ in iterate_samples(prior, model, n, labels, seed, batch_size, refiner)])

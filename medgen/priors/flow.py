@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen import config
+from medgen.nn.solver import integrate
+from medgen.nn.velocity import VelocityNetwork
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 from medgen.priors.learned import NetworkPrior, tells_classes
 from medgen.priors.path import GaussianPath, expand
-from medgen.priors.velocity import VelocityNetwork
 
 SAMPLING_STEPS = 25
 _BATCH_SIZE = 256  # latents that move together: bounds the memory of a large draw
@@ -93,12 +94,7 @@ class Flow(NetworkPrior):
     def _move(self, y: Tensor, labels: Tensor) -> Tensor:
         """Noise (B, *latent_shape) -> latents, by steps of Euler's or the midpoint rule."""
         num_steps = self.prior.sampling_steps or SAMPLING_STEPS
-        for step in range(num_steps):
-            time, ahead = y.new_full((len(y),), step / num_steps), y
-            if self.prior.solver == "midpoint":
-                ahead = y + 0.5 / num_steps * self._slope(y, time, labels)
-                time = time + 0.5 / num_steps
-            y = y + self._slope(ahead, time, labels) / num_steps
+        y = integrate(lambda y, time: self._slope(y, time, labels), y, num_steps, self.prior.solver)
         return self.path.restore_scale(self._place(y, y.new_ones(len(y)), labels))
 
     def _place(self, y: Tensor, time: Tensor, labels: Tensor) -> Tensor:

@@ -29,12 +29,14 @@ from medgen.tracking.naming import telling_tags
 from medgen.tracking.worker import Worker
 
 PRIOR_ORIGIN = "prior.origin.json"  # of a run: what made its prior
+REFINER_ORIGIN = "refiner.origin.json"  # and its refiner
 LOCK_PATIENCE_SECONDS = 10.0  # lets a process that is ending end
 
 RECORDS = ("*", "tune/*", "tune/*/trial_*/runs/*")  # in runs/: trainings, searches, and after them their trials
 
 __all__ = [
     "PRIOR_ORIGIN",
+    "REFINER_ORIGIN",
     "RunRecord",
     "Synced",
     "Tracker",

@@ -1,10 +1,10 @@
-"""The flow's network: from a noisy latent, a time and a class to the way the latent moves.
+"""A velocity network: from a noisy latent or image, a time and a class to the direction in which it moves.
 
 A small U-Net (Ronneberger et al. 2015) of residual blocks that time and class scale and shift (Perez et al., FiLM,
 2018; Dhariwal & Nichol 2021), with self-attention on the smallest grid. A flat latent is a grid of one position: there
 the same blocks, with 1×1 convolutions, are a residual MLP.
 
-Shapes: B batch, Z h w latent, C channels of a block, E numbers of a condition.
+Shapes: B batch, Z h w input, G channels given beside it, C channels of a block, E dimensions of a condition.
 """
 
 import math
@@ -20,22 +20,31 @@ FLAT_FACTOR = 4  # a flat latent has one position for all its numbers, so its la
 
 
 class VelocityNetwork(nn.Module):
-    """U-Net over latents (Z, h, w) of any sides, residual MLP over latents (D,); its first output is 0.
+    """U-Net over inputs (Z, h, w) of any sides, residual MLP over inputs (D,); its first output is 0.
 
     Args:
-        latent_shape: (Z, h, w) or (D,).
+        latent_shape: of the input, (Z, h, w) or (D,).
         num_classes: how many labels there are; 0 for none.
         channels: on the largest grid; the smaller ones have twice as many.
         blocks: residual blocks: half of them on the smallest grid, a quarter on the way down to it and up again for
             each larger one (at least one each).
         dropout: share of a block's numbers that are left out in training.
+        given_channels: G, channels (G, h, w) that are given beside the input; 0 for none.
+        levels: whether a noise level of what is given conditions the network, as the time does.
     """
 
     def __init__(
-        self, latent_shape: tuple[int, ...], num_classes: int, channels: int, blocks: int, dropout: float
+        self,
+        latent_shape: tuple[int, ...],
+        num_classes: int,
+        channels: int,
+        blocks: int,
+        dropout: float,
+        given_channels: int = 0,
+        levels: bool = False,
     ) -> None:
         super().__init__()
-        self.condition = Condition(channels, num_classes)
+        self.condition = Condition(channels, num_classes, levels)
         size = 4 * channels  # of the condition
         latent_channels, *sides = (*latent_shape, 1, 1)[:3]
         if sides == [1, 1]:
@@ -52,7 +61,7 @@ class VelocityNetwork(nn.Module):
             return Stage(widths[level], size, grids[level], max(1, count), dropout, attends)
 
         larger = range(len(steps))
-        self.enter = convolution(latent_channels, channels, sides)
+        self.enter = convolution(latent_channels + given_channels, channels, sides)
         self.down = nn.ModuleList(stage(level, blocks // 4) for level in larger)
         self.halve = nn.ModuleList(nn.Conv2d(few, many, 3, stride=2, padding=1) for few, many in steps)
         self.middle = stage(-1, blocks // 2 if steps else blocks)
@@ -63,11 +72,17 @@ class VelocityNetwork(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]  # convolution() gives all of them one
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        """Latents (B, *latent_shape), times (B,) in [0, 1], labels (B,), -1 for none -> (B, *latent_shape)."""
-        condition = self.condition(time, label)
+    def forward(
+        self, x: Tensor, time: Tensor, label: Tensor, given: Tensor | None = None, level: Tensor | None = None
+    ) -> Tensor:
+        """Inputs (B, *latent_shape), times (B,) in [0, 1], labels (B,), -1 for none -> (B, *latent_shape).
+
+        `given` (B, G, h, w) and its noise levels `level` (B,) go with a network that was built for them.
+        """
+        condition = self.condition(time, label, level)
         shape, skips = x.shape, []
-        x = self.enter(x.view(-1, *self.grid))
+        x = x.view(-1, *self.grid)
+        x = self.enter(x if given is None else torch.cat([x, given], dim=1))
         for stage, halve in zip(self.down, self.halve, strict=True):
             x = stage(x, condition)
             skips.append(x)
@@ -81,21 +96,31 @@ class VelocityNetwork(nn.Module):
 
 
 class Condition(nn.Module):
-    """Time, as Fourier features (Tancik et al. 2020), and class -> (B, 4·C)."""
+    """Time and noise level, as Fourier features (Tancik et al. 2020), and class -> (B, 4·C)."""
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, levels: bool = False) -> None:
         super().__init__()
         self.num_frequencies = channels // 2
-        self.time = nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
+        self.time = _mlp(channels)
         self.label = nn.Embedding(num_classes + 1, 4 * channels)  # row 0 is "no label"
+        self.level = _mlp(channels) if levels else None
 
-    def forward(self, time: Tensor, label: Tensor) -> Tensor:
-        """Times (B,) and labels (B,) -> (B, 4·C)."""
+    def forward(self, time: Tensor, label: Tensor, level: Tensor | None = None) -> Tensor:
+        """Times (B,), labels (B,) and noise levels (B,) -> (B, 4·C)."""
+        features = self.time(self._waves(time)) + self.label(label + 1)
+        if self.level is not None and level is not None:
+            features = features + self.level(self._waves(level))
+        return F.silu(features)
+
+    def _waves(self, value: Tensor) -> Tensor:
         # up to 100 radians: finer than the steps of a sampler, nothing changes with time
-        frequencies = torch.logspace(0.0, 2.0, self.num_frequencies, device=time.device)
-        angles = time[:, None] * frequencies
-        features = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
-        return F.silu(features + self.label(label + 1))
+        frequencies = torch.logspace(0.0, 2.0, self.num_frequencies, device=value.device)
+        angles = value[:, None] * frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _mlp(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
 
 
 class Stage(nn.Module):
