@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,16 +25,20 @@ from medgen.distributed import pick_device
 from medgen.errors import UserError
 from medgen.evaluation_data import EvaluationData, EvaluationInfo, group_numbers, save_evaluation
 from medgen.evaluation_report import (
+    DECODED,
     NEXT_STEPS,
     NO_INCEPTION,
+    PICTURES,
+    REFINED_PICTURES,
     Row,
     findings,
     key_numbers,
     print_table,
+    refiner_tables,
     unrecognised_finding,
     write_page,
 )
-from medgen.figures import write_grid, write_images, write_pairs, write_stacks
+from medgen.figures import write_grid, write_images, write_stacks
 from medgen.files import hash_file, write_atomic
 from medgen.metrics import generation, latent, privacy, reconstruction
 from medgen.metrics.c2st import MIN_GROUPS, linear_auc, network_auc
@@ -43,14 +47,16 @@ from medgen.metrics.features import DomainExtractor, load_extractor, unrecognise
 from medgen.metrics.inception import Inception, inception_score, load_inception
 from medgen.metrics.intervals import Groups, Interval, group_rows, mean_interval
 from medgen.metrics.local_network import LocalNetwork, load_local_network
-from medgen.metrics.mmd import kid, median_distance, mmd
+from medgen.metrics.mmd import kid, median_distance, mmd, paired_mmd
 from medgen.metrics.spectrum import band_ratios, log_power, radial_power, spectrum_distance
 from medgen.models import GenerativeModel, ImageModel
 from medgen.priors import Prior, iterate_samples, load_prior, sample_images, tells_classes_apart
+from medgen.refinement import Refiner, load_refiner
 from medgen.tracking import Tracker, history, lineage
 
 MIN_IMAGES = 3  # of a set that is compared: KID leaves one out and needs two more
 PCA_COMPONENTS = (128, 256, 1024)  # printed beside as many as the latent has numbers
+MIN_CLASS_IMAGES = 20  # held-out images of a class, below which measures of it are left out
 NUM_PAIRS = 16
 MAX_COLUMNS = 12
 SIGNIFICANT_DIGITS = 6
@@ -67,6 +73,7 @@ class Subject:
     model: GenerativeModel
     info: BundleInfo
     prior: Prior
+    refiner: Refiner | None
     extractor: DomainExtractor
     extractor_sha256: str
     unrecognised: tuple[str, ...]  # classes that the extractor does not tell from the others
@@ -118,7 +125,7 @@ class Views(NamedTuple):
 
 
 class Reconstructions(NamedTuple):
-    """Reconstructions of the held-out split, and how good each is."""
+    """The decoder's reconstructions of the held-out split, and how good each is."""
 
     images: Tensor  # (N, C, H, W) uint8
     ssim: Tensor  # (N,)
@@ -136,7 +143,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     """
     store, device = open_store(project.dataset), pick_device("auto")
     model, info = bundle.load_for(store, project.model, device)
-    for picture in (label_report.PICTURE, NEAREST):  # an earlier model's: this one may have none
+    for picture in (label_report.PICTURE, NEAREST, DECODED):  # an earlier model's: this one may have none
         (project.figures / picture).unlink(missing_ok=True)
     shutil.rmtree(project.images, ignore_errors=True)
     if not isinstance(model, GenerativeModel):
@@ -152,6 +159,8 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     metrics |= judge_samples(subject, samples, test, views)
     metrics |= judge_data(subject, samples, train, test, views)
     metrics |= judge_through_networks(subject, samples, train, test)
+    refined = refine_reconstructions(subject)
+    metrics |= judge_refiner(subject, views, reconstructions, refined) | judge_classes(subject, views)
     copies, pairs = judge_privacy(subject, views, samples, train, test)
     metrics |= copies
     swapped = swap_labels(subject)
@@ -163,7 +172,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     write_json(project, "metrics.json", metrics)
     kept = save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
     write_json(project, "provenance.json", provenance(project, store, info, evaluate, device, subject.hashes, kept))
-    draw(project, subject, reconstructions.images)
+    draw(project, subject, reconstructions.images, refined)
     draw_nearest(project, samples, train, pairs)
     if swapped:
         label_report.draw(project.figures, swapped, store.classes)
@@ -176,16 +185,18 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
         lines.append(unrecognised_finding(subject.unrecognised))
     if "inception" in evaluate.extractors and subject.inception is None:
         lines.append(NO_INCEPTION)
-    write_page(project.reports / "index.html", facts(subject), rows, lines)
+    pictures = REFINED_PICTURES if subject.refiner else PICTURES
+    tables = refiner_tables(metrics, store.classes)
+    write_page(project.reports / "index.html", facts(subject), rows, lines, pictures, tables=tables)
     record(project, info, evaluate, tracking, metrics)
     print_table(rows)
     return metrics
 
 
 def judge_validation(project: Project, *, evaluate: Evaluate) -> dict[str, float]:
-    """The metrics of the model and its prior on the val split, what a search may look at; writes figures/samples.png.
+    """The metrics of the model, its prior and its refiner on the val split, what a search may look at.
 
-    Those that are the same for every model, PCA's mark and the floors, are left out.
+    Writes figures/samples.png. Those that are the same for every model, PCA's mark and the floors, are left out.
 
     Raises:
         UserError: as `run`.
@@ -202,7 +213,8 @@ def judge_version(project: Project, *, folder: Path, evaluate: Evaluate) -> dict
 
     Args:
         project: whose data and extractor judge.
-        folder: holds model/ and prior/; metrics.json, provenance.json and figures/samples.png go to its reports/.
+        folder: holds artifacts/ with model/, prior/ and refiner/; metrics.json, provenance.json and figures/samples.png
+            go to its reports/.
         evaluate: how.
 
     Returns:
@@ -261,6 +273,9 @@ def judge(
     views = Views(*(view(subject, images) for images in (samples, train, held_out)))
     metrics |= judge_samples(subject, samples, held_out, views)
     metrics |= judge_through_networks(subject, samples, train, held_out)
+    if split == "test":  # a search has no use for them, and they take time
+        metrics |= judge_refiner(subject, views, reconstructions, refine_reconstructions(subject))
+        metrics |= judge_classes(subject, views)
     metrics |= judge_privacy(subject, views, samples, train, held_out)[0]
     kept = save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
     return metrics | judge_labels(subject, samples, swap_labels(subject)), subject.hashes, kept
@@ -304,7 +319,9 @@ def load(
 ) -> Subject:
     """Opens the other parts and refuses those that do not belong together."""
     device = next(model.parameters()).device
-    prior = load_prior(project.prior, bundle.digest(project.model), device)
+    weights = bundle.digest(project.model)
+    prior = load_prior(project.prior, weights, device)
+    refiner = load_refiner(project.refiner, weights, device)
     extractor, digest = load_extractor(project.features, store.fingerprint)
     for name in ("train", split):
         if store.counts[name] < MIN_IMAGES:
@@ -320,6 +337,7 @@ def load(
         model=model,
         info=info,
         prior=prior,
+        refiner=refiner,
         extractor=extractor.to(device),
         extractor_sha256=digest,
         unrecognised=unrecognised_classes(project.features),
@@ -393,13 +411,22 @@ def judge_pca(subject: Subject, train: Tensor, test: Tensor) -> dict[int, float]
 def draw_samples(subject: Subject) -> Tensor:
     """The samples that are measured, (N, C, H, W) uint8 as they would be saved, in the train split's mix of classes.
 
+    They are refined where there is a refiner.
+
     Raises:
-        UserError: the model or its prior gives values that are not finite.
+        UserError: the model, its prior or its refiner gives values that are not finite.
     """
     params = subject.params
-    labels = subject.asked_labels
-    images = iterate_samples(subject.prior, subject.model, params.num_generated, labels, params.seed, params.batch_size)
-    return torch.cat([quantised(part) for part, _ in images])
+    parts = iterate_samples(
+        subject.prior,
+        subject.model,
+        params.num_generated,
+        subject.asked_labels,
+        params.seed,
+        params.batch_size,
+        subject.refiner,
+    )
+    return torch.cat([quantised(images) for images, _ in parts])
 
 
 def quantised(images: Tensor) -> Tensor:
@@ -423,6 +450,79 @@ def judge_samples(subject: Subject, samples: Tensor, held_out: Tensor, views: Vi
     return with_bounds(intervals) | spectrum_metrics("generation", views.samples.power, views.held_out.power)
 
 
+def refine_reconstructions(subject: Subject) -> Reconstructions | None:
+    """Reconstructions of the held-out split, refined without noise on their latents; None without a refiner."""
+    if subject.refiner is None:
+        return None
+    generator = torch.Generator().manual_seed(seed_of(subject.params.seed, 4))
+    originals, results = [], []
+    for batch in Loader(subject.held_out, subject.params.batch_size, subject.device).sequential():
+        with torch.no_grad():
+            decoded = subject.model.reconstruct(batch.image, batch.label).float()
+        levels = torch.zeros(len(decoded), device=decoded.device)
+        originals.append(batch.image.cpu())
+        results.append(subject.refiner.refine(decoded, levels, batch.label, generator).cpu())
+    scores = reconstruction.compare(zip(originals, results, strict=True))
+    metrics = {f"refined/{name}": float(scores[name].mean()) for name in ("ssim", "psnr")}
+    return Reconstructions(torch.cat([quantised(result) for result in results]), scores["ssim"], metrics)
+
+
+def judge_refiner(
+    subject: Subject, views: Views, reconstructions: Reconstructions, refined: Reconstructions | None
+) -> dict[str, float]:
+    """What tells the faults of decoder, refiner and prior apart; nothing without a refiner.
+
+    `decoded/` is of the samples before they are refined, `refined/` of refined reconstructions, and the decoder's
+    reconstructions get the distances that they lack.
+    """
+    if refined is None:
+        return {}
+    decoded, real = view(subject, draw_samples(replace(subject, refiner=None))), views.held_out
+    groups, bandwidth = subject.held_out.patients, views.bandwidth
+    metrics = spectrum_metrics("decoded", decoded.power, real.power)
+    metrics["decoded/mmd_domain"] = mmd(real.features, decoded.features, bandwidth, groups).interval.value
+    metrics["decoded/fd_domain"] = generation.frechet_distance(real.features, decoded.features)
+    of_refined = view(subject, refined.images)
+    metrics |= refined.metrics | spectrum_metrics("refined", of_refined.power, real.power)
+    sets = {"refined": of_refined, "reconstruction": view(subject, reconstructions.images)}
+    for name, images in sets.items():
+        metrics[f"{name}/mmd_domain"] = paired_mmd(real.features, images.features, bandwidth, groups)
+        metrics[f"{name}/fd_domain"] = generation.frechet_distance(real.features, images.features)
+    if len(group_rows(len(real.power), groups)) >= MIN_GROUPS:
+        # an image and its reconstruction are in the same fold: both sets have the same patients in the same order
+        auc = linear_auc(log_power(real.power), log_power(of_refined.power), groups, groups)
+        metrics["refined/c2st_auc_spectrum"] = auc.value
+        metrics["refined/c2st_auc_domain"] = linear_auc(real.features, of_refined.features, groups, groups).value
+    return metrics
+
+
+def judge_classes(subject: Subject, views: Views) -> dict[str, float]:
+    """Spectrum and MMD of each class's refined samples against its held-out images; nothing without a refiner.
+
+    Classes with fewer than 20 held-out images are left out. Keys name a class by its index, as trackers refuse some
+    characters that a class's name may hold.
+    """
+    asked, labels = subject.asked_labels, torch.from_numpy(subject.held_out.labels.copy())
+    if subject.refiner is None or asked is None:
+        return {}
+    metrics: dict[str, float] = {}
+    for label in range(len(subject.store.classes)):
+        rows, own = (labels == label).nonzero()[:, 0], (asked == label).nonzero()[:, 0]
+        groups = keys_of(subject.held_out.patients, rows)
+        if len(rows) < MIN_CLASS_IMAGES or min(len(own), len(group_rows(len(rows), groups))) < MIN_IMAGES:
+            continue
+        name = f"class_{label}"
+        metrics |= spectrum_metrics(f"generation/{name}", views.samples.power[own], views.held_out.power[rows])
+        distance = mmd(views.held_out.features[rows], views.samples.features[own], views.bandwidth, groups)
+        metrics |= with_bounds({f"{name}/mmd_domain": distance.interval})
+    return metrics
+
+
+def keys_of(groups: Groups, rows: Tensor) -> Groups:
+    """The keys of some rows; None where the images have none."""
+    return None if groups is None else [groups[row] for row in rows.tolist()]
+
+
 def judge_data(subject: Subject, samples: Tensor, train: Tensor, test: Tensor, views: Views) -> dict[str, float]:
     """The same measures of as many train images as there are samples, or all; and how diverse samples and tests are."""
     seed = seed_of(subject.params.seed)
@@ -431,7 +531,10 @@ def judge_data(subject: Subject, samples: Tensor, train: Tensor, test: Tensor, v
     floors = distances(real, views.held_out, views.bandwidth, subject.held_out.patients, groups)
     floors |= realism(subject, train[rows], real, test, views.held_out, groups)
     metrics = {f"generation/{name}_floor": interval.value for name, interval in floors.items()}
-    metrics["generation/spectrum_distance_floor"] = spectrum_distance(real.power, views.held_out.power)
+    spectrum = spectrum_metrics("generation", real.power, views.held_out.power)
+    metrics["generation/spectrum_distance_floor"] = spectrum["generation/spectrum_distance"]
+    if subject.refiner:
+        metrics |= {f"{key}_floor": value for key, value in spectrum.items()}
     metrics["generation/ms_ssim_diversity"] = generation.ms_ssim_diversity(samples, seed=seed)
     metrics["generation/ms_ssim_diversity_real"] = generation.ms_ssim_diversity(test, seed=seed)
     shares = generation.manifold(views.held_out.content, real.content)._asdict()
@@ -561,8 +664,7 @@ def train_reference(subject: Subject) -> tuple[Tensor, Groups]:
     """Rows of as many train images as there are samples, or of all, and their patients."""
     split = subject.store.split("train")
     rows = generation.thin(torch.arange(len(split.images)), min(len(split.images), subject.params.num_generated))
-    keys = split.patients
-    return rows, None if keys is None else [keys[row] for row in rows.tolist()]
+    return rows, keys_of(split.patients, rows)
 
 
 def swap_labels(subject: Subject) -> label_report.Swapped | None:
@@ -591,8 +693,7 @@ def judge_labels(subject: Subject, samples: Tensor, swapped: label_report.Swappe
     if len(classes) < 2:
         return {}
     if swapped and set(classes) <= set(swapped.given.tolist()):
-        swapped_groups = None if groups is None else [groups[row] for row in swapped.rows.tolist()]
-        sets["_wrong"] = (swapped.decoded, swapped.given, swapped_groups)
+        sets["_wrong"] = (swapped.decoded, swapped.given, keys_of(groups, swapped.rows))
     return with_bounds(
         {
             f"label_accuracy{of}": label_report.balanced_accuracy(
@@ -639,8 +740,12 @@ def rounded(project: Project, metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: float(f"{metrics[name]:.{SIGNIFICANT_DIGITS}g}") for name in sorted(metrics)}
 
 
-def draw(project: Project, subject: Subject, reconstructions: Tensor) -> None:
-    """Writes samples.png, as many of each class where there are classes, and reconstructions.png."""
+def draw(project: Project, subject: Subject, reconstructions: Tensor, refined: Reconstructions | None) -> None:
+    """Writes samples.png, as many of each class where there are classes, and reconstructions.png.
+
+    With a refiner also samples_decoded.png, the same samples before they are refined. No stage of dvc.yaml declares
+    it, for label_report.draw's reason.
+    """
     num_images, seed = subject.params.grid_images, seed_of(subject.params.seed, 1)
     labels = captions = columns = None
     if subject.conditional:
@@ -651,11 +756,18 @@ def draw(project: Project, subject: Subject, reconstructions: Tensor) -> None:
         while columns > MAX_COLUMNS:
             columns = (columns + 1) // 2
         num_images = len(labels)
-    images = sample_images(subject.prior, subject.model, num_images, labels, seed, subject.params.batch_size)
-    write_grid(project.figures / "samples.png", images, columns, captions)
+    refiners = {"samples.png": subject.refiner} | ({DECODED: None} if subject.refiner else {})
+    for name, refiner in refiners.items():
+        images = sample_images(
+            subject.prior, subject.model, num_images, labels, seed, subject.params.batch_size, refiner
+        )
+        write_grid(project.figures / name, images, columns, captions)
+    lines = {"original": pixels(subject.held_out), "reconstruction": reconstructions}
+    if refined:
+        lines["refined"] = refined.images
     size = min(NUM_PAIRS, len(reconstructions))
-    originals = generation.thin(pixels(subject.held_out), size)
-    write_pairs(project.figures / "reconstructions.png", originals, generation.thin(reconstructions, size))
+    shown = {name: generation.thin(images, size) for name, images in lines.items()}
+    write_stacks(project.figures / "reconstructions.png", shown)
 
 
 def draw_nearest(project: Project, samples: Tensor, train: Tensor, pairs: privacy.Pairs) -> None:
@@ -671,11 +783,14 @@ def draw_nearest(project: Project, samples: Tensor, train: Tensor, pairs: privac
 
 def facts(subject: Subject) -> dict[str, str]:
     """What was trained, for the page: nothing in it changes from one identical run to the next."""
-    return described(subject.store, subject.info) | {
+    known = described(subject.store, subject.info) | {
         "latent": " x ".join(map(str, subject.model.latent_shape)),
         "prior": subject.prior.name,
         "extractor": "; ".join(f"{name}, {digest[:12]}" for name, digest in subject.hashes.items()),
     }
+    if subject.refiner:
+        known |= {f"refiner.{name}": str(value) for name, value in subject.refiner.params}
+    return known
 
 
 def described(store: Store, info: BundleInfo) -> dict[str, str]:
@@ -708,7 +823,7 @@ def provenance(
     """
     return {
         "model": bundle.digest(project.model),
-        "content": bundle.content(project.model, project.prior),
+        "content": bundle.content(project.model, project.prior, project.refiner),
         "metrics": hash_file(project.reports / "metrics.json"),
         "run": info.run,
         "dataset": store.fingerprint,
@@ -732,7 +847,7 @@ def record(project: Project, info: BundleInfo, params: Evaluate, tracking: Track
         records = history(scratch)
         tracker.params({"evaluate": params})
         tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
-        for name in ("samples.png", "reconstructions.png", label_report.PICTURE, NEAREST):
+        for name in ("samples.png", DECODED, "reconstructions.png", label_report.PICTURE, NEAREST):
             if (project.figures / name).exists():
                 tracker.artifact(project.figures / name, "figures")
         for name in ("metrics.json", "provenance.json", "index.html"):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +27,26 @@ PICTURES = {
     "codebook.png": "Codes in use on the validation split by epoch",
 }
 
+DECODED = "samples_decoded.png"
+REFINED_PICTURES = {  # of a model with a refiner
+    "samples.png": "New images, drawn through the prior, decoded and refined",
+    DECODED: "The same images, decoded and not refined",
+    "reconstructions.png": "Test images over the decoder's reconstructions, over refined reconstructions",
+    **{name: text for name, text in PICTURES.items() if name not in ("samples.png", "reconstructions.png")},
+}
+FIDELITY = (
+    "Fidelity is how close an image is to one original (SSIM), realism how close a set of images is to real ones (all "
+    "other columns). A refiner raises realism and lowers SSIM: it draws detail that fits the image and is not the "
+    "original's, and SSIM counts such detail as error (the perception-distortion trade-off, Blau and Michaeli, 2018). "
+    "Power is over that of real images, 1 is best, below is blurred; of the other columns 0 is best. Compare FD of "
+    "reconstructions with reconstructions only, and of samples with samples and train images: sets of other sizes and "
+    "images that are compared with their own originals give other values. MMD depends on neither."
+)
+BY_CLASS = (
+    "Refined samples of a class against its test images, for classes with at least 20 of them. MMD is squared, with "
+    "its 95 % interval."
+)
+
 NO_INCEPTION = (
     "Inception Score and FID were asked for (evaluate.extractors) and are absent: the machine did not have the "
     "weights of the Inception network. Run `medgen weights fetch inception`, and `medgen evaluate` again."
@@ -46,6 +67,7 @@ ADVICE_ON_COPIES = (
     "Look at the closest pairs below, and hand out neither samples nor model. Bring more images, train shorter, or "
     "take a smaller latent (model.latent_channels) or a simpler prior (prior.name)."
 )
+SMALL_SHARE = 0.5  # of the samples' excess MMD: reconstructions with no more of it have no large part in it
 LEAST_LIMIT = 0.2  # of the copy limit, in held-out images' median distances; real chest films: 0.5
 
 
@@ -57,6 +79,16 @@ class Row:
     value: str
     reference: str  # what the value is compared with
     reading: str
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table of its own on the page."""
+
+    title: str
+    text: str  # one paragraph that says how to read it
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
 
 
 def key_numbers(metrics: Mapping[str, float], pca: Mapping[int, float], num_latent: int) -> list[Row]:
@@ -231,6 +263,7 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
             f"Reconstructions beat the train split's principal components (SSIM {ssim:.3f} over {reference:.3f})."
         )
     found += [_sharpness_finding(metrics), _realism_finding(metrics), _distance_finding(metrics)]
+    found += _refiner_findings(metrics)
     if metrics["generation/ms_ssim_diversity"] > metrics["generation/ms_ssim_diversity_real"] + 0.05:
         found.append("Samples are more alike than real images are: look for a collapse in the grid below.")
     found += _privacy_findings(metrics)
@@ -244,10 +277,14 @@ def findings(metrics: Mapping[str, float]) -> list[str]:
 
 def _sharpness_finding(metrics: Mapping[str, float]) -> str:
     """Whether the finest detail has the power that it has in real images."""
-    own, rebuilt = (metrics[f"{group}/spectrum_ratio_{NUM_BANDS}"] for group in ("generation", "reconstruction"))
-    both = f"samples hold {own:.0%} of real images' power in the finest detail, reconstructions {rebuilt:.0%}"
+    refined = f"refined/spectrum_ratio_{NUM_BANDS}" in metrics
+    group, name = ("refined", "refined reconstructions") if refined else ("reconstruction", "reconstructions")
+    own, rebuilt = (metrics[f"{of}/spectrum_ratio_{NUM_BANDS}"] for of in ("generation", group))
+    both = f"samples hold {own:.0%} of real images' power in the finest detail, {name} {rebuilt:.0%}"
     if own < BLURRED:
-        cause = "the decoder blurs" if rebuilt < BLURRED else "the prior draws latents that decode to blurred images"
+        cause = "the prior draws latents that decode to blurred images"
+        if rebuilt < BLURRED:
+            cause = "the refiner adds too little detail" if refined else "the decoder blurs"
         return f"Samples are blurred: {both}. As reconstructions show, {cause}."
     if own > 1.0 / BLURRED:
         return f"Samples are noisy: {both}."
@@ -290,6 +327,26 @@ def _distance_finding(metrics: Mapping[str, float]) -> str:
         f"images are ({_sizes(metrics)}): squared MMD {value:.3g}, {low:.3g} to {high:.3g}; below {visible:.2g} a "
         "difference would not be seen."
     )
+
+
+def _refiner_findings(metrics: Mapping[str, float]) -> list[str]:
+    """Which part the gap between refined samples and real images is due to, where there are a refiner and a gap."""
+    if "refined/mmd_domain" not in metrics:
+        return []
+    low, floor = metrics["generation/mmd_domain_ci_low"], metrics["generation/mmd_domain_floor"]
+    if low <= floor:
+        return []
+    samples, rebuilt = metrics["generation/mmd_domain"] - floor, metrics["refined/mmd_domain"]
+    both = f"squared MMD {rebuilt:.3g}; refined samples {samples:.3g} more than train images"
+    if rebuilt <= SMALL_SHARE * samples:
+        return [
+            f"Refined reconstructions are close to real images ({both}): most of the gap is due to the prior. Train "
+            "another prior (prior.name: flow) or train it longer, or raise refiner.sampling_noise."
+        ]
+    return [
+        f"Refined reconstructions differ from real images, too ({both}): much of the gap is due to the decoder and the "
+        "refiner. Train the refiner longer (refiner.epochs) or make it larger (refiner.channels)."
+    ]
 
 
 def _say_less(metrics: Mapping[str, float]) -> str:
@@ -353,6 +410,44 @@ def unrecognised_finding(classes: Sequence[str]) -> str:
     )
 
 
+def refiner_tables(metrics: Mapping[str, float], classes: Sequence[str]) -> list[PageTable]:
+    """Fidelity and realism before and after the refiner, and realism by class; none without a refiner."""
+    if "refined/ssim" not in metrics:
+        return []
+    bands = [f"spectrum_ratio_{band}" for band in range(1, NUM_BANDS + 1)]
+    keys = ["ssim", *bands, "spectrum_distance", "fd_domain", "mmd_domain"]
+    names = {
+        "reconstruction": "decoder's reconstructions",
+        "refined": "refined reconstructions",
+        "decoded": "samples without the refiner",
+        "generation": "refined samples",
+    }
+    rows = [(name, *(_cell(metrics, f"{group}/{key}") for key in keys)) for group, name in names.items()]
+    rows.append(("train images", *(_cell(metrics, f"generation/{key}_floor") for key in keys)))
+    head = [f"power, band {band}" for band in range(1, NUM_BANDS + 1)]
+    columns = ("images", "SSIM", *head, "spectrum distance", "FD", "MMD")
+    tables = [PageTable("Fidelity and realism", FIDELITY, columns, rows)]
+    found = [k for k in range(len(classes)) if f"generation/class_{k}/mmd_domain" in metrics]
+    if found:
+        keys = [*bands, "spectrum_distance"]
+        rows = [
+            (
+                classes[k],
+                *(_cell(metrics, f"generation/class_{k}/{key}") for key in keys),
+                _interval(metrics, f"generation/class_{k}/mmd_domain"),
+            )
+            for k in found
+        ]
+        columns = ("class", *head, "spectrum distance", "MMD")
+        tables.append(PageTable("Realism of refined samples by class", BY_CLASS, columns, rows))
+    return tables
+
+
+def _cell(metrics: Mapping[str, float], key: str) -> str:
+    """A value, or a dash where there is none."""
+    return f"{metrics[key]:.3g}" if key in metrics else "–"
+
+
 def print_table(rows: Sequence[Row]) -> None:
     """The key numbers, for the terminal."""
     shown = Table(title="Evaluation on the test split", title_justify="left")
@@ -371,6 +466,7 @@ def write_page(
     findings: Sequence[str],
     pictures: Mapping[str, str] = PICTURES,
     next_steps: Sequence[str] = (*NEXT_STEPS, MORE_IMAGES),
+    tables: Sequence[PageTable] = (),
 ) -> None:
     """Writes one HTML page that needs no other file.
 
@@ -381,6 +477,7 @@ def write_page(
         findings: sentences.
         pictures: file name -> caption.
         next_steps: what to look at next, as HTML.
+        tables: shown after the key numbers.
     """
     shown = "".join(
         figure((path.parent / "figures" / name).read_bytes(), Path(name).suffix.removeprefix("."), caption)
@@ -389,11 +486,16 @@ def write_page(
     )
     head = ("measure", "value", "reference", "how to read it")
     numbers = table(head, [(row.name, row.value, row.reference, row.reading) for row in rows], numeric={1})
+    more = "".join(
+        f"<h2>{escape(each.title)}</h2>\n<p>{escape(each.text)}</p>\n"
+        f"{table(each.head, each.rows, numeric=range(1, len(each.head)))}\n"
+        for each in tables
+    )
     body = f"""<h1>How good is the model?</h1>
 {bullets(findings)}
 <h2>Key numbers, on the test split</h2>
 {numbers}
-<h2>Pictures</h2>{shown}
+{more}<h2>Pictures</h2>{shown}
 <h2>What was trained</h2>{table((), facts.items())}
 <h2>What to look at next</h2>
 <ul>{"".join(f"<li>{step}</li>" for step in next_steps)}</ul>"""

@@ -68,6 +68,35 @@ def mmd(
     return _squared_mmd(real, generated, gaussian(bandwidth), real_groups, generated_groups)
 
 
+def paired_mmd(real: Tensor, images: Tensor, bandwidth: float, groups: Groups = None) -> float:
+    """Unbiased squared MMD of images and others made from them, such as their reconstructions; kernel as of `mmd`.
+
+    An image resembles what is made from it, so pairs of one image, or of one group, count nowhere: 0 is expected where
+    both sets have one distribution.
+
+    Args:
+        real: (N, D) features.
+        images: (N, D) features, in the order of `real`.
+        bandwidth: of the kernel.
+        groups: N keys, such as each image's patient.
+
+    Raises:
+        ValueError: fewer than two groups.
+
+    Source: Gretton et al., A kernel two-sample test, 2012, eq. 4.
+    """
+    members, kernel, real, images = group_rows(len(real), groups), gaussian(bandwidth), real.double(), images.double()
+    if len(members) < 2:
+        raise ValueError(f"groups: found {len(members)}, expected at least 2")
+
+    def summed(x: Tensor, y: Tensor) -> float:
+        within = _row_sums(x, x, kernel).sum() + _row_sums(y, y, kernel).sum()
+        return float(within - 2.0 * _row_sums(x, y, kernel).sum())
+
+    total = summed(real, images) - sum(summed(real[rows], images[rows]) for rows in members)
+    return total / (len(real) ** 2 - sum(len(rows) ** 2 for rows in members))
+
+
 def mmd_difference(first: Discrepancy, second: Discrepancy, real_groups: Groups = None) -> tuple[float, float]:
     """Squared MMD of one model minus another's over the same real images, and the standard error of the difference.
 
