@@ -12,17 +12,31 @@ from PIL import Image
 from torch import Tensor, nn
 
 from medgen import bundle, evaluate, features
-from medgen.config import Evaluate, Features, LocalNetwork, Model, Preprocess, Prior, Project, Tracking
+from medgen.config import (
+    Evaluate,
+    Features,
+    LocalNetwork,
+    Model,
+    Preprocess,
+    Prior,
+    Project,
+    Refiner,
+    Tracking,
+    seed_of,
+)
 from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
 from medgen.evaluation_report import findings
 from medgen.figures import write_grid
 from medgen.files import hash_file
 from medgen.metrics import generation, inception, mmd, reconstruction
+from medgen.metrics.features import load_extractor
 from medgen.metrics.local_network import load_local_network
 from medgen.metrics.privacy import CERTAIN, plausible
 from medgen.models import build_model
-from medgen.priors import FITTED, save_prior
+from medgen.priors import FITTED, load_prior, sample_images, save_prior
+from medgen.refinement import Refiner as ImageRefiner
+from medgen.refinement import load_refiner, save_none, save_refiner
 from medgen.tracking import history, read_run
 
 OFF = Tracking(enabled=False)
@@ -52,6 +66,14 @@ KEYS = {
     *(f"privacy/nearest_train_ratio{by}" for by in ("", "_pixels")),
     "privacy/held_out_limit",
     *(f"run/{name}" for name in ("num_train", "num_test", "num_generated")),
+}
+SPECTRUM = (*(f"spectrum_ratio_{band}" for band in range(1, 6)), "spectrum_distance")
+REFINED_KEYS = {  # what a refiner adds
+    *(f"{group}/{name}" for group in ("decoded", "refined") for name in (*SPECTRUM, "mmd_domain", "fd_domain")),
+    *(f"reconstruction/{name}" for name in ("mmd_domain", "fd_domain")),
+    *(f"generation/{name}_floor" for name in SPECTRUM if name != "spectrum_distance"),
+    "refined/ssim",
+    "refined/psnr",
 }
 REALISM = {  # where there are patients enough
     f"generation/c2st_auc{view}{of}"
@@ -84,6 +106,7 @@ def trained(project: Project, prior: str = "gmm", conditional: bool = True) -> P
     save_prior(
         project.prior, FITTED[prior].fit(means, labels, len(store.classes), params), bundle.digest(project.model)
     )
+    save_none(project.refiner, bundle.digest(project.model))
     features.run(project, features=Features(width=8, epochs=1))
     description = project.features / "extractor.json"  # one epoch teaches it nothing, but labels are to be evaluated
     description.write_text(json.dumps(json.loads(description.read_text()) | {"unrecognised": {}}))
@@ -96,6 +119,20 @@ def judged(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     project = Project(tmp_path_factory.mktemp("judged"))
     shutil.copytree(tiny_store, project.dataset)
     trained(project)
+    return project, evaluate.run(project, evaluate=SMALL, tracking=OFF)
+
+
+@pytest.fixture(scope="module")
+def refined(
+    judged: tuple[Project, dict[str, float]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Project, dict[str, float]]:
+    """The same project with a refiner of random weights, after one evaluation, and its metrics."""
+    project = Project(tmp_path_factory.mktemp("refined"))
+    shutil.copytree(judged[0].root / "artifacts", project.root / "artifacts")
+    store, params = open_store(project.dataset), Refiner(enabled=True, channels=8, blocks=4, sampling_steps=1)
+    scales = torch.full((1,), 0.1), torch.ones(2, 8, 8)
+    refiner = ImageRefiner.start(params, store.image_shape, len(store.classes), *scales)
+    save_refiner(project.refiner, refiner, bundle.digest(project.model))
     return project, evaluate.run(project, evaluate=SMALL, tracking=OFF)
 
 
@@ -372,11 +409,12 @@ def other_model(project: Project) -> None:
     [
         (lambda project: shutil.rmtree(project.model), "medgen train"),
         (lambda project: shutil.rmtree(project.prior), "medgen prior"),
+        (lambda project: shutil.rmtree(project.refiner), "medgen refiner"),
         (lambda project: shutil.rmtree(project.features), "medgen features"),
         (other_dataset, r"extractor\.json: trained on dataset 000000000000"),
         (other_model, "run `medgen prior` again"),
     ],
-    ids=["no model", "no prior", "no extractor", "extractor of other data", "prior of another model"],
+    ids=["no model", "no prior", "no refiner", "no extractor", "extractor of other data", "prior of another model"],
 )
 def test_parts_that_are_missing_or_strangers_are_named(
     damage: object, message: str, judged: tuple[Project, dict[str, float]], tmp_path: Path
@@ -387,6 +425,127 @@ def test_parts_that_are_missing_or_strangers_are_named(
     with pytest.raises(UserError, match=message):
         evaluate.run(project, evaluate=SMALL, tracking=OFF)
     assert not project.reports.exists()
+
+
+def test_generation_metrics_are_of_refined_samples_and_reconstructions_stay_the_decoders(
+    judged: tuple[Project, dict[str, float]], refined: tuple[Project, dict[str, float]]
+) -> None:
+    (project, metrics), plain = refined, judged[1]
+    assert set(metrics) == KEYS | REFINED_KEYS
+    same = {name for name in KEYS if name.startswith(("reconstruction/", "latent/", "run/")) or name.endswith("_floor")}
+    assert {name: metrics[name] for name in same} == {name: plain[name] for name in same}
+    assert metrics["generation/spectrum_ratio_5"] != plain["generation/spectrum_ratio_5"]
+    assert metrics["privacy/nearest_train_ratio_pixels"] != plain["privacy/nearest_train_ratio_pixels"]
+    assert {name: metrics[f"decoded/{name}"] for name in (*SPECTRUM, "mmd_domain", "fd_domain")} == {
+        name: plain[f"generation/{name}"] for name in (*SPECTRUM, "mmd_domain", "fd_domain")
+    }, "the same samples, not refined"
+    facts = json.loads((project.reports / "provenance.json").read_text())
+    assert facts["content"] == bundle.content(project.model, project.prior, project.refiner)
+    again = {name: (project.reports / name).read_bytes() for name in (*REPORTS, "figures/samples_decoded.png")}
+    assert evaluate.run(project, evaluate=SMALL, tracking=OFF) == metrics
+    assert {name: (project.reports / name).read_bytes() for name in again} == again
+
+
+def test_measured_and_shown_samples_are_what_a_user_of_the_refiner_gets(
+    refined: tuple[Project, dict[str, float]], tmp_path: Path
+) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(refined[0].root / "artifacts", tmp_path / "artifacts")
+    evaluate.run(project, evaluate=SMALL.model_copy(update={"save_images": True}), tracking=OFF)
+    digest = bundle.digest(project.model)
+    prior, refiner = load_prior(project.prior, digest), load_refiner(project.refiner, digest)
+    model, _ = bundle.load_generative(project.model)
+    labels = evaluate.proportional_labels(prior.frequencies, 20)
+    expected = sample_images(prior, model, 20, labels, SMALL.seed, SMALL.batch_size, refiner)
+    assert bytes_of(project.images / "generated").equal(evaluate.quantised(expected))
+
+
+def test_refined_reconstructions_are_measured_against_their_originals(
+    refined: tuple[Project, dict[str, float]],
+) -> None:
+    """Counted again by hand, in one batch: noise of the flow is drawn image by image."""
+    project, metrics = refined
+    test = open_store(project.dataset).split("test")
+    (model, _), refiner = bundle.load(project.model), load_refiner(project.refiner, bundle.digest(project.model))
+    assert refiner is not None
+    originals, labels = torch.from_numpy(test.images.copy()).float() / 255, torch.from_numpy(test.labels.copy())
+    with torch.no_grad():
+        decoded = model.reconstruct(originals, labels)
+    generator, parts = torch.Generator().manual_seed(seed_of(SMALL.seed, 4)), []
+    for rows in torch.split(torch.arange(len(labels)), SMALL.batch_size):
+        parts.append(refiner.refine(decoded[rows], torch.zeros(len(rows)), labels[rows], generator))
+    images = torch.cat(parts)
+    ssim = reconstruction.ssim(originals, images).double().mean().item()
+    assert metrics["refined/ssim"] == pytest.approx(ssim, rel=1e-4)
+    assert metrics["refined/ssim"] < metrics["reconstruction/ssim"], "a refiner that knows nothing adds noise"
+    extractor, _ = load_extractor(project.features)
+    with torch.no_grad():
+        seen = [extractor(evaluate.quantised(each).float() / 255) for each in (images, originals)]
+    assert metrics["refined/fd_domain"] == pytest.approx(generation.frechet_distance(seen[1], seen[0]), rel=1e-3)
+
+
+def test_the_page_compares_fidelity_and_realism_before_and_after_the_refiner(
+    judged: tuple[Project, dict[str, float]], refined: tuple[Project, dict[str, float]]
+) -> None:
+    (project, metrics), plain = refined, judged[0]
+    page = (project.reports / "index.html").read_text()
+    assert "Fidelity and realism" in page and "perception-distortion" in page and page.count("<img") == 4
+    for name, group in (
+        ("decoder&#x27;s reconstructions", "reconstruction"),
+        ("refined reconstructions", "refined"),
+        ("samples without the refiner", "decoded"),
+        ("refined samples", "generation"),
+    ):
+        row = next(line for line in page.split("<tr>") if line.startswith(f"<td>{name}</td>"))
+        for key in ("spectrum_ratio_5", "spectrum_distance", "fd_domain", "mmd_domain"):
+            assert f">{metrics[f'{group}/{key}']:.3g}<" in row
+    assert "decoded and not refined" in page and "over refined reconstructions" in page
+    assert "Fidelity and realism" not in (plain.reports / "index.html").read_text()
+    heights = []
+    for folder in (project, plain):
+        with Image.open(folder.figures / "reconstructions.png") as picture:
+            heights.append(picture.height)
+    assert heights[0] > heights[1], "a third row"
+    with (
+        Image.open(project.figures / "samples_decoded.png") as decoded,
+        Image.open(plain.figures / "samples.png") as own,
+    ):
+        assert decoded.tobytes() == own.tobytes()
+
+
+def test_a_figure_of_an_earlier_refiner_goes(
+    judged: tuple[Project, dict[str, float]], refined: tuple[Project, dict[str, float]], tmp_path: Path
+) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(refined[0].root, tmp_path, dirs_exist_ok=True)
+    save_none(project.refiner, bundle.digest(project.model))
+    assert evaluate.run(project, evaluate=SMALL, tracking=OFF) == judged[1]
+    assert not (project.figures / "samples_decoded.png").exists()
+
+
+def test_a_search_does_not_spend_time_on_refined_reconstructions(
+    refined: tuple[Project, dict[str, float]], tmp_path: Path
+) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(refined[0].root / "artifacts", tmp_path / "artifacts")
+    found = evaluate.judge_validation(project, evaluate=SMALL)
+    assert "generation/mmd_domain" in found and not set(found) & REFINED_KEYS
+
+
+def test_classes_with_images_enough_are_measured_one_by_one(
+    refined: tuple[Project, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(refined[0].root / "artifacts", tmp_path / "artifacts")
+    store = open_store(project.dataset)
+    counts = torch.bincount(torch.from_numpy(store.split("test").labels.copy()), minlength=len(store.classes))
+    monkeypatch.setattr(evaluate, "MIN_CLASS_IMAGES", int(counts.median()))
+    metrics = evaluate.run(project, evaluate=SMALL, tracking=OFF)
+    large = [k for k, count in enumerate(counts.tolist()) if count >= counts.median()]
+    names = (*SPECTRUM, *(f"mmd_domain{end}" for end in ("", "_ci_low", "_ci_high")))
+    assert set(metrics) - set(refined[1]) == {f"generation/class_{k}/{name}" for k in large for name in names}
+    page = (project.reports / "index.html").read_text()
+    assert "by class" in page and f"<td>{store.classes[large[0]]}</td>" in page
 
 
 def test_too_few_generated_images_are_refused(judged: tuple[Project, dict[str, float]]) -> None:
@@ -454,6 +613,36 @@ def test_findings_follow_the_numbers(change: dict[str, float], said: dict[float,
         assert words in text
 
 
+GAP = {"generation/mmd_domain": 0.1, "generation/mmd_domain_ci_low": 0.09, "generation/mmd_domain_ci_high": 0.11}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        (GAP | {"refined/mmd_domain": 0.01}, "most of the gap is due to the prior"),
+        (GAP | {"refined/mmd_domain": -0.001}, "most of the gap is due to the prior"),
+        (GAP | {"refined/mmd_domain": 0.08}, "due to the decoder and the refiner"),
+        ({"refined/mmd_domain": 0.01}, None),
+    ],
+    ids=["no refiner", "prior", "prior, none left", "refiner", "no gap"],
+)
+def test_findings_say_which_part_a_gap_is_due_to(change: dict[str, float], words: str | None) -> None:
+    found = [text for text in findings(GOOD | change) if "Refined reconstructions" in text]
+    assert len(found) == (words is not None)
+    assert all(str(words) in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("rebuilt", "words"),
+    [(0.95, "the prior draws latents that decode to blurred images"), (0.5, "the refiner adds too little detail")],
+)
+def test_blur_of_refined_samples_is_compared_with_refined_reconstructions(rebuilt: float, words: str) -> None:
+    blurred = {"generation/spectrum_ratio_5": 0.4, "reconstruction/spectrum_ratio_5": 0.1}
+    text = findings(GOOD | blurred | {"refined/spectrum_ratio_5": rebuilt})[1]
+    assert f"refined reconstructions {rebuilt:.0%}" in text and words in text
+
+
 def test_without_patients_enough_the_findings_say_so() -> None:
     few = {key: value for key, value in GOOD.items() if "c2st" not in key}
     assert any("Too few images for a classifier test" in text for text in findings(few))
@@ -480,7 +669,7 @@ def test_a_model_trained_on_other_data_is_judged_without_saying_anything_of_copi
     """A registered version, in a folder of its own: its metrics are those of `run`, where the data is the same."""
     project, metrics = judged
     version = tmp_path / "version"
-    for part in ("model", "prior"):
+    for part in ("model", "prior", "refiner"):
         shutil.copytree(project.root / "artifacts" / part, version / "artifacts" / part)
     before = (project.reports / "metrics.json").read_bytes()
     found = evaluate.judge_version(project, folder=version, evaluate=SMALL)

@@ -19,6 +19,7 @@ from medgen.metrics.features import load_extractor
 from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model
 from medgen.priors import FITTED, load_prior, sample_images, save_prior
+from medgen.refinement import save_none
 from medgen.types import Latent
 
 OFF = Tracking(enabled=False)
@@ -67,6 +68,7 @@ def judge(
         means = model.encode(torch.from_numpy(train.images.copy()).float() / 255, labels).mean
     prior = FITTED["gaussian"].fit(means, labels, len(store.classes), Prior())
     save_prior(project.prior, prior, bundle.digest(project.model))
+    save_none(project.refiner, bundle.digest(project.model))
     features.run(project, features=Features(width=8, epochs=1))
     description = project.features / "extractor.json"
     stated = {"unrecognised": {"classes": list(unrecognised)}}

@@ -92,6 +92,35 @@ def test_difference_of_two_models_is_that_of_their_values_and_covers_the_truth()
     assert narrower / 60 > 0.9  # the same images for both: their noise cancels
 
 
+def test_paired_mmd_is_unbiased_where_each_image_is_compared_with_what_was_made_from_it() -> None:
+    """The plain value is far below 0 there: each image lies next to its own reconstruction."""
+    found, plain = [], []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        patients = [row // 2 for row in range(40)]
+        own = torch.randn(20, 8, generator=generator).repeat_interleave(2, 0)
+        real = own + 0.3 * torch.randn(40, 8, generator=generator)
+        images = own + 0.3 * torch.randn(40, 8, generator=generator)
+        found.append(mmd.paired_mmd(real, images, 4.0, patients))
+        plain.append(mmd.mmd(real, images, 4.0, patients).interval.value)
+    found, plain = torch.tensor(found), torch.tensor(plain)
+    error = float(found.std() / 40**0.5)
+    assert abs(float(found.mean())) < 3 * error < -float(plain.mean())
+
+
+def test_paired_mmd_of_shifted_images_is_that_of_unpaired_ones() -> None:
+    real = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(600, 4, generator=torch.Generator().manual_seed(1))
+    shifted, expected = mmd.paired_mmd(real, real + 0.5, 2.0), mmd.mmd(real, other + 0.5, 2.0).interval
+    assert expected.low < shifted < expected.high
+    kept = torch.ones(600, 600).bool().fill_diagonal_(False)
+    kernel = mmd.gaussian(2.0)
+    terms = kernel(real, real) + kernel(real + 0.5, real + 0.5) - 2 * kernel(real, real + 0.5)
+    assert shifted == pytest.approx(float(terms[kept].mean()), rel=1e-4)
+    with pytest.raises(ValueError, match="found 1, expected at least 2"):
+        mmd.paired_mmd(real, real, 2.0, ["a"] * 600)
+
+
 @pytest.mark.parametrize("size", [50, 1500])
 def test_bandwidth_is_the_median_distance(size: int) -> None:
     features = normal(size, 6)
