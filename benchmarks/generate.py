@@ -1,4 +1,6 @@
-"""Sampling speed by prior, in images per second, as ratios in one run; weights are random, which costs the same.
+"""Sampling speed by prior and refiner, in images per second, as ratios in one run.
+
+Weights are random, which costs the same.
 
 python benchmarks/generate.py [--rounds 3] [--images 128]
 """
@@ -9,15 +11,18 @@ import time
 
 import torch
 
-from medgen.config import Model, Prior
+from medgen.config import Model, Prior, Refiner
 from medgen.models import GenerativeModel, build_model
 from medgen.priors import FITTED, LEARNED, iterate_samples
+from medgen.refinement import Refiner as ImageRefiner
 
 SHAPE, NUM_LATENTS, BATCH = (1, 64, 64), 512, 64
 SPATIAL = Model(name="spatial_vae", base_channels=16, latent_channels=16, latent_size=8)
 CODES = Model(name="vqvae", base_channels=16, latent_channels=16, latent_size=16)
-WAYS: dict[str, tuple[Model, Prior]] = {
+WAYS: dict[str, tuple[Model, Prior] | tuple[Model, Prior, Refiner]] = {
     "8×8×16, normal": (SPATIAL, Prior(name="normal")),
+    "8×8×16, normal, refined in 8 midpoint steps": (SPATIAL, Prior(name="normal"), Refiner()),
+    "8×8×16, normal, refined in 8 Euler steps": (SPATIAL, Prior(name="normal"), Refiner(solver="euler")),
     "8×8×16, gmm": (SPATIAL, Prior(name="gmm", components=(4,))),
     "8×8×16, flow, 25 midpoint steps": (SPATIAL, Prior(name="flow")),
     "8×8×16, flow, 10 midpoint steps": (SPATIAL, Prior(name="flow", sampling_steps=10)),
@@ -36,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="each way is timed once a round, in turn")
     parser.add_argument("--images", type=int, default=128, help="drawn each time")
     arguments = parser.parse_args()
-    draws = {name: prepare(*way, arguments.images) for name, way in WAYS.items()}
+    draws = {name: prepare(arguments.images, *way) for name, way in WAYS.items()}
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     for round_number in range(arguments.rounds + 1):
         for name, draw in draws.items():
@@ -47,15 +52,15 @@ def main() -> None:
     first = next(iter(WAYS))
     device = "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     print(f"{device}, {SHAPE[1]} px, {arguments.images} images in batches of {BATCH}\n")
-    print("| model, prior | images/s | ratio |\n|---|---|---|")
+    print("| model, prior, refiner | images/s | ratio |\n|---|---|---|")
     for name in WAYS:
         ratios = [a / b for a, b in zip(rates[name], rates[first], strict=True)]
         spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         print(f"| {name} | {statistics.median(rates[name]):.0f} | {spread} |")
 
 
-def prepare(sizes: Model, params: Prior, n: int):
-    """Draws `n` images of a model and a prior that know two classes."""
+def prepare(n: int, sizes: Model, params: Prior, refiner_params: Refiner | None = None):
+    """A function that draws `n` images of a model, a prior and a refiner that know two classes."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(sizes, SHAPE, 2).to(device).eval()
@@ -72,9 +77,13 @@ def prepare(sizes: Model, params: Prior, n: int):
     else:
         prior = LEARNED[name].start(latents, labels, 2, params, None, codes)
         prior.network.to(device)
+    refiner = None
+    if refiner_params:
+        refiner = ImageRefiner.start(refiner_params, SHAPE, 2, torch.ones(1), torch.ones(model.latent_shape))
+        refiner.network.to(device)
 
     def draw() -> None:
-        for _ in iterate_samples(prior, model, n, None, seed=0, batch_size=BATCH):
+        for _ in iterate_samples(prior, model, n, None, seed=0, batch_size=BATCH, refiner=refiner):
             pass
 
     return draw

@@ -123,7 +123,7 @@ class Reference:
         """Samples (count, C, H, W) uint8 of the project's model, or with another prior or other weights."""
         params = self.subject.params.model_copy(update={"seed": seed, "num_generated": count})
         subject = replace(self.subject, params=params, prior=prior or self.subject.prior)
-        return ev.draw_samples(replace(subject, model=model or subject.model))
+        return ev.draw_samples(replace(subject, model=model or subject.model)).images
 
 
 def unseen_split(cache: Path, params: config.Params) -> Split:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,7 @@ from medgen.models import GenerativeModel, ImageModel
 from medgen.priors import Prior, iterate_samples, load_prior, sample_images, tells_classes_apart
 from medgen.refinement import Refiner, load_refiner
 from medgen.tracking import Tracker, history, lineage
+from medgen.types import Decoder
 
 MIN_IMAGES = 3  # of a set that is compared: KID leaves one out and needs two more
 PCA_COMPONENTS = (128, 256, 1024)  # printed beside as many as the latent has numbers
@@ -124,6 +125,31 @@ class Views(NamedTuple):
         return median_distance(self.train.features)
 
 
+class Samples(NamedTuple):
+    """The samples that are measured, as they would be saved, in the train split's mix of classes."""
+
+    images: Tensor  # (N, C, H, W) uint8, refined where there is a refiner
+    decoded: Tensor | None  # (N, C, H, W) uint8, the same before they are refined; None without a refiner
+
+
+@dataclass(frozen=True)
+class DecodedToo:
+    """A refiner that also keeps images as they are before it: one draw from the prior, which may be slow, gives both.
+
+    Args:
+        refiner: the refiner.
+        decoded: gets each batch, (B, C, H, W) uint8 on the CPU.
+    """
+
+    refiner: Refiner
+    decoded: list[Tensor]
+
+    def draw(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """See `medgen.types.ImageRefiner`."""
+        self.decoded.append(quantised(decoder.decode(latents, labels).float().cpu()))
+        return self.refiner.draw(decoder, latents, labels, generator)
+
+
 class Reconstructions(NamedTuple):
     """The decoder's reconstructions of the held-out split, and how good each is."""
 
@@ -151,7 +177,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     subject = load(project, store, model, info, evaluate)
     reconstructions = judge_reconstructions(subject)
     metrics = dict(reconstructions.metrics)
-    samples = draw_samples(subject)
+    samples, decoded = draw_samples(subject)
     train, test = pixels(store.split("train")), pixels(subject.held_out)
     pca = judge_pca(subject, train, test)
     metrics["reconstruction/pca_ssim"] = next(iter(pca.values()))
@@ -160,7 +186,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     metrics |= judge_data(subject, samples, train, test, views)
     metrics |= judge_through_networks(subject, samples, train, test)
     refined = refine_reconstructions(subject)
-    metrics |= judge_refiner(subject, views, reconstructions, refined) | judge_classes(subject, views)
+    metrics |= judge_refiner(subject, views, reconstructions, refined, decoded) | judge_classes(subject, views)
     copies, pairs = judge_privacy(subject, views, samples, train, test)
     metrics |= copies
     swapped = swap_labels(subject)
@@ -267,14 +293,14 @@ def judge(
     subject = load(project, store, model, info, params, split)
     reconstructions = judge_reconstructions(subject)
     metrics = dict(reconstructions.metrics)
-    samples = draw_samples(subject)
+    samples, decoded = draw_samples(subject)
     write_grid(project.figures / "samples.png", generation.thin(samples, min(len(samples), params.grid_images)))
     train, held_out = pixels(store.split("train")), pixels(subject.held_out)
     views = Views(*(view(subject, images) for images in (samples, train, held_out)))
     metrics |= judge_samples(subject, samples, held_out, views)
     metrics |= judge_through_networks(subject, samples, train, held_out)
     if split == "test":  # a search has no use for them, and they take time
-        metrics |= judge_refiner(subject, views, reconstructions, refine_reconstructions(subject))
+        metrics |= judge_refiner(subject, views, reconstructions, refine_reconstructions(subject), decoded)
         metrics |= judge_classes(subject, views)
     metrics |= judge_privacy(subject, views, samples, train, held_out)[0]
     kept = save_evaluation(project.evaluation, evaluation_data(subject, reconstructions, views))
@@ -408,15 +434,13 @@ def judge_pca(subject: Subject, train: Tensor, test: Tensor) -> dict[int, float]
 
 
 @torch.no_grad()
-def draw_samples(subject: Subject) -> Tensor:
-    """The samples that are measured, (N, C, H, W) uint8 as they would be saved, in the train split's mix of classes.
-
-    They are refined where there is a refiner.
+def draw_samples(subject: Subject) -> Samples:
+    """The samples that are measured.
 
     Raises:
         UserError: the model, its prior or its refiner gives values that are not finite.
     """
-    params = subject.params
+    params, decoded = subject.params, list[Tensor]()
     parts = iterate_samples(
         subject.prior,
         subject.model,
@@ -424,9 +448,10 @@ def draw_samples(subject: Subject) -> Tensor:
         subject.asked_labels,
         params.seed,
         params.batch_size,
-        subject.refiner,
+        DecodedToo(subject.refiner, decoded) if subject.refiner else None,
     )
-    return torch.cat([quantised(images) for images, _ in parts])
+    images = torch.cat([quantised(part) for part, _ in parts])
+    return Samples(images, torch.cat(decoded) if decoded else None)
 
 
 def quantised(images: Tensor) -> Tensor:
@@ -468,20 +493,24 @@ def refine_reconstructions(subject: Subject) -> Reconstructions | None:
 
 
 def judge_refiner(
-    subject: Subject, views: Views, reconstructions: Reconstructions, refined: Reconstructions | None
+    subject: Subject,
+    views: Views,
+    reconstructions: Reconstructions,
+    refined: Reconstructions | None,
+    decoded: Tensor | None,
 ) -> dict[str, float]:
     """What tells the faults of decoder, refiner and prior apart; nothing without a refiner.
 
     `decoded/` is of the samples before they are refined, `refined/` of refined reconstructions, and the decoder's
     reconstructions get the distances that they lack.
     """
-    if refined is None:
+    if refined is None or decoded is None:
         return {}
-    decoded, real = view(subject, draw_samples(replace(subject, refiner=None))), views.held_out
+    of_decoded, real = view(subject, decoded), views.held_out
     groups, bandwidth = subject.held_out.patients, views.bandwidth
-    metrics = spectrum_metrics("decoded", decoded.power, real.power)
-    metrics["decoded/mmd_domain"] = mmd(real.features, decoded.features, bandwidth, groups).interval.value
-    metrics["decoded/fd_domain"] = generation.frechet_distance(real.features, decoded.features)
+    metrics = spectrum_metrics("decoded", of_decoded.power, real.power)
+    metrics["decoded/mmd_domain"] = mmd(real.features, of_decoded.features, bandwidth, groups).interval.value
+    metrics["decoded/fd_domain"] = generation.frechet_distance(real.features, of_decoded.features)
     of_refined = view(subject, refined.images)
     metrics |= refined.metrics | spectrum_metrics("refined", of_refined.power, real.power)
     sets = {"refined": of_refined, "reconstruction": view(subject, reconstructions.images)}
