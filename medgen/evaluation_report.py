@@ -38,7 +38,8 @@ FIDELITY = (
     "Fidelity is how close an image is to one original (SSIM), realism how close a set of images is to real ones (all "
     "other columns). A refiner raises realism and lowers SSIM: it draws detail that fits the image and is not the "
     "original's, and SSIM counts such detail as error (the perception-distortion trade-off, Blau and Michaeli, 2018). "
-    "Power is over that of real images, 1 is best, below is blurred; of the other columns 0 is best. Compare FD of "
+    "Power is over that of real images in bands from coarse (1) to fine (5): 1 is best, below is blurred. Of the other "
+    "columns 0 is best. Compare FD of "
     "reconstructions with reconstructions only, and of samples with samples and train images: sets of other sizes and "
     "images that are compared with their own originals give other values. MMD depends on neither."
 )
