@@ -8,6 +8,10 @@ The decoder lacks texture, and the prior gets structure wrong. For the second, t
 latents before they are decoded and gives the level to the network (conditioning augmentation, Ho et al. 2022). The more
 noise, the more of the image the flow draws itself. Sampling adds noise of a chosen level to a prior's latent.
 
+The network gives only what differs from the velocity of a Gaussian residual of the train split's power spectrum (the
+preconditioning of Karras et al. 2022, by frequency), and steps are taken in coordinates where that velocity is zero. An
+untrained refiner therefore draws noise of the right spectrum, training starts from there, and few steps are enough.
+
 Pixels are moved to channels in patches (space-to-depth), so that the network works on a grid of about 32 positions a
 side at any image size.
 
@@ -35,6 +39,7 @@ from medgen.types import Decoder
 
 LABEL_DROPOUT = 0.1  # of labels in training, so that their strength can be chosen when drawing (Ho & Salimans 2022)
 GRID_SIDE = 32  # positions a side that the network works on, where the image size allows
+SCALES = ("residual_scale", "spectrum", "latent_scale")  # arguments of `Refiner` that are fitted, not learnt
 WEIGHTS, DESCRIPTION = "refiner.safetensors", "refiner.json"
 
 
@@ -47,6 +52,7 @@ class Refiner:
         image_shape: (C, H, W).
         num_classes: that the network is conditioned on; 0 for none.
         residual_scale: (C,) root-mean-square residual of each channel.
+        spectrum: (C, H, W // 2 + 1) mean power of the standardised residual at each frequency of `rfft2`.
         latent_scale: (*latent_shape) standard deviation of each dimension of the train split's latents.
     """
 
@@ -57,11 +63,12 @@ class Refiner:
         image_shape: tuple[int, int, int],
         num_classes: int,
         residual_scale: Tensor,
+        spectrum: Tensor,
         latent_scale: Tensor,
     ) -> None:
         self.network, self.params = network, params
         self.image_shape, self.num_classes = image_shape, num_classes
-        self.residual_scale, self.latent_scale = residual_scale, latent_scale
+        self.residual_scale, self.spectrum, self.latent_scale = residual_scale, spectrum, latent_scale
         self.patch = patch_size(image_shape)
 
     @classmethod
@@ -71,13 +78,14 @@ class Refiner:
         image_shape: tuple[int, int, int],
         num_classes: int,
         residual_scale: Tensor,
+        spectrum: Tensor,
         latent_scale: Tensor,
     ) -> Self:
         """A refiner before its training; the same seed gives the same network."""
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(params.seed))
             network = build_network(params, image_shape, num_classes)
-        return cls(network, params, image_shape, num_classes, residual_scale, latent_scale)
+        return cls(network, params, image_shape, num_classes, residual_scale, spectrum, latent_scale)
 
     def loss(
         self,
@@ -98,15 +106,15 @@ class Refiner:
             labels: (B,), -1 where unlabelled.
             generator: gives all that is random, on the CPU.
         """
-        target = self._to_patches((images - decoded) / self._scale(images))
+        target = (images - decoded) / self._scale(images)
         noise = torch.randn(target.shape, generator=generator).to(target.device)
         # logit-normal times: those near 0 and 1 are easy (Esser et al. 2024, section 3.1)
         time = torch.randn(len(images), generator=generator).sigmoid().to(target.device)
         dropped = (torch.rand(len(images), generator=generator) < LABEL_DROPOUT).to(target.device)
         labels = labels.masked_fill(dropped, -1) if self.num_classes else torch.full_like(labels, -1)
         x = torch.lerp(noise, target, time[:, None, None, None])
-        found = network(self._scaled(x, time), time, labels, self._to_patches(2.0 * decoded - 1.0), levels)
-        return F.mse_loss(found.float(), target - noise)
+        found = self._correction(network, x, time, labels, decoded, levels)
+        return F.mse_loss(self._gaussian_velocity(x, time) + found, target - noise)
 
     def noise_latents(self, latents: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (B, *latent_shape) with Gaussian noise of `levels` (B,) times each dimension's standard deviation."""
@@ -127,36 +135,55 @@ class Refiner:
         self.network.eval()
         if labels is None or not self.num_classes:
             labels = torch.full((len(decoded),), -1, device=decoded.device)
-        given = self._to_patches(2.0 * decoded - 1.0)
-        noise = torch.randn(given.shape, generator=generator).to(decoded.device)
+        noise = torch.randn(decoded.shape, generator=generator).to(decoded.device)
 
-        def velocity(x: Tensor, time: Tensor) -> Tensor:
-            return self._guided(self._scaled(x, time), time, labels, given, levels)
+        def slope(y: Tensor, time: Tensor) -> Tensor:
+            """dy/dt where x_t = S_t^(1/2) y: what the network adds to the Gaussian's way."""
+            spread = self._spread(time)
+            found = self._guided(_filter(y, spread.sqrt()), time, labels, decoded, levels)
+            return _filter(found, spread.rsqrt())
 
-        residual = integrate(velocity, noise, self.params.sampling_steps, self.params.solver)
-        residual = F.pixel_shuffle(residual, self.patch) * self._scale(decoded)
-        return (decoded + residual).clamp(0.0, 1.0)
+        y = integrate(slope, noise, self.params.sampling_steps, self.params.solver)
+        residual = _filter(y, self.spectrum.to(y.device).sqrt())
+        return (decoded + self._scale(decoded) * residual).clamp(0.0, 1.0)
 
-    def _guided(self, x: Tensor, time: Tensor, labels: Tensor, given: Tensor, levels: Tensor) -> Tensor:
-        """The velocity with the label's strength: unconditional + guidance · (conditional - unconditional)."""
-        guidance, none = self.params.guidance, torch.full_like(labels, -1)
+    def _guided(self, x: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor) -> Tensor:
+        """The correction with the label's strength: unconditional + guidance · (conditional - unconditional)."""
+        guidance = self.params.guidance
+        conditional = self._correction(self.network, x, time, labels, decoded, levels)
         if guidance == 1.0 or bool((labels < 0).all()):
-            found: Tensor = self.network(x, time, labels, given, levels)
-            return found.float()
-        conditional = self.network(x, time, labels, given, levels).float()
-        return torch.lerp(self.network(x, time, none, given, levels).float(), conditional, guidance)
+            return conditional
+        unconditional = self._correction(self.network, x, time, torch.full_like(labels, -1), decoded, levels)
+        return torch.lerp(unconditional, conditional, guidance)
 
-    def _to_patches(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C·P², H/P, W/P)."""
-        return F.pixel_unshuffle(images, self.patch)
+    def _correction(
+        self, network: nn.Module, x: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor
+    ) -> Tensor:
+        """What the network adds to the Gaussian velocity at `x` (B, C, H, W), in units of the path's own deviation."""
+        deviation = ((1.0 - time).square() + time.square()).sqrt()[:, None, None, None]
+        patches, given = (F.pixel_unshuffle(image, self.patch) for image in (x / deviation, 2.0 * decoded - 1.0))
+        found = network(patches, time, labels, given, levels).float()
+        return F.pixel_shuffle(found, self.patch) / deviation
+
+    def _gaussian_velocity(self, x: Tensor, time: Tensor) -> Tensor:
+        """Mean velocity of Gaussian residuals of the train split's spectrum that are at `x` (B, C, H, W)."""
+        t = time[:, None, None, None]
+        return _filter(x, (t * self.spectrum.to(x.device) - (1.0 - t)) / self._spread(time))
+
+    def _spread(self, time: Tensor) -> Tensor:
+        """Power (B, C, H, W // 2 + 1) of x_t at each frequency, at times (B,)."""
+        t = time[:, None, None, None]
+        return (1.0 - t).square() + t.square() * self.spectrum.to(time.device)
 
     def _scale(self, images: Tensor) -> Tensor:
         return self.residual_scale.to(images.device).view(1, -1, 1, 1)
 
-    @staticmethod
-    def _scaled(x: Tensor, time: Tensor) -> Tensor:
-        """x_t in units of its own deviation."""
-        return x / ((1.0 - time).square() + time.square()).sqrt()[:, None, None, None]
+
+def _filter(images: Tensor, gains: Tensor) -> Tensor:
+    """Images (B, C, H, W) with each frequency of `rfft2` multiplied by its gain."""
+    with torch.autocast(images.device.type, enabled=False):
+        filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(images.float()) * gains, s=images.shape[-2:])
+        return filtered
 
 
 def build_network(params: config.Refiner, image_shape: tuple[int, int, int], num_classes: int) -> VelocityNetwork:
@@ -178,7 +205,7 @@ def patch_size(image_shape: tuple[int, int, int]) -> int:
 def save_refiner(folder: Path, refiner: Refiner, model: str) -> None:
     """Writes refiner.safetensors and refiner.json; `model` is the SHA-256 of the weights of its decoder."""
     network = {f"network.{name}": tensor.detach().cpu() for name, tensor in refiner.network.state_dict().items()}
-    scales = {"residual_scale": refiner.residual_scale.cpu(), "latent_scale": refiner.latent_scale.cpu()}
+    scales = {name: getattr(refiner, name).cpu() for name in SCALES}
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in {**network, **scales}.items()})
     plain = {
         "enabled": True,
@@ -220,7 +247,7 @@ def load_refiner(folder: Path, model: str, device: torch.device | str = "cpu") -
             network = build_network(params, tuple(meta["image_shape"]), meta["num_classes"])
         network = network.to_empty(device="cpu")
         network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
-        scales = (tensors["residual_scale"], tensors["latent_scale"])
+        scales = [tensors[name] for name in SCALES]
         return Refiner(network.to(device).eval(), params, tuple(meta["image_shape"]), meta["num_classes"], *scales)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no refiner here; run `medgen refiner` (or `dvc repro`) first") from None

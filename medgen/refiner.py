@@ -27,6 +27,8 @@ from medgen.refinement import Refiner, load_refiner, save_none, save_refiner
 from medgen.tracking import REFINER_ORIGIN, Tracker, history, lineage
 
 NUM_SHOWN = 8
+MIN_RESIDUAL = 1e-3  # a perfect decoder leaves nothing to scale
+MIN_POWER = 1e-3  # of the standardised residual at a frequency, whose mean power is 1
 # what decides the result of a training: a change there is a new one, not a resumed one
 CODE = ("nn/*.py", "models/*.py", "refinement.py", "optim.py", "guard.py", "job.py", "loop.py", "refiner.py")
 SAMPLING = {"sampling_steps", "solver", "sampling_noise", "guidance"}  # the trained network does not depend on them
@@ -93,8 +95,10 @@ class RefinerTask:
         num_classes = len(store.classes) if params.conditional else 0
         latent_scale = latent_deviation(model, Loader(split, params.batch_size, world.device))
         shape = store.image_shape
-        self.refiner = Refiner.start(params, shape, num_classes, torch.ones(shape[0]), latent_scale)
-        self.refiner.residual_scale = self._residual_scale(Loader(split, params.batch_size, world.device))
+        flat = torch.ones(shape[0], shape[1], shape[2] // 2 + 1)
+        self.refiner = Refiner.start(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale)
+        loader = Loader(split, params.batch_size, world.device)
+        self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(loader)
         self.refiner.network.to(world.device)
 
     @property
@@ -180,15 +184,19 @@ class RefinerTask:
         levels = self.params.latent_noise * torch.rand(len(images), generator=generator).to(value.device)
         return self.decoder.decode(self.refiner.noise_latents(value, levels, generator), labels).float(), levels
 
-    def _residual_scale(self, loader: Loader) -> Tensor:
-        """Root-mean-square residual (C,) of the split, with noise on the latents as in training."""
+    def _residual_statistics(self, loader: Loader) -> tuple[Tensor, Tensor]:
+        """Root-mean-square residual (C,) of the split, with noise on the latents as in training, and its spectrum."""
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, 4))
-        total, count = torch.zeros(self.refiner.image_shape[0], dtype=torch.float64), 0
+        variance = torch.zeros(self.refiner.image_shape[0], dtype=torch.float64)
+        power = torch.zeros(self.refiner.spectrum.shape, dtype=torch.float64)
         for batch in loader.sequential():
             residual = batch.image - self._decode_noised(batch.image, batch.label, generator)[0]
-            total += residual.double().square().sum((0, 2, 3)).cpu()
-            count += residual[:, 0].numel()
-        return (total / count).sqrt().clamp_min(1e-3).float()  # a perfect decoder leaves nothing to scale
+            share = len(residual) / len(loader.images)
+            variance += share * residual.double().square().mean((0, 2, 3)).cpu()
+            power += share * torch.fft.rfft2(residual, norm="ortho").abs().square().double().mean(0).cpu()
+        variance = variance.clamp_min(MIN_RESIDUAL**2)
+        spectrum = (power / variance[:, None, None]).clamp_min(MIN_POWER)
+        return variance.sqrt().float(), spectrum.float()
 
 
 @torch.no_grad()
