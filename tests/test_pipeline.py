@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from medgen.config import Params, load
 
-STAGES = ("preprocess", "features", "train", "prior", "evaluate")
+STAGES = ("preprocess", "features", "train", "prior", "refiner", "evaluate")
 CARRIERS = {  # code that carries a result from place to place and does not shape it
     f"medgen/{name}.py"
     for name in (
