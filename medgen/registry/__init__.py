@@ -247,13 +247,12 @@ def _describe(
     """A version's tags, description and picture."""
     assert version.source
     has_picture = has_picture and page.picture_of(project).exists()
-    is_refined = _refiner_params(project) is not None
     text = page.about_version(
         version.name,
         int(version.version),
         info,
         _prior_name(project),
-        _refiner_of(project)["enabled"],
+        _refiner_params(project) is not None,
         tags,
         has_picture,
     )

@@ -224,8 +224,8 @@ def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None
     Console(highlight=False).print(table)
     if same:
         print(
-            f"The same model, prior and refiner, byte for byte; {len(both) - len(different)} of {len(both)} metrics are "
-            "equal."
+            "The same model, prior and refiner, byte for byte; "
+            f"{len(both) - len(different)} of {len(both)} metrics are equal."
         )
         return
     far = [key for key in (SSIM, DICE) if key in both and abs(version.metrics[key] - metrics[key]) > TOLERANCE]

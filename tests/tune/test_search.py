@@ -423,7 +423,7 @@ def test_a_confirmation_is_what_dvc_repro_would_train_and_its_model_stays(search
     best = tune.conclude(stages, "FINISHED", file, Console())
     printed = capsys.readouterr().out
     assert best == confirmation.winner() and "rank in search" in printed and "rank in full" in printed
-    assert f"its model and prior: {full.trial_folder(best.number) / 'artifacts'}" in printed
+    assert f"its model, prior and refiner: {full.trial_folder(best.number) / 'artifacts'}" in printed
     written = project.reports / "tune" / "best.yaml"
     assert f"trial {origin(best)} in full, best of {len(numbers)}" in written.read_text()
     tried = study.tried(study.trials[origin(best)])
