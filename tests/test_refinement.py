@@ -216,22 +216,22 @@ def test_a_refiner_of_another_model_is_refused(tmp_path):
 def test_it_learns_the_spread_that_the_decoder_left_out():
     """Images are their decoded mean ± 0.2 in fields of 2×2 pixels, each field's sign by chance."""
     params = PARAMS.model_copy(update={"channels": 16, "sampling_steps": 8})
-    refiner = start((1, 16, 16), 0, params, trained=False)
+    refiner = start((1, 8, 8), 0, params, trained=False)
     optimizer = torch.optim.Adam(refiner.network.parameters(), lr=4e-3)
     generator = torch.Generator().manual_seed(0)
 
     def fields(n):
-        signs = torch.randint(2, (n, 1, 8, 8), generator=generator).mul(2).sub(1).float()
+        signs = torch.randint(2, (n, 1, 4, 4), generator=generator).mul(2).sub(1).float()
         return 0.2 * signs.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
     for _ in range(300):
-        decoded = 0.3 + 0.4 * torch.rand(16, 1, 1, 1, generator=generator).expand(-1, 1, 16, 16)
+        decoded = 0.3 + 0.4 * torch.rand(16, 1, 1, 1, generator=generator).expand(-1, 1, 8, 8)
         levels, labels = torch.rand(16, generator=generator), torch.full((16,), -1)
         loss = refiner.loss(refiner.network, decoded + fields(16), decoded, levels, labels, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    decoded = torch.full((16, 1, 16, 16), 0.5)
+    decoded = torch.full((64, 1, 8, 8), 0.5)
     residual = refined(refiner, decoded) - decoded
     assert abs(float(residual.mean())) < 0.04
     assert float(residual.std()) == pytest.approx(0.2, rel=0.2)

@@ -389,8 +389,11 @@ def test_nothing_to_register(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_noted", [False, True])
-def test_a_version_with_a_refiner_says_what_made_it(tmp_path: Path, is_noted: bool) -> None:
+def test_a_version_with_a_refiner_says_what_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_noted: bool
+) -> None:
     """Where the stage left no note of the refiner, nobody knows its commit, nor the version's."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it to the store it used last
     project, known = Project(tmp_path), {"git.commit": "c" * 40, "git.dirty": "false"}
     write_model(project, seed=0)
     params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
