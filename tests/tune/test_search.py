@@ -235,6 +235,7 @@ def test_a_trial_worse_than_the_others_is_pruned_by_its_epochs(search_project, m
 
     monkeypatch.setattr(train, "run", learn)
     monkeypatch.setattr(worker.prior, "run", lambda *_, **__: None)
+    monkeypatch.setattr(worker.refiner, "run", lambda *_, **__: None)
     good = {"reconstruction/ssim": 0.5, "generation/mmd_domain": 1.0}
     monkeypatch.setattr(evaluate, "judge_validation", lambda *_, **__: good)
     monkeypatch.setattr(worker, "discrepancy_of", lambda *_: None)
