@@ -42,6 +42,7 @@ PARAMS = {
         "phases": [{"name": "one", "epochs": 20, "learning_rate": 3e-3}],
     },
     "prior": {"name": "gmm", "components": [1]},
+    "refiner": {},
     "evaluate": {"num_generated": 100, "grid_images": 12},
     "tune": {},
     "tracking": {},
