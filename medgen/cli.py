@@ -36,7 +36,8 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ModelPlace = Annotated[
-    str | None, typer.Option("--model", metavar="PLACE", help="A folder with model/ and prior/, or models:/NAME@ALIAS.")
+    str | None,
+    typer.Option("--model", metavar="PLACE", help="A folder with model/, prior/, refiner/; or models:/NAME@ALIAS."),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Where the pictures go.")]
 PARAMS = Path("params.yaml")
@@ -121,6 +122,10 @@ def generate(
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Instead: the way from image A to image B.")
     ] = None,
     traverse: Annotated[bool, typer.Option("--traverse", help="Instead: what the latent's main axes do.")] = False,
+    refine: Annotated[
+        bool,
+        typer.Option(help="Add the refiner's detail to new images; --interpolate and --traverse never do."),
+    ] = True,
     model: ModelPlace = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
@@ -135,7 +140,7 @@ def generate(
     elif traverse:
         _call("generate", "traverse", params, overrides, **words)
     else:
-        _call("generate", "run", params, overrides, seed=seed, **words)
+        _call("generate", "run", params, overrides, seed=seed, refine=refine, **words)
 
 
 @app.command()
@@ -150,7 +155,7 @@ def reconstruct(
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Put images through the model: original beside reconstruction, PSNR and SSIM each."""
+    """Put images through the model, without its refiner: original beside reconstruction, PSNR and SSIM each."""
     folder = _call("registry", "find_model", params, overrides, place=model)
     _call("generate", "reconstruct", params, overrides, files=files, label=label, model=folder, out=out)
 
@@ -182,7 +187,7 @@ def compare(as_json: AsJson = False) -> None:
 
 @app.command()
 def register(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Register the model and its prior in MLflow, as candidate."""
+    """Register the model, its prior and its refiner in MLflow, as candidate."""
     _call("registry", "run", params, overrides)
 
 

@@ -30,7 +30,7 @@ from medgen.figures import write_gif, write_grid, write_image
 from medgen.files import write_atomic
 from medgen.metrics.reconstruction import psnr, ssim
 from medgen.models import GenerativeModel
-from medgen.priors import Prior, find_label, iterate_samples, tells_classes_apart
+from medgen.priors import Prior, find_label, iterate_samples, load_prior, tells_classes_apart
 from medgen.priors.axes import PrincipalAxes
 
 BATCH_SIZE = 64
@@ -45,7 +45,14 @@ PAIR_SIDE = 192  # pixels at least of each picture of a pair, so that its captio
 
 
 def run(
-    project: Project, *, n: int = NUM_IMAGES, label: str | None, seed: int, model: Path | None, out: Path
+    project: Project,
+    *,
+    n: int = NUM_IMAGES,
+    label: str | None,
+    seed: int,
+    model: Path | None,
+    out: Path,
+    refine: bool = True,
 ) -> list[Path]:
     """Writes `n` new images as PNG files and the first hundred as grid.png; returns the images' paths.
 
@@ -54,16 +61,18 @@ def run(
         n: how many.
         label: class by name or index; None draws classes as often as the train split has them.
         seed: the same seed gives the same images.
-        model: folder with model/ and prior/; None is artifacts/.
+        model: folder with model/, prior/ and refiner/; None is artifacts/.
         out: folder for the pictures; made where it is absent.
+        refine: whether the refiner, where the model has one, adds the detail that the decoder leaves out.
 
     Raises:
-        UserError: model or prior is missing, they do not fit each other, or the label is unknown.
+        UserError: model, prior or refiner is missing, they do not fit each other, or the label is unknown.
     """
     folder = model or project.model.parent
-    network, info, prior = bundle.load_with_prior(folder / "model", folder / "prior", pick_device("auto"))
+    loaded = bundle.load_generator(folder / "model", folder / "prior", folder / "refiner", pick_device("auto"))
+    network, info, prior = loaded.model, loaded.info, loaded.prior
     labels = None if label is None else torch.full((n,), find_label(label, info.classes, prior, network))
-    batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE)
+    batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE, loaded.refiner if refine else None)
     num_batches = math.ceil(n / BATCH_SIZE)
     paths: list[Path] = []
     shown: list[Tensor] = []
@@ -89,7 +98,7 @@ def interpolate(
     """Writes the way from one image file to another through the latents: `n` pictures, interpolation.png and .gif.
 
     A model that looks at labels is given `label`, or without one each file's own class, which is the name of a folder
-    it stands in: the first file's up to the middle of the way, the second's from there.
+    it stands in: the first file's up to the middle of the way, the second's from there. The refiner is not used.
 
     Args:
         project: where artifacts/ is.
@@ -136,7 +145,7 @@ def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model:
     """Writes what the latent's main axes do: traversal.png, an axis a row, and traversal.gif, all axes at once.
 
     From the train split's mean latent each axis is followed from -3 to 3 of its standard deviations; axes are the
-    principal ones of the train split's latents, as the prior holds them, most variance first.
+    principal ones of the train split's latents, as the prior holds them, most variance first. The refiner is not used.
 
     Args:
         project: where artifacts/ is.
@@ -154,7 +163,8 @@ def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model:
     """
     _check_steps(n)
     folder = model or project.model.parent
-    network, info, prior = bundle.load_with_prior(folder / "model", folder / "prior", pick_device("auto"))
+    network, info = bundle.load_generative(folder / "model", pick_device("auto"))
+    prior = load_prior(folder / "prior", bundle.digest(folder / "model"))
     chosen = _label_for(network, info, label, None)
     axes = _axes(prior)
     num_axes = min(NUM_AXES, len(axes.scales))
@@ -248,7 +258,8 @@ def reconstruct(
 
     The picture goes through the preprocessing the model was trained with; PSNR (dB) and SSIM compare
     what comes out of the model to what went in. A model that looks at labels is given `label`, or without one each
-    file's own class, which is the name of a folder it stands in.
+    file's own class, which is the name of a folder it stands in. The refiner is not used: it would draw detail that the
+    picture does not have.
 
     Raises:
         UserError: the model is missing, a label is missing, unknown or of no use, or files are unreadable; the others

@@ -1,4 +1,4 @@
-"""What MLflow runs when it loads a registered version: this file, the medgen package beside it, model/ and prior/.
+"""What MLflow runs when it loads a registered version: this file, the medgen package, model/, prior/, refiner/.
 
     generator = mlflow.pyfunc.load_model("models:/medgen@candidate")
     images = generator.predict(pandas.DataFrame({"n": [4], "label": ["NORMAL"], "seed": [0]}))
@@ -6,7 +6,9 @@
 
 Each row asks for `n` new images, or brings an `image` to be reconstructed: a PNG, JPEG, BMP or TIFF file in base64.
 `label` is a class: of new images, where it may be left out for the mix of the train split; of an image for models that
-look at labels. `seed` of new images may be left out for others each time. The answer is uint8 (images, H, W, C).
+look at labels. `seed` of new images may be left out for others each time. `refine` says whether the version's refiner
+adds the detail that the decoder leaves out: by default true for new images and false for a reconstruction, which may
+have a `seed` where it is true. The answer is uint8 (images, H, W, C).
 """
 
 import base64
@@ -44,19 +46,20 @@ MAX_SEED = 2**53 - 1  # what a JSON number, and a column with gaps, holds exactl
 
 
 class Generator(PythonModel):
-    """A model and its prior as one callable."""
+    """A model, its prior and its refiner as one callable."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Loads both from the version's own files."""
+        """Loads them from the version's own files."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, prior = (Path(context.artifacts[part]) for part in ("model", "prior"))
-        self.model, self.info, self.prior = bundle.load_with_prior(model, prior, device)
+        model, prior, refiner = (Path(context.artifacts[part]) for part in ("model", "prior", "refiner"))
+        loaded = bundle.load_generator(model, prior, refiner, device)
+        self.model, self.info, self.prior, self.refiner = loaded.model, loaded.info, loaded.prior, loaded.refiner
         self.max_images = max(1, MAX_VALUES // math.prod(self.info.image_shape))
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> npt.NDArray[np.uint8]:
-        """Rows of n, label, seed or image, label -> images uint8 (N, H, W, C), in the order of the rows.
+        """Rows of n or image, label, seed and refine -> images uint8 (N, H, W, C), in the order of the rows.
 
         Raises:
             MlflowException: a row is not to be answered, or all are too many; the scoring server answers 400 then.
@@ -81,22 +84,34 @@ class Generator(PythonModel):
             found = "both" if "n" in row else "neither"
             raise UserError(f"n, image: found {found} in a row; expected n for new images, or image to reconstruct")
         label = _label(row["label"]) if row.get("label", "") != "" else None
+        refine = self._refine(row["refine"]) if "refine" in row else "n" in row and self.refiner is not None
+        if "seed" in row and "image" in row and not refine:
+            raise UserError("seed: found beside image, whose reconstruction draws nothing without refine; leave it out")
+        seed = _whole("seed", row["seed"], 0, MAX_SEED) if "seed" in row else secrets.randbelow(2**31)
         if "image" in row:
-            if "seed" in row:
-                raise UserError("seed: found beside image, whose reconstruction draws nothing; leave it out")
-            return {"image": row["image"], "label": bundle.label_to_encode(self.model, self.info, label)}
+            label_index = bundle.label_to_encode(self.model, self.info, label)
+            return {"image": row["image"], "label": label_index, "seed": seed, "refine": refine}
         return {
             "n": _whole("n", row["n"], 1, self.max_images),
             "label": None if label is None else find_label(label, self.info.classes, self.prior, self.model),
-            "seed": _whole("seed", row["seed"], 0, MAX_SEED) if "seed" in row else secrets.randbelow(2**31),
+            "seed": seed,
+            "refine": refine,
         }
 
-    def _generate(self, n: int, label: int | None, seed: int) -> Tensor:
+    def _refine(self, value: object) -> bool:
+        if not isinstance(value, bool | np.bool_):
+            raise UserError(f"refine: found {reprlib.repr(value)}; expected true or false")
+        if value and self.refiner is None:
+            raise UserError("refine: found true, but this version has no refiner; leave it out")
+        return bool(value)
+
+    def _generate(self, n: int, label: int | None, seed: int, refine: bool) -> Tensor:
         labels = None if label is None else torch.full((n,), label)
-        return sample_images(self.prior, self.model, n, labels, seed)  # (n, C, H, W) in [0, 1]
+        refiner = self.refiner if refine else None
+        return sample_images(self.prior, self.model, n, labels, seed, refiner=refiner)  # (n, C, H, W) in [0, 1]
 
     @torch.no_grad()
-    def _reconstruct(self, image: object, label: int | None) -> Tensor:
+    def _reconstruct(self, image: object, label: int | None, seed: int, refine: bool) -> Tensor:
         try:
             pixels = decode(_file(image), self.info.preprocess, max_pixels=MAX_PIXELS).pixels
         except UnreadableImage as error:
@@ -104,7 +119,11 @@ class Generator(PythonModel):
         device = next(self.model.parameters()).device
         original = torch.from_numpy(to_square(pixels, self.info.preprocess))[None].to(device).float() / 255.0
         labels = None if label is None else torch.tensor([label], device=device)
-        return self.model.reconstruct(original, labels).float().cpu()  # (1, C, H, W) in [0, 1]
+        result = self.model.reconstruct(original, labels).float()  # (1, C, H, W) in [0, 1]
+        if refine and self.refiner is not None:
+            level = torch.zeros(1, device=device)  # no noise on the latent: it is the picture's own
+            result = self.refiner.refine(result, level, labels, torch.Generator().manual_seed(seed))
+        return result.cpu()
 
 
 def _is_given(value: object) -> bool:

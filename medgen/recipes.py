@@ -94,7 +94,7 @@ def _stages(path: Path, overrides: Sequence[str]) -> list[str]:
     if model not in MODELS:
         raise unknown_name("model.name", model, MODELS)
     judges_samples = MODELS[model].target == "image"
-    return ["preprocess", *(["features"] if judges_samples else []), "train", "prior", "evaluate"]
+    return ["preprocess", *(["features"] if judges_samples else []), "train", "prior", "refiner", "evaluate"]
 
 
 def _run_stage(project: Project, name: str, stage: str, overrides: Sequence[str]) -> None:

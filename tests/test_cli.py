@@ -18,8 +18,12 @@ COMMANDS = {
     "features": {"--params", "--set"},
     "train": {"--params", "--set"},
     "prior": {"--params", "--set"},
+    "refiner": {"--params", "--set"},
     "evaluate": {"--model", "--params", "--set"},
-    "generate": {"--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--model", "--params", "--set"},
+    "generate": {
+        *("--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--refine", "--model"),
+        *("--params", "--set"),
+    },
     "reconstruct": {"--out", "--label", "--model", "--params", "--set"},
     "tune": {"--trials", "--workers", "--timeout", "--confirm", "--apply", "--params", "--set"},
     "compare": {"--json"},
@@ -110,6 +114,7 @@ MISTAKES = {  # words, text of params.yaml (None: no file), words of the one mes
     "no store for features": (["features"], "{}", [NO_STORE, "medgen preprocess"]),
     "no store for train": (["train"], "{}", [NO_STORE, "medgen preprocess"]),
     "no store for prior": (["prior"], "{}", [NO_STORE, "medgen preprocess"]),
+    "no store for refiner": (["refiner"], "{}", [NO_STORE, "medgen preprocess"]),
     "no store for evaluate": (["evaluate"], "{}", [NO_STORE, "medgen preprocess"]),
     "unknown prior": (["prior"], "prior: {name: gm}", ["prior.name", "did you mean 'gmm'"]),
     "no model to generate": (["generate", "--out", "o"], "{}", ["artifacts/model", "dvc repro"]),
@@ -204,5 +209,6 @@ def test_doctor_reports_json(medgen, tmp_path):
 
 def test_sections_of_the_schema_are_the_contract():
     assert set(Params.model_fields) == {
-        "data", "preprocess", "features", "model", "loss", "train", "prior", "evaluate", "tune", "tracking", "registry"
+        "data", "preprocess", "features", "model", "loss", "train", "prior", "refiner", "evaluate", "tune",
+        "tracking", "registry",
     }  # fmt: skip

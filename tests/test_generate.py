@@ -9,14 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from medgen import bundle, generate
+from medgen import bundle, generate, refinement
 from medgen.bundle import BundleInfo
-from medgen.config import Model, Preprocess, Prior, Project
+from medgen.config import Model, Preprocess, Prior, Project, Refiner
 from medgen.data.images import read_image
 from medgen.data.squares import to_square
 from medgen.errors import UserError
 from medgen.models import build_model
 from medgen.priors import FITTED, save_prior
+from medgen.refinement import save_none, save_refiner
 from medgen.types import Latent
 
 MODEL = Model(base_channels=8, max_channels=16, latent_channels=4, latent_size=4, attention_resolutions=())
@@ -43,7 +44,16 @@ def build(root, prior="gmm", classes=CLASSES):
     latents = torch.randn(180, 4, 4, 4) + 5.0 * labels[:, None, None, None]
     fitted = FITTED[prior].fit(latents, labels, len(classes), Prior(components=(1,)))
     save_prior(project.prior, fitted, bundle.digest(project.model))
+    save_none(project.refiner, bundle.digest(project.model))
     return project
+
+
+def add_refiner(project):
+    """An untrained one: it adds noise of 0.1."""
+    params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
+    scales = torch.full((1,), 0.1), torch.ones(4, 4, 4)
+    refiner = refinement.Refiner.start(params, (1, 32, 32), len(CLASSES), *scales)
+    save_refiner(project.refiner, refiner, bundle.digest(project.model))
 
 
 @pytest.fixture
@@ -109,10 +119,25 @@ def test_unlabelled_images_are_plainly_named(tmp_path):
     assert [path.name for path in paths] == ["image_00000.png", "image_00001.png"]
 
 
-def test_missing_prior_says_so(project, tmp_path):
-    shutil.rmtree(project.prior)
-    with pytest.raises(UserError, match="medgen prior"):
+@pytest.mark.parametrize("part", ["prior", "refiner"])
+def test_a_missing_part_says_so(project, tmp_path, part):
+    shutil.rmtree(project.root / "artifacts" / part)
+    with pytest.raises(UserError, match=f"run `medgen {part}`"):
         generate.run(project, n=2, label=None, seed=0, model=None, out=tmp_path / "new")
+
+
+def test_images_are_refined_where_the_model_has_a_refiner_unless_told_not_to(project, tmp_path):
+    def new(name, **words):
+        generate.run(project, n=5, label=None, seed=1, model=None, out=tmp_path / name, **words)
+        return pixels(tmp_path / name)
+
+    decoded = new("decoded")
+    add_refiner(project)
+    refined, again, plain = new("refined"), new("again"), new("plain", refine=False)
+    assert set(refined) == set(decoded), "the same classes"
+    assert all((refined[name] == again[name]).all() for name in refined)
+    assert all((plain[name] == decoded[name]).all() for name in decoded)
+    assert all((refined[name] != decoded[name]).any() for name in decoded)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def team(
     assert len(events(record)) > known + 5, "nothing happened after the server was killed"
 
     team.server.restart()
-    for word in ("sync", "prior", "evaluate"):
+    for word in ("sync", "prior", "refiner", "evaluate"):
         team.said[word] = medgen(folder, environment, word)
     return team
 
@@ -228,7 +228,7 @@ def test_the_candidate_lies_on_the_server_and_nowhere_else(team: Team, tmp_path:
     assert version.run_id in {json.loads((record / "mirror.json").read_text())["run_id"] for record in team.records}
     ours = {
         f"artifacts/{part}/{path}": digest
-        for part in ("model", "prior")
+        for part in ("model", "prior", "refiner")
         for path, digest in files(team.folder / "artifacts" / part).items()
     }
     assert version_files(team.server.uri, tmp_path).items() >= ours.items()

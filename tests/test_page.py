@@ -18,6 +18,7 @@ from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, T
 from medgen.files import hash_file
 from medgen.models import build_model
 from medgen.priors import FITTED, save_prior
+from medgen.refinement import save_none
 from medgen.registry import page
 from medgen.tracking import Tracker, read_run
 from medgen.tracking.mirror import MIRROR, connect
@@ -58,13 +59,14 @@ def write_prior(project: Project, name: str) -> None:
     save_prior(
         project.prior, FITTED[name].fit(latents, labels, 2, Prior(components=(1,))), bundle.digest(project.model)
     )
+    save_none(project.refiner, bundle.digest(project.model))
 
 
 def judge(project: Project, metrics: Mapping[str, float] = METRICS, shade: int = 0) -> None:
     """What an evaluation leaves that the page is made of."""
     project.figures.mkdir(parents=True, exist_ok=True)
     (project.reports / "metrics.json").write_text(json.dumps(metrics))
-    judged = {"content": bundle.content(project.model, project.prior), "dataset": DATASET}
+    judged = {"content": bundle.content(project.model, project.prior, project.refiner), "dataset": DATASET}
     judged |= {"extractors": {"domain": {"sha256": "e" * 64}}, "evaluate": {}, "lineage": {}}
     judged["metrics"] = hash_file(project.reports / "metrics.json")
     (project.reports / "provenance.json").write_text(json.dumps(judged))
@@ -198,7 +200,7 @@ def test_registering_again_follows_the_numbers_but_not_over_a_persons_words(stor
 )
 def test_names_from_outside_stay_text(name: str) -> None:
     text = page.about_version(
-        "medgen", 1, info((name, "ILL")), "gmm", {"reconstruction/ssim": "0.5"}, has_picture=False
+        "medgen", 1, info((name, "ILL")), "gmm", False, {"reconstruction/ssim": "0.5"}, has_picture=False
     )
     first, rest = text.split("\n\n", 1)
     assert not re.search(r"[<>|`!\[\]\n]|\b_|_\b", first)
@@ -208,17 +210,25 @@ def test_names_from_outside_stay_text(name: str) -> None:
 
 def test_a_model_that_finds_masks_is_not_said_to_draw() -> None:
     tags = {"segmentation/dice_foreground": "0.9", "segmentation/dice_foreground_mean_mask": "0.6"}
-    text = page.about_version("medgen", 2, info(name="unet"), None, tags, has_picture=True)
+    text = page.about_version("medgen", 2, info(name="unet"), None, False, tags, has_picture=True)
     assert "finds masks of 2 classes" in text
     assert shown_numbers(text) == {"Dice of masks": ["0.9", "0.6"]}
     assert "medgen generate" not in text
-    assert "prior" not in text
+    assert "prior" not in text and "refiner" not in text
 
 
 def test_a_version_says_what_to_do_with_it() -> None:
-    text = page.about_version("medgen", 3, info(), "gmm", {}, has_picture=False)
+    text = page.about_version("medgen", 3, info(), "gmm", False, {}, has_picture=False)
+    assert "refiner" not in text
     for command in ("generate --model models:/medgen/3", "serve --model models:/medgen/3", "history --reproduce 3"):
         assert f"medgen {command}" in text
+
+
+def test_a_version_and_its_run_say_that_there_is_a_refiner() -> None:
+    text = page.about_version("medgen", 3, info(), "gmm", True, {}, has_picture=False)
+    assert "A refiner adds the detail that the decoder leaves out to new images, unless refine is false." in text
+    run = page.about_run(MADE, "gmm", True, {"reconstruction/ssim": "0.5"}, "r", has_picture=False)
+    assert "Judged on the test split with the prior gmm and its refiner:" in run
 
 
 def test_a_model_tells_its_aliases_and_promotions() -> None:
@@ -314,12 +324,12 @@ def test_the_page_shows_the_name_and_judges_at_one_step(store: Tracking, tmp_pat
     train(project, "aaaaaabbbbbb", experiment=tracking, seed=0)
     train(project, "ccccccdddddd", experiment=tracking, seed=1)
     with Tracker.open(project.runs / "ccccccdddddd", tracking, project, "vae") as tracker:
-        tracker.metrics({"val/ssim": 0.5, "generation/kid_domain": 2.0, "prior/val_loss": 1.0}, step=40)
+        tracker.metrics({"val/ssim": 0.5, "generation/kid_domain": 2.0, "refiner/val_loss": 1.0}, step=40)
     client, _ = connect(project, tracking)
     run_id = json.loads((project.runs / "ccccccdddddd" / MIRROR).read_text())["run_id"]
     assert client.get_run(run_id).info.run_name == "seed=1 (cccccc)"
     steps = {
         name: [point.step for point in client.get_metric_history(run_id, name)]
-        for name in ("val/ssim", "generation/kid_domain", "prior/val_loss")
+        for name in ("val/ssim", "generation/kid_domain", "refiner/val_loss")
     }
-    assert steps == {"val/ssim": [40], "generation/kid_domain": [0], "prior/val_loss": [0]}
+    assert steps == {"val/ssim": [40], "generation/kid_domain": [0], "refiner/val_loss": [0]}

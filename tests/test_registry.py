@@ -17,17 +17,18 @@ import pandas as pd
 import pytest
 import torch
 
-from medgen import bundle, registry
+from medgen import bundle, refinement, registry
 from medgen.bundle import BundleInfo
-from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
+from medgen.config import Model, Params, Preprocess, Prior, Project, Refiner, Registry, Tracking
 from medgen.errors import UserError
 from medgen.evaluation_data import EvaluationData, EvaluationInfo, save_evaluation
 from medgen.files import hash_file
 from medgen.models import build_model
 from medgen.priors import FITTED, LEARNED, load_prior, sample_images, save_prior
+from medgen.refinement import save_none, save_refiner
 from medgen.registry.evaluations import read_evaluation
 from medgen.registry.versions import find
-from medgen.tracking import Tracker, lineage
+from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, Tracker, lineage
 from medgen.tracking.mirror import MIRROR, connect
 
 SHAPE = (1, 16, 16)
@@ -59,6 +60,7 @@ def write_model(project: Project, seed: int, run: str = RUN) -> None:
     latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
     small = Prior(name="flow", channels=8, blocks=1, sampling_steps=2)
     save_prior(project.prior, LEARNED["flow"].start(latents, labels, 2, small), bundle.digest(project.model))
+    save_none(project.refiner, bundle.digest(project.model))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         tracker.metrics({"val/ssim": 0.8}, step=1)
     project.reports.mkdir()
     (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.875, "run/num_test": 100}')
-    provenance = {"content": bundle.content(project.model, project.prior), "dataset": DATASET}
+    provenance = {"content": bundle.content(project.model, project.prior, project.refiner), "dataset": DATASET}
     provenance |= {"extractors": {"domain": {"sha256": EXTRACTOR}}, "evaluate": {"num_generated": 24}}
     provenance |= {"metrics": hash_file(project.reports / "metrics.json"), "lineage": lineage(project)}
     provenance |= {"evaluation": save_evaluation(project.evaluation, EVALUATED)}
@@ -267,6 +269,9 @@ def generator(project: Project) -> Any:
         ({"n": [1], "label": ["x" * 1000]}, "label: found 'xxx.*xxx'; expected a class"),
         ({"n": [1], "label": [["ILL"]]}, r"label: found \['ILL'\]; expected a class"),
         ({"image": ["aGk="], "seed": [1]}, "seed: found beside image"),
+        ({"n": [1], "refine": [True]}, "refine: found true, but this version has no refiner; leave it out"),
+        ({"image": ["aGk="], "refine": [True]}, "refine: found true, but this version has no refiner"),
+        ({"n": [1, 1], "refine": [None, 1.0]}, r"refine: found 1\.0; expected true or false"),
         ({"image": ["aGk="], "label": ["ILL"]}, "spatial_vae does not look at labels; leave it out"),
         ({"image": ["aGk="]}, "image: not readable as an image: no PNG, JPEG, BMP or TIFF but a text file"),
         ({"image": ["a film"]}, "image: no base64"),
@@ -301,14 +306,31 @@ def test_the_input_example_is_answered_whatever_the_prior(project: Project, tmp_
     from medgen.pyfunc import Generator
 
     answering = Generator()
-    answering.load_context(SimpleNamespace(artifacts={"model": other.model, "prior": other.prior}))
+    answering.load_context(
+        SimpleNamespace(artifacts={"model": other.model, "prior": other.prior, "refiner": other.refiner})
+    )
     assert answering.predict(None, example).shape == (2, 16, 16, 1)
 
 
 def test_find_model_fetches_a_version(project: Project) -> None:
     folder = registry.find_model(project, tracking=Tracking(), place="models:/medgen@candidate")
-    for part in ("model/model.safetensors", "model/model.json", "prior/prior.safetensors", "prior/prior.json"):
+    parts = ("model/model.safetensors", "model/model.json", "prior/prior.safetensors", "prior/prior.json")
+    for part in (*parts, "refiner/refiner.json"):
         assert (folder / part).read_bytes() == (project.root / "artifacts" / part).read_bytes()
+
+
+def test_a_version_of_a_medgen_without_refiners_is_one_without(project: Project, tmp_path: Path) -> None:
+    (folder,) = (path.parent for path in (project.root / "mlartifacts").rglob("artifacts/refiner"))
+    (folder / "refiner").rename(tmp_path / "refiner")
+    try:
+        found = registry.find_model(project, tracking=Tracking(), place="models:/medgen/1")
+        made = bundle.load_generator(found / "model", found / "prior", found / "refiner")
+        assert made.refiner is None
+        assert bundle.content(found / "model", found / "prior", found / "refiner") == bundle.content(
+            project.model, project.prior, project.refiner
+        )
+    finally:
+        (tmp_path / "refiner").rename(folder / "refiner")
 
 
 def test_find_model_takes_folders(project: Project, tmp_path: Path) -> None:
@@ -359,12 +381,46 @@ def test_nothing_to_register(tmp_path: Path) -> None:
     project = Project(tmp_path)
     with pytest.raises(UserError, match="run `medgen train`"):
         registry.run(project, params=Params())
+    for part, command in ((project.prior, "medgen prior"), (project.refiner, "medgen refiner")):
+        write_model(project, seed=0)
+        shutil.rmtree(part)
+        with pytest.raises(UserError, match=f"run `{command}`"):
+            registry.run(project, params=Params())
+
+
+@pytest.mark.parametrize("is_noted", [False, True])
+def test_a_version_with_a_refiner_says_what_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_noted: bool
+) -> None:
+    """Where the stage left no note of the refiner, nobody knows its commit, nor the version's."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it to the store it used last
+    project, known = Project(tmp_path), {"git.commit": "c" * 40, "git.dirty": "false"}
     write_model(project, seed=0)
-    (project.prior / "prior.json").unlink()
-    (project.prior / "prior.safetensors").unlink()
-    project.prior.rmdir()
-    with pytest.raises(UserError, match="run `medgen prior`"):
-        registry.run(project, params=Params())
+    params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
+    scales = torch.full((1,), 0.1), torch.ones(4, 4, 4)
+    refiner = refinement.Refiner.start(params, SHAPE, 2, *scales)
+    save_refiner(project.refiner, refiner, bundle.digest(project.model))
+    with Tracker.open(project.runs / RUN, Tracking(), project, "spatial_vae") as tracker:
+        tracker.tags(known)
+    notes = {PRIOR_ORIGIN: project.prior / "prior.json"}
+    if is_noted:
+        notes[REFINER_ORIGIN] = project.refiner / "refiner.json"
+    for name, made in notes.items():
+        (project.runs / RUN / name).write_text(json.dumps({"sha256": hash_file(made), "lineage": known}))
+
+    version = registry.run(project, params=Params())
+    client, _ = connect(project, Tracking())
+    found = client.get_model_version("medgen", str(version.number))
+    assert found.tags["git.commit"] == ("c" * 40 if is_noted else "unknown")
+    assert found.tags["git.dirty"] == ("false" if is_noted else "unknown")
+    assert "A refiner adds the detail" in found.description
+    folder = registry.find_model(project, tracking=Tracking(), place=version.uri)
+    assert json.loads((folder / "params.json").read_text())["refiner"] == params.model_dump(mode="json")
+    for name in ("refiner.json", "refiner.safetensors"):
+        assert (folder / "refiner" / name).read_bytes() == (project.refiner / name).read_bytes()
+
+    save_none(project.refiner, bundle.digest(project.model))
+    assert registry.run(project, params=Params()).is_new, "without the refiner it is another version"
 
 
 def test_ui_refuses_what_it_cannot_show(project: Project, away: Tracking) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, jaccard_score
 
-from medgen import bundle, evaluate, generate, preprocess, prior, recipes, registry, train
+from medgen import bundle, evaluate, generate, preprocess, prior, recipes, refiner, registry, train
 from medgen.config import (
     Data,
     Evaluate,
@@ -72,6 +72,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     preprocess.run(project, data=Data(), preprocess=options)
     train.run(project, model=UNET, loss=BOTH, train=TRAIN, tracking=OFF)
     assert prior.run(project, prior=prior.config.Prior(), tracking=OFF) is None
+    assert refiner.run(project, refiner=refiner.config.Refiner(enabled=True), tracking=OFF) is None
     return project, evaluate.run(project, evaluate=Evaluate(batch_size=5), tracking=OFF)
 
 
@@ -102,10 +103,11 @@ def test_what_dvc_declares_is_there(done: tuple[Project, dict[str, float]], root
     project, metrics = done
     pipeline = YAML(typ="safe").load((root / "dvc.yaml").read_text())
     stages = pipeline["stages"]
-    for stage in ("preprocess", "train", "prior", "evaluate"):
+    for stage in ("preprocess", "train", "prior", "refiner", "evaluate"):
         for out in stages[stage]["outs"]:
             assert (project.root / out).exists(), out
     assert json.loads((project.prior / "prior.json").read_text())["name"] is None
+    assert json.loads((project.refiner / "refiner.json").read_text())["enabled"] is False
     assert json.loads((project.reports / "metrics.json").read_text()) == metrics
     page = (project.reports / "index.html").read_text()
     assert f"{metrics['segmentation/dice_foreground']:.4f}" in page and page.count("<img") == 5
@@ -261,9 +263,11 @@ def test_recipes_run_one_after_another(tmp_path: Path, monkeypatch: pytest.Monke
         "features",
         "train",
         "prior",
+        "refiner",
         "evaluate",
     ]
-    assert [of for name, of in ran if name != "chest-xray-64"] == ["preprocess", "train", "prior", "evaluate"]
+    stages = ["preprocess", "train", "prior", "refiner", "evaluate"]
+    assert [of for name, of in ran if name != "chest-xray-64"] == stages
     said = capsys.readouterr().out
     assert "0.5000" in said and "0.7500" in said
     assert (tmp_path / "reports" / "recipes.csv").read_text().splitlines() == [

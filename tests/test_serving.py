@@ -29,15 +29,16 @@ import torch
 from mlflow.types import Schema, TensorSpec
 from PIL import Image
 
-from medgen import bundle, registry
+from medgen import bundle, refinement, registry
 from medgen.bundle import BundleInfo
-from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
+from medgen.config import Model, Params, Preprocess, Prior, Project, Refiner, Registry, Tracking
 from medgen.data.phantom import draw
 from medgen.errors import UserError
 from medgen.gateway import JOB, Gateway, Job, Limits, Served
 from medgen.generate import load_image
 from medgen.models import build_model
-from medgen.priors import FITTED, load_prior, sample_images, save_prior
+from medgen.priors import FITTED, sample_images, save_prior
+from medgen.refinement import save_refiner
 
 SIZE = 16
 CLASSES = ("NORMAL", "ILL")
@@ -48,7 +49,7 @@ OWN_VERSION = "the version's own"  # of medgen in the registered version, which 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """Version 1 of an untrained model that looks at labels; it is the candidate, and there is no champion."""
+    """Version 1 of an untrained model that looks at labels, with a refiner; the candidate. There is no champion."""
     project = Project(tmp_path_factory.mktemp("project"))
     (project.root / "params.yaml").write_text("registry: {model_name: films}\n")
     torch.manual_seed(0)
@@ -60,6 +61,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
     prior = FITTED["gmm"].fit(latents, labels, len(CLASSES), Prior(components=(1,)))
     save_prior(project.prior, prior, bundle.digest(project.model))
+    params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
+    scales = torch.full((1,), 0.1), torch.ones(model.latent_shape)
+    refiner = refinement.Refiner.start(params, (1, SIZE, SIZE), len(CLASSES), *scales)
+    save_refiner(project.refiner, refiner, bundle.digest(project.model))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         registry.run(project, params=Params(registry=Registry(model_name="films")))
@@ -148,11 +153,11 @@ def in_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def new_images(project: Project, n: int, label: int | None, seed: int) -> np.ndarray:
-    model, _ = bundle.load(project.model)
+def new_images(project: Project, n: int, label: int | None, seed: int, refine: bool = True) -> np.ndarray:
+    made = bundle.load_generator(project.model, project.prior, project.refiner)
     labels = None if label is None else torch.full((n,), label)
-    images = sample_images(load_prior(project.prior, bundle.digest(project.model)), model, n, labels, seed)
-    return as_pixels(images)
+    refiner = made.refiner if refine else None
+    return as_pixels(sample_images(made.prior, made.model, n, labels, seed, refiner=refiner))
 
 
 def as_pixels(images: torch.Tensor) -> np.ndarray:
@@ -184,6 +189,22 @@ def test_reconstructions_are_what_medgen_makes_of_files(project: Project, server
     np.testing.assert_array_equal(server.images(rows[0] | {"label": "NORMAL"}), reconstruction(project, films[0], 0))
 
 
+def test_each_row_says_whether_it_is_refined(project: Project, server: Server, films: list[Path]) -> None:
+    """New images are by default, a reconstruction is not: it shows what the model kept of a picture."""
+    film = {"image": in_base64(films[0].read_bytes()), "label": "ILL"}
+    rows = [{"n": 2, "seed": 5, "refine": False}, {"n": 2, "seed": 5, "refine": True}, {"n": 2, "seed": 5}]
+    plain, refined, default = server.images(*rows).reshape(3, 2, SIZE, SIZE, 1)
+    np.testing.assert_array_equal(plain, new_images(project, 2, None, 5, refine=False))
+    np.testing.assert_array_equal(refined, default)
+    assert not np.array_equal(plain, refined)
+    bare, first, again, other = server.images(
+        film | {"refine": False}, *(film | {"refine": True, "seed": seed} for seed in (3, 3, 4))
+    )
+    np.testing.assert_array_equal(bare[None], reconstruction(project, films[0], 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, bare) and not np.array_equal(first, other)
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_a_picture_is_answered_where_one_is_asked_for(project: Project, server: Server, n: int) -> None:
     status, headers, body = server.invoke({"n": n, "seed": 5}, Accept="image/png, */*;q=0.1")
@@ -202,7 +223,7 @@ def test_a_picture_is_answered_where_one_is_asked_for(project: Project, server: 
         {"dataframe_split": {"columns": ["n", "seed"], "data": [[2, 5]]}},
         {"inputs": {"n": [2], "seed": [5]}},
         {"instances": [{"n": 2, "seed": 5}], "params": {}},
-        {"dataframe_records": [{"n": 2, "seed": 5, "label": None, "image": None}]},
+        {"dataframe_records": [{"n": 2, "seed": 5, "label": None, "image": None, "refine": None}]},
     ],
     ids=lambda body: next(iter(body)),
 )
@@ -297,6 +318,14 @@ BAD_BODIES = {  # body, headers; status, words of the message
     ),
     "image without its label": (records({"image": "aGk="}), JSON, 400, "looks at labels; give one"),
     "image with a seed": (records({"image": "aGk=", "seed": 1, "label": "ILL"}), JSON, 400, "seed: found beside image"),
+    "image with a seed, not refined": (
+        records({"image": "aGk=", "seed": 1, "label": "ILL", "refine": False}), JSON, 400, "seed: found beside image"
+    ),
+    "refine in words": (records({"n": 1, "refine": "yes"}), JSON, 400, "refine: found 'yes'; expected true or false"),
+    "refine a number": (records({"n": 1, "refine": 1}), JSON, 400, "refine: found 1; expected true or false"),
+    "refine an image by a number": (
+        records({"image": "aGk=", "label": "ILL", "refine": 0}), JSON, 400, "refine: found 0; expected true or false"
+    ),
     "no content type": (records({"n": 1}), {}, 415, "content-type: found none; expected application/json"),
     "wrong content type": (b"n\n1\n", {"Content-Type": "text/csv"}, 415, "content-type: found text/csv"),
     "wrong charset": (records({"n": 1}), {"Content-Type": "application/json; charset=latin-1"}, 415, "latin-1"),

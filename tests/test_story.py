@@ -42,6 +42,7 @@ PARAMS = {
         "phases": [{"name": "one", "epochs": 20, "learning_rate": 3e-3}],
     },
     "prior": {"name": "gmm", "components": [1]},
+    "refiner": {},
     "evaluate": {"num_generated": 100, "grid_images": 12},
     "tune": {},
     "tracking": {},
@@ -158,6 +159,7 @@ def test_the_story(clone: Clone, tmp_path: Path) -> None:
     # a worse one: hardly trained
     clone.medgen("train", *trained(1, 1e-4))
     clone.medgen("prior")
+    clone.medgen("refiner")
     clone.medgen("evaluate")
     told = clone.medgen("promote", code=3)
     assert re.search(r"films/2 is not promoted: ssim\S* .*failed; version 1 stays champion", told), told
@@ -166,6 +168,7 @@ def test_the_story(clone: Clone, tmp_path: Path) -> None:
     # a better one
     clone.medgen("train", *trained(60, 4e-3))
     clone.medgen("prior")
+    clone.medgen("refiner")
     clone.medgen("evaluate")
     clone.medgen("promote")
     assert clone.champion() == 3
@@ -211,7 +214,7 @@ def test_the_story(clone: Clone, tmp_path: Path) -> None:
     # from the version back to the commit, data and parameters; those of version 3 were given with --set
     assert "params.json" in clone.medgen("history", "--reproduce", "3")
     told = clone.medgen("history", "--reproduce", "1", "--run")
-    assert "The same model and prior, byte for byte" in told
+    assert "The same model, prior and refiner, byte for byte" in told
     assert clone("git", "worktree", "list").count("\n") == 1
     assert len(json.loads(clone.medgen("history", "--json"))["versions"]) == 4  # what is rebuilt is not registered
 

@@ -1,4 +1,4 @@
-"""A trained model and its prior become a registered version, in the MLflow run that trained them.
+"""A trained model, its prior and its refiner become a registered version, in the MLflow run that trained them.
 
 medgen register     medgen generate --model models:/medgen@candidate --n 25 --out outputs/first
 """
@@ -19,6 +19,7 @@ from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import UserError
 from medgen.evaluation_data import load_evaluation
 from medgen.files import hash_file
+from medgen.refinement import load_refiner
 from medgen.registry import page
 from medgen.registry.evaluations import keep_evaluation
 from medgen.registry.packing import CONTENT_TAG, PARAMS_TAG, PYFUNC, pack
@@ -35,7 +36,7 @@ from medgen.registry.versions import (
     metric_tags,
     set_tags,
 )
-from medgen.tracking import PRIOR_ORIGIN, RunRecord, Tracker, lineage, mirror_run, read_run
+from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, RunRecord, Tracker, lineage, mirror_run, read_run
 from medgen.tracking.mirror import connect
 from medgen.tracking.notes import NOTE, is_ours, marked
 
@@ -58,9 +59,9 @@ __all__ = [
 
 
 def run(project: Project, *, params: Params) -> Version:
-    """Registers artifacts/model and artifacts/prior and points the alias `candidate` at them.
+    """Registers artifacts/model, artifacts/prior and artifacts/refiner and points the alias `candidate` at them.
 
-    The same content again is the same version. `params` are kept in it, with what model and prior say of themselves.
+    The same content again is the same version. `params` are kept in it, with what these say of themselves.
 
     Raises:
         UserError: a part is missing, tracking is off, or the store does not answer.
@@ -71,10 +72,11 @@ def run(project: Project, *, params: Params) -> Version:
     info = bundle.load_info(project.model)
     if not project.prior.is_dir():
         raise UserError(f"{project.prior}: no prior here; run `medgen prior` (or `dvc repro`) first")
+    load_refiner(project.refiner, bundle.digest(project.model))  # says so where it is missing or damaged
     with answering(project, tracking, "nothing is registered: run `medgen register` later"):
         client, experiment = connect(project, tracking)  # first of all: a store that is away ends it here
         record, run_id = _run_of(project, tracking, info)
-        content = bundle.content(project.model, project.prior)
+        content = bundle.content(project.model, project.prior, project.refiner)
         metrics, provenance = _metrics(project, content)
         judged = metric_tags(metrics, provenance)
         _describe_run(project, tracking, info, record, metrics, run_id)
@@ -106,7 +108,7 @@ def register_if_wanted(project: Project, *, params: Params) -> Version | None:
 
 
 def find_model(project: Project, *, tracking: Tracking, place: str | None) -> Path:
-    """The folder that holds model/ and prior/.
+    """The folder that holds model/, prior/ and refiner/.
 
     Args:
         place: a folder, a registry URI such as "models:/medgen@candidate", or None for artifacts/.
@@ -117,16 +119,17 @@ def find_model(project: Project, *, tracking: Tracking, place: str | None) -> Pa
     if place is not None and place.startswith("models:/"):
         return load(place, project, tracking)
     folder = project.model.parent if place is None else Path(place)
-    for part in ("model", "prior"):
+    for part in ("model", "prior", "refiner"):
         if not (folder / part).is_dir():
             raise UserError(
-                f"{folder / part}: not found; run `dvc repro` first, or name a folder with model/ and prior/ in it"
+                f"{folder / part}: not found; run `dvc repro` first, or name a folder with model/, prior/ and refiner/ "
+                "in it"
             )
     return folder
 
 
 def fetch_to_judge(project: Project, *, tracking: Tracking, registry: Registry, place: str) -> tuple[Version, Path]:
-    """A version, and a folder of runs/ with its model/ and prior/ in it, for `medgen evaluate --model`.
+    """A version, and a folder of runs/ with its model/, prior/ and refiner/ in it, for `medgen evaluate --model`.
 
     Raises:
         UserError: `place` is no version of the project's registered model, or the store does not answer.
@@ -143,7 +146,7 @@ def fetch_to_judge(project: Project, *, tracking: Tracking, registry: Registry, 
 def take_metrics(project: Project, *, tracking: Tracking, version: Version, folder: Path) -> None:
     """Makes what `medgen evaluate --model` left in a folder of `fetch_to_judge` the version's metrics."""
     judged = Project(project.root, apart=folder)
-    metrics, provenance = _metrics(judged, bundle.content(judged.model, judged.prior))
+    metrics, provenance = _metrics(judged, bundle.content(judged.model, judged.prior, judged.refiner))
     with answering(project, tracking, f"{version.uri} keeps its metrics: run the same command later"):
         client, _ = connect(project, tracking)
         found = client.get_model_version(version.name, str(version.number))
@@ -184,7 +187,9 @@ def _origin(project: Project, record: RunRecord, info: BundleInfo, provenance: M
     tags = {key: value for key, value in record.tags.items() if not key.startswith("mlflow.") and key != PARAMS_TAG}
     stages = [tags]
     if _prior_name(project) is not None:
-        stages.append(_prior_origin(project, info).get("lineage", {}))
+        stages.append(_origin_of(project, info, PRIOR_ORIGIN, project.prior / "prior.json").get("lineage", {}))
+    if _refiner_params(project) is not None:
+        stages.append(_origin_of(project, info, REFINER_ORIGIN, project.refiner / "refiner.json").get("lineage", {}))
     if provenance:
         stages.append(provenance["lineage"])
     commits = [stage.get("git.commit", "unknown") for stage in stages]
@@ -200,8 +205,9 @@ def _made_with(project: Project, params: Params, info: BundleInfo, provenance: M
     training = project.runs / info.run / "params.json"
     if training.is_file():
         plain |= json.loads(training.read_text(encoding="utf-8"))
-    if prior := _prior_origin(project, info).get("prior"):
+    if prior := _origin_of(project, info, PRIOR_ORIGIN, project.prior / "prior.json").get("prior"):
         plain["prior"] = prior
+    plain["refiner"] = _refiner_params(project) or {**plain["refiner"], "enabled": False}
     if provenance:
         plain["evaluate"] = provenance["evaluate"]
     extractor = project.features / "extractor.json"
@@ -211,13 +217,13 @@ def _made_with(project: Project, params: Params, info: BundleInfo, provenance: M
     return Params.model_validate(plain | own)
 
 
-def _prior_origin(project: Project, info: BundleInfo) -> dict[str, Any]:
-    """What `medgen prior` noted of the prior that is here; nothing of one that came from elsewhere."""
-    path = project.runs / info.run / PRIOR_ORIGIN
+def _origin_of(project: Project, info: BundleInfo, note: str, made: Path) -> dict[str, Any]:
+    """What a stage noted in `note` of the file `made` that it wrote; nothing of one that came from elsewhere."""
+    path = project.runs / info.run / note
     if not path.is_file():
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["sha256"] == hash_file(project.prior / "prior.json") else {}
+    return found if found["sha256"] == hash_file(made) else {}
 
 
 def _judged_again(
@@ -241,7 +247,15 @@ def _describe(
     """A version's tags, description and picture."""
     assert version.source
     has_picture = has_picture and page.picture_of(project).exists()
-    text = page.about_version(version.name, int(version.version), info, _prior_name(project), tags, has_picture)
+    text = page.about_version(
+        version.name,
+        int(version.version),
+        info,
+        _prior_name(project),
+        _refiner_params(project) is not None,
+        tags,
+        has_picture,
+    )
     if not set_tags(client, version, tags) and version.description == text:
         return
     if has_picture:
@@ -266,7 +280,8 @@ def _describe_run(
     has_picture = page.picture_of(project).exists()
     written = record.tags.get(NOTE, "")
     made = written.partition("\n\n")[0]  # what follows is of an earlier judgement
-    text = page.about_run(made, _prior_name(project), metric_tags(metrics), run_id, has_picture)
+    is_refined = _refiner_params(project) is not None
+    text = page.about_run(made, _prior_name(project), is_refined, metric_tags(metrics), run_id, has_picture)
     if text == written:
         return
     scratch = project.runs / info.run
@@ -282,8 +297,14 @@ def _prior_name(project: Project) -> str | None:
     return name
 
 
+def _refiner_params(project: Project) -> dict[str, Any] | None:
+    """The parameters of the refiner; None where there is none."""
+    found = json.loads((project.refiner / "refiner.json").read_text(encoding="utf-8"))
+    return found["refiner"] if found["enabled"] else None
+
+
 def _metrics(project: Project, content: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """metrics.json and provenance.json of the reports, where they belong together, and to this model and prior.
+    """metrics.json and provenance.json of the reports, where they belong together, and to this content.
 
     Else nothing: git keeps metrics.json, so another commit's may stand there, and not provenance.json.
     """

@@ -1,4 +1,4 @@
-"""What a version is made of: code, model/ and prior/, what it takes and gives, and what it needs installed."""
+"""A version's parts: code, model/, prior/ and refiner/, its signature, and the packages that it needs."""
 
 import importlib.metadata
 import tempfile
@@ -42,7 +42,7 @@ def pack(
     run_id: str,
     tags: Mapping[str, str],
 ) -> "ModelVersion":
-    """Logs the model with code, model/, prior/ and params.json to its run, and makes it a version with these tags.
+    """Logs the model with code, model/, prior/, refiner/ and params.json, and makes it a version with these tags.
 
     `mlflow.pyfunc.log_model` would do it too, but reopens the run, and asks the server for each metric's history.
     """
@@ -67,7 +67,12 @@ def pack(
         mlflow.pyfunc.save_model(
             Path(folder, "model"),
             python_model=str(PYFUNC[makes]),
-            artifacts={"model": str(project.model), "prior": str(project.prior), "params": str(kept)},
+            artifacts={
+                "model": str(project.model),
+                "prior": str(project.prior),
+                "refiner": str(project.refiner),
+                "params": str(kept),
+            },
             # the whole package: a version loads where medgen is not installed
             code_paths=[str(PACKAGE)],
             mlflow_model=Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id),
@@ -100,14 +105,16 @@ def _signature(info: BundleInfo) -> "ModelSignature":
     from mlflow.types.schema import AnyType
 
     channels, height, width = info.image_shape
-    whole: Any = AnyType()  # type: ignore[no-untyped-call]  # of `long` MLflow makes 1 from 1.5, "1" and true, and refuses a column with gaps
+    # of `long` MLflow makes 1 from 1.5, "1" and true, and refuses a column with gaps, as it does one of `boolean`
+    anything: Any = AnyType()  # type: ignore[no-untyped-call]
     return ModelSignature(
         inputs=Schema(
             [
-                ColSpec(whole, "n", required=False),
+                ColSpec(anything, "n", required=False),
                 ColSpec(DataType.string, "label", required=False),
-                ColSpec(whole, "seed", required=False),
+                ColSpec(anything, "seed", required=False),
                 ColSpec(DataType.string, "image", required=False),
+                ColSpec(anything, "refine", required=False),
             ]
         ),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, height, width, channels))]),

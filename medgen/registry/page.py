@@ -93,8 +93,8 @@ def about_model(name: str, promotions: Sequence[str]) -> str:
         PREVIOUS: "the champion before, to go back to",
     }
     parts = [
-        "Models of medical images, trained and judged by medgen. A version holds a model, its prior and the code that "
-        "runs them; its tags are its metrics on the test split and where it comes from.",
+        "Models of medical images, trained and judged by medgen. A version holds a model, its prior, its "
+        "refiner and the code that runs them; its tags are its metrics on the test split and where it comes from.",
         "\n".join(f"- `{alias}`: {meaning}" for alias, meaning in aliases.items()),
         _code(f"medgen generate --model {shlex.quote(f'models:/{name}@{CANDIDATE}')} --n 25 --out outputs/new"),
     ]
@@ -104,13 +104,20 @@ def about_model(name: str, promotions: Sequence[str]) -> str:
 
 
 def about_version(
-    name: str, number: int, info: BundleInfo, prior: str | None, tags: Mapping[str, str], has_picture: bool
+    name: str,
+    number: int,
+    info: BundleInfo,
+    prior: str | None,
+    is_refined: bool,
+    tags: Mapping[str, str],
+    has_picture: bool,
 ) -> str:
     """The description of a version, in Markdown.
 
     Args:
         name: of the registered model.
         prior: its name; None of a model that finds masks.
+        is_refined: whether there is a refiner.
         tags: the version's, its metrics among them.
         has_picture: whether samples were drawn when it was judged (`preview`).
     """
@@ -121,20 +128,23 @@ def about_version(
     ]
     if prior is not None:
         commands.insert(0, f"medgen generate --model {uri} --n 25 --out outputs/{number}")
-    parts = [_what_it_is(info, prior), *_judged(tags)]
+    parts = [_what_it_is(info, prior, is_refined), *_judged(tags)]
     if has_picture:
         parts.append(_picture("model-versions/get-artifact", {"path": PICTURE, "name": name, "version": number}))
     return "\n\n".join([*parts, _code(*commands)]) + "\n"
 
 
-def about_run(made: str, prior: str | None, tags: Mapping[str, str], run_id: str, has_picture: bool) -> str:
+def about_run(
+    made: str, prior: str | None, is_refined: bool, tags: Mapping[str, str], run_id: str, has_picture: bool
+) -> str:
     """The description of a run whose model has been judged.
 
     Args:
         made: what the training says of itself.
-        prior: as of `about_version`, like the tags and the picture.
+        prior: as of `about_version`, like the refiner, the tags and the picture.
     """
     judged = "Judged on the test split" if prior is None else f"Judged on the test split with the prior {prior}"
+    judged += " and its refiner" if is_refined else ""
     parts = [made, f"{judged}:", *_judged(tags)]
     if has_picture:
         parts.append(_picture("get-artifact", {"path": f"{FOLDER}/{PICTURE}", "run_uuid": run_id}))
@@ -156,7 +166,7 @@ def preview(project: Project, folder: Path) -> Path:
     return path
 
 
-def _what_it_is(info: BundleInfo, prior: str | None) -> str:
+def _what_it_is(info: BundleInfo, prior: str | None, is_refined: bool) -> str:
     channels, height, width = info.image_shape
     if MODELS[info.model.name].target == "mask":
         return (
@@ -164,10 +174,13 @@ def _what_it_is(info: BundleInfo, prior: str | None) -> str:
             f"Input: images uint8 of any size, N × H × W × {channels}."
         )
     classes = ", ".join(map(plain, info.classes)) or "none"
-    return (
+    text = (
         f"{info.model.name} with the prior {prior}: draws images {height}×{width}×{channels} uint8; "
         f"classes: {classes}. Input: n, label and seed of new images, or an image (base64) to reconstruct."
     )
+    if is_refined:
+        text += " A refiner adds the detail that the decoder leaves out to new images, unless refine is false."
+    return text
 
 
 def _judged(tags: Mapping[str, str]) -> list[str]:

@@ -73,7 +73,7 @@ def reproduce(
     try:
         rebuilt = _rebuild(Project(tree / folder), project, data, params)
         metrics = with_foreground(json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8")))
-        same = bundle.content(rebuilt.model, rebuilt.prior) == found.tags.get(CONTENT_TAG)
+        same = bundle.content(rebuilt.model, rebuilt.prior, rebuilt.refiner) == found.tags.get(CONTENT_TAG)
     except UserError as error:
         raise UserError(
             f"{error}. Its work tree is left for a look; `git worktree remove --force {shlex.quote(str(tree))}` "
@@ -213,7 +213,7 @@ def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None
     dataset = version.tags.get("dataset.fingerprint")
     both = sorted(version.metrics.keys() & metrics.keys())
     if (judged_on := version.tags.get(JUDGED_ON)) not in (None, dataset):
-        print(f"Its metrics are of another dataset, {judged_on}, so only model and prior are compared.")
+        print(f"Its metrics are of another dataset, {judged_on}, so only its files are compared.")
         both = []
     different = [key for key in both if version.metrics[key] != metrics[key]]
     table = Table(title=f"{version.uri}, registered and rebuilt", title_justify="left")
@@ -224,7 +224,8 @@ def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None
     Console(highlight=False).print(table)
     if same:
         print(
-            f"The same model and prior, byte for byte; {len(both) - len(different)} of {len(both)} metrics are equal."
+            "The same model, prior and refiner, byte for byte; "
+            f"{len(both) - len(different)} of {len(both)} metrics are equal."
         )
         return
     far = [key for key in (SSIM, DICE) if key in both and abs(version.metrics[key] - metrics[key]) > TOLERANCE]

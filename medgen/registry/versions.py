@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medgen import bundle
 from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.metrics.segmentation import with_foreground
+from medgen.refinement import save_none
 from medgen.tracking.mirror import REFUSALS, connect, first_line, load_mlflow, store_uri, unreachable
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Version:
     run_id: str  # MLflow run that trained it
     tags: Mapping[str, str] = field(default_factory=dict)
     created: float = 0.0  # seconds since 1970
-    is_new: bool = False  # made by this very call: no version held the same model and prior
+    is_new: bool = False  # made by this very call: no version held the same content
 
     @property
     def uri(self) -> str:
@@ -166,14 +168,19 @@ def answering(project: Project, tracking: Tracking, otherwise: str) -> Iterator[
 
 
 def load(uri: str, project: Project, tracking: Tracking) -> Path:
-    """Fetches a registered version; its folder holds model/, prior/ and params.json.
+    """Fetches a registered version; its folder holds model/, prior/, refiner/ and params.json.
+
+    A version of a medgen without refiners gets a refiner/ that says that there is none.
 
     Raises:
         UserError: there is no such version, or the store does not answer.
     """
     folder = tempfile.mkdtemp(prefix="medgen-model-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return fetch(uri, "artifacts", Path(folder), project, tracking)
+    found = fetch(uri, "artifacts", Path(folder), project, tracking)
+    if not (found / "refiner").exists():
+        save_none(found / "refiner", bundle.digest(found / "model"))
+    return found
 
 
 def fetch(uri: str, part: str, folder: Path, project: Project, tracking: Tracking) -> Path:

@@ -34,7 +34,7 @@ BATCH_ENTITIES = 500
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow will never take this event: do not try again
 # What is said of the finished model, not of an epoch. The page draws bars, run beside run, of what it knows at step 0
 # only, and a dot on an axis of epochs of anything else.
-FINAL = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "prior/", "run/num_")
+FINAL = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "prior/", "refiner/", "run/num_")
 NOT_LET_IN = {
     "UNAUTHENTICATED": "asks who you are; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and run it again",
     "PERMISSION_DENIED": "does not allow it: to this account, or under this name of the server (its --allowed-hosts)",

@@ -34,14 +34,14 @@ from medgen.tune.pictures import write_figures
 from medgen.tune.pool import Pool, heeding_sigterm, seats
 from medgen.tune.record import Sender, keep_record
 from medgen.tune.report import print_summary
-from medgen.tune.space import build_space, check_weights, in_full, trial_params
+from medgen.tune.space import SECTIONS, build_space, check_weights, in_full, trial_params
 from medgen.tune.storage import lost
 from medgen.tune.study import Study, origin, ssim_of, study_name, trial_name
 from medgen.tune.worker import Search, Seat, objective_of, open_study, tidy
 
 POLL_SECONDS = 1.0
 RELIABLE_SAMPLES = 2000  # of one trial: with fewer, the ranking by MMD is rough
-SHAPING = ("data", "preprocess", "features", "model", "loss", "train", "prior")  # sections that shape a result
+SHAPING = ("data", "preprocess", "features", *SECTIONS)  # sections that shape a result
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def conclude(stages: Sequence[Stage], status: str, file: Path, console: Console)
     if last is not first and best is not None:
         model = last.search.trial_folder(best.number) / "artifacts"
         if model.exists():  # on this machine
-            console.print(f"its model and prior: {model}", markup=False, soft_wrap=True)
+            console.print(f"its model, prior and refiner: {model}", markup=False, soft_wrap=True)
     return best
 
 

@@ -16,7 +16,7 @@ from medgen.data.weights import weights_path
 from medgen.errors import UserError
 from medgen.models import MODELS, GenerativeModel
 
-SECTIONS = ("model", "loss", "train", "prior")  # data and extractor are made once, and judge all trials
+SECTIONS = ("model", "loss", "train", "prior", "refiner")  # data and extractor are made once, and judge all trials
 OVERRULED = tuple(  # these change nothing that is learnt, or tune.trial decides them
     f"train.{name}" for name in ("subset", "sample_every", "on_nonfinite", "max_rollbacks", "checkpoint_seconds")
 )

@@ -21,7 +21,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 import medgen
-from medgen import checkpoint, prior, train
+from medgen import checkpoint, prior, refiner, train
 from medgen.config import Params, fingerprint, seed_of, set_at
 from medgen.errors import UserError
 from medgen.metrics.intervals import Interval
@@ -270,7 +270,7 @@ def study_name(params: Params, space: dict[str, Dimension], objective: Objective
     folder = Path(medgen.__file__).parent
     judges = checkpoint.code_fingerprint(source for pattern in JUDGES for source in folder.glob(pattern))
     parts = (plain, searched, objective.keys, params.tune.ssim_floor, dataset, extractor)
-    return f"{params.model.name}-{fingerprint(*parts, train.code(), prior.code(), judges)}"
+    return f"{params.model.name}-{fingerprint(*parts, train.code(), prior.code(), refiner.code(), judges)}"
 
 
 def build_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:

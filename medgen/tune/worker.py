@@ -22,7 +22,7 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from medgen import checkpoint, evaluate, prior, train
+from medgen import checkpoint, evaluate, prior, refiner, train
 from medgen.config import Params, Project, Tracking
 from medgen.data.store import open_store
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
@@ -59,7 +59,7 @@ class Search:
         return self.project.runs / "tune" / self.study
 
     def trial_folder(self, number: int) -> Path:
-        """Where a trial's model, prior, runs and reports stand."""
+        """Where a trial's model, prior, refiner, runs and reports stand."""
         return self.folder / f"trial_{number:04d}"
 
 
@@ -153,7 +153,7 @@ def stop_with_parent() -> None:
 
 
 def run_trial(search: Search, study: Study, claim: Claim) -> None:
-    """Trains, fits the prior, evaluates on the val split; writes the record and ends the trial in the study."""
+    """Runs all stages, evaluates on the val split, writes the record and ends the trial in the study."""
     number, name = claim.trial.number, trial_name(claim.trial)
     project = dataclasses.replace(search.project, apart=search.trial_folder(number))
     print(f"{name}, attempt {claim.attempt}: {claim.values}", flush=True)
@@ -228,6 +228,7 @@ def attempt(project: Project, params: Params, study: Study, claim: Claim) -> Out
     sections = {"model": params.model, "loss": params.loss, "train": params.train}
     train.run(project, **sections, tracking=UNTRACKED, after_epoch=after_epoch)  # type: ignore[arg-type]
     prior.run(project, prior=params.prior, tracking=UNTRACKED)
+    refiner.run(project, refiner=params.refiner, tracking=UNTRACKED)
     metrics = evaluate.judge_validation(project, evaluate=params.evaluate)
     values = objective.values(metrics)
     checked = dict(zip(objective.labels, values, strict=True))
@@ -284,5 +285,5 @@ def tidy(search: Search, number: int) -> None:
         shutil.rmtree(folder / "artifacts", ignore_errors=True)
     for scratch in folder.glob("runs/*"):
         checkpoint.remove(scratch)
-        for prior_scratch in scratch.glob("prior_*"):
-            shutil.rmtree(prior_scratch, ignore_errors=True)
+        for later in (*scratch.glob("prior_*"), *scratch.glob("refiner_*")):
+            shutil.rmtree(later, ignore_errors=True)

@@ -38,6 +38,7 @@ def search_project(tiny_store, tiny_features, small_params, tmp_path, monkeypatc
         plain = copy.deepcopy(small_params)
         phase = {"name": "one", "epochs": 2, "learning_rate": 1e-3, "beta": {"end": 0.1}}
         plain["train"] |= {"batch_size": 16, "phases": phases or [phase]}
+        plain["refiner"] = {}  # half a trial's time
         plain["tune"] = {"space": SPACE, "trial": {"num_generated": 16}} | tune
         plain |= sections or {}
         plain["tracking"] = {"enabled": tracking, "system_metrics": False}

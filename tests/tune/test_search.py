@@ -17,11 +17,12 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from rich.console import Console
 
-from medgen import evaluate, train, tune
+from medgen import bundle, evaluate, train, tune
 from medgen.config import Project, load, replace
 from medgen.data.store import open_store
 from medgen.errors import TrainingInterrupted, UserError
 from medgen.machine import gpus
+from medgen.refinement import load_refiner
 from medgen.tracking import history, read_run
 from medgen.tune import worker
 from medgen.tune.pool import environment, seats
@@ -83,6 +84,7 @@ def test_the_search_sees_what_evaluate_says_of_the_same_split(search_project, mo
     own = tune.trial_params(params, {})
     train.run(project, model=own.model, loss=own.loss, train=own.train, tracking=worker.UNTRACKED)
     worker.prior.run(project, prior=own.prior, tracking=worker.UNTRACKED)
+    worker.refiner.run(project, refiner=own.refiner, tracking=worker.UNTRACKED)
     load_subject = evaluate.load
     monkeypatch.setattr(evaluate, "load", lambda *args: load_subject(*args[:5], "val"))
     by_hand = evaluate.run(project, evaluate=own.evaluate, tracking=worker.UNTRACKED)
@@ -90,6 +92,24 @@ def test_the_search_sees_what_evaluate_says_of_the_same_split(search_project, mo
     compared = set(metrics) & set(by_hand)
     assert {"reconstruction/ssim", "generation/mmd_domain", "privacy/copy_rate"} <= compared
     assert {key: metrics[key] for key in compared} == pytest.approx({key: by_hand[key] for key in compared}, rel=1e-4)
+
+
+def test_a_trial_trains_the_refiner_with_the_values_it_tries(search_project, monkeypatch):
+    enabled = {"enabled": True, "channels": 8, "blocks": 1, "epochs": 1, "sampling_steps": 2}
+    space = {"refiner.sampling_noise": {"low": 0.1, "high": 0.9}}
+    project, params = search_project(space=space, objective="reconstruction/ssim", sections={"refiner": enabled})
+    drawn_with = []
+
+    def judge(project, **_):
+        made = load_refiner(project.refiner, bundle.digest(project.model))
+        drawn_with.append(made.params.sampling_noise)
+        return {"reconstruction/ssim": 0.5}
+
+    monkeypatch.setattr(evaluate, "judge_validation", judge)
+    search, study = run_here(project, params, 2)
+    tried = [study.tried(trial)["refiner.sampling_noise"] for trial in study.trials]
+    assert tried[0] == 0.3 != tried[1] and drawn_with == tried
+    assert not list(search.folder.rglob("refiner_*")) and not list(search.folder.rglob("*.safetensors"))
 
 
 @pytest.mark.slow
@@ -215,6 +235,7 @@ def test_a_trial_worse_than_the_others_is_pruned_by_its_epochs(search_project, m
 
     monkeypatch.setattr(train, "run", learn)
     monkeypatch.setattr(worker.prior, "run", lambda *_, **__: None)
+    monkeypatch.setattr(worker.refiner, "run", lambda *_, **__: None)
     good = {"reconstruction/ssim": 0.5, "generation/mmd_domain": 1.0}
     monkeypatch.setattr(evaluate, "judge_validation", lambda *_, **__: good)
     monkeypatch.setattr(worker, "discrepancy_of", lambda *_: None)
@@ -412,6 +433,7 @@ def test_a_confirmation_is_what_dvc_repro_would_train_and_its_model_stays(search
         assert scratch.name == train.run_fingerprint(dataset, own.model, own.loss, own.train)
         assert epochs_of(full, trial.number) == [1, 2, 3] and epochs_of(search, origin(trial)) == [1]
         assert read_run(scratch).name == f"trial {origin(trial)} in full"
+        assert (full.trial_folder(trial.number) / "artifacts" / "refiner" / "refiner.json").exists()
         for part in ("model", "prior"):
             assert list((full.trial_folder(trial.number) / "artifacts" / part).glob("*.safetensors"))
         assert not list(full.trial_folder(trial.number).rglob("checkpoint.pt"))
@@ -423,7 +445,7 @@ def test_a_confirmation_is_what_dvc_repro_would_train_and_its_model_stays(search
     best = tune.conclude(stages, "FINISHED", file, Console())
     printed = capsys.readouterr().out
     assert best == confirmation.winner() and "rank in search" in printed and "rank in full" in printed
-    assert f"its model and prior: {full.trial_folder(best.number) / 'artifacts'}" in printed
+    assert f"its model, prior and refiner: {full.trial_folder(best.number) / 'artifacts'}" in printed
     written = project.reports / "tune" / "best.yaml"
     assert f"trial {origin(best)} in full, best of {len(numbers)}" in written.read_text()
     tried = study.tried(study.trials[origin(best)])

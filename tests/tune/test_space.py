@@ -88,6 +88,7 @@ def test_every_kind_of_value_can_be_searched():
                 "model.name": Searched(choices=("spatial_vae", "vae")),
                 "loss.free_bits": Searched(low=0, high=0.5),
                 "prior.variance_kept": Searched(low=0.5, high=1.0),
+                "refiner.sampling_noise": Searched(low=0.1, high=0.9),
             }
         )
     )
@@ -99,6 +100,7 @@ def test_every_kind_of_value_can_be_searched():
         "model.name": "CategoricalDistribution",
         "loss.free_bits": "FloatDistribution",
         "prior.variance_kept": "FloatDistribution",
+        "refiner.sampling_noise": "FloatDistribution",
     }
 
 

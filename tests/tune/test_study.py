@@ -271,6 +271,7 @@ def test_without_a_first_trial_to_compare_with_there_is_no_floor(tmp_path):
         ({"evaluate": {"num_generated": 77}}, True),  # of a trial's samples tune.trial says how many
         ({"evaluate": {"seed": 1}}, False),
         ({"prior": {"name": "normal"}}, False),
+        ({"refiner": {"enabled": True}}, False),
         ({"tracking": {"experiment": "other"}}, True),
     ],
 )

@@ -1,0 +1,214 @@
+"""`medgen refiner`: from store and model to a trained refiner, its record, and clear words when a part is missing."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medgen import bundle, refiner
+from medgen.bundle import BundleInfo
+from medgen.config import Model, Preprocess, Refiner, Tracking
+from medgen.data.loader import Loader
+from medgen.data.store import open_store
+from medgen.errors import NonFiniteError, UserError
+from medgen.models import build_model
+from medgen.refinement import load_refiner
+from medgen.tracking import REFINER_ORIGIN, history, read_run
+
+RUN = "0123456789ab"
+SPATIAL = Model(base_channels=8, max_channels=16, latent_channels=4, latent_size=4, attention_resolutions=())
+MODELS = {
+    "spatial VAE": SPATIAL,
+    "flat VAE": Model(name="vae", base_channels=4, max_channels=8, latent_channels=6),
+    "conditional VAE": Model(name="cvae", base_channels=4, max_channels=8, latent_channels=6),
+    "autoencoder": Model(name="autoencoder", base_channels=4, latent_channels=3, latent_size=8),
+    "VQ-VAE": Model(name="vqvae", base_channels=8, latent_channels=4, latent_size=8, num_codes=16),
+}
+SMALL = Refiner(enabled=True, channels=8, blocks=1, epochs=2, batch_size=8, sampling_steps=2)
+QUIET = Tracking(enabled=False)
+
+
+def save_model(project, model=SPATIAL):
+    store = open_store(project.dataset)
+    torch.manual_seed(0)
+    info = BundleInfo(
+        model=model,
+        preprocess=Preprocess(image_size=32, clahe_tiles=2),
+        image_shape=store.image_shape,
+        classes=store.classes,
+        dataset=store.fingerprint,
+        run=RUN,
+        torch=torch.__version__,
+    )
+    bundle.save(project.model, build_model(model, store.image_shape, len(store.classes)), info)
+    return project
+
+
+@pytest.fixture
+def project(tiny_project):
+    """The tiny store and an untrained model of it."""
+    return save_model(tiny_project)
+
+
+def trained(project, params=SMALL):
+    refiner.run(project, refiner=params, tracking=QUIET)
+    return {path.name: path.read_bytes() for path in project.refiner.iterdir()}
+
+
+def test_a_refiner_is_trained_kept_and_recorded(project):
+    trained(project)
+    made = load_refiner(project.refiner, bundle.digest(project.model))
+    assert made is not None
+    assert made.params == SMALL and made.image_shape == (1, 32, 32) and made.num_classes == 3
+    run = project.runs / RUN
+    (metrics,) = history(run)
+    assert {"refiner/train_loss", "refiner/val_loss"} == set(metrics) - {"step"}
+    assert str(read_run(run).params["refiner.epochs"]) == "2"
+    (scratch,) = run.glob("refiner_*")
+    losses = [record["val/loss"] for record in history(scratch)]
+    assert metrics["refiner/val_loss"] == pytest.approx(min(losses)), "the epoch that fits the val split best"
+    assert (scratch / "refiner_loss.png").stat().st_size > 0
+    origin = json.loads((run / REFINER_ORIGIN).read_text())
+    assert origin["refiner"] == SMALL.model_dump(mode="json") and "git.commit" in origin["lineage"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_that_decodes_can_be_refined(tiny_project, name):
+    project = save_model(tiny_project, MODELS[name])
+    made = refiner.run(project, refiner=SMALL.model_copy(update={"epochs": 1}), tracking=QUIET)
+    assert made is not None
+    model, _ = bundle.load_generative(project.model)
+    latents, labels = torch.randn(3, *model.latent_shape), torch.tensor([0, 1, 2])
+    images = made.draw(model, latents, labels, torch.Generator().manual_seed(0))
+    assert images.shape == (3, 1, 32, 32) and bool(images.isfinite().all())
+
+
+def test_a_refiner_without_classes_is_one_of_all_images(project):
+    made = refiner.run(project, refiner=SMALL.model_copy(update={"conditional": False}), tracking=QUIET)
+    assert made is not None and made.num_classes == 0
+
+
+def test_the_scales_are_those_of_the_train_split(project):
+    """By a slow path: without noise on the latents the residual is that of the reconstructions."""
+    made = refiner.run(
+        project, refiner=SMALL.model_copy(update={"latent_noise": 0.0, "sampling_noise": 0.0}), tracking=QUIET
+    )
+    model, _ = bundle.load_generative(project.model)
+    split = open_store(project.dataset).split("train")
+    images = torch.from_numpy(split.images[:].copy()).float() / 255
+    with torch.no_grad():
+        means = model.encode(images).mean
+    torch.testing.assert_close(made.latent_scale, means.std(0, correction=0), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        expected = (images - model.decode(means)).square().mean().sqrt()
+    assert float(made.residual_scale) == pytest.approx(float(expected), rel=0.2)  # posterior draws, not means
+
+
+def test_disabled_it_says_so_and_trains_nothing(project, capsys):
+    trained(project)
+    assert set(trained(project, Refiner())) == {"refiner.json"}, "the weights of an earlier one are gone"
+    assert "no refiner: refiner.enabled is false" in capsys.readouterr().out
+    assert load_refiner(project.refiner, bundle.digest(project.model)) is None
+
+
+def test_same_input_gives_the_same_bytes(project):
+    first = trained(project)
+    shutil.rmtree(project.refiner)
+    shutil.rmtree(project.runs)
+    assert trained(project) == first
+    assert trained(project, SMALL.model_copy(update={"seed": 1})) != first
+
+
+def test_an_interrupted_refiner_ends_as_an_uninterrupted_one(project, monkeypatch):
+    whole = trained(project)
+    shutil.rmtree(project.refiner)
+    shutil.rmtree(project.runs)
+    losses, number = refiner.RefinerTask.losses, iter(range(100))
+    num_batches = Loader(open_store(project.dataset).split("train"), 8, torch.device("cpu")).num_batches
+
+    def killed(self, network, position, phase, epoch):
+        if next(number) == num_batches + 1:  # in the second epoch
+            raise KeyboardInterrupt
+        return losses(self, network, position, phase, epoch)
+
+    monkeypatch.setattr(refiner.RefinerTask, "losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(project)
+    assert not project.refiner.exists()
+    assert trained(project) == whole
+
+
+def test_how_it_draws_does_not_train_it_anew(project, monkeypatch):
+    trained(project)
+    monkeypatch.setattr(refiner.RefinerTask, "losses", lambda *_: pytest.fail("trained again"))
+    changes = {"sampling_steps": 3, "solver": "euler", "sampling_noise": 0.1, "guidance": 2.0}
+    trained(project, SMALL.model_copy(update=changes))
+    made = load_refiner(project.refiner, bundle.digest(project.model))
+    assert made is not None and {key: getattr(made.params, key) for key in changes} == changes
+
+
+def test_a_refiner_that_goes_infinite_is_stopped_and_named(project, monkeypatch):
+    losses = refiner.RefinerTask.losses
+
+    def infinite(self, network, position, phase, epoch):
+        found = losses(self, network, position, phase, epoch)
+        return dataclasses.replace(found, total=found.total * torch.inf) if position == 3 else found
+
+    monkeypatch.setattr(refiner.RefinerTask, "losses", infinite)
+    with pytest.raises(NonFiniteError, match="not finite at step 3"):
+        trained(project)
+    (report,) = project.runs.glob("*/refiner_*/nonfinite_step_3_*.json")
+    assert len(json.loads(report.read_text())["files"]) == 8
+
+
+def other_dataset(project):
+    path = project.model / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dataset": "ffffffffffff"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: shutil.rmtree(p.dataset), "medgen preprocess"),
+        (lambda p: shutil.rmtree(p.model), "medgen train"),
+        (other_dataset, "trained on dataset ffffffffffff.*medgen train"),
+    ],
+)
+@pytest.mark.parametrize("params", [SMALL, Refiner()])
+def test_says_what_to_do(project, damage, message, params):
+    damage(project)
+    with pytest.raises(UserError, match=message):
+        refiner.run(project, refiner=params, tracking=QUIET)
+
+
+def test_more_noise_than_it_learnt_is_refused():
+    with pytest.raises(ValueError, match="sampling_noise: found 2, expected at most latent_noise, 1"):
+        Refiner(sampling_noise=2.0)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_refiner(project, tmp_path):
+    """Each has half of every batch and its own draws: not the same numbers as one, but one refiner that is as good."""
+    params = {"refiner": SMALL.model_dump(mode="json"), "tracking": {"enabled": False}}
+    (project.root / "params.yaml").write_text(json.dumps(params))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launcher, "-m", "medgen", "refiner"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("refiner: train loss") == 1
+    (metrics,) = history(project.runs / RUN)
+    two = load_file(project.refiner / "refiner.safetensors")
+
+    shutil.rmtree(project.runs)
+    trained(project)
+    one = load_file(project.refiner / "refiner.safetensors")
+    (alone,) = history(project.runs / RUN)
+    assert metrics["refiner/val_loss"] == pytest.approx(alone["refiner/val_loss"], rel=0.05)
+    assert two["latent_scale"].equal(one["latent_scale"]) and two["residual_scale"].equal(one["residual_scale"])
