@@ -79,7 +79,8 @@ def prepare(n: int, sizes: Model, params: Prior, refiner_params: Refiner | None 
         prior.network.to(device)
     refiner = None
     if refiner_params:
-        refiner = ImageRefiner.start(refiner_params, SHAPE, 2, torch.ones(1), torch.ones(model.latent_shape))
+        spectrum = torch.ones(1, SHAPE[1], SHAPE[2] // 2 + 1)
+        refiner = ImageRefiner.start(refiner_params, SHAPE, 2, torch.ones(1), spectrum, torch.ones(model.latent_shape))
         refiner.network.to(device)
 
     def draw() -> None:

@@ -125,7 +125,8 @@ def judged(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def with_refiner(project: Project) -> None:
     """Puts a refiner of random weights in the place of none."""
     store, params = open_store(project.dataset), Refiner(enabled=True, channels=8, blocks=4, sampling_steps=1)
-    scales = torch.full((1,), 0.1), torch.ones(2, 8, 8)
+    _, height, width = store.image_shape
+    scales = torch.full((1,), 0.1), torch.ones(1, height, width // 2 + 1), torch.ones(2, 8, 8)
     refiner = ImageRefiner.start(params, store.image_shape, len(store.classes), *scales)
     save_refiner(project.refiner, refiner, bundle.digest(project.model))
 

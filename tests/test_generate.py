@@ -51,7 +51,7 @@ def build(root, prior="gmm", classes=CLASSES):
 def add_refiner(project):
     """An untrained one: it adds noise of 0.1."""
     params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
-    scales = torch.full((1,), 0.1), torch.ones(4, 4, 4)
+    scales = torch.full((1,), 0.1), torch.ones(1, 32, 17), torch.ones(4, 4, 4)
     refiner = refinement.Refiner.start(params, (1, 32, 32), len(CLASSES), *scales)
     save_refiner(project.refiner, refiner, bundle.digest(project.model))
 

@@ -15,8 +15,10 @@ LATENT = (2, 4, 4)
 
 def start(image_shape=(1, 16, 16), num_classes=3, params=PARAMS, trained=True):
     """A refiner; `trained` gives its output weights values, which are 0 before training."""
-    scales = torch.full((image_shape[0],), 0.2), torch.rand(LATENT, generator=torch.Generator().manual_seed(1))
-    refiner = Refiner.start(params, image_shape, num_classes, *scales)
+    channels, height, width = image_shape
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.full((channels,), 0.2), torch.ones(channels, height, width // 2 + 1)
+    refiner = Refiner.start(params, image_shape, num_classes, *scales, torch.rand(LATENT, generator=generator))
     if trained:
         generator = torch.Generator().manual_seed(2)
         for parameter in refiner.network.parameters():
@@ -85,6 +87,39 @@ def test_starting_one_leaves_torchs_own_random_numbers_alone():
     torch.manual_seed(0)
     start()
     assert torch.rand(3).equal(expected)
+
+
+@pytest.mark.parametrize(("steps", "solver"), [(1, "euler"), (3, "midpoint")])
+def test_an_untrained_refiner_draws_noise_of_the_residuals_spectrum(steps, solver):
+    refiner = start(
+        (1, 16, 16), params=PARAMS.model_copy(update={"sampling_steps": steps, "solver": solver}), trained=False
+    )
+    refiner.spectrum = torch.rand(1, 16, 9, generator=torch.Generator().manual_seed(3)) + 0.1
+    refiner.residual_scale = torch.tensor([0.01])  # so that no pixel is cut off at 0 or 1
+    residual = (refined(refiner, torch.full((4000, 1, 16, 16), 0.5)) - 0.5) / 0.01
+    power = torch.fft.rfft2(residual, norm="ortho").abs().square().mean(0)
+    torch.testing.assert_close(power, symmetric(refiner.spectrum), rtol=0.12, atol=0.0)
+
+
+def test_the_velocity_without_a_network_is_the_regression_of_gaussian_residuals():
+    """Of Gaussian images of a known spectrum no linear map predicts x1 - x0 from x_t with a smaller error."""
+    refiner = start((1, 4, 4), trained=False)
+    refiner.spectrum = symmetric(torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(3)) + 0.1)
+    generator = torch.Generator().manual_seed(4)
+    noise, white = torch.randn(2, 60000, 1, 4, 4, generator=generator)
+    images = torch.fft.irfft2(torch.fft.rfft2(white) * refiner.spectrum.sqrt(), s=(4, 4))
+    x = torch.lerp(noise, images, 0.3).flatten(1).double()
+    best = torch.linalg.lstsq(x, (images - noise).flatten(1).double()).solution.float()
+    found = refiner._gaussian_velocity(torch.eye(16).view(16, 1, 4, 4), torch.full((16,), 0.3)).flatten(1)
+    torch.testing.assert_close(found, best, rtol=0.0, atol=0.05)
+
+
+def symmetric(spectrum):
+    """The power that both a frequency and its mirror image have, as every real image does."""
+    mirrored = spectrum.flip(1).roll(1, 1)
+    columns = torch.arange(spectrum.shape[2])
+    alone = (columns == 0) | (columns == spectrum.shape[2] - 1)
+    return torch.where(alone, 0.5 * (spectrum + mirrored), spectrum)
 
 
 def test_a_drawn_latent_is_noised_decoded_and_refined():

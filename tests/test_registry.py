@@ -397,7 +397,7 @@ def test_a_version_with_a_refiner_says_what_made_it(
     project, known = Project(tmp_path), {"git.commit": "c" * 40, "git.dirty": "false"}
     write_model(project, seed=0)
     params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
-    scales = torch.full((1,), 0.1), torch.ones(4, 4, 4)
+    scales = torch.full((1,), 0.1), torch.ones(1, SHAPE[1], SHAPE[2] // 2 + 1), torch.ones(4, 4, 4)
     refiner = refinement.Refiner.start(params, SHAPE, 2, *scales)
     save_refiner(project.refiner, refiner, bundle.digest(project.model))
     with Tracker.open(project.runs / RUN, Tracking(), project, "spatial_vae") as tracker:

@@ -62,7 +62,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     prior = FITTED["gmm"].fit(latents, labels, len(CLASSES), Prior(components=(1,)))
     save_prior(project.prior, prior, bundle.digest(project.model))
     params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
-    scales = torch.full((1,), 0.1), torch.ones(model.latent_shape)
+    scales = torch.full((1,), 0.1), torch.ones(1, SIZE, SIZE // 2 + 1), torch.ones(model.latent_shape)
     refiner = refinement.Refiner.start(params, (1, SIZE, SIZE), len(CLASSES), *scales)
     save_refiner(project.refiner, refiner, bundle.digest(project.model))
     with pytest.MonkeyPatch.context() as patch:
