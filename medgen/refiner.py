@@ -30,7 +30,7 @@ NUM_SHOWN = 8
 MIN_RESIDUAL = 1e-3  # a perfect decoder leaves nothing to scale
 MIN_POWER = 1e-3  # of the standardised residual at a frequency, whose mean power is 1
 # what decides the result of a training: a change there is a new one, not a resumed one
-CODE = ("nn/*.py", "models/*.py", "refinement.py", "optim.py", "guard.py", "job.py", "loop.py", "refiner.py")
+CODE = ("nn/*.py", "models/*.py", "refinement.py", "losses.py", "optim.py", "guard.py", "job.py", "loop.py", "refiner.py")
 SAMPLING = {"sampling_steps", "solver", "sampling_noise", "guidance"}  # the trained network does not depend on them
 
 
@@ -51,11 +51,11 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
         if not refiner.enabled or not isinstance(model, GenerativeModel):
             if world.is_main:
                 save_none(project.refiner, digest)
-            reason = "refiner.enabled is false" if not refiner.enabled else f"{info.model.name} finds masks"
-            Console(highlight=False).print(f"no refiner: {reason}", markup=False)
+                reason = "refiner.enabled is false" if not refiner.enabled else f"{info.model.name} finds masks"
+                Console(highlight=False).print(f"no refiner: {reason}", markup=False)
             return None
         task = RefinerTask(model, store, refiner, world)
-        plain = refiner.model_dump(mode="json", exclude=SAMPLING | {"epochs"})
+        plain = refiner.model_dump(mode="json", exclude=SAMPLING)
         scratch = project.runs / info.run / f"refiner_{fingerprint(digest, plain, code())}"
         job = Job(task, world, task.train, scratch)
         with job.stop.listening():
@@ -234,7 +234,6 @@ def record(
             tracker.artifact(path, "refiner")
     origin = {
         "sha256": hash_file(project.refiner / "refiner.json"),
-        "refiner": refiner.model_dump(mode="json"),
         "lineage": lineage(project, refiner),
     }
     write_atomic(scratch / REFINER_ORIGIN, f"{json.dumps(origin, indent=2)}\n".encode())
