@@ -240,20 +240,20 @@ class Refiner(Section):
     seed: int = 0
     conditional: bool = True  # on the class, where the data has labels
     channels: Annotated[int, Field(ge=8, multiple_of=8)] = 32  # width of the network
-    blocks: Count = 8  # residual blocks: half on the smallest grid, a quarter on each larger one, down and up
+    blocks: Count = 4  # residual blocks: half on the smallest grid, a quarter on each larger one, down and up
     dropout: Fraction = 0.0
-    # standard deviations of noise on the latents in training, at most: what lies below is drawn anew, faults of the
-    # prior with it
+    # noise on the latents in training, at most, in their standard deviations; the refiner draws what it hides, so that
+    # it also repairs the prior's faults
     latent_noise: NonNegative = 1.0
     epochs: Count = 20
-    batch_size: Count = 16  # over all processes
+    batch_size: Count = 8  # over all processes
     learning_rate: Positive = 2e-3
     ema_decay: Fraction = 0.999
     horizontal_flip: bool = False  # mirrors the heart: a choice, not a default
-    # how it draws, changed without training again
-    sampling_steps: Annotated[int, Field(ge=1, le=1000)] = 8
+    # how it draws; changed without training again
+    sampling_steps: Annotated[int, Field(ge=1, le=1000)] = 4
     solver: Literal["euler", "midpoint"] = "midpoint"  # midpoint evaluates the network twice a step
-    sampling_noise: NonNegative = 0.3  # standard deviations of noise on a sample's latent, at most `latent_noise`
+    sampling_noise: NonNegative = 0.5  # noise on a sample's latent, at most `latent_noise`
     guidance: NonNegative = 1.0  # strength of the label (Ho & Salimans 2022); 1 is plain, 0 ignores it
 
     @model_validator(mode="after")

@@ -30,7 +30,10 @@ NUM_SHOWN = 8
 MIN_RESIDUAL = 1e-3  # a perfect decoder leaves nothing to scale
 MIN_POWER = 1e-3  # of the standardised residual at a frequency, whose mean power is 1
 # what decides the result of a training: a change there is a new one, not a resumed one
-CODE = ("nn/*.py", "models/*.py", "refinement.py", "losses.py", "optim.py", "guard.py", "job.py", "loop.py", "refiner.py")
+CODE = (
+    *("nn/*.py", "models/*.py", "losses.py", "optim.py", "guard.py", "job.py", "loop.py"),
+    *("refinement.py", "refiner.py"),
+)
 SAMPLING = {"sampling_steps", "solver", "sampling_noise", "guidance"}  # the trained network does not depend on them
 
 

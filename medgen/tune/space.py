@@ -128,6 +128,8 @@ def check_weights(params: Params, space: Mapping[str, Dimension]) -> None:
 def trial_params(params: Params, values: Mapping[str, Value]) -> Params:
     """The parameters of a trial: searched values in place, cut to the budget `tune.trial`.
 
+    A trial on a budget trains no refiner unless keys of `refiner` are searched.
+
     Raises:
         UserError: values that are good one by one do not go together.
     """
@@ -144,7 +146,10 @@ def trial_params(params: Params, values: Mapping[str, Value]) -> Params:
         }
     )
     evaluate = chosen.evaluate.model_copy(update={"num_generated": budget.num_generated})
-    return chosen.model_copy(update={"train": train, "evaluate": evaluate})
+    refiner = chosen.refiner
+    if not is_full and not any(key.startswith("refiner.") for key in params.tune.space):
+        refiner = refiner.model_copy(update={"enabled": False})  # its training would take longer than the trial's
+    return chosen.model_copy(update={"train": train, "refiner": refiner, "evaluate": evaluate})
 
 
 def in_full(params: Params) -> Params:

@@ -108,7 +108,7 @@ def test_a_trial_trains_the_refiner_with_the_values_it_tries(search_project, mon
     monkeypatch.setattr(evaluate, "judge_validation", judge)
     search, study = run_here(project, params, 2)
     tried = [study.tried(trial)["refiner.sampling_noise"] for trial in study.trials]
-    assert tried[0] == 0.3 != tried[1] and drawn_with == tried
+    assert tried[0] == 0.5 != tried[1] and drawn_with == tried
     assert not list(search.folder.rglob("refiner_*")) and not list(search.folder.rglob("*.safetensors"))
 
 

@@ -9,6 +9,7 @@ from medgen.config import (
     Params,
     Phase,
     Prior,
+    Refiner,
     Schedule,
     Searched,
     Train,
@@ -170,6 +171,21 @@ def test_what_is_told_in_epochs_and_warm_up_steps_shrinks_with_the_phases():
     first, second = shortened(Train(phases=TWO_PHASES), TrialBudget(epochs=10)).phases
     assert (first.schedule.period, first.warmup_steps, second.beta.epochs) == (8, 12, 2)
     assert (first.learning_rate, second.beta.end) == (2e-3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "space", "enabled"),
+    [
+        (1, {}, False),
+        (1, {"refiner.sampling_noise": Searched(low=0.1, high=0.9)}, True),
+        (None, {}, True),  # in full, as a confirmation is
+    ],
+)
+def test_a_trial_on_a_budget_trains_a_refiner_only_where_one_is_searched(epochs, space, enabled):
+    tune = Tune(trial=TrialBudget(epochs=epochs), space=space)
+    train = Train(phases=(Phase(name="train", epochs=4),))
+    params = Params(refiner=Refiner(enabled=True), train=train, tune=tune)
+    assert trial_params(params, {}).refiner.enabled is enabled
 
 
 def test_a_trial_is_params_yaml_with_its_values_and_the_budget():
