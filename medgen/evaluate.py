@@ -499,7 +499,7 @@ def judge_refiner(
     refined: Reconstructions | None,
     decoded: Tensor | None,
 ) -> dict[str, float]:
-    """What tells the faults of decoder, refiner and prior apart; nothing without a refiner.
+    """Metrics that separate the faults of decoder, refiner and prior; empty without a refiner.
 
     `decoded/` is of the samples before they are refined, `refined/` of refined reconstructions, and the decoder's
     reconstructions get the distances that they lack.

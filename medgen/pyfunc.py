@@ -1,4 +1,4 @@
-"""What MLflow runs when it loads a registered version: this file, the medgen package, model/, prior/, refiner/.
+"""The code that MLflow runs when it loads a registered version, beside the medgen package, model/, prior/, refiner/.
 
     generator = mlflow.pyfunc.load_model("models:/medgen@candidate")
     images = generator.predict(pandas.DataFrame({"n": [4], "label": ["NORMAL"], "seed": [0]}))

@@ -138,7 +138,7 @@ class Refiner:
         noise = torch.randn(decoded.shape, generator=generator).to(decoded.device)
 
         def slope(y: Tensor, time: Tensor) -> Tensor:
-            """dy/dt where x_t = S_t^(1/2) y: what the network adds to the Gaussian's way."""
+            """dy/dt where x_t = S_t^(1/2) y: the network's correction alone, as the Gaussian part is zero in y."""
             spread = self._spread(time)
             found = self._guided(_filter(y, spread.sqrt()), time, labels, decoded, levels)
             return _filter(found, spread.rsqrt())
@@ -159,7 +159,7 @@ class Refiner:
     def _correction(
         self, network: nn.Module, x: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor
     ) -> Tensor:
-        """What the network adds to the Gaussian velocity at `x` (B, C, H, W), in units of the path's own deviation."""
+        """The network's addition to the Gaussian velocity at `x` (B, C, H, W)."""
         deviation = ((1.0 - time).square() + time.square()).sqrt()[:, None, None, None]
         patches, given = (F.pixel_unshuffle(image, self.patch) for image in (x / deviation, 2.0 * decoded - 1.0))
         found = network(patches, time, labels, given, levels).float()

@@ -1,4 +1,4 @@
-"""Trains the refiner on the train split's images and what the model makes of them.
+"""Trains the refiner on the train split's images and their reconstructions.
 
 medgen refiner
 """
@@ -111,7 +111,7 @@ class RefinerTask:
 
     @property
     def train(self) -> Train:
-        """How it is trained: one phase along a cosine; the averaged weights of the epoch with the best validation."""
+        """One phase along a cosine; keeps the averaged weights of the epoch with the lowest validation loss."""
         params = self.params
         phase = Phase(
             name="refiner",

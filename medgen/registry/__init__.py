@@ -218,7 +218,7 @@ def _made_with(project: Project, params: Params, info: BundleInfo, provenance: M
 
 
 def _origin_of(project: Project, info: BundleInfo, note: str, made: Path) -> dict[str, Any]:
-    """What a stage noted in `note` of the file `made` that it wrote; nothing of one that came from elsewhere."""
+    """The run's file `note`, in which a stage recorded how it wrote `made`; {} for a file from elsewhere."""
     path = project.runs / info.run / note
     if not path.is_file():
         return {}
