@@ -75,7 +75,7 @@ def test_a_refiner_is_trained_kept_and_recorded(project):
     assert metrics["refiner/val_loss"] == pytest.approx(min(losses)), "the epoch that fits the val split best"
     assert (scratch / "refiner_loss.png").stat().st_size > 0
     origin = json.loads((run / REFINER_ORIGIN).read_text())
-    assert origin["refiner"] == SMALL.model_dump(mode="json") and "git.commit" in origin["lineage"]
+    assert "git.commit" in origin["lineage"]
 
 
 @pytest.mark.parametrize("name", MODELS)
