@@ -211,4 +211,5 @@ def test_two_processes_train_one_refiner(project, tmp_path):
     one = load_file(project.refiner / "refiner.safetensors")
     (alone,) = history(project.runs / RUN)
     assert metrics["refiner/val_loss"] == pytest.approx(alone["refiner/val_loss"], rel=0.05)
-    assert two["latent_scale"].equal(one["latent_scale"]) and two["residual_scale"].equal(one["residual_scale"])
+    for name in ("latent_scale", "residual_scale"):  # of the whole split each; the number of threads rounds otherwise
+        torch.testing.assert_close(two[name], one[name])
