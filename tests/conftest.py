@@ -43,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """No test meets the store of one before it: `mlflow.set_tracking_uri` sets this for all that the process does."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture
 def shared_data() -> Callable[[str], Path]:
     """Folder of real images by name, from MEDGEN_TEST_DATA or ../shared/data; skips by name where absent."""

@@ -199,7 +199,6 @@ def test_dvc_for_real(project: Project) -> None:
 
 
 def test_tracking_file_absent_made_damaged_and_locked(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it, for all that comes after
     path = project.root / "mlflow.db"
     assert "will be made" in doctor._tracking(project, Tracking()).found
     assert not path.exists()  # looking makes nothing

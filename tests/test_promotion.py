@@ -257,10 +257,8 @@ def quality(**values: float) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        project = Project(tmp_path_factory.mktemp("project"))
-        connect(project, Tracking())  # a database takes seconds to make
+    project = Project(tmp_path_factory.mktemp("project"))
+    connect(project, Tracking())  # a database takes seconds to make
     return project
 
 
@@ -281,7 +279,6 @@ def synthetic_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def register(project: Project, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A registry of this test's own: `register(metrics)` adds a version, which is the candidate then."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     name = re.sub(r"\W+", "-", request.node.name)
     client, _ = connect(project, Tracking())
     client.create_registered_model(name)

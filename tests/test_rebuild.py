@@ -45,9 +45,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def register(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`register(params, tags)` makes a version and gives its number."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        client, _ = connect(project, Tracking())
+    client, _ = connect(project, Tracking())
     client.create_registered_model("medgen")
 
     def add(params: dict[str, Any] | None = PARAMS, **changes: str) -> int:
@@ -67,7 +65,6 @@ def register(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(autouse=True)
 def a_store_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its versions are no real models, so they are not fetched by MLflow, which tests/test_registry.py looks at."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(rebuild, "load", lambda uri, *_: FETCHED[uri])
 
 

@@ -29,7 +29,7 @@ from medgen.refinement import save_none, save_refiner
 from medgen.registry.evaluations import read_evaluation
 from medgen.registry.versions import find
 from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, Tracker, lineage
-from medgen.tracking.mirror import MIRROR, connect
+from medgen.tracking.mirror import MIRROR, connect, store_uri
 
 SHAPE = (1, 16, 16)
 RUN = "0123456789ab"
@@ -37,13 +37,6 @@ DATASET = "ba9876543210"
 EXTRACTOR = "e" * 64
 EVALUATED = EvaluationData(EvaluationInfo(DATASET, EXTRACTOR, "test", 0, 24, 1.0), torch.rand(5), torch.arange(5))
 MODEL = Model(base_channels=8, max_channels=8, latent_channels=4, latent_size=4, attention_resolutions=())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_store_from_outside() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield
 
 
 def mlflow_run(project: Project, run: str) -> str:
@@ -122,6 +115,11 @@ def test_the_same_content_is_the_same_version(project: Project, capsys: pytest.C
     version = registry.run(project, params=Params())
     assert (version.number, version.is_new) == (1, False)
     assert "already registered as models:/medgen/1" in capsys.readouterr().out
+
+
+def test_the_next_project_of_the_same_process_has_its_own_store(project: Project, tmp_path: Path) -> None:
+    registry.find_model(project, tracking=Tracking(), place="models:/medgen/1")
+    assert store_uri(Project(tmp_path), Tracking()) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def read_back(project: Project) -> EvaluationData | None:
@@ -393,7 +391,6 @@ def test_a_version_with_a_refiner_says_what_made_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_noted: bool
 ) -> None:
     """Where the stage left no note of the refiner, nobody knows its commit, nor the version's."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it to the store it used last
     project, known = Project(tmp_path), {"git.commit": "c" * 40, "git.dirty": "false"}
     write_model(project, seed=0)
     params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)

@@ -48,7 +48,7 @@ OWN_VERSION = "the version's own"  # of medgen in the registered version, which 
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Version 1 of an untrained model that looks at labels, with a refiner; the candidate. There is no champion."""
     project = Project(tmp_path_factory.mktemp("project"))
     (project.root / "params.yaml").write_text("registry: {model_name: films}\n")
@@ -65,12 +65,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     scales = torch.full((1,), 0.1), torch.ones(1, SIZE, SIZE // 2 + 1), torch.ones(model.latent_shape)
     refiner = refinement.Refiner.start(params, (1, SIZE, SIZE), len(CLASSES), *scales)
     save_refiner(project.refiner, refiner, bundle.digest(project.model))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        registry.run(project, params=Params(registry=Registry(model_name="films")))
-        (own,) = (project.root / "mlartifacts").rglob("code/medgen/__init__.py")
-        own.write_text(f"__version__ = {OWN_VERSION!r}\n")
-        yield project
+    registry.run(project, params=Params(registry=Registry(model_name="films")))
+    (own,) = (project.root / "mlartifacts").rglob("code/medgen/__init__.py")
+    own.write_text(f"__version__ = {OWN_VERSION!r}\n")
+    return project
 
 
 class Server:

@@ -27,11 +27,6 @@ from medgen.tracking.history import HISTORY, read
 OFF = Tracking(enabled=False)
 
 
-@pytest.fixture(autouse=True)
-def no_store_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """One project, and so one SQLite store, for all tests: making a store takes seconds."""

@@ -11,7 +11,7 @@ from medgen.config import Params, Project, Section, fingerprint
 from medgen.models import MODELS
 from medgen.registry.page import about_model
 from medgen.tracking import flatten
-from medgen.tracking.mirror import MAX_PARAM, store_uri
+from medgen.tracking.mirror import MAX_PARAM, mlflow_store, store_uri
 from medgen.tracking.notes import marked
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ def pack(
     from mlflow.models import Model
 
     makes = MODELS[info.model.name].target
-    # where create_model_version looks for the logged model
-    mlflow.set_tracking_uri(store_uri(project, params.tracking))
     logged = client.create_logged_model(
         experiment,
         name=f"{info.model.name}-{tags[CONTENT_TAG][:6]}",
@@ -90,7 +88,8 @@ def pack(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source, own = f"models:/{logged.model_id}", {**tags, PARAMS_TAG: fingerprint(*making(params))}
-    return client.create_model_version(params.registry.model_name, source, run_id, own, model_id=logged.model_id)
+    with mlflow_store(store_uri(project, params.tracking)):  # where create_model_version looks for the logged model
+        return client.create_model_version(params.registry.model_name, source, run_id, own, model_id=logged.model_id)
 
 
 def making(params: Params) -> list[Section]:

@@ -16,7 +16,7 @@ from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.metrics.segmentation import with_foreground
 from medgen.refinement import save_none
-from medgen.tracking.mirror import REFUSALS, connect, first_line, load_mlflow, store_uri, unreachable
+from medgen.tracking.mirror import REFUSALS, connect, first_line, load_mlflow, mlflow_store, store_uri, unreachable
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -192,18 +192,17 @@ def fetch(uri: str, part: str, folder: Path, project: Project, tracking: Trackin
     """
     with answering(project, tracking, "the model cannot be fetched: start the server first"):
         client, _ = connect(project, tracking)
-        import mlflow
         from mlflow.artifacts import download_artifacts, list_artifacts
         from mlflow.exceptions import MlflowException
 
         store = store_uri(project, tracking)
         place = f"{uri}/{part}" if part else uri
-        mlflow.set_tracking_uri(store)  # whatever registry the call names, MLflow 3.17 looks models:/ up in its own
         try:
-            # a server says INTERNAL_ERROR of a download that it does not have, as of one that broke off
-            if not list_artifacts(artifact_uri=place, tracking_uri=store):
-                raise _no_such_version(client, place)
-            return Path(download_artifacts(place, dst_path=str(folder), tracking_uri=store, registry_uri=store))
+            with mlflow_store(store):  # whatever registry the call names, MLflow 3.17 looks models:/ up in its own
+                # a server says INTERNAL_ERROR of a download that it does not have, as of one that broke off
+                if not list_artifacts(artifact_uri=place, tracking_uri=store):
+                    raise _no_such_version(client, place)
+                return Path(download_artifacts(place, dst_path=str(folder), tracking_uri=store, registry_uri=store))
         except MlflowException as error:
             if error.error_code not in _UNKNOWN:
                 raise

@@ -12,6 +12,8 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -246,6 +248,23 @@ def store_uri(project: Project, tracking: Tracking) -> str:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
     path = sqlite_path(uri)
     return uri if path is None else f"sqlite:///{(project.root / path).resolve()}"
+
+
+@contextmanager
+def mlflow_store(uri: str) -> Iterator[None]:
+    """What MLflow does by itself, without a client, goes to this store within the block, and afterwards where it went.
+
+    `mlflow.set_tracking_uri` alone also sets MLFLOW_TRACKING_URI for good: the next project that this process records
+    would go to this store too.
+    """
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None takes both back
 
 
 def load_mlflow(tracking: Tracking) -> None:

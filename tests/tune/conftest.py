@@ -28,7 +28,6 @@ def tiny_features(tiny_store, tmp_path_factory):
 @pytest.fixture
 def search_project(tiny_store, tiny_features, small_params, tmp_path, monkeypatch):
     """A function: a project folder with store, extractor and params.yaml whose tune section is as given."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it for all that this process starts
 
     def make(tracking=False, phases=None, sections=None, **tune):
         root = tmp_path / "project"
