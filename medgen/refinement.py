@@ -8,9 +8,12 @@ The decoder lacks texture, and the prior gets structure wrong. For the second, t
 latents before they are decoded and gives the level to the network (conditioning augmentation, Ho et al. 2022). The more
 noise, the more of the image the flow draws itself. Sampling adds noise of a chosen level to a prior's latent.
 
-The network gives only what differs from the velocity of a Gaussian residual of the train split's power spectrum (the
-preconditioning of Karras et al. 2022, by frequency), and steps are taken in coordinates where that velocity is zero. An
-untrained refiner therefore draws noise of the right spectrum, training starts from there, and few steps are enough.
+The residual is whitened: each frequency is divided by its deviation over the train split. The flow leads from white
+noise n to the whitened residual r along an arc, y = cos θ · n + sin θ · r, of which the network gives dy/dθ =
+cos θ · r - sin θ · n (TrigFlow of Lu & Song 2025; v-prediction of Salimans & Ho 2022). All that it takes and gives has
+variance 1 at each time and frequency, so none is neglected, and with a velocity of zero, untrained, it draws noise of
+the residual's spectrum. Each frequency has an angle θ of its own: those of more power go ahead, coarse detail first.
+Steps are taken in θ, so few are enough.
 
 Pixels are moved to channels in patches (space-to-depth), so that the network works on a grid of about 32 positions a
 side at any image size.
@@ -20,6 +23,7 @@ Shapes: B batch, C H W image, D latent, P side of a patch.
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Self
 
@@ -33,12 +37,14 @@ from medgen import config
 from medgen.config import seed_of
 from medgen.errors import UserError
 from medgen.files import write_folder
-from medgen.nn.solver import integrate
 from medgen.nn.velocity import VelocityNetwork
 from medgen.types import Decoder
 
 LABEL_DROPOUT = 0.1  # of labels in training, so that their strength can be chosen when drawing (Ho & Salimans 2022)
 GRID_SIDE = 32  # positions a side that the network works on, where the image size allows
+MAX_PATCH = 4  # a larger patch asks one position of the network for too many pixels; large images have a larger grid
+LEAD = 0.5  # how far frequencies of more power go ahead of others: 0 not at all, 1 as with white noise on pixels
+EMPHASIS = 0.25  # of those frequencies in the loss: they are few, and structure is made of them
 SCALES = ("residual_scale", "spectrum", "latent_scale")  # arguments of `Refiner` that are fitted, not learnt
 WEIGHTS, DESCRIPTION = "refiner.safetensors", "refiner.json"
 
@@ -96,7 +102,7 @@ class Refiner:
         labels: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Mean squared error of the velocity, a scalar.
+        """Mean squared error of the velocity, weighted by frequency; a scalar.
 
         Args:
             network: this refiner's own, as the loop wraps it.
@@ -106,15 +112,17 @@ class Refiner:
             labels: (B,), -1 where unlabelled.
             generator: gives all that is random, on the CPU.
         """
-        target = (images - decoded) / self._scale(images)
-        noise = torch.randn(target.shape, generator=generator).to(target.device)
+        residual = _filter((images - decoded) / self._scale(images), self.spectrum.rsqrt())
+        noise = torch.randn(residual.shape, generator=generator).to(residual.device)
         # logit-normal times: those near 0 and 1 are easy (Esser et al. 2024, section 3.1)
-        time = torch.randn(len(images), generator=generator).sigmoid().to(target.device)
-        dropped = (torch.rand(len(images), generator=generator) < LABEL_DROPOUT).to(target.device)
+        time = torch.randn(len(images), generator=generator).sigmoid().to(residual.device)
+        dropped = (torch.rand(len(images), generator=generator) < LABEL_DROPOUT).to(residual.device)
         labels = labels.masked_fill(dropped, -1) if self.num_classes else torch.full_like(labels, -1)
-        x = torch.lerp(noise, target, time[:, None, None, None])
-        found = self._correction(network, x, time, labels, decoded, levels)
-        return F.mse_loss(self._gaussian_velocity(x, time) + found, target - noise)
+        angle = self._angle(time)
+        found = self._velocity(network, _turn(noise, residual, angle), time, labels, decoded, levels)
+        weight = self._share() ** EMPHASIS
+        error = _filter(found - _turn(residual, -noise, angle), weight / weight.square().mean().sqrt())
+        return error.square().mean()
 
     def noise_latents(self, latents: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (B, *latent_shape) with Gaussian noise of `levels` (B,) times each dimension's standard deviation."""
@@ -135,45 +143,43 @@ class Refiner:
         self.network.eval()
         if labels is None or not self.num_classes:
             labels = torch.full((len(decoded),), -1, device=decoded.device)
-        noise = torch.randn(decoded.shape, generator=generator).to(decoded.device)
-
-        def slope(y: Tensor, time: Tensor) -> Tensor:
-            """dy/dt where x_t = S_t^(1/2) y: the network's correction alone, as the Gaussian part is zero in y."""
-            spread = self._spread(time)
-            found = self._guided(_filter(y, spread.sqrt()), time, labels, decoded, levels)
-            return _filter(found, spread.rsqrt())
-
-        y = integrate(slope, noise, self.params.sampling_steps, self.params.solver)
-        residual = _filter(y, self.spectrum.to(y.device).sqrt())
+        y = torch.randn(decoded.shape, generator=generator).to(decoded.device)
+        num_steps = self.params.sampling_steps
+        for step in range(num_steps):
+            start, middle, end = (y.new_full((len(y),), (step + part) / num_steps) for part in (0.0, 0.5, 1.0))
+            velocity = self._guided(y, start, labels, decoded, levels)
+            if self.params.solver == "midpoint":
+                ahead = y + _filter(velocity, self._angle(middle) - self._angle(start))
+                velocity = self._guided(ahead, middle, labels, decoded, levels)
+            y = y + _filter(velocity, self._angle(end) - self._angle(start))
+        residual = _filter(y, self.spectrum.sqrt())
         return (decoded + self._scale(decoded) * residual).clamp(0.0, 1.0)
 
-    def _guided(self, x: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor) -> Tensor:
-        """The correction with the label's strength: unconditional + guidance · (conditional - unconditional)."""
+    def _guided(self, y: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor) -> Tensor:
+        """The velocity with the label's strength: unconditional + guidance · (conditional - unconditional)."""
         guidance = self.params.guidance
-        conditional = self._correction(self.network, x, time, labels, decoded, levels)
+        conditional = self._velocity(self.network, y, time, labels, decoded, levels)
         if guidance == 1.0 or bool((labels < 0).all()):
             return conditional
-        unconditional = self._correction(self.network, x, time, torch.full_like(labels, -1), decoded, levels)
+        unconditional = self._velocity(self.network, y, time, torch.full_like(labels, -1), decoded, levels)
         return torch.lerp(unconditional, conditional, guidance)
 
-    def _correction(
-        self, network: nn.Module, x: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor
+    def _velocity(
+        self, network: nn.Module, y: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor
     ) -> Tensor:
-        """The network's addition to the Gaussian velocity at `x` (B, C, H, W)."""
-        deviation = ((1.0 - time).square() + time.square()).sqrt()[:, None, None, None]
-        patches, given = (F.pixel_unshuffle(image, self.patch) for image in (x / deviation, 2.0 * decoded - 1.0))
-        found = network(patches, time, labels, given, levels).float()
-        return F.pixel_shuffle(found, self.patch) / deviation
+        """dy/dθ at `y` (B, C, H, W) and times (B,)."""
+        patches, given = (F.pixel_unshuffle(image, self.patch) for image in (y, 2.0 * decoded - 1.0))
+        return F.pixel_shuffle(network(patches, time, labels, given, levels).float(), self.patch)
 
-    def _gaussian_velocity(self, x: Tensor, time: Tensor) -> Tensor:
-        """Mean velocity of Gaussian residuals of the train split's spectrum that are at `x` (B, C, H, W)."""
-        t = time[:, None, None, None]
-        return _filter(x, (t * self.spectrum.to(x.device) - (1.0 - t)) / self._spread(time))
+    def _angle(self, time: Tensor) -> Tensor:
+        """θ (B, C, H, W // 2 + 1) of each frequency at times (B,) in [0, 1]: from 0 to π/2."""
+        turn = (0.5 * math.pi * time)[:, None, None, None]
+        return torch.atan2(turn.sin() * self._share().to(time.device) ** LEAD, turn.cos())
 
-    def _spread(self, time: Tensor) -> Tensor:
-        """Power (B, C, H, W // 2 + 1) of x_t at each frequency, at times (B,)."""
-        t = time[:, None, None, None]
-        return (1.0 - t).square() + t.square() * self.spectrum.to(time.device)
+    def _share(self) -> Tensor:
+        """Deviation of the residual at each frequency over the geometric mean of all."""
+        deviation = self.spectrum.sqrt()
+        return deviation / deviation.log().mean().exp()
 
     def _scale(self, images: Tensor) -> Tensor:
         return self.residual_scale.to(images.device).view(1, -1, 1, 1)
@@ -182,8 +188,15 @@ class Refiner:
 def _filter(images: Tensor, gains: Tensor) -> Tensor:
     """Images (B, C, H, W) with each frequency of `rfft2` multiplied by its gain."""
     with torch.autocast(images.device.type, enabled=False):
-        filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(images.float()) * gains, s=images.shape[-2:])
+        filtered: Tensor = torch.fft.irfft2(
+            torch.fft.rfft2(images.float()) * gains.to(images.device), s=images.shape[-2:]
+        )
         return filtered
+
+
+def _turn(images: Tensor, others: Tensor, angle: Tensor) -> Tensor:
+    """cos θ · images + sin θ · others, each (B, C, H, W), with an angle for each frequency of `rfft2`."""
+    return _filter(images, angle.cos()) + _filter(others, angle.sin())
 
 
 def build_network(params: config.Refiner, image_shape: tuple[int, int, int], num_classes: int) -> VelocityNetwork:
@@ -194,10 +207,14 @@ def build_network(params: config.Refiner, image_shape: tuple[int, int, int], num
 
 
 def patch_size(image_shape: tuple[int, int, int]) -> int:
-    """Side of a patch: a power of two that divides both sides and leaves a grid of at least `GRID_SIDE`, or 1."""
+    """Side of a patch: 1, 2 or 4, of which it divides both sides and leaves a grid of at least `GRID_SIDE`."""
     _, height, width = image_shape
     patch = 1
-    while min(height, width) // (2 * patch) >= GRID_SIDE and height % (2 * patch) == 0 == width % (2 * patch):
+    while (
+        patch < MAX_PATCH
+        and min(height, width) // (2 * patch) >= GRID_SIDE
+        and height % (2 * patch) == 0 == width % (2 * patch)
+    ):
         patch *= 2
     return patch
 

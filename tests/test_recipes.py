@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from medgen import preprocess, recipes, train
+from medgen import preprocess, recipes, refiner, train
 from medgen.config import Project, load
 from medgen.data.known import KNOWN
 from medgen.data.phantom import draw
@@ -77,7 +77,7 @@ def test_a_recipe_builds_the_model_it_describes_at_its_own_size(name, root):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains(name, root, films, tmp_path):
-    """Two steps of each phase, from files to a model, with its loss as it is but for VGG's weights."""
+    """Two steps of each phase, from files to a model, its loss as it is but for VGG's weights; then its refiner."""
     tree = load(path_of(name, root))
     size = 16 if tree.loss.weights.ssim == 0 else 32
     side = None if tree.model.latent_size is None else size // (tree.preprocess.image_size // tree.model.latent_size)
@@ -94,6 +94,9 @@ def test_a_recipe_trains(name, root, films, tmp_path):
     assert len(records) == len(tree.train.phases)
     assert all(math.isfinite(value) for record in records for value in record.values())
     assert project.model.exists()
+    if params.refiner.enabled:
+        tiny = params.refiner.model_copy(update={"channels": 8, "blocks": 1, "epochs": 1})
+        assert refiner.run(project, refiner=tiny, tracking=params.tracking) is not None
 
 
 STOPPED_WHILE_WORKING = """

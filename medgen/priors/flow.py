@@ -13,7 +13,7 @@ x_t less its mean and over its deviations along the principal axes: exact where 
 Shapes: N latents, B of them in a batch, D numbers in a flattened latent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen import config
-from medgen.nn.solver import integrate
 from medgen.nn.velocity import VelocityNetwork
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 from medgen.priors.learned import NetworkPrior, tells_classes
@@ -122,3 +121,17 @@ class Flow(NetworkPrior):
 def _scale(time: Tensor, x: Tensor) -> Tensor:
     """Deviation of x_t at times (B,) were all variances 1: (B, 1 ...)."""
     return expand(((1.0 - time).square() + time.square()).sqrt(), x)
+
+
+def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, num_steps: int, solver: str) -> Tensor:
+    """Moves `x` (B, ...) along `velocity(x, time)` from time 0 to 1 in equal steps; times are (B,).
+
+    Euler's rule evaluates the velocity once a step, the midpoint rule twice.
+    """
+    for step in range(num_steps):
+        time, ahead = x.new_full((len(x),), step / num_steps), x
+        if solver == "midpoint":
+            ahead = x + 0.5 / num_steps * velocity(x, time)
+            time = time + 0.5 / num_steps
+        x = x + velocity(ahead, time) / num_steps
+    return x
