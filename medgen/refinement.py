@@ -2,7 +2,7 @@
 
 A decoder that is trained on pixel losses gives the mean of all images that fit a latent: blurred where they differ.
 The refiner draws one of them: the residual x - d of a training image x and its decoded latent d, given d, by flow
-matching (Lipman et al. 2023). Second-stage diffusion on a VAE's images is due to Pandey et al. (DiffuseVAE, 2022).
+matching (Lipman et al. 2023). A second stage of diffusion on a VAE's images is due to Pandey et al. (DiffuseVAE, 2022).
 
 The decoder lacks texture, and the prior gets structure wrong. For the second, training adds noise of a random level to
 latents before they are decoded and gives the level to the network (conditioning augmentation, Ho et al. 2022). The more
@@ -11,12 +11,12 @@ noise, the more of the image the flow draws itself. Sampling adds noise of a cho
 The residual is whitened: each frequency is divided by its deviation over the train split. The flow leads from white
 noise n to the whitened residual r along an arc, y = cos θ · n + sin θ · r, of which the network gives dy/dθ =
 cos θ · r - sin θ · n (TrigFlow of Lu & Song 2025; v-prediction of Salimans & Ho 2022). All that it takes and gives has
-variance 1 at each time and frequency, so none is neglected, and with a velocity of zero, untrained, it draws noise of
-the residual's spectrum. Each frequency has an angle θ of its own: those of more power go ahead, coarse detail first.
+variance 1 at each time and frequency, so none is neglected. Untrained, the velocity is 0 and the residual is noise of
+the right spectrum. Each frequency has an angle θ of its own: those of more power go ahead, coarse detail first.
 Steps are taken in θ, so few are enough.
 
-Pixels are moved to channels in patches (space-to-depth), so that the network works on a grid of about 32 positions a
-side at any image size.
+Pixels are moved to channels in patches of at most 4 (space-to-depth), so that the network works on a grid of 32
+positions a side up to 128 px, and of a quarter of the image's side above.
 
 Shapes: B batch, C H W image, D latent, P side of a patch.
 """
@@ -44,8 +44,9 @@ LABEL_DROPOUT = 0.1  # of labels in training, so that their strength can be chos
 GRID_SIDE = 32  # positions a side that the network works on, where the image size allows
 MAX_PATCH = 4  # a larger patch asks one position of the network for too many pixels; large images have a larger grid
 LEAD = 0.5  # how far frequencies of more power go ahead of others: 0 not at all, 1 as with white noise on pixels
-EMPHASIS = 0.25  # of those frequencies in the loss: they are few, and structure is made of them
+EMPHASIS = 0.25  # of those frequencies in the loss: they are few, and structure is made of them; 0: none
 SCALES = ("residual_scale", "spectrum", "latent_scale")  # arguments of `Refiner` that are fitted, not learnt
+SCHEMA = 2  # of what is written; 1 had a flow on pixels, whose network gives another velocity
 WEIGHTS, DESCRIPTION = "refiner.safetensors", "refiner.json"
 
 
@@ -226,6 +227,7 @@ def save_refiner(folder: Path, refiner: Refiner, model: str) -> None:
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in {**network, **scales}.items()})
     plain = {
         "enabled": True,
+        "schema": SCHEMA,
         "sha256": hashlib.sha256(weights).hexdigest(),
         "model": model,
         "image_shape": refiner.image_shape,
@@ -255,6 +257,8 @@ def load_refiner(folder: Path, model: str, device: torch.device | str = "cpu") -
             raise UserError(f"{folder}: made for model {trained_for[:12]}, the model here is {model[:12]}; {again}")
         if not meta["enabled"]:
             return None
+        if (schema := meta.get("schema", 1)) != SCHEMA:
+            raise UserError(f"{path}: found schema {schema}, expected {SCHEMA}: of another medgen; {again}")
         weights = (folder / WEIGHTS).read_bytes()
         if meta["sha256"] != hashlib.sha256(weights).hexdigest():
             raise UserError(f"{folder / WEIGHTS}: not the file that {DESCRIPTION} describes; {again}")

@@ -243,6 +243,7 @@ DAMAGE = {
     "no model": (lambda folder: without(folder, "model"), "damaged"),
     "no classes": (lambda folder: without(folder, "num_classes"), "damaged"),
     "no parameters": (lambda folder: without(folder, "refiner"), "damaged"),
+    "an older flow": (lambda folder: without(folder, "schema"), "found schema 1, expected 2: of another medgen"),
     "unknown parameter": (lambda folder: changed(folder, refiner={"chanels": 8}), "damaged"),
     "wider network": (lambda folder: changed(folder, refiner={"channels": 16}), "damaged"),
     "other images": (lambda folder: changed(folder, image_shape=[3, 16, 16]), "damaged"),

@@ -4,7 +4,7 @@ A small U-Net (Ronneberger et al. 2015) of residual blocks that time and class s
 2018; Dhariwal & Nichol 2021), with self-attention on the smallest grid. A flat latent is a grid of one position: there
 the same blocks, with 1×1 convolutions, are a residual MLP.
 
-Shapes: B batch, Z h w input, G channels given beside it, C channels of a block, E dimensions of a condition.
+Shapes: B batch, Z h w input, G channels that it is conditioned on, C channels of a block, E dimensions of a condition.
 """
 
 import math
@@ -29,7 +29,7 @@ class VelocityNetwork(nn.Module):
         blocks: residual blocks: half of them on the smallest grid, a quarter on the way down to it and up again for
             each larger one (at least one each).
         dropout: share of a block's numbers that are left out in training.
-        given_channels: G, channels (G, h, w) that are given beside the input; 0 for none.
+        given_channels: G, channels of a map (G, h, w) that it is conditioned on; 0 for none.
         levels: whether a noise level of what is given conditions the network, as the time does.
     """
 
@@ -141,7 +141,7 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, beside a shortcut; the condition scales and shifts the second norm."""
+    """GroupNorm, SiLU, convolution, twice, and a shortcut; the condition scales and shifts the second norm."""
 
     def __init__(self, channels: int, condition: int, sides: list[int], dropout: float) -> None:
         super().__init__()
