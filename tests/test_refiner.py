@@ -190,7 +190,7 @@ def test_more_noise_than_it_learnt_is_refused():
 
 
 def test_two_processes_have_half_of_every_batch_each(project):
-    """What a process does with its share is the loop's, which tests/test_train.py looks at with two."""
+    """tests/test_train.py tests how the loop trains on these shares, with two processes."""
     store = open_store(project.dataset)
     model, _ = bundle.load_for(store, project.model)
 

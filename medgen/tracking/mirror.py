@@ -252,7 +252,7 @@ def store_uri(project: Project, tracking: Tracking) -> str:
 
 @contextmanager
 def mlflow_store(uri: str) -> Iterator[None]:
-    """What MLflow does by itself, without a client, goes to this store within the block, and afterwards where it went.
+    """Leads MLflow's own calls, those without a client, to this store within the block; then restores the former one.
 
     `mlflow.set_tracking_uri` alone also sets MLFLOW_TRACKING_URI for good: the next project that this process records
     would go to this store too.
