@@ -21,8 +21,8 @@ SPATIAL = Model(name="spatial_vae", base_channels=16, latent_channels=16, latent
 CODES = Model(name="vqvae", base_channels=16, latent_channels=16, latent_size=16)
 WAYS: dict[str, tuple[Model, Prior] | tuple[Model, Prior, Refiner]] = {
     "8×8×16, normal": (SPATIAL, Prior(name="normal")),
-    "8×8×16, normal, refined in 8 midpoint steps": (SPATIAL, Prior(name="normal"), Refiner()),
-    "8×8×16, normal, refined in 8 Euler steps": (SPATIAL, Prior(name="normal"), Refiner(solver="euler")),
+    "8×8×16, normal, refined in 4 midpoint steps": (SPATIAL, Prior(name="normal"), Refiner(channels=48)),
+    "8×8×16, normal, refined in 4 Euler steps": (SPATIAL, Prior(name="normal"), Refiner(channels=48, solver="euler")),
     "8×8×16, gmm": (SPATIAL, Prior(name="gmm", components=(4,))),
     "8×8×16, flow, 25 midpoint steps": (SPATIAL, Prior(name="flow")),
     "8×8×16, flow, 10 midpoint steps": (SPATIAL, Prior(name="flow", sampling_steps=10)),

@@ -15,6 +15,9 @@ variance 1 at each time and frequency, so none is neglected. Untrained, the velo
 the right spectrum. Each frequency has an angle θ of its own: those of more power go ahead, coarse detail first.
 Steps are taken in θ, so few are enough.
 
+Prior and flow both draw a little less contrast than real images have. A gain for each radial frequency, fitted to the
+train split once the flow is trained, makes up for it.
+
 Pixels are moved to channels in patches of at most 4 (space-to-depth), so that the network works on a grid of 32
 positions a side up to 128 px, and of a quarter of the image's side above.
 
@@ -45,8 +48,8 @@ GRID_SIDE = 32  # positions a side that the network works on, where the image si
 MAX_PATCH = 4  # a larger patch asks one position of the network for too many pixels; large images have a larger grid
 LEAD = 0.5  # how far frequencies of more power go ahead of others: 0 not at all, 1 as with white noise on pixels
 EMPHASIS = 0.25  # of those frequencies in the loss: they are few, and structure is made of them; 0: none
-SCALES = ("residual_scale", "spectrum", "latent_scale")  # arguments of `Refiner` that are fitted, not learnt
-SCHEMA = 2  # of what is written; 1 had a flow on pixels, whose network gives another velocity
+SCALES = ("residual_scale", "spectrum", "latent_scale", "gain")  # arguments of `Refiner` that are fitted, not learnt
+SCHEMA = 3  # of what is written; 1 had a flow on pixels, whose network gives another velocity, 2 had no gain
 WEIGHTS, DESCRIPTION = "refiner.safetensors", "refiner.json"
 
 
@@ -61,6 +64,7 @@ class Refiner:
         residual_scale: (C,) root-mean-square residual of each channel.
         spectrum: (C, H, W // 2 + 1) mean power of the standardised residual at each frequency of `rfft2`.
         latent_scale: (*latent_shape) standard deviation of each dimension of the train split's latents.
+        gain: (H, W // 2 + 1) of refined images at each frequency of `rfft2`; none where left out.
     """
 
     def __init__(
@@ -72,10 +76,12 @@ class Refiner:
         residual_scale: Tensor,
         spectrum: Tensor,
         latent_scale: Tensor,
+        gain: Tensor | None = None,
     ) -> None:
         self.network, self.params = network, params
         self.image_shape, self.num_classes = image_shape, num_classes
         self.residual_scale, self.spectrum, self.latent_scale = residual_scale, spectrum, latent_scale
+        self.gain = torch.ones(spectrum.shape[1:]) if gain is None else gain
         self.patch = patch_size(image_shape)
 
     @classmethod
@@ -121,7 +127,7 @@ class Refiner:
         labels = labels.masked_fill(dropped, -1) if self.num_classes else torch.full_like(labels, -1)
         angle = self._angle(time)
         found = self._velocity(network, _turn(noise, residual, angle), time, labels, decoded, levels)
-        weight = self._share() ** EMPHASIS
+        weight = self._relative_deviation() ** EMPHASIS
         error = _filter(found - _turn(residual, -noise, angle), weight / weight.square().mean().sqrt())
         return error.square().mean()
 
@@ -154,7 +160,7 @@ class Refiner:
                 velocity = self._guided(ahead, middle, labels, decoded, levels)
             y = y + _filter(velocity, self._angle(end) - self._angle(start))
         residual = _filter(y, self.spectrum.sqrt())
-        return (decoded + self._scale(decoded) * residual).clamp(0.0, 1.0)
+        return _filter(decoded + self._scale(decoded) * residual, self.gain).clamp(0.0, 1.0)
 
     def _guided(self, y: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor) -> Tensor:
         """The velocity with the label's strength: unconditional + guidance · (conditional - unconditional)."""
@@ -175,9 +181,9 @@ class Refiner:
     def _angle(self, time: Tensor) -> Tensor:
         """θ (B, C, H, W // 2 + 1) of each frequency at times (B,) in [0, 1]: from 0 to π/2."""
         turn = (0.5 * math.pi * time)[:, None, None, None]
-        return torch.atan2(turn.sin() * self._share().to(time.device) ** LEAD, turn.cos())
+        return torch.atan2(turn.sin() * self._relative_deviation().to(time.device) ** LEAD, turn.cos())
 
-    def _share(self) -> Tensor:
+    def _relative_deviation(self) -> Tensor:
         """Deviation of the residual at each frequency over the geometric mean of all."""
         deviation = self.spectrum.sqrt()
         return deviation / deviation.log().mean().exp()

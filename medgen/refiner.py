@@ -1,4 +1,4 @@
-"""Trains the refiner on the train split's images and their reconstructions.
+"""Trains the refiner on the train split's images and their reconstructions, then fits its gain to the prior's samples.
 
 medgen refiner
 """
@@ -22,12 +22,18 @@ from medgen.files import hash_file, write_atomic
 from medgen.job import Job
 from medgen.loop import train_to_end
 from medgen.losses import Losses
+from medgen.metrics.spectrum import radial_index, radial_power
 from medgen.models import GenerativeModel
+from medgen.priors import Prior, load_prior, sample_images
 from medgen.refinement import Refiner, load_refiner, save_none, save_refiner
 from medgen.tracking import REFINER_ORIGIN, Tracker, history, lineage
+from medgen.types import Decoder
 
 NUM_SHOWN = 8
 MIN_RESIDUAL = 1e-3  # a perfect decoder leaves nothing to scale
+NUM_GAIN_SAMPLES = 256  # that the gain is fitted to
+NUM_GAIN_IMAGES = 2048  # of the train split, at most
+MAX_GAIN = 1.25  # a larger one would make faults larger, too
 MIN_POWER = 1e-3  # of the standardised residual at a frequency, whose mean power is 1
 # what decides the result of a training: a change there is a new one, not a resumed one
 CODE = (
@@ -38,13 +44,13 @@ SAMPLING = {"sampling_steps", "solver", "sampling_noise", "guidance"}  # the tra
 
 
 def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Refiner | None:
-    """Trains the refiner, writes artifacts/refiner and records it in the model's run.
+    """Trains the refiner, fits its gain, writes artifacts/refiner and records it in the model's run.
 
     None where `refiner.enabled` is false or the model finds masks: what is written then says so, as DVC wants the
     folder.
 
     Raises:
-        UserError: the store or the model is missing or damaged, or they do not belong together.
+        UserError: the store, the model or the prior is missing or damaged, or they do not belong together.
         NonFiniteError, TrainingInterrupted: as in `medgen train`.
     """
     with join("auto") as world:
@@ -57,6 +63,7 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
                 reason = "refiner.enabled is false" if not refiner.enabled else f"{info.model.name} finds masks"
                 Console(highlight=False).print(f"no refiner: {reason}", markup=False)
             return None
+        prior = load_prior(project.prior, digest, world.device)
         task = RefinerTask(model, store, refiner, world)
         plain = refiner.model_dump(mode="json", exclude=SAMPLING)
         scratch = project.runs / info.run / f"refiner_{fingerprint(digest, plain, code())}"
@@ -69,6 +76,7 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
             with Tracker.open(scratch, Tracking(enabled=False), project, "refiner") as tracker:
                 train_to_end(job, tracker)
             with job.final_weights():
+                task.refiner.gain = fit_gain(task.refiner, model, prior, store)
                 save_refiner(project.refiner, task.refiner, digest)
                 figure = task.draw(scratch, job.total_epochs)["refined"]
         records = history(scratch)
@@ -200,6 +208,22 @@ class RefinerTask:
         variance = variance.clamp_min(MIN_RESIDUAL**2)
         spectrum = (power / variance[:, None, None]).clamp_min(MIN_POWER)
         return variance.sqrt().float(), spectrum.float()
+
+
+def fit_gain(refiner: Refiner, decoder: Decoder, prior: Prior, store: Store) -> Tensor:
+    """Gain (H, W // 2 + 1) that gives refined samples the train split's mean power at each radial frequency.
+
+    The mean, frequency 0, is left as it is; frequencies beyond Nyquist's, in the corners, have the gain at Nyquist's.
+    """
+    samples = sample_images(prior, decoder, NUM_GAIN_SAMPLES, None, seed_of(refiner.params.seed, 5), refiner=refiner)
+    split = store.split("train")
+    subset = NUM_GAIN_IMAGES if len(split.images) > NUM_GAIN_IMAGES else None
+    loader = Loader(split, refiner.params.batch_size, torch.device("cpu"), subset=subset)
+    real = torch.cat([radial_power(batch.image) for batch in loader.sequential()])
+    ratio = real.mean(0) / radial_power(samples).mean(0)
+    gains = torch.cat([torch.ones(1), ratio.sqrt().clamp(1.0 / MAX_GAIN, MAX_GAIN)])
+    _, height, width = refiner.image_shape
+    return gains[radial_index(height, width).clamp(max=len(gains) - 1)][:, : width // 2 + 1]
 
 
 @torch.no_grad()

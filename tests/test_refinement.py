@@ -103,6 +103,16 @@ def test_an_untrained_refiner_draws_noise_of_the_residuals_spectrum(steps, solve
     torch.testing.assert_close(power, refiner.spectrum, rtol=0.12, atol=0.0)
 
 
+def test_the_gain_multiplies_each_frequency_of_a_refined_image():
+    refiner = start((1, 16, 16), trained=False)
+    refiner.residual_scale = torch.tensor([0.01])
+    decoded = torch.full((2, 1, 16, 16), 0.5)
+    plain = refined(refiner, decoded)
+    refiner.gain = 0.5 + torch.arange(9).expand(16, 9) / 8  # of the horizontal frequency
+    expected = torch.fft.irfft2(torch.fft.rfft2(plain) * refiner.gain)
+    torch.testing.assert_close(refined(refiner, decoded), expected)
+
+
 def test_a_network_that_knows_the_residual_brings_it_back():
     """By the definition of the arc, y = cos θ · n + sin θ · r: here n follows from y, and with it the velocity."""
     refiner = start((1, 16, 16), params=PARAMS.model_copy(update={"sampling_steps": 32}))
@@ -243,7 +253,7 @@ DAMAGE = {
     "no model": (lambda folder: without(folder, "model"), "damaged"),
     "no classes": (lambda folder: without(folder, "num_classes"), "damaged"),
     "no parameters": (lambda folder: without(folder, "refiner"), "damaged"),
-    "an older flow": (lambda folder: without(folder, "schema"), "found schema 1, expected 2: of another medgen"),
+    "an older flow": (lambda folder: without(folder, "schema"), "found schema 1, expected 3: of another medgen"),
     "unknown parameter": (lambda folder: changed(folder, refiner={"chanels": 8}), "damaged"),
     "wider network": (lambda folder: changed(folder, refiner={"channels": 16}), "damaged"),
     "other images": (lambda folder: changed(folder, image_shape=[3, 16, 16]), "damaged"),

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from medgen import bundle, refiner
+from medgen import bundle, prior, refiner
 from medgen.bundle import BundleInfo
-from medgen.config import Model, Preprocess, Refiner, Tracking
+from medgen.config import Model, Preprocess, Prior, Refiner, Tracking
 from medgen.data.loader import Loader
 from medgen.data.store import open_store
 from medgen.distributed import World
@@ -44,12 +44,13 @@ def save_model(project, model=SPATIAL):
         torch=torch.__version__,
     )
     bundle.save(project.model, build_model(model, store.image_shape, len(store.classes)), info)
+    prior.run(project, prior=Prior(name="gaussian"), tracking=QUIET)
     return project
 
 
 @pytest.fixture
 def project(tiny_project):
-    """The tiny store and an untrained model of it."""
+    """The tiny store, an untrained model of it and its prior."""
     return save_model(tiny_project)
 
 
@@ -65,7 +66,7 @@ def test_a_refiner_is_trained_kept_and_recorded(project):
     assert made.params == SMALL and made.image_shape == (1, 32, 32) and made.num_classes == 3
     run = project.runs / RUN
     (metrics,) = history(run)
-    assert {"refiner/train_loss", "refiner/val_loss"} == set(metrics) - {"step"}
+    assert {"refiner/train_loss", "refiner/val_loss"} == {key for key in metrics if key.startswith("refiner/")}
     assert str(read_run(run).params["refiner.epochs"]) == "2"
     (scratch,) = run.glob("refiner_*")
     losses = [record["val/loss"] for record in history(scratch)]
@@ -182,6 +183,26 @@ def test_says_what_to_do(project, damage, message, params):
     damage(project)
     with pytest.raises(UserError, match=message):
         refiner.run(project, refiner=params, tracking=QUIET)
+
+
+def test_without_a_prior_it_says_what_to_do_before_it_trains(project, monkeypatch):
+    shutil.rmtree(project.prior)
+    monkeypatch.setattr(refiner.RefinerTask, "losses", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match="medgen prior"):
+        refiner.run(project, refiner=SMALL, tracking=QUIET)
+
+
+@pytest.mark.parametrize(("contrast", "gain"), [(0.9, 1 / 0.9), (1.1, 1 / 1.1), (0.5, refiner.MAX_GAIN)])
+def test_the_gain_brings_samples_to_the_contrast_of_train_images(project, monkeypatch, contrast, gain):
+    made = refiner.run(project, refiner=SMALL, tracking=QUIET)
+    store = open_store(project.dataset)
+    images = torch.from_numpy(store.split("train").images[:].copy()).float() / 255
+    mean = images.mean((2, 3), keepdim=True)
+    monkeypatch.setattr(refiner, "sample_images", lambda *_, **__: mean + contrast * (images - mean))
+    found = refiner.fit_gain(made, None, None, store)
+    assert found[0, 0] == 1.0, "the mean stays"
+    found[0, 0] = gain
+    torch.testing.assert_close(found, torch.full((32, 17), gain))
 
 
 def test_more_noise_than_it_learnt_is_refused():

@@ -25,7 +25,7 @@ def radial_power(images: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     window = torch.outer(torch.hann_window(height), torch.hann_window(width))
-    ring = _rings(height, width)
+    ring = radial_index(height, width).flatten()
     num_frequencies = min(height, width) // 2
     counts = torch.bincount(ring, minlength=num_frequencies + 1)[1 : num_frequencies + 1]
     parts = []
@@ -65,8 +65,8 @@ def spectrum_distance(power: Tensor, real: Tensor) -> float:
     return float((log_power(power.mean(0)) - log_power(real.mean(0))).square().mean().sqrt())
 
 
-def _rings(height: int, width: int) -> Tensor:
-    """Radial frequency (H·W,) of each coefficient of `fft2`, in cycles per shorter side, rounded."""
+def radial_index(height: int, width: int) -> Tensor:
+    """Radial frequency (H, W) of each coefficient of `fft2`, in cycles per shorter side, rounded."""
     side = min(height, width)
     rows, columns = (torch.fft.fftfreq(size) * side for size in (height, width))
-    return torch.hypot(rows[:, None], columns[None, :]).round().long().flatten()
+    return torch.hypot(rows[:, None], columns[None, :]).round().long()
