@@ -210,7 +210,17 @@ def build_network(params: config.Refiner, image_shape: tuple[int, int, int], num
     """The network for images (C, H, W), untrained."""
     (channels, height, width), patch = image_shape, patch_size(image_shape)
     shape = (channels * patch**2, height // patch, width // patch)
-    return VelocityNetwork(shape, num_classes, params.channels, params.blocks, params.dropout, shape[0], levels=True)
+    return VelocityNetwork(
+        shape,
+        num_classes,
+        params.channels,
+        params.blocks,
+        params.dropout,
+        given_channels=shape[0],
+        levels=True,
+        smallest_side=min(8, min(shape[1:]) // 4),
+        attention_side=16,  # ribs, spine and outlines go together over the whole image
+    )
 
 
 def patch_size(image_shape: tuple[int, int, int]) -> int:

@@ -1,7 +1,7 @@
 """A velocity network: from a noisy latent or image, a time and a class to the direction in which it moves.
 
 A small U-Net (Ronneberger et al. 2015) of residual blocks that time and class scale and shift (Perez et al., FiLM,
-2018; Dhariwal & Nichol 2021), with self-attention on the smallest grid. A flat latent is a grid of one position: there
+2018; Dhariwal & Nichol 2021), with self-attention on small grids. A flat latent is a grid of one position: there
 the same blocks, with 1×1 convolutions, are a residual MLP.
 
 Shapes: B batch, Z h w input, G channels that it is conditioned on, C channels of a block, E dimensions of a condition.
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SMALLEST_SIDE = 4  # grids are halved until a side is this small ...
-MAX_HALVINGS = 3  # ... or so often
+MAX_HALVINGS = 3  # of the grid
 FLAT_FACTOR = 4  # a flat latent has one position for all its numbers, so its layers are wider
 
 
@@ -31,6 +30,8 @@ class VelocityNetwork(nn.Module):
         dropout: share of a block's numbers that are left out in training.
         given_channels: G, channels of a map (G, h, w) that it is conditioned on; 0 for none.
         levels: whether a noise level of what is given conditions the network, as the time does.
+        smallest_side: grids are halved until a side is this small, or `MAX_HALVINGS` times.
+        attention_side: grids up to this side have self-attention; the smallest one always has.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class VelocityNetwork(nn.Module):
         dropout: float,
         given_channels: int = 0,
         levels: bool = False,
+        smallest_side: int = 4,
+        attention_side: int = 4,
     ) -> None:
         super().__init__()
         self.condition = Condition(channels, num_classes, levels)
@@ -50,14 +53,14 @@ class VelocityNetwork(nn.Module):
         if sides == [1, 1]:
             channels = FLAT_FACTOR * channels
         grids = [sides]
-        while min(grids[-1]) > SMALLEST_SIDE and len(grids) <= MAX_HALVINGS:
+        while min(grids[-1]) > smallest_side and len(grids) <= MAX_HALVINGS:
             grids.append([math.ceil(side / 2) for side in grids[-1]])
         widths = [channels] + [2 * channels] * (len(grids) - 1)
         steps = list(pairwise(widths))
         self.grid = (latent_channels, *sides)
 
         def stage(level: int, count: int) -> Stage:
-            attends = grids[level] == grids[-1] != [1, 1]
+            attends = grids[level] != [1, 1] and (grids[level] == grids[-1] or max(grids[level]) <= attention_side)
             return Stage(widths[level], size, grids[level], max(1, count), dropout, attends)
 
         larger = range(len(steps))
