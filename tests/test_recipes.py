@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from medgen import preprocess, recipes, refiner, train
-from medgen.config import Project, load
+from medgen import preprocess, prior, recipes, refiner, train
+from medgen.config import Prior, Project, load
 from medgen.data.known import KNOWN
 from medgen.data.phantom import draw
 from medgen.errors import TrainingInterrupted, UserError
@@ -96,6 +96,7 @@ def test_a_recipe_trains(name, root, films, tmp_path):
     assert project.model.exists()
     if params.refiner.enabled:
         tiny = params.refiner.model_copy(update={"channels": 8, "blocks": 1, "epochs": 1})
+        prior.run(project, prior=Prior(name="gaussian"), tracking=params.tracking)
         assert refiner.run(project, refiner=tiny, tracking=params.tracking) is not None
 
 
