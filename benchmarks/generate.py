@@ -14,7 +14,7 @@ import torch
 from medgen.config import Model, Prior, Refiner
 from medgen.models import GenerativeModel, build_model
 from medgen.priors import FITTED, LEARNED, iterate_samples
-from medgen.refinement import Refiner as ImageRefiner
+from medgen.priors.refiner import Refiner as ImageRefiner
 
 SHAPE, NUM_LATENTS, BATCH = (1, 64, 64), 512, 64
 SPATIAL = Model(name="spatial_vae", base_channels=16, latent_channels=16, latent_size=8)

@@ -23,23 +23,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medgen import bundle, config, preprocess
-from medgen import evaluate as ev
-from medgen.data.phantom import draw
+from medgen import config
 from medgen.data.store import Split, open_store
-from medgen.evaluation_data import EvaluationData
+from medgen.datasets.sample import draw
+from medgen.evaluation import evaluate as ev
+from medgen.evaluation.data import EvaluationData
+from medgen.ingest import preprocess
 from medgen.metrics.comparison import ImageSet, compare
 from medgen.metrics.degradations import DEGRADATIONS
 from medgen.metrics.generation import thin
 from medgen.metrics.intervals import group_rows
-from medgen.models import GenerativeModel
-from medgen.prior import encode
+from medgen.models import GenerativeModel, bundle
 from medgen.priors import FITTED
 from medgen.priors import Prior as AnyPrior
 from medgen.registry.evaluations import compare_versions
 from medgen.registry.gates import check_gates
 from medgen.registry.promotion import _references
 from medgen.registry.versions import JUDGED_BY, JUDGED_ON, Version
+from medgen.training.prior import encode
 
 NUM_UNSEEN, UNSEEN_SEED = 3300, 20240  # drawn images of unseen patients
 NUM_REFERENCE = 1000  # of them, the reference for the values of the first table

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen.config import Preprocess
-from medgen.data.formats.pictures import PictureFile
-from medgen.data.squares import to_square
+from medgen.ingest.formats.images import PictureFile
+from medgen.ingest.transforms import to_square
 
 Squares = NDArray[np.uint8]  # (N, S, S)
 

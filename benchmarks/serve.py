@@ -32,10 +32,10 @@ import psutil
 import torch
 from PIL import Image
 
-from medgen import bundle, registry
-from medgen.bundle import BundleInfo
+from medgen import registry
 from medgen.config import Model, Params, Preprocess, Prior, Project
-from medgen.models import build_model
+from medgen.models import build_model, bundle
+from medgen.models.bundle import BundleInfo
 from medgen.priors import FITTED, save_prior
 
 SIDE, CLASSES = 64, ("NORMAL", "ILL")

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from medgen import bundle
 from medgen.config import Project
 from medgen.data.store import open_store
-from medgen.distributed import pick_device
-from medgen.figures import write_grid
 from medgen.priors import sample_images, tells_classes_apart
+from medgen.reports.figures import write_grid
+from medgen.training.distributed import pick_device
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
     project = Project(arguments.project)
     generator = torch.Generator().manual_seed(arguments.seed)
     test = open_store(project.dataset).split("test")
-    parts = bundle.load_generator(project.model, project.prior, project.refiner, pick_device("auto"))
+    parts = generator.load_generator(project.model, project.prior, project.refiner, pick_device("auto"))
     labels = torch.from_numpy(test.labels.copy())
     usable = torch.arange(len(labels))
     if conditional := tells_classes_apart(parts.prior, parts.model):

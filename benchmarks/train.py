@@ -10,10 +10,10 @@ import time
 import torch
 
 from medgen.config import Loss, Model, Phase, Weights
-from medgen.losses import Objective
 from medgen.models import build_model
-from medgen.optim import build_optimizer, clip_gradients
-from medgen.types import ModelOutput
+from medgen.models.base import ModelOutput
+from medgen.training.losses import Objective
+from medgen.training.optimizers import build_optimizer, clip_gradients
 
 SHAPE, BATCH, STEPS = (1, 64, 64), 16, 10
 WAYS = {  # name: memory format, autocast to bf16

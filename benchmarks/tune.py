@@ -10,9 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from medgen import features, preprocess, tune
+from medgen import tune
 from medgen.config import Project, load
-from medgen.data.phantom import draw
+from medgen.datasets.sample import draw
+from medgen.ingest import preprocess
+from medgen.training import extractor
 from medgen.tune.worker import open_study
 
 PARAMS = Path(__file__).resolve().parent.parent / "params.yaml"
@@ -29,7 +31,7 @@ def main() -> None:
         project, params = Project(Path(folder)), load(PARAMS, overrides)
         draw(project.root / params.data.path, num_images=480, size=128, seed=0)
         preprocess.run(project, data=params.data, preprocess=params.preprocess)
-        features.run(project, features=params.features)
+        extractor.run(project, features=params.features)
         command = [sys.executable, "-m", "medgen", "tune", "--params", str(PARAMS)]
         command += [word for override in overrides for word in ("--set", override)]
         command += ["--trials", str(arguments.trials), "--workers", str(arguments.workers)]

@@ -3,11 +3,11 @@
 Everything heavy is imported by the verb that needs it, so that `medgen --help` answers at once.
 """
 
-import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, printa
 
 if TYPE_CHECKING:
     from medgen.config import Project
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="Train, search, judge and ship generative models of medical images.",
@@ -55,39 +57,51 @@ def main() -> None:
 @app.command()
 def doctor(params: ParamsFile = PARAMS, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check this machine and project, and say how to mend what is wrong."""
-    findings = _call("doctor", "run", params, overrides)
-    healthy = _module("doctor").show(findings, as_json)
+    from medgen import doctor
+
+    findings = _call(doctor.run, params, overrides)
+    healthy = doctor.show(findings, as_json)
     raise typer.Exit(0 if healthy else 2)
 
 
 @app.command()
 def preprocess(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Turn image files into the uint8 store (stage 1)."""
-    _call("preprocess", "run", params, overrides)
+    from medgen.ingest import preprocess
+
+    _call(preprocess.run, params, overrides)
 
 
 @app.command()
 def features(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Train the domain extractor that judges samples (stage 2)."""
-    _call("features", "run", params, overrides)
+    from medgen.training import extractor
+
+    _call(extractor.run, params, overrides)
 
 
 @app.command()
 def train(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Train the model; the same command again resumes (stage 3)."""
-    _call("train", "run", params, overrides)
+    from medgen.training import train
+
+    _call(train.run, params, overrides)
 
 
 @app.command()
 def prior(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Fit the prior that latents are drawn from (stage 4)."""
-    _call("prior", "run", params, overrides)
+    from medgen.training import prior
+
+    _call(prior.run, params, overrides)
 
 
 @app.command()
 def refiner(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Train the refiner that adds the detail which the decoder leaves out (stage 5)."""
-    _call("refiner", "run", params, overrides)
+    from medgen.training import refiner
+
+    _call(refiner.run, params, overrides)
 
 
 @app.command()
@@ -99,13 +113,16 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Judge the model on the test split and register it as candidate (stage 6)."""
+    from medgen import registry
+    from medgen.evaluation import evaluate
+
     if model is None:
-        _call("evaluate", "run", params, overrides)
-        _call("registry", "register_if_wanted", params, overrides)
+        _call(evaluate.run, params, overrides)
+        _call(registry.register_if_wanted, params, overrides)
     else:
-        version, folder = _call("registry", "fetch_to_judge", params, overrides, place=model)
-        _call("evaluate", "judge_version", params, overrides, folder=folder)
-        _call("registry", "take_metrics", params, overrides, version=version, folder=folder)
+        version, folder = _call(registry.fetch_to_judge, params, overrides, place=model)
+        _call(evaluate.judge_version, params, overrides, folder=folder)
+        _call(registry.take_metrics, params, overrides, version=version, folder=folder)
 
 
 @app.command()
@@ -131,16 +148,19 @@ def generate(
     overrides: Overrides = None,
 ) -> None:
     """Make new images, one PNG each and one grid; or follow the latents between two images or along their axes."""
+    from medgen import registry
+    from medgen.serving import generate
+
     if interpolate and traverse:
         raise typer.BadParameter("--interpolate and --traverse are two things to do; give one of them")
-    folder = _call("registry", "find_model", params, overrides, place=model)
+    folder = _call(registry.find_model, params, overrides, place=model)
     words = {"label": label, "model": folder, "out": out} | ({} if n is None else {"n": n})
     if interpolate:
-        _call("generate", "interpolate", params, overrides, ends=interpolate, **words)
+        _call(generate.interpolate, params, overrides, ends=interpolate, **words)
     elif traverse:
-        _call("generate", "traverse", params, overrides, **words)
+        _call(generate.traverse, params, overrides, **words)
     else:
-        _call("generate", "run", params, overrides, seed=seed, refine=refine, **words)
+        _call(generate.run, params, overrides, seed=seed, refine=refine, **words)
 
 
 @app.command()
@@ -156,8 +176,11 @@ def reconstruct(
     overrides: Overrides = None,
 ) -> None:
     """Put images through the model, without its refiner: original beside reconstruction, PSNR and SSIM each."""
-    folder = _call("registry", "find_model", params, overrides, place=model)
-    _call("generate", "reconstruct", params, overrides, files=files, label=label, model=folder, out=out)
+    from medgen import registry
+    from medgen.serving import generate
+
+    folder = _call(registry.find_model, params, overrides, place=model)
+    _call(generate.reconstruct, params, overrides, files=files, label=label, model=folder, out=out)
 
 
 @app.command()
@@ -175,20 +198,26 @@ def tune(
     overrides: Overrides = None,
 ) -> None:
     """Search for better parameters; run again, it continues (docs/tune.md)."""
+    from medgen import tune
+
     words = {"trials": trials, "workers": workers, "timeout": timeout, "confirm": confirm, "apply": apply}
-    _call("tune", "run", params, overrides, file=params, **words)
+    _call(tune.run, params, overrides, file=params, **words)
 
 
 @app.command()
 def compare(as_json: AsJson = False) -> None:
     """Show runs side by side: parameters that differ, metrics."""
-    _module("report").compare(_project(), as_json=as_json)
+    from medgen.tracking import compare
+
+    compare.compare(_project(), as_json=as_json)
 
 
 @app.command()
 def register(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Register the model, its prior and its refiner in MLflow, as candidate."""
-    _call("registry", "run", params, overrides)
+    from medgen import registry
+
+    _call(registry.run, params, overrides)
 
 
 @app.command()
@@ -201,7 +230,9 @@ def promote(
     overrides: Overrides = None,
 ) -> None:
     """Make a registered version the champion, if it holds all gates (docs/registry.md)."""
-    _call("registry.promotion", "promote", params, overrides, version=version, force=force)
+    from medgen.registry import promotion
+
+    _call(promotion.promote, params, overrides, version=version, force=force)
 
 
 @app.command()
@@ -211,7 +242,9 @@ def rollback(
     overrides: Overrides = None,
 ) -> None:
     """Make the champion before this one champion again."""
-    _call("registry.promotion", "rollback", params, overrides, why=why)
+    from medgen.registry import promotion
+
+    _call(promotion.rollback, params, overrides, why=why)
 
 
 @app.command()
@@ -228,12 +261,15 @@ def history(
     overrides: Overrides = None,
 ) -> None:
     """Show the registered versions, what each was made from, and who became champion when and why."""
+    from medgen.registry import promotion
+    from medgen.registry import reproduce as rebuilding
+
     if reproduce is None:
         if run:
             raise typer.BadParameter("--run rebuilds a version; name it with --reproduce VERSION")
-        _call("registry.promotion", "history", params, overrides, dataset=dataset, as_json=as_json)
+        _call(promotion.history, params, overrides, dataset=dataset, as_json=as_json)
     else:
-        _call("registry.rebuild", "reproduce", params, overrides, version=reproduce, run=run)
+        _call(rebuilding.reproduce, params, overrides, version=reproduce, run=run)
 
 
 @app.command()
@@ -247,7 +283,9 @@ def serve(
     overrides: Overrides = None,
 ) -> None:
     """Answer HTTP requests with a registered version's images (docs/serving.md)."""
-    _call("registry", "serve", params, overrides, model=model, host=host, port=port)
+    from medgen import registry
+
+    _call(registry.serve, params, overrides, model=model, host=host, port=port)
 
 
 @app.command()
@@ -257,13 +295,17 @@ def ui(
     overrides: Overrides = None,
 ) -> None:
     """Open MLflow's web page on this project's runs."""
-    _call("registry", "ui", params, overrides, port=port)
+    from medgen import registry
+
+    _call(registry.ui, params, overrides, port=port)
 
 
 @app.command()
 def sync(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Send to MLflow what it missed."""
-    _call("tracking", "sync", params, overrides)
+    from medgen import tracking
+
+    _call(tracking.sync, params, overrides)
 
 
 @data_app.command()
@@ -274,7 +316,9 @@ def sample(
     n: Annotated[int, typer.Option("--n", min=3, help="How many images.")] = 480,
 ) -> None:
     """Draw the sample dataset: procedural chest films in three classes."""
-    _call("data.importer", "draw_sample", params, overrides, num_images=n, seed=seed)
+    from medgen.datasets import import_data
+
+    _call(import_data.draw_sample, params, overrides, num_images=n, seed=seed)
 
 
 @data_app.command("import")
@@ -286,7 +330,9 @@ def import_data(
     overrides: Overrides = None,
 ) -> None:
     """Make a folder or archive of images this project's dataset."""
-    _call("data.importer", "import_folder", params, overrides, source=path)
+    from medgen.datasets import import_data
+
+    _call(import_data.import_folder, params, overrides, source=path)
 
 
 @data_app.command()
@@ -299,56 +345,74 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Look through images for leaks, duplicates, wrong labels, odd and broken files."""
-    _call("audit", "run", params, overrides, path=path, as_json=as_json)
+    from medgen.ingest import audit
+
+    _call(audit.run, params, overrides, path=path, as_json=as_json)
 
 
 @data_app.command("list")
 def list_datasets() -> None:
     """Show the known datasets: what is in them, their licences and where they come from."""
-    _module("data.known").show()
+    from medgen.datasets import catalog
+
+    catalog.show()
 
 
 @data_app.command("fetch")
 def fetch_dataset(name: str, params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Download a known dataset and make it this project's."""
-    _call("data.fetching", "fetch", params, overrides, name=name)
+    from medgen.datasets import fetch
+
+    _call(fetch.fetch, params, overrides, name=name)
 
 
 @weights_app.command("list")
 def list_weights() -> None:
     """Show the known weights and whether they are here."""
-    _module("data.weights").show_weights()
+    from medgen.datasets import weights
+
+    weights.show_weights()
 
 
 @weights_app.command("fetch")
 def fetch_weights(name: str) -> None:
     """Download weights and check them."""
-    _module("data.weights").fetch_weights(name)
+    from medgen.datasets import weights
+
+    weights.fetch_weights(name)
 
 
 @weights_app.command("verify")
 def verify_weights(name: Annotated[str | None, typer.Argument(help="Without it: all that are here.")] = None) -> None:
     """Check weights against their hash."""
-    _module("data.weights").verify(name)
+    from medgen.datasets import weights
+
+    weights.verify(name)
 
 
 @recipe_app.command("list")
 def list_recipes() -> None:
     """Name the recipes."""
-    for name, line in _module("recipes").known().items():
+    from medgen import recipes
+
+    for name, line in recipes.known().items():
         print(f"{name:24} {line}")
 
 
 @recipe_app.command("show")
 def show_recipe(name: str) -> None:
     """Print a recipe."""
-    print(_module("recipes").read(name), end="")
+    from medgen import recipes
+
+    print(recipes.read(name), end="")
 
 
 @recipe_app.command("use")
 def use_recipe(name: str) -> None:
     """Write a recipe to params.yaml."""
-    _module("recipes").use(name, _project())
+    from medgen import recipes
+
+    recipes.use(name, _project())
 
 
 @recipe_app.command("run")
@@ -357,24 +421,21 @@ def run_recipes(
     overrides: Overrides = None,
 ) -> None:
     """Train and judge recipes one after another, and print their metrics in one table."""
-    _module("recipes").run(_project(), names, overrides or ())
+    from medgen import recipes
+
+    recipes.run(_project(), names, overrides or ())
 
 
-def _call(verb: str, function: str, params_file: Path, overrides: list[str] | None, **words: Any) -> Any:
-    """Calls a verb with the project, the params sections its signature names, and the command's own words."""
+def _call(verb: Callable[..., T], params_file: Path, overrides: list[str] | None, **options: Any) -> T:
+    """Calls `verb` with the project, the params sections that its signature names, and the command's own options."""
     from medgen.config import Params, load
 
     params = load(params_file, overrides or ())
-    call = getattr(_module(verb), function)
-    wanted = inspect.signature(call).parameters
-    sections = {name: getattr(params, name) for name in Params.model_fields if name in wanted and name not in words}
+    wanted = inspect.signature(verb).parameters
+    sections = {name: getattr(params, name) for name in Params.model_fields if name in wanted and name not in options}
     if "params" in wanted:
         sections["params"] = params
-    return call(_project(), **sections, **words)
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"medgen.{name}")
+    return verb(_project(), **sections, **options)
 
 
 def _project() -> "Project":

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from medgen.config import Data, Evaluate, Loss, Project, Tracking, Train
-from medgen.data.weights import list_weights
+from medgen.datasets.weights import list_weights
 from medgen.machine import num_cores
-from medgen.tracking.mirror import store_uri
+from medgen.tracking.mlflow_sync import store_uri
 
 OLDEST_PYTHON = (3, 11)
 LITTLE_MEMORY = 3e9  # bytes; the sample run takes about 2 GB

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from medgen.config import Project, load, unknown_name
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
-from medgen.files import write_atomic
+from medgen.io import write_atomic
 
 MAIN_METRICS = (  # shown, where a model has them
     "segmentation/dice_foreground",

@@ -66,9 +66,9 @@ def shared_data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory) -> Path:
     """artifacts/dataset of 48 drawn chest films at 32 px, three classes; made once, copy it to change it."""
-    from medgen import preprocess
     from medgen.config import Data, Preprocess, Project
-    from medgen.data.phantom import draw
+    from medgen.datasets.sample import draw
+    from medgen.ingest import preprocess
 
     root = tmp_path_factory.mktemp("tiny")
     draw(root / "data", num_images=48, size=64, seed=0)

@@ -180,7 +180,9 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 
 def test_set_overrides_reach_the_verb(monkeypatch, tmp_path, medgen):
     seen = {}
-    monkeypatch.setattr("medgen.train.run", lambda project, *, train, model: seen.update(train=train, model=model))
+    monkeypatch.setattr(
+        "medgen.training.train.run", lambda project, *, train, model: seen.update(train=train, model=model)
+    )
     (tmp_path / "params.yaml").write_text("train: {seed: 1, phases: [{name: a, epochs: 1, learning_rate: 1e-3}]}")
     code, _, _ = medgen("train", "--set", "train.seed=5", "--set", "train.phases.0.epochs=9", "--set", "model.name=x")
     assert code == 0

@@ -22,7 +22,7 @@ import trustme
 
 from medgen import doctor
 from medgen.config import Data, Evaluate, Loss, Phase, Project, Tracking, Train, Weights
-from medgen.data import weights
+from medgen.datasets import weights
 
 Usage = namedtuple("Usage", "total used free")
 

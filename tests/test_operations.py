@@ -28,7 +28,7 @@ import pytest
 from medgen.config import Project, Tracking
 from medgen.registry.evaluations import read_evaluation
 from medgen.registry.versions import find
-from medgen.tracking.mirror import FINAL
+from medgen.tracking.mlflow_sync import FINAL
 
 TIMEOUT = 300  # seconds after which something that should have come will not come
 
@@ -97,7 +97,7 @@ def team(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Team:
     """A project through all stages over HTTP; while it trained the server was killed, and came back afterwards."""
-    from medgen.data.phantom import draw
+    from medgen.datasets.sample import draw
 
     folder = tmp_path_factory.mktemp("project")
     phases = {"sample_every": 20, "phases": [{"name": "one", "epochs": 80, "learning_rate": 1e-3}]}

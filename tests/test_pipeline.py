@@ -67,7 +67,7 @@ def imported(module, root):
 def test_a_stage_runs_again_when_code_that_shapes_its_result_changes(pipeline, root, stage):
     deps = pipeline["stages"][stage]["deps"]
     used = {path for path in imported(f"medgen.{stage}", root) if path not in CARRIERS}
-    assert f"medgen/{stage}.py" in used and "medgen/config.py" in used
+    assert f"medgen/{stage}.py" in used and "medgen/config/__init__.py" in used
     left_out = {path for path in used if not any(path == dep or path.startswith(f"{dep}/") for dep in deps)}
     assert not {path for path in left_out if not path.startswith("medgen/tracking/")}
 
@@ -92,7 +92,7 @@ def test_every_params_file_is_valid_and_has_the_sections_dvc_asks_for(root, pipe
 @pytest.fixture(scope="module")
 def repository(root, small_params, tmp_path_factory):
     """A git and DVC repository with the package, a small params file and 60 drawn films; `dvc repro` has run."""
-    from medgen.data.phantom import draw
+    from medgen.datasets.sample import draw
 
     folder = tmp_path_factory.mktemp("repository")
     for name in ("medgen", "dvc.yaml", ".dvcignore", ".gitignore"):

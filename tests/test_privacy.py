@@ -8,10 +8,12 @@ import pytest
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from medgen import config, preprocess, train
+from medgen import config
 from medgen.config import Project
 from medgen.data import store
-from medgen.data.patients import write_salt
+from medgen.ingest import preprocess
+from medgen.ingest.patients import write_salt
+from medgen.training import train
 
 PLANTED = {
     "PatientName": "Bartholomew^Quizzical",

@@ -50,7 +50,7 @@ def clone(root, small_params, tmp_path):
 
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(root, clone, tmp_path):
-    from medgen.data.phantom import draw
+    from medgen.datasets.sample import draw
 
     tools = tmp_path / "tools"
     tools.mkdir()

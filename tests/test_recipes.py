@@ -7,14 +7,16 @@ import sys
 import pytest
 import torch
 
-from medgen import preprocess, prior, recipes, refiner, train
+from medgen import recipes
 from medgen.config import Prior, Project, load
-from medgen.data.known import KNOWN
-from medgen.data.phantom import draw
+from medgen.datasets.catalog import KNOWN
+from medgen.datasets.sample import draw
 from medgen.errors import TrainingInterrupted, UserError
+from medgen.ingest import preprocess
 from medgen.models import MODELS, build_model
 from medgen.recipes import known, read
 from medgen.tracking import history
+from medgen.training import prior, refiner, train
 
 NAMES = sorted(known())
 TINY = [  # what makes any of them small; the rest is the recipe's own

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from medgen import bundle, checkpoint
+from medgen.models import bundle
 from medgen.tracking import history
+from medgen.training import checkpoint
 
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
@@ -27,8 +28,8 @@ MEDGEN = f"""#!{sys.executable}
 # the first task warns the script, once, and waits there until the warning has come back to it
 import os, pathlib, signal, time
 from medgen import cli
-from medgen.data.loader import Loader
-from medgen.distributed import StopRequest
+from medgen.training.loader import Loader
+from medgen.training.distributed import StopRequest
 heard, batch, note = [], Loader.batch, StopRequest._note
 def warning(self, position):
     if position == 3 and os.environ["SLURM_PROCID"] == "0" and not pathlib.Path("warned").exists():

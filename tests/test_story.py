@@ -22,13 +22,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from medgen import bundle, cli
+from medgen import cli
 from medgen.config import Prior
-from medgen.data.loader import Loader
 from medgen.data.store import open_store
 from medgen.errors import UserError
-from medgen.generate import load_image
+from medgen.models import bundle
 from medgen.priors import FITTED, save_prior
+from medgen.serving.generate import load_image
+from medgen.training.loader import Loader
 
 PARAMS = {
     "data": {"path": "data", "name": "story"},
@@ -87,7 +88,7 @@ def clone(
     monkeypatch: pytest.MonkeyPatch,
     mlflow_server: Any,
 ) -> Clone:
-    from medgen.data.phantom import draw
+    from medgen.datasets.sample import draw
 
     try:
         database = request.getfixturevalue("postgres")()

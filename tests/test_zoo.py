@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medgen import bundle, train
 from medgen.config import Beta, Loss, Model, Phase, Tracking, Train, Weights
-from medgen.data.loader import Loader
-from medgen.models import MODELS
+from medgen.models import MODELS, bundle
 from medgen.tracking import history
+from medgen.training import train
+from medgen.training.loader import Loader
 
 PICTURES, MASKS = Loss(weights=Weights(l1=1.0, ssim=0.5)), Loss(weights=Weights(bce=1.0, dice=1.0))
 FAMILIES = {
@@ -78,7 +78,7 @@ def test_a_codebook_cut_off_in_mid_epoch_ends_bit_identical(tiny_project, tiny_s
         return batch(self, position)
 
     monkeypatch.setattr(Loader, "batch", cutting)
-    monkeypatch.setattr("medgen.job.Job.save_is_due", lambda self: True)
+    monkeypatch.setattr("medgen.training.state.Job.save_is_due", lambda self: True)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(tiny_project, "vqvae", codebook=codebook)

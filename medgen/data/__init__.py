@@ -1,1 +1,1 @@
-"""From files on disk to batches: images, layouts, splits, the store and the loader."""
+"""The preprocessed dataset on disk: what training reads."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from medgen import config
 from medgen.errors import UserError
-from medgen.files import hash_file, swap, write_atomic
+from medgen.io import hash_file, swap, write_atomic
 
 SCHEMA = 2
 SPLITS = ("train", "val", "test")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen.errors import UserError
-from medgen.files import write_folder
+from medgen.io import write_folder
 from medgen.metrics.degradations import DEGRADATIONS
 
 NUM_FEATURES = 128

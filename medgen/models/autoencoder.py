@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from medgen.config import Model
-from medgen.models.base import GenerativeModel
+from medgen.models.base import GenerativeModel, Latent
 from medgen.models.blocks import DoubleConv, double, halve
 from medgen.models.grids import stage_sizes
 from medgen.models.residual import spatial_latent
-from medgen.types import Latent
 
 
 class Stage(nn.Module):

@@ -1,12 +1,48 @@
-"""What every model is to the training loop, and what every generative one can do besides."""
+"""Interface of all models, and the values that they return.
+
+Legend of shapes: B batch, C image channels, H W image height and width, Z latent channels,
+h w latent height and width, D dimensions of a latent, N images in a split.
+"""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from medgen.types import Latent, ModelOutput
+
+@dataclass(frozen=True)
+class Latent:
+    """What an encoder says of a batch.
+
+    `mean` is the point a deterministic decoder call starts from; `value` is what the decoder got
+    (for a variational model a draw from the posterior). Non-variational models have no `logvar`.
+    """
+
+    value: Tensor  # (B, Z, h, w) or (B, D)
+    mean: Tensor  # as value
+    logvar: Tensor | None = None  # as value, float32
+    codes: Tensor | None = None  # (B, h, w) int64: numbers of codes, where the model has a codebook
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What every model's forward returns. Models never weigh losses: `terms` are plain scalars."""
+
+    reconstruction: Tensor  # (B, C, H, W) in [0, 1]; of a segmenter the mask's probabilities (B, K, H, W)
+    latent: Latent | None  # None where the model has no latent
+    terms: dict[str, Tensor] = field(default_factory=dict)  # e.g. commitment, codebook
+
+
+class Decoder(Protocol):
+    """All a prior needs of a model to make images."""
+
+    conditional: bool  # whether `decode` uses the label
+
+    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+        """Latents (B, Z, h, w) or (B, D) -> images (B, C, H, W) in [0, 1]."""
+        ...
 
 
 class ImageModel(nn.Module, ABC):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from medgen.config import Model
-from medgen.models.base import GenerativeModel, gaussian_latent, soft_bound
+from medgen.models.base import GenerativeModel, Latent, gaussian_latent, soft_bound
 from medgen.models.residual import residual_decoder, residual_encoder, spatial_latent
-from medgen.types import Latent
 
 
 class SpatialVAE(GenerativeModel):

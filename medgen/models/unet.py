@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from medgen.config import Model
 from medgen.errors import UserError
-from medgen.models.base import ImageModel
+from medgen.models.base import ImageModel, ModelOutput
 from medgen.models.blocks import DoubleConv, double, halve
-from medgen.types import ModelOutput
 
 NUM_STAGES = 4  # halvings (Ronneberger et al.), fewer where the image has no more factors of two
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from medgen.config import Model
 from medgen.errors import UserError
-from medgen.models.base import GenerativeModel, gaussian_latent, soft_bound
+from medgen.models.base import GenerativeModel, Latent, gaussian_latent, soft_bound
 from medgen.models.grids import flat_sizes
-from medgen.types import Latent
 
 NUM_LATENT = 128  # numbers of a latent where model.latent_channels says nothing
 

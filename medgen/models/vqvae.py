@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medgen.config import Model
-from medgen.models.base import GenerativeModel
+from medgen.models.base import GenerativeModel, Latent, ModelOutput
 from medgen.models.residual import residual_decoder, residual_encoder, spatial_latent
-from medgen.types import Latent, ModelOutput
 
 CODE_CHANNELS = 64  # of a code where model.latent_channels says nothing (van den Oord et al.)
 EMA_DECAY = 0.99

@@ -1,1 +1,1 @@
-"""Network blocks that models, priors and the refiner share; `VelocityNetwork` is what a flow learns with."""
+"""Neural-network blocks shared by models, priors and extractors."""

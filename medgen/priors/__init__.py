@@ -3,7 +3,7 @@
 prior = FITTED["gmm"].fit(latents, labels, num_classes, params.prior, variance)
 images = sample_images(prior, model, n=25, labels=None, seed=0)  # (25, C, H, W)
 
-Shapes: as in medgen/types.py, and D numbers in a flattened latent.
+Shapes: as in medgen/models/base.py, and D numbers in a flattened latent.
 """
 
 import hashlib
@@ -21,13 +21,22 @@ from torch import Tensor, nn
 from medgen import config
 from medgen.config import seed_of, unknown_name
 from medgen.errors import UserError
-from medgen.files import write_folder
+from medgen.io import write_folder
+from medgen.models.base import Decoder
+from medgen.models.bundle import class_index
 from medgen.priors.flow import Flow
 from medgen.priors.gaussian import Gaussian, Normal
 from medgen.priors.gmm import GaussianMixture
 from medgen.priors.learned import NetworkPrior
 from medgen.priors.tokens import Tokens
-from medgen.types import Decoder, ImageRefiner
+
+
+class ImageRefiner(Protocol):
+    """All that sampling needs of a refiner."""
+
+    def draw(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """A prior's latents (B, ...), decoded and refined: images (B, C, H, W) in [0, 1]."""
+        ...
 
 
 class Prior(Protocol):
@@ -94,7 +103,7 @@ class FittedPrior(Prior, Protocol):
 
 
 class LearnedPrior(Prior, Protocol):
-    """A prior that is a network; `medgen/prior.py` trains it with the loop that trains models."""
+    """A prior that is a network; `medgen/training/prior.py` trains it with the loop that trains models."""
 
     network: nn.Module
 
@@ -177,19 +186,6 @@ def load_prior(folder: Path, model: str, device: torch.device | str = "cpu") -> 
 def tells_classes_apart(prior: Prior, model: Decoder) -> bool:
     """Whether a label changes what is generated."""
     return len(prior.frequencies) > 0 and (prior.conditional or model.conditional)
-
-
-def class_index(label: str, classes: Sequence[str]) -> int:
-    """The index of a class given by its name or its index.
-
-    Raises:
-        UserError: there is no such class.
-    """
-    if label in classes:
-        return classes.index(label)
-    if label.isdecimal() and int(label) < len(classes):
-        return int(label)
-    raise unknown_name("label", label, classes)
 
 
 def find_label(label: str, classes: Sequence[str], prior: Prior, model: Decoder) -> int:

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 from filelock import Timeout
 from rich.console import Console
 
-from medgen import bundle
-from medgen.bundle import BundleInfo
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import UserError
-from medgen.evaluation_data import load_evaluation
-from medgen.files import hash_file
-from medgen.refinement import load_refiner
-from medgen.registry import page
+from medgen.evaluation.data import load_evaluation
+from medgen.io import hash_file
+from medgen.models import bundle
+from medgen.models.bundle import BundleInfo
+from medgen.priors.generator import content_hash
+from medgen.priors.refiner import load_refiner
+from medgen.registry import mlflow_ui
 from medgen.registry.evaluations import keep_evaluation
-from medgen.registry.packing import CONTENT_TAG, PARAMS_TAG, PYFUNC, pack
-from medgen.registry.page import ui
+from medgen.registry.mlflow_ui import ui
+from medgen.registry.model_package import CONTENT_TAG, PARAMS_TAG, PYFUNC, pack
 from medgen.registry.serving import serve
 from medgen.registry.versions import (
     CANDIDATE,
@@ -37,8 +38,8 @@ from medgen.registry.versions import (
     set_tags,
 )
 from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, RunRecord, Tracker, lineage, mirror_run, read_run
-from medgen.tracking.mirror import connect
-from medgen.tracking.notes import NOTE, is_ours, marked
+from medgen.tracking.mlflow_descriptions import NOTE, is_ours, marked
+from medgen.tracking.mlflow_sync import connect
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -76,7 +77,7 @@ def run(project: Project, *, params: Params) -> Version:
     with answering(project, tracking, "nothing is registered: run `medgen register` later"):
         client, experiment = connect(project, tracking)  # first of all: a store that is away ends it here
         record, run_id = _run_of(project, tracking, info)
-        content = bundle.content(project.model, project.prior, project.refiner)
+        content = content_hash(project.model, project.prior, project.refiner)
         metrics, provenance = _metrics(project, content)
         judged = metric_tags(metrics, provenance)
         _describe_run(project, tracking, info, record, metrics, run_id)
@@ -146,7 +147,7 @@ def fetch_to_judge(project: Project, *, tracking: Tracking, registry: Registry, 
 def take_metrics(project: Project, *, tracking: Tracking, version: Version, folder: Path) -> None:
     """Makes what `medgen evaluate --model` left in a folder of `fetch_to_judge` the version's metrics."""
     judged = Project(project.root, apart=folder)
-    metrics, provenance = _metrics(judged, bundle.content(judged.model, judged.prior, judged.refiner))
+    metrics, provenance = _metrics(judged, content_hash(judged.model, judged.prior, judged.refiner))
     with answering(project, tracking, f"{version.uri} keeps its metrics: run the same command later"):
         client, _ = connect(project, tracking)
         found = client.get_model_version(version.name, str(version.number))
@@ -246,8 +247,8 @@ def _describe(
 ) -> None:
     """A version's tags, description and picture."""
     assert version.source
-    has_picture = has_picture and page.picture_of(project).exists()
-    text = page.about_version(
+    has_picture = has_picture and mlflow_ui.picture_of(project).exists()
+    text = mlflow_ui.about_version(
         version.name,
         int(version.version),
         info,
@@ -260,7 +261,9 @@ def _describe(
         return
     if has_picture:
         with tempfile.TemporaryDirectory() as folder:
-            client.log_model_artifact(version.source.removeprefix("models:/"), str(page.preview(project, Path(folder))))
+            client.log_model_artifact(
+                version.source.removeprefix("models:/"), str(mlflow_ui.preview(project, Path(folder)))
+            )
     if is_ours(version.description, version.tags):
         client.update_model_version(version.name, version.version, text)
         set_tags(client, version, marked(text))
@@ -277,17 +280,17 @@ def _describe_run(
     """Completes the run's description with what its model was judged to be."""
     if not metrics:
         return
-    has_picture = page.picture_of(project).exists()
+    has_picture = mlflow_ui.picture_of(project).exists()
     written = record.tags.get(NOTE, "")
     made = written.partition("\n\n")[0]  # what follows is of an earlier judgement
     is_refined = _refiner_params(project) is not None
-    text = page.about_run(made, _prior_name(project), is_refined, metric_tags(metrics), run_id, has_picture)
+    text = mlflow_ui.about_run(made, _prior_name(project), is_refined, metric_tags(metrics), run_id, has_picture)
     if text == written:
         return
     scratch = project.runs / info.run
     with Tracker.open(scratch, tracking, project, record.name) as tracker:
         if has_picture:
-            tracker.artifact(page.preview(project, scratch / page.FOLDER), page.FOLDER)
+            tracker.artifact(mlflow_ui.preview(project, scratch / mlflow_ui.FOLDER), mlflow_ui.FOLDER)
         tracker.note(text)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from medgen.config import Project, Tracking
 from medgen.errors import UserError
-from medgen.evaluation_data import EvaluationData, load_evaluation
+from medgen.evaluation.data import EvaluationData, load_evaluation
 from medgen.metrics.comparison import Comparison, compare, compare_means
 from medgen.registry.versions import EVALUATION, NoSuchVersion, Version, fetch
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from medgen.config import Gates
-from medgen.evaluation_report import LEAST_LIMIT
 from medgen.metrics.comparison import Comparison
 from medgen.metrics.privacy import CERTAIN
 from medgen.registry.versions import JUDGED_BY, JUDGED_ON, Version
+from medgen.reports.evaluation import LEAST_LIMIT
 
 SSIM, DICE, MMD = "reconstruction/ssim", "segmentation/dice_foreground", "generation/mmd_domain"
 COPIES, HELD_OUT_LIMIT, NUM_GENERATED = "privacy/copy_rate", "privacy/held_out_limit", "run/num_generated"

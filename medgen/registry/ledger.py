@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from medgen.errors import UserError, printable
 from medgen.registry.versions import registered_model
-from medgen.tracking.mirror import user
+from medgen.tracking.mlflow_sync import user
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -19,7 +19,7 @@ from medgen.metrics.comparison import Comparison
 from medgen.registry.evaluations import compare_versions, read_evaluation
 from medgen.registry.gates import COPIES, DICE, MMD, NOTHING, SHORT, SSIM, Gate, are_alike, check_gates
 from medgen.registry.ledger import MAX_WHY, Entry, append, champions, entries, entry, turn, write_file
-from medgen.registry.page import about_model, plain
+from medgen.registry.mlflow_ui import about_model, plain
 from medgen.registry.versions import (
     CANDIDATE,
     CHAMPION,
@@ -32,8 +32,8 @@ from medgen.registry.versions import (
     answering,
     find,
 )
-from medgen.tracking.mirror import connect
-from medgen.tracking.notes import is_ours, marked
+from medgen.tracking.mlflow_descriptions import is_ours, marked
+from medgen.tracking.mlflow_sync import connect
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -1,4 +1,4 @@
-"""A registered version behind HTTP: its files are fetched, and this process becomes medgen/gateway.py."""
+"""A registered version behind HTTP: its files are fetched, and this process becomes medgen/serving/app.py."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from typing import NoReturn
 
 from medgen.config import Project, Registry, Tracking
 from medgen.errors import UserError
-from medgen.registry.packing import PACKAGE
+from medgen.registry.model_package import PACKAGE
 from medgen.registry.versions import CHAMPION, Version, answering, fetch, find
-from medgen.tracking.mirror import connect
+from medgen.tracking.mlflow_sync import connect
 
-GATEWAY = PACKAGE / "gateway.py"
+GATEWAY = PACKAGE / "serving" / "app.py"
 ENDINGS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 

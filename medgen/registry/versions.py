@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medgen import bundle
 from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.metrics.segmentation import with_foreground
-from medgen.refinement import save_none
-from medgen.tracking.mirror import REFUSALS, connect, first_line, load_mlflow, mlflow_store, store_uri, unreachable
+from medgen.models import bundle
+from medgen.priors.refiner import save_none
+from medgen.tracking.mlflow_sync import REFUSALS, connect, first_line, load_mlflow, mlflow_store, store_uri, unreachable
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel

@@ -21,12 +21,12 @@ from rich.console import Console
 
 from medgen.config import Project, Section, Tracking
 from medgen.errors import TrainingInterrupted, UserError
-from medgen.files import hash_file
+from medgen.io import hash_file
 from medgen.tracking.history import HISTORY, LOCK, History, RunRecord, encode, history, read_run
 from medgen.tracking.lineage import lineage
-from medgen.tracking.mirror import Mirror, unreachable
+from medgen.tracking.mlflow_sync import Mirror, unreachable
 from medgen.tracking.naming import telling_tags
-from medgen.tracking.worker import Worker
+from medgen.tracking.uploader import Worker
 
 PRIOR_ORIGIN = "prior.origin.json"  # of a run: what made its prior
 REFINER_ORIGIN = "refiner.origin.json"  # and its refiner

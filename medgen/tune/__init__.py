@@ -19,16 +19,18 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medgen import evaluate, features, preprocess, train
 from medgen.config import Params, Project, fingerprint, load, unknown_name
 from medgen.data.store import Store, open_store
-from medgen.data.weights import checked_weights
-from medgen.distributed import World
+from medgen.datasets.weights import checked_weights
 from medgen.errors import TrainingInterrupted, UserError
-from medgen.files import write_atomic
+from medgen.evaluation import evaluate
+from medgen.ingest import preprocess
+from medgen.io import write_atomic
 from medgen.machine import gpus, num_threads
 from medgen.metrics.features import load_extractor
 from medgen.models import MODELS
+from medgen.training import extractor, train
+from medgen.training.distributed import World
 from medgen.tune.params_file import apply_best, write_best
 from medgen.tune.pictures import write_figures
 from medgen.tune.pool import Pool, heeding_sigterm, seats
@@ -238,7 +240,7 @@ def prepare_store(project: Project, params: Params) -> Store:
 def prepare_extractor(project: Project, params: Params, store: Store) -> str:
     """Hash of the domain extractor, which is trained where there is none."""
     if not project.features.exists():
-        features.run(project, features=params.features)
+        extractor.run(project, features=params.features)
     return load_extractor(project.features, store.fingerprint)[1]
 
 

@@ -14,7 +14,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from medgen.config import Params, load, replace
 from medgen.errors import UserError
-from medgen.files import write_atomic
+from medgen.io import write_atomic
 from medgen.tune.space import Value, value_at
 from medgen.tune.study import Study, trial_name
 

@@ -15,7 +15,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from medgen.figures import plot_style, write_plot
+from medgen.reports.figures import plot_style, write_plot
 from medgen.tune.params_file import as_yaml, shortest
 from medgen.tune.space import Dimension, Value
 from medgen.tune.study import Study, is_nonfinite, is_start

@@ -11,7 +11,7 @@ from rich.console import Console
 from medgen.config import Tracking
 from medgen.errors import UserError
 from medgen.tracking import Tracker, lineage, mirror_run
-from medgen.tracking.mirror import Mirror
+from medgen.tracking.mlflow_sync import Mirror
 from medgen.tune.study import Study, trial_name
 from medgen.tune.worker import UNTRACKED, Search
 

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 
 from medgen.config import Beta, Params, Phase, Schedule, Searched, Train, TrialBudget, replace, unknown_name
-from medgen.data.weights import weights_path
+from medgen.datasets.weights import weights_path
 from medgen.errors import UserError
 from medgen.models import MODELS, GenerativeModel
 
@@ -107,7 +107,7 @@ def default_space(params: Params) -> dict[str, Searched]:
 
 
 def has_mixture(params: Params) -> bool:
-    """True if the prior is a gmm: by name, or by `medgen.prior.run`'s default for models without a codebook."""
+    """True if the prior is a gmm, by name or by the default of `medgen.training.prior.run`."""
     family = MODELS[params.model.name]
     if not issubclass(family, GenerativeModel):
         return False
@@ -119,7 +119,7 @@ def check_weights(params: Params, space: Mapping[str, Dimension]) -> None:
     """Refuses to search the perceptual weight where the network that it asks is not here.
 
     Raises:
-        UserError: as `medgen.data.weights.weights_path`.
+        UserError: as `medgen.datasets.weights.weights_path`.
     """
     if any(key.endswith("weights.perceptual") for key in space) or params.loss.weights.perceptual > 0:
         weights_path("vgg16")

@@ -13,19 +13,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-import medgen
-from medgen import checkpoint, prior, refiner, train
 from medgen.config import Params, fingerprint, seed_of, set_at
 from medgen.errors import UserError
 from medgen.metrics.intervals import Interval
 from medgen.metrics.mmd import Discrepancy, mmd_difference
+from medgen.training import checkpoint, prior, refiner, train
 from medgen.tune.objective import MMD, RECALL, SSIM, Objective
 from medgen.tune.space import SECTIONS, Dimension, Value, trial_params
 from medgen.tune.storage import Release, Storage
@@ -40,7 +38,7 @@ NOT_COMPARED = {  # keys that leave a trial's values as they are
     "train": train.NOT_IN_FINGERPRINT | {"compile"},
     "evaluate": {"grid_images", "save_images"},
 }
-JUDGES = ("evaluate.py", "label_report.py", "segmentation_report.py", "metrics/*.py")  # code that decides a value
+JUDGES = ("evaluation/*.py", "metrics/*.py")  # code that decides a value
 
 
 @dataclass(frozen=True)
@@ -267,8 +265,7 @@ def study_name(params: Params, space: dict[str, Dimension], objective: Objective
     for key in space:
         set_at(plain, key, None, "tune.space")
     searched = {key: values.model_dump(mode="json") for key, values in params.tune.space.items()} or sorted(space)
-    folder = Path(medgen.__file__).parent
-    judges = checkpoint.code_fingerprint(source for pattern in JUDGES for source in folder.glob(pattern))
+    judges = checkpoint.package_fingerprint(*JUDGES)
     parts = (plain, searched, objective.keys, params.tune.ssim_floor, dataset, extractor)
     return f"{params.model.name}-{fingerprint(*parts, train.code(), prior.code(), refiner.code(), judges)}"
 

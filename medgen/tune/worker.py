@@ -22,14 +22,15 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from medgen import checkpoint, evaluate, prior, refiner, train
 from medgen.config import Params, Project, Tracking
 from medgen.data.store import open_store
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
-from medgen.evaluation_data import load_evaluation
+from medgen.evaluation import evaluate
+from medgen.evaluation.data import load_evaluation
 from medgen.metrics.mmd import mmd
 from medgen.models import MODELS
 from medgen.tracking import Tracker, history
+from medgen.training import checkpoint, prior, refiner, train
 from medgen.tune.objective import MMD, SSIM, Objective, choose_objective
 from medgen.tune.space import build_space, trial_params
 from medgen.tune.storage import LOST, lost, open_storage
@@ -265,7 +266,7 @@ def record(project: Project, scratch: Path, study: Study, claim: Claim, outcome:
 
 
 def scratch_of(project: Project, params: Params) -> Path:
-    """Where `medgen.train` keeps the training of these parameters."""
+    """Where `medgen.training.train` keeps the training of these parameters."""
     dataset = open_store(project.dataset).fingerprint
     return project.runs / train.run_fingerprint(dataset, params.model, params.loss, params.train)
 

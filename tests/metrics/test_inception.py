@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medgen.errors import UserError
-from medgen.metrics.inception import (
-    NUM_CLASSES,
-    NUM_FEATURES,
-    Inception,
-    inception_score,
-    load_inception,
-    to_bytes,
-)
+from medgen.metrics.inception import NUM_CLASSES, NUM_FEATURES, Inception, inception_score, load_inception, to_bytes
 
 
 class Small(nn.Module):

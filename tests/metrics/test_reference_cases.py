@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medgen.data.phantom import CLASSES, render
+from medgen.datasets.sample import CLASSES, render
 from medgen.metrics import privacy
 from medgen.metrics.c2st import linear_auc
 from medgen.metrics.comparison import ImageSet, compare

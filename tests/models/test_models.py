@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from medgen import bundle
-from medgen.bundle import BundleInfo
 from medgen.config import Loss, Model, Preprocess, Weights
 from medgen.errors import UserError
-from medgen.losses import Objective
-from medgen.models import MODELS, build_model
+from medgen.models import MODELS, build_model, bundle
 from medgen.models.base import soft_bound
+from medgen.models.bundle import BundleInfo
+from medgen.training.losses import Objective
 
 ROWS = [  # name and sizes, image shape, latent shape (None: the model has none)
     ({"name": "spatial_vae", "base_channels": 8, "latent_channels": 4, "latent_size": 4}, (1, 32, 32), (4, 4, 4)),

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from ruamel.yaml import YAML
 
-from medgen import features
 from medgen.config import Features, Project, load
+from medgen.training import extractor
 
 SPACE = {
     "train.phases.0.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
@@ -21,7 +21,7 @@ def tiny_features(tiny_store, tmp_path_factory):
     root = tmp_path_factory.mktemp("features")
     (root / "artifacts").mkdir()
     (root / "artifacts" / "dataset").symlink_to(tiny_store)
-    features.run(Project(root), features=Features(width=8, epochs=1))
+    extractor.run(Project(root), features=Features(width=8, epochs=1))
     return root / "artifacts" / "features"
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from medgen import train
 from medgen.config import Beta, Evaluate, Loss, Model, Phase, Tracking, Train, Weights
 from medgen.errors import UserError
 from medgen.tracking import history
+from medgen.training import train
 from medgen.tune.objective import choose_objective
 
 BOTH = Evaluate(extractors=("domain", "inception"))

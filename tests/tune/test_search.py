@@ -17,13 +17,16 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from rich.console import Console
 
-from medgen import bundle, evaluate, train, tune
+from medgen import tune
 from medgen.config import Project, load, replace
 from medgen.data.store import open_store
 from medgen.errors import TrainingInterrupted, UserError
+from medgen.evaluation import evaluate
 from medgen.machine import gpus
-from medgen.refinement import load_refiner
+from medgen.models import bundle
+from medgen.priors.refiner import load_refiner
 from medgen.tracking import history, read_run
+from medgen.training import train
 from medgen.tune import worker
 from medgen.tune.pool import environment, seats
 from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, origin
@@ -587,9 +590,9 @@ def test_a_search_from_the_first_trial_to_mlflow_and_params_yaml(search_project)
 
 @pytest.mark.slow
 def test_a_search_for_masks(small_params, tmp_path):
-    from medgen import preprocess
     from medgen.config import Params
-    from medgen.data.phantom import draw
+    from medgen.datasets.sample import draw
+    from medgen.ingest import preprocess
 
     draw(tmp_path / "data", num_images=36, size=48, seed=0)
     project = Project(tmp_path)

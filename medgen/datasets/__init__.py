@@ -1,0 +1,1 @@
+"""Known datasets and weights: catalog, downloads, imports and the procedural sample."""

@@ -1,0 +1,1 @@
+"""Generate images: as files, as MLflow's pyfunc flavours and over HTTP."""

@@ -1,0 +1,114 @@
+"""What a training leaves to look at: grids by epoch, curves, and the film of its progress."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from medgen.config import Prior
+from medgen.io import write_atomic
+from medgen.models import GenerativeModel, ImageModel
+from medgen.priors import FITTED, sample_images
+from medgen.reports.figures import write_curves, write_gif, write_grid, write_pairs, write_stacks
+from medgen.training.loader import Loader
+
+NUM_RECONSTRUCTIONS = 8
+NUM_SAMPLES = 16
+MAX_LATENTS = 1024  # enough for a look; the prior stage fits on all of them
+LOSSES = ("mse", "bce", "dice_loss", "commitment", "codebook")  # drawn beside l1 where they are trained on
+ON_LOG_AXES = ("loss", "kl")  # besides linear ones
+CURVES = (  # figure, its axis, what it shows; KL is thousands of nats and has a figure of its own
+    ("loss", "loss", ("train/loss", "val/loss", "train/l1", "val/l1", *(f"train/{name}" for name in LOSSES))),
+    ("kl", "nats per image", ("train/kl",)),
+    ("codebook", "evenly used codes", ("val/codebook_perplexity",)),
+    ("ssim", "SSIM", ("val/ssim",)),
+    ("ssim", "Dice", ("val/dice",)),  # DVC wants one file of scores, whatever the model is scored by
+)
+
+
+def draw_epoch(
+    model: ImageModel, train: Loader, validation: Loader, scratch: Path, epoch: int, seed: int
+) -> dict[str, Path]:
+    """Writes the grids of an epoch below `scratch`, samples/ and reconstructions/ or masks/; returns paths by name."""
+    model.eval()
+    if isinstance(model, GenerativeModel):
+        return _draw_images(model, train, validation, scratch, epoch, seed)
+    return _draw_masks(model, validation, scratch, epoch)
+
+
+@torch.no_grad()
+def _draw_masks(model: ImageModel, validation: Loader, scratch: Path, epoch: int) -> dict[str, Path]:
+    """Validation images over their masks and the likeliest classes the model finds."""
+    batch = next(validation.sequential())
+    image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
+    assert batch.mask is not None
+    probabilities = model.predict(image, label).reconstruction.float().cpu()  # (B, K, H, W), K = 1 for 0 and 1
+    num_classes = max(2, probabilities.shape[1])
+    # a mask of 0 and 1 is shown as unsure as it is
+    found = probabilities if num_classes == 2 else probabilities.argmax(dim=1, keepdim=True) / (num_classes - 1)
+    mask = batch.mask[:NUM_RECONSTRUCTIONS].cpu() / (num_classes - 1)
+    path = _grid(scratch, "masks", epoch)
+    write_stacks(path, {"image": image.cpu(), "mask": mask, "found": found})
+    return {"masks": path}
+
+
+@torch.no_grad()
+def _draw_images(
+    model: GenerativeModel, train: Loader, validation: Loader, scratch: Path, epoch: int, seed: int
+) -> dict[str, Path]:
+    """Samples and reconstructions.
+
+    Samples come from a Gaussian fitted to train latents: N(0, I) would tell nothing of a model
+    whose β is still 0.
+    """
+    paths = {name: _grid(scratch, name, epoch) for name in ("samples", "reconstructions")}
+    batch = next(validation.sequential())
+    image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
+    write_pairs(paths["reconstructions"], image.cpu(), model.reconstruct(image, label).float().cpu())
+
+    batches = islice(train.sequential(), -(-MAX_LATENTS // train.batch_size))
+    latents, labels = zip(*[(model.encode(b.image, b.label).mean.cpu(), b.label.cpu()) for b in batches], strict=True)
+    known = torch.cat(labels)
+    # a model that looks at labels is given some, in the train split's mix
+    num_classes = int(known.max()) + 1 if model.conditional else 0
+    prior = FITTED["gaussian"].fit(torch.cat(latents), known, num_classes, Prior())
+    write_grid(paths["samples"], sample_images(prior, model, NUM_SAMPLES, None, seed))
+    return paths
+
+
+def write_report(
+    reports: Path, scratch: Path, records: Sequence[Mapping[str, float]], drawn_epochs: Sequence[int]
+) -> list[Path]:
+    """Writes curves.csv, curves and progress.gif from a run's records by epoch; returns their paths.
+
+    Durations stay out: these files are the same for the same training.
+    """
+    figures = reports / "figures"
+    names = sorted({name for record in records for name in record if name.startswith(("train/", "val/"))})
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["epoch", *names])
+    writer.writerows([i, *(format(r[n], ".6g") if n in r else "" for n in names)] for i, r in enumerate(records, 1))
+    write_atomic(reports / "curves.csv", table.getvalue().encode())
+
+    for name in {name for name, _, _ in CURVES}:
+        (figures / f"{name}.png").unlink(missing_ok=True)  # an earlier model's KL is not this one's
+    series = {name: [record.get(name, float("nan")) for record in records] for name in names}
+    written = [reports / "curves.csv"]
+    for name, label, shown in CURVES:
+        path = figures / f"{name}.png"
+        if drawn := {key: series[key] for key in shown if key in series}:
+            write_curves(path, drawn, log=name in ON_LOG_AXES, y_label=label)
+            written.append(path)
+    # not all that lie there: an earlier, shorter run left its own last grid
+    grids = [_grid(scratch, name, epoch) for name in ("samples", "masks") for epoch in drawn_epochs]
+    frames = [grid for grid in grids if grid.exists()]
+    write_gif(figures / "progress.gif", frames, seconds_per_frame=0.5)
+    return [*written, figures / "progress.gif"]
+
+
+def _grid(scratch: Path, name: str, epoch: int) -> Path:
+    return scratch / name / f"epoch_{epoch:04d}.png"

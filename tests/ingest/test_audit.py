@@ -1,0 +1,213 @@
+"""`medgen data audit` finds what is planted, calls a clean set clean, and gives nobody away."""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+
+from medgen.config import Data, Preprocess, Project
+from medgen.datasets.sample import render
+from medgen.errors import UserError
+from medgen.ingest.audit import run
+from medgen.ingest.patients import pseudonym, salt_of
+
+Shared = Callable[[str], Path]
+
+
+def save(path: Path, pixels: NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def film(patient: int, image: int = 0) -> NDArray[np.uint8]:
+    return render("NORMAL", 0, 3 * patient, image, 64)[0]
+
+
+def audit(root: Path, path: Path | None = None, data: Data | None = None) -> dict[str, Any]:
+    run(Project(root), data=data or Data(), preprocess=Preprocess(), path=path)
+    return json.loads((root / "reports" / "audit.json").read_text())
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A project whose data has one of everything that can be wrong."""
+    data = tmp_path / "data"
+    for number in range(12):
+        save(data / "train" / "A" / f"person{number}_1.png", film(number))
+    save(data / "test" / "A" / "person50_1.png", film(0))  # exact, across
+    save(data / "train" / "A" / "person51_1.png", film(1))  # exact, within
+    save(data / "test" / "B" / "person52_1.jpg", film(2))  # near, across, and under another label
+    save(data / "test" / "B" / "person3_2.png", film(3, image=1))  # another film of a patient in train
+    save(data / "train" / "B" / "person53_1.png", np.full((64, 64), 7, np.uint8))
+    colour = np.zeros((64, 64, 3), np.uint8)
+    colour[..., 0] = film(20)
+    save(data / "train" / "B" / "person54_1.png", colour)
+    (data / "train" / "B" / "person55_1.png").write_bytes(b"")
+    (data / "notes.txt").write_text("seen by the second reader")
+    return tmp_path
+
+
+def test_what_is_planted_is_found(planted: Path) -> None:
+    found = audit(planted)
+    assert (found["num_files"], found["num_images"], found["num_patients"]) == (20, 18, 17)
+    assert found["kinds"] == {"picture": {"files": 19, "images": 19}}
+    assert found["counts"] == {"A": {"test": 1, "train": 13}, "B": {"test": 2, "train": 2}}
+    assert found["imbalance"] == 3.5
+    assert found["modes"] == {"L": 17, "RGB": 1}
+    doubles = {tuple(sorted(Path(name).stem for name in group["names"])) for group in found["exact"]}
+    assert doubles == {("person0_1", "person50_1"), ("person1_1", "person51_1")}
+    assert [group["names"] for group in found["near"]] == [["test/B/person52_1.jpg", "train/A/person2_1.png"]]
+    assert [group["labels"] for group in found["conflicts"]] == [["A", "B"]]
+    assert [one["patient"] for one in found["parted"]] == [pseudonym(salt_of(planted / "data"), "person3")]
+    assert found["blank"] == ["train/B/person53_1.png"]
+    assert "train/B/person54_1.png" in found["outliers"]
+    assert found["unreadable"] == [{"path": "train/B/person55_1.png", "reason": "empty file"}]
+    assert found["foreign"] == [{"path": "notes.txt", "reason": "a text file"}]
+    assert len(found["leaks"]) == 3
+
+
+def test_the_page_says_and_shows_it(planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit(planted)
+    page = (planted / "reports" / "audit.html").read_text()
+    assert "The splits leak: 1 patient and 2 pictures on several sides." in page
+    assert not re.search(r'(src|href)="(?!data:image/jpeg;base64)', page)
+    # Pairs: exact across, exact within, near across, conflict; one each: outlier, blank.
+    assert page.count("<img") == 2 * 4 + 2
+    assert re.search(r"test/B/person52_1.jpg\ntest\nB<.*?train/A/person2_1.png\ntrain\nA\n?<", page, re.DOTALL)
+    out, err = capsys.readouterr()
+    assert "The splits leak" in out
+    assert "audit.html" in err
+    assert not (planted / "runs" / "audit").exists()
+
+
+def test_the_same_data_gives_the_same_bytes(planted: Path) -> None:
+    def reports() -> list[bytes]:
+        audit(planted)
+        return [path.read_bytes() for path in sorted((planted / "reports").iterdir())]
+
+    first = reports()
+    assert len(first) == 2
+    assert reports() == first
+
+
+def test_own_splits_leave_nothing_to_leak(planted: Path) -> None:
+    found = audit(planted, data=Data(splits="own"))
+    assert found["leaks"] == []
+    assert found["counts"] == {"A": {"": 14}, "B": {"": 4}}
+    assert "brings no split" in (planted / "reports" / "audit.html").read_text()
+
+
+def test_drawn_films_are_clean(tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = audit(tmp_path, path=tiny_store.parent.parent / "data")
+    assert (found["num_files"], found["num_images"], found["num_masks"]) == (96, 48, 48)
+    for key in ("parted", "exact", "near", "conflicts", "blank", "outliers", "unreadable", "left_out", "foreign"):
+        assert found[key] == [], key
+    sentences = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    assert sentences == ["- The data brings no split; when one is cut, patients and duplicates stay together."]
+
+
+def test_json_on_standard_output_is_the_file(planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(Project(planted), data=Data(), preprocess=Preprocess(), as_json=True)
+    assert capsys.readouterr().out == (planted / "reports" / "audit.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("set.zip", "a file; expected a folder.*import"), ("absent", "no such folder"), ("data", "no pictures")],
+)
+def test_what_is_no_folder_of_pictures_is_refused(tmp_path: Path, path: str, words: str) -> None:
+    (tmp_path / "set.zip").write_bytes(b"PK\3\4")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=words):
+        audit(tmp_path, path=tmp_path / path)
+    assert not (tmp_path / "reports").exists()
+
+
+def test_names_are_text_wherever_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    label = "<b>bold[red]"
+    for name in ("<script>alert(1)", "two\nlines", "\x1b[31mred", "[bold]x", "[@]"):
+        save(tmp_path / "data" / label / f"{name}.png", film(0))
+    (tmp_path / "data" / "<img src=x>.txt").write_text("no image")
+    found = audit(tmp_path)
+    assert len(found["exact"][0]["names"]) == 5
+    assert any("\n" in name for name in found["exact"][0]["names"])  # as it is, for programs
+    page = (tmp_path / "reports" / "audit.html").read_text()
+    assert not re.search(r"<script|<b>|<img src=x|\x1b|two\nlines", page)
+    assert "&lt;b&gt;bold[red]" in page
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert "<b>bold[red]" in out
+
+
+def test_nothing_that_names_a_patient_is_given_away(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    planted = {
+        "PatientName": "Wolpertinger^Adelgunde",
+        "PatientID": "WA-5518203",
+        "PatientBirthDate": "19030405",
+        "PatientComments": "keeps honeybees in Quagmire Street",
+    }
+    for number, split in enumerate(("train", "test", "test")):
+        data = pydicom.Dataset()
+        data.file_meta = FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = SecondaryCaptureImageStorage
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"1.2.3.{number}"
+        for name, value in planted.items():
+            setattr(data, name, value)
+        data.Rows = data.Columns = 64
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 8, 8, 7, 0
+        data.PixelData = film(0).tobytes()[: 4096 if number < 2 else 99]  # the last is cut short
+        path = tmp_path / "data" / split / "A" / f"{number}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.save_as(path, enforce_file_format=True)
+    found = audit(tmp_path, data=Data(keep_patient_ids=True))
+    assert len(found["parted"]) == len(found["unreadable"]) == 1
+    written = [path.read_bytes() for path in (tmp_path / "reports").iterdir()]
+    everything = b"".join(written) + "".join(capfd.readouterr()).encode()
+    for secret in ("Wolpertinger", "Adelgunde", "5518203", "19030405", "honeybees", "Quagmire"):
+        assert secret.encode() not in everything, secret
+    assert found["parted"][0]["patient"].encode() in everything
+
+
+def groups_of_files(folder: Path, suffixes: tuple[str, ...]) -> set[frozenset[str]]:
+    """Files of the same bytes, by their hash."""
+    files = defaultdict(set)
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and path.suffix.lower() in suffixes and not hidden:
+            files[hashlib.sha256(path.read_bytes()).hexdigest()].add(path.relative_to(folder).as_posix())
+    return {frozenset(names) for names in files.values() if len(names) > 1}
+
+
+@pytest.mark.parametrize("name", ["quirks", "mri"])
+def test_real_duplicates_are_those_of_the_files_hashes(name: str, shared_data: Shared, tmp_path: Path) -> None:
+    folder = shared_data(name)
+    found = audit(tmp_path, path=folder)
+    expected = groups_of_files(folder, (".jpg", ".jpeg", ".png"))
+    assert expected
+    assert {frozenset(group["names"]) for group in found["exact"]} == expected
+    assert found["num_duplicates"] == sum(len(names) - 1 for names in expected)
+
+
+def test_real_odd_files_are_found(shared_data: Shared, tmp_path: Path) -> None:
+    folder = shared_data("quirks")
+    found = audit(tmp_path, path=folder)
+    conflict = {"cross_dataset_conflict/COVID-00020.jpg", "cross_dataset_conflict/person1004_virus_1686.jpeg"}
+    assert conflict in [set(group["names"]) for group in found["near"]]
+    food = {
+        path.relative_to(folder).as_posix() for path in (folder / "wrong_content_food_labelled_as_mri").rglob("*.jpg")
+    }
+    assert food == set(found["outliers"])
+    assert ["Git LFS" in one["reason"] for one in found["unreadable"]] == [True]

@@ -1,0 +1,608 @@
+"""What a folder's names, files and manifest say of each picture, and what becomes of every other file."""
+
+import gc
+import os
+import pathlib
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medgen.config import Data, Preprocess
+from medgen.errors import UserError
+from medgen.ingest import dataset_scan, images
+from medgen.ingest.dataset_scan import Listing, Record
+from medgen.ingest.formats.raw import Contents, UnreadableImage
+
+
+def make(folder: Path, *names: str, manifest: str | None = None) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    if manifest is not None:
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.csv").write_text(manifest)
+    return folder
+
+
+def list_all(folder: Path, **data: Any) -> Listing:
+    return dataset_scan.scan(folder, Data(**{"keep_patient_ids": True, **data}), Preprocess())
+
+
+def scan(folder: Path, **data: Any) -> list[Record]:
+    return list_all(folder, **data).records
+
+
+@pytest.fixture
+def contents(monkeypatch: pytest.MonkeyPatch) -> dict[str, Contents | str]:
+    """What `images.inspect` says of files by their names; a text is why a file cannot be read."""
+    found: dict[str, Contents | str] = {}
+
+    def inspect(path: Path, preprocess: Preprocess) -> Contents:
+        result = found[path.name]
+        if isinstance(result, str):
+            raise UnreadableImage(result)
+        return result
+
+    monkeypatch.setattr(images, "inspect", inspect)
+    return found
+
+
+LAYOUTS: dict[str, dict[str, tuple[str | None, str | None]]] = {
+    "class folders": {"A/1.png": ("A", None), "B/2.png": ("B", None)},
+    "split and class": {"train/A/1.png": ("A", "train"), "test/B/2.png": ("B", "test"), "val/A/3.png": ("A", "val")},
+    "other names, any case": {
+        "Training/A/1.png": ("A", "train"),
+        "TESTING/B/2.JPG": ("B", "test"),
+        "Validation/A/3.Tif": ("A", "val"),
+        "valid/A/4.bmp": ("A", "val"),
+    },
+    "wrapper above splits": {
+        "chest_xray/train/NORMAL/1.jpeg": ("NORMAL", "train"),
+        "chest_xray/test/PNEUMONIA/2.jpeg": ("PNEUMONIA", "test"),
+    },
+    "wrappers above classes": {"Data/images/A/1.png": ("A", None), "Data/images/B/2.png": ("B", None)},
+    "flat": {"1.png": (None, None), "2.png": (None, None)},
+    "flat below splits": {"train/1.png": (None, "train"), "test/2.png": (None, "test")},
+    "class above split": {"A/train/1.png": ("A", "train"), "B/train/2.png": ("B", "train")},
+    "deeper folders": {"train/A/x/1.png": ("A", "train"), "train/B/y/2.png": ("B", "train")},
+    "images below class": {"A/images/1.png": ("A", None), "B/images/2.png": ("B", None)},
+    "split in the folder's name": {
+        "slices_train/1.png": (None, "train"),
+        "slices_validate/2.png": (None, "val"),
+        "slices_test/3.png": (None, "test"),
+    },
+    "split in the name above classes": {"x/train_set/A/1.png": ("A", "train"), "x/test_set/B/2.png": ("B", "test")},
+    "a name like a split, alone": {"stress_test/1.png": ("stress_test", None), "rest/2.png": ("rest", None)},
+    "Kaggle's nested copy": {
+        "chest_xray/train/NORMAL/1.jpeg": ("NORMAL", "train"),
+        "chest_xray/test/PNEUMONIA/2.jpeg": ("PNEUMONIA", "test"),
+        "chest_xray/chest_xray/train/NORMAL/1.jpeg": ("NORMAL", "train"),
+        "chest_xray/chest_xray/test/PNEUMONIA/2.jpeg": ("PNEUMONIA", "test"),
+    },
+    "chest-xray-covid19-pneumonia": {
+        "Data/train/COVID19/COVID-00003b.jpg": ("COVID19", "train"),
+        "Data/test/NORMAL/NORMAL(0).jpg": ("NORMAL", "test"),
+    },
+    "Montgomery and Shenzhen": {
+        "data/Lung Segmentation/CXR_png/MCUCXR_0001_0.png": ("normal", None),
+        "data/Lung Segmentation/CXR_png/CHNCXR_0327_1.png": ("tuberculosis", None),
+        "data/Lung Segmentation/test/CHNCXR_0025_0.png": ("normal", "test"),
+    },
+    "Montgomery beside Shenzhen": {
+        "MontgomerySet/CXR_png/MCUCXR_0104_1.png": ("tuberculosis", None),
+        "ChinaSet_AllFiles/CXR_png/CHNCXR_0001_0.png": ("normal", None),
+    },
+    "their films in one's own classes": {"Normal/CHNCXR_0001_0.png": ("Normal", None), "TB/x.png": ("TB", None)},
+    "TBX11K": {"imgs/tb/tb0005.png": ("tb", None), "imgs/health/h0001.png": ("health", None)},
+    "patients' folders are no classes": {
+        "OAS1_0001_MR1/RAW/OAS1_0001_MR1_mpr-1_anon.png": (None, None),
+        "OAS1_0002_MR1/PROCESSED/a.png": (None, None),
+        "sub-01/anat/sub-01_T1w.png": (None, None),
+    },
+    "patients' folders in classes": {"A/patient1/1.png": ("A", None), "B/patient2/2.png": ("B", None)},
+    "names with quotes, dots and new lines": {"A/a..\nb.png": ("A", None), 'B/Ünï "b",.png': ("B", None)},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_label_and_split_come_from_the_folders(tmp_path: Path, name: str) -> None:
+    expected = LAYOUTS[name]
+    records = scan(make(tmp_path, *expected))
+    assert {record.path: (record.label, record.split) for record in records} == expected
+    assert [record.path for record in records] == sorted(expected)
+
+
+MASKS = {
+    "masks beside images": ("images/a.jpg", "masks/a.png"),
+    "with a mark": ("images/a.jpg", "masks/a_mask.png"),
+    "with @": ("images/a-1.jpg", "masks/a-1@.png"),
+    "with classes": ("images/A/a.png", "masks/A/a.png"),
+    "below classes": ("A/images/a.png", "A/masks/a.png"),
+    "below splits": ("train/images/a.png", "train/masks/a.png"),
+    "other names": ("Imgs/a.png", "Lung Masks/a.png"),
+    "in one folder": ("A/a.png", "A/a_mask.png"),
+    "in one folder with @": ("A/a.png", "A/a@.png"),
+    "numbered": ("A/a (1).png", "A/a (1)_mask_1.png"),
+    "OASIS slices": ("slices_train/case_1_slice_0.nii.png", "slices_seg_train/seg_1_slice_0.nii.png"),
+    "a folder named after the images'": ("train/a.png", "train_masks/a_mask.png"),
+    "Montgomery": ("x/CXR_png/MCUCXR_0001_0.png", "x/masks/MCUCXR_0001_0.png"),
+    "Shenzhen": ("x/CXR_png/CHNCXR_0001_0.png", "x/masks/CHNCXR_0001_0_mask.png"),
+    "Oxford pets": ("images/Abyssinian_1.jpg", "annotations/trimaps/Abyssinian_1.png"),
+    "volumes": ("images/a.nii.gz", "masks/a.nii"),
+    "volumes in one folder": ("A/a.nii.gz", "A/a_seg.nii.gz"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_find_their_picture(tmp_path: Path, contents: dict[str, Contents | str], name: str) -> None:
+    image, mask = MASKS[name]
+    contents.update({Path(path).name: Contents((0,)) for path in (image, mask)})
+    listing = list_all(make(tmp_path, image, mask, f"{image.rpartition('/')[0]}/lone.png"))
+    assert {record.path: record.mask for record in listing.records} == {
+        image: mask, f"{image.rpartition('/')[0]}/lone.png": None,
+    }  # fmt: skip
+    assert listing.foreign == []
+
+
+def test_a_mask_elsewhere_belongs_to_the_only_picture_of_its_name(tmp_path: Path) -> None:
+    names = ("s1/T88/a.png", "s1/FSL_SEG/a_fseg.png", "s2/T88/a.png", "s2/T88/b.png", "s3/b/b.png", "masks/b.png")
+    listing = list_all(make(tmp_path, *names))
+    assert {r.path: r.mask for r in listing.records if r.mask} == {"s1/T88/a.png": "s1/FSL_SEG/a_fseg.png"}
+    assert listing.foreign == [("masks/b.png", "a mask without its image")]
+
+
+def test_no_split_takes_the_mask_of_another(tmp_path: Path) -> None:
+    listing = list_all(make(tmp_path, "train/images/a.png", "train/images/b.png", "test/masks/a.png"))
+    assert not any(record.mask for record in listing.records)
+    assert listing.foreign == [("test/masks/a.png", "a mask without its image")]
+
+
+def test_masks_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
+    names = ("A/b_mask.png", "masks/c.png", "A/a_mask.png", "A/a_mask_1.png", "x/ManualMask/leftMask/a.png")
+    listing = list_all(make(tmp_path, "A/a.png", "A/with_mask_on.png", "A/d@.png", *names))
+    assert [record.path for record in listing.records] == ["A/a.png", "A/d@.png", "A/with_mask_on.png"]
+    assert listing.foreign == [
+        ("A/a_mask_1.png", "a second mask of the image that has A/a_mask.png"),
+        ("A/b_mask.png", "a mask without its image"),
+        ("masks/c.png", "a mask without its image"),
+        ("x/ManualMask/leftMask/a.png", "a mask of one lung: join leftMask and rightMask in a folder masks"),
+    ]
+
+
+def test_classes_called_mask_are_classes(tmp_path: Path) -> None:
+    records = scan(make(tmp_path, "with_mask/1.png", "without_mask/2.png"))
+    assert [record.label for record in records] == ["with_mask", "without_mask"]
+
+
+def test_pets_have_their_class_in_the_name(tmp_path: Path) -> None:
+    names = ("annotations/list.txt", "annotations/xmls/Abyssinian_1.xml")
+    pictures = ("images/Abyssinian_1.jpg", "images/great_dane_2.jpg", "annotations/trimaps/Abyssinian_1.png")
+    listing = list_all(make(tmp_path, *pictures, *names))
+    assert [record.label for record in listing.records] == ["Abyssinian", "great_dane"]
+    assert [path for path, _ in listing.foreign] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("person12_bacteria_46.jpeg", "person12"),
+        ("IM-0001-0001.jpeg", "IM-0001"),
+        ("IM-0608-0001-0001.jpeg", "IM-0608"),
+        ("NORMAL2-IM-0530-0001.jpeg", "NORMAL2-IM-0530"),
+        ("case_001_slice_3.nii.png", "case_001"),
+        ("00001280_004.png", "00001280"),
+        ("COVID-00015a.png", "COVID-00015"),
+        ("COVID-00015.jpg", "COVID-00015"),
+        ("OAS1_0001_MR1.png", "OAS1_0001"),
+        ("sub-01_T1w.png", "sub-01"),
+        ("patient12_3.png", "patient12"),
+        ("MCUCXR_0001_0.png", "MCUCXR_0001_0"),
+        ("CHNCXR_0327_1.png", "CHNCXR_0327_1"),
+        ("OAS1_0001_MR1_mpr_n4_anon_111_t88_masked_gfc.png", "OAS1_0001"),
+        ("holiday.png", "A/holiday.png"),
+        ("personal_1.png", "A/personal_1.png"),
+    ],
+)
+def test_patients_come_from_known_names(tmp_path: Path, name: str, patient: str) -> None:
+    assert scan(make(tmp_path, f"A/{name}"))[0].patient == patient
+
+
+def test_a_patients_folder_names_the_patient(tmp_path: Path) -> None:
+    records = scan(make(tmp_path, "A/sub-07/ses-1/scan.png", "OAS2_0003_MR1/RAW/mpr-1.png"))
+    assert [record.patient for record in records] == ["sub-07", "OAS2_0003"]
+
+
+def test_a_pattern_of_ones_own_comes_first(tmp_path: Path, contents: dict[str, Contents | str]) -> None:
+    contents.update({"x8.dcm": Contents((0,), patient="ANONYMOUS"), "y.dcm": Contents((0,), patient="P1")})
+    folder = make(tmp_path, "x7-person1_2.png", "other.png", "x8.dcm", "y.dcm")
+    assert [record.patient for record in scan(folder, patient_pattern=r"^x(\d+)")] == ["other.png", "7", "8", "P1"]
+
+
+@pytest.mark.parametrize("pattern", ["(", "no group"])
+def test_a_wrong_pattern_is_named(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(UserError, match=r"data\.patient_pattern"):
+        scan(make(tmp_path, "a.png"), patient_pattern=pattern)
+
+
+def test_patients_are_hidden_unless_asked_for(tmp_path: Path) -> None:
+    text = "path,patient\nperson7_1.png,\nperson7_2.png,Doe^Jane\nperson7_3.png,\n"
+    folder = make(tmp_path, "person7_1.png", "person7_2.png", "person7_3.png", manifest=text)
+    hidden = [record.patient for record in scan(folder, keep_patient_ids=False)]
+    assert [record.patient for record in scan(folder)] == ["person7", "Doe^Jane", "person7"]
+    assert hidden[0] == hidden[2] != hidden[1]
+    assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in hidden)
+
+
+# files of many pictures, and files that belong to others
+
+
+def test_each_picture_of_a_file_is_a_record(tmp_path: Path, contents: dict[str, Contents | str]) -> None:
+    contents["a.npz"] = Contents((0, 1), labels=("0", None), splits=("train", "test"), independent=True)
+    contents["scan.nii.gz"] = Contents(range(4, 8, 2), patient="P1")
+    contents["sub-3_T1w.nii"] = Contents((0,))
+    records = scan(make(tmp_path, "A/a.npz", "B/scan.nii.gz", "B/sub-3_T1w.nii"))
+    assert records == [
+        Record("A/a.npz", "0", "A/a.npz#0", "train", None, 0),
+        Record("A/a.npz", "A", "A/a.npz#1", "test", None, 1),
+        Record("B/scan.nii.gz", "B", "P1", None, None, 4),
+        Record("B/scan.nii.gz", "B", "P1", None, None, 6),
+        Record("B/sub-3_T1w.nii", "B", "sub-3", None, None, 0),
+    ]
+    assert [record.name for record in records[:2]] == ["A/a.npz", "A/a.npz#1"]
+
+
+def test_the_manifest_speaks_for_all_pictures_of_a_file(tmp_path: Path, contents: dict[str, Contents | str]) -> None:
+    contents["a.npz"] = Contents((0, 1), labels=("0", "1"), splits=("train", "test"), independent=True)
+    records = scan(make(tmp_path, "a.npz", manifest="path,label,patient,split\na.npz,X,p,val\n"))
+    assert [(record.label, record.patient, record.split, record.index) for record in records] == [
+        ("X", "p", "val", 0), ("X", "p", "val", 1),
+    ]  # fmt: skip
+
+
+def test_a_file_that_cannot_be_opened_is_one_record(tmp_path: Path, contents: dict[str, Contents | str]) -> None:
+    contents["cut.dcm"] = "damaged"
+    assert scan(make(tmp_path, "cut.dcm")) == [Record("cut.dcm", None, "cut.dcm", None, None)]
+
+
+def test_a_volume_of_which_no_slice_is_asked_for_is_named(tmp_path: Path, contents: dict[str, Contents | str]) -> None:
+    contents["a.nii"] = Contents(())
+    listing = list_all(make(tmp_path, "a.nii", "a_mask.png", "b.png"))
+    assert listing.foreign == [
+        ("a.nii", "none of its pictures is asked for by preprocess.volume"),
+        ("a_mask.png", "a mask without its image"),
+    ]
+    assert [record.path for record in listing.records] == ["b.png"]
+
+
+@pytest.mark.parametrize("second", ["a.img", "0.img"])
+def test_companions_are_neither_records_nor_foreign(
+    tmp_path: Path, contents: dict[str, Contents | str], second: str
+) -> None:
+    contents["a.hdr"] = Contents((0,), companions=(tmp_path / second, tmp_path / "missing.txt"))
+    contents[second] = "only half of a volume"
+    listing = list_all(make(tmp_path, "a.hdr", second))
+    assert ([record.path for record in listing.records], listing.companions) == (["a.hdr"], [second])
+    assert listing.foreign == []
+
+
+# what is no picture
+
+JUNK = {
+    ".DS_Store": "hidden",
+    "A/.hidden.png": "hidden",
+    ".cache/1.png": "hidden",
+    "A/.ipynb_checkpoints/x/1.png": "a notebook's checkpoint copy",
+    "__MACOSX/A/1.png": "metadata of macOS",
+    "A/__pycache__/1.png": "compiled Python",
+}
+
+
+def test_junk_is_listed_with_its_reason(tmp_path: Path) -> None:
+    listing = list_all(make(tmp_path, "A/1.png", ".git/objects/ab/1.png", ".salted", "A/.salt", *JUNK))
+    assert [record.path for record in listing.records] == ["A/1.png"]
+    more = {".git/": "files of a tool, not looked into", ".salted": "hidden", "A/.salt": "hidden"}
+    assert dict(listing.foreign) == JUNK | more
+    assert listing.foreign == sorted(listing.foreign)
+
+
+def test_files_of_other_kinds_are_listed_with_what_they_are(tmp_path: Path) -> None:
+    folder = make(tmp_path, "A/1.png", "A/empty.txt")
+    (folder / "notes.txt").write_text("Jane Doe, born 1950")
+    (folder / "w.pth").write_bytes(b"\x80\x02\x8a\x0a")
+    foreign = dict(list_all(folder).foreign)
+    assert foreign.keys() == {"A/empty.txt", "notes.txt", "w.pth"}
+    assert (foreign["notes.txt"], foreign["A/empty.txt"]) == ("a text file", "empty file")
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
+    folder = make(tmp_path, "A/1.png")
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "away.png").symlink_to(folder / "nothing")
+    (folder / "ring.png").symlink_to(folder / "ring.png")
+    assert list_all(folder).foreign == [
+        ("away.png", "a link that leads nowhere"),
+        ("pipe", "not a regular file"),
+        ("pipe.png", "not a regular file"),
+        ("ring.png", "a link that leads nowhere"),
+    ]
+
+
+def test_a_name_that_is_not_utf_8_is_spelled_out(tmp_path: Path) -> None:
+    folder = make(tmp_path, "A/1.png")
+    (folder / os.fsdecode(b"A/caf\xe9.png")).write_bytes(b"")
+    listing = list_all(folder)
+    assert listing.foreign == [("A/caf\\xe9.png", "its name is not UTF-8: rename it")]
+    assert len(listing.records) == 1
+
+
+# manifest.csv
+
+
+def test_the_manifest_decides_and_folders_fill_in(tmp_path: Path) -> None:
+    text = "\ufeffPath,Label,Group,Split,source\ntrain/A/1.png,X,p1,test,s\ntrain/B/person7_1.png,,,,s\n"
+    records = scan(make(tmp_path, "train/A/1.png", "train/B/person7_1.png", "train/B/unlisted.png", manifest=text))
+    assert records == [
+        Record("train/A/1.png", "X", "p1", "test", None),
+        Record("train/B/person7_1.png", "B", "person7", "train", None),
+    ]
+
+
+def test_a_manifest_of_paths_alone_is_enough(tmp_path: Path) -> None:
+    records = scan(make(tmp_path, "A/1.png", "B/2.png", manifest="path\nA/1.png\nB\\2.png\n"))
+    assert [(record.label, record.patient) for record in records] == [("A", "A/1.png"), ("B", "B/2.png")]
+
+
+def test_a_manifest_names_masks_by_the_folders(tmp_path: Path) -> None:
+    folder = make(tmp_path, "images/1.png", "masks/1@.png", manifest="path,patient\nimages/1.png,9\n")
+    assert scan(folder) == [Record("images/1.png", None, "9", None, "masks/1@.png")]
+
+
+def test_what_the_manifest_does_not_list_is_named(tmp_path: Path) -> None:
+    names = ("1.png", "2.png", "1_mask.png", "3_mask.png", "masks/2.png", "notes.txt")
+    listing = list_all(make(tmp_path, *names, manifest="path\n1.png\nabsent.png\n"))
+    assert listing.records == [
+        Record("1.png", None, "1.png", None, "1_mask.png"), Record("absent.png", None, "absent.png", None, None),
+    ]  # fmt: skip
+    assert dict(listing.foreign) == {
+        **dict.fromkeys(("2.png", "3_mask.png", "masks/2.png"), "not listed in manifest.csv"),
+        "notes.txt": "empty file",
+    }  # fmt: skip
+
+
+def test_a_manifest_may_list_what_is_hidden_and_what_cannot_be_read(tmp_path: Path) -> None:
+    folder = make(tmp_path, ".a/1.png", ".a/2.png", manifest="path\n.a/1.png\npipe\n.\n" + "x" * 999 + "\n")
+    os.mkfifo(folder / "pipe")
+    listing = list_all(folder)
+    assert [record.path for record in listing.records] == [".", ".a/1.png", "pipe", "x" * 999]
+    assert listing.foreign == [(".a/2.png", "hidden")]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("file,label\n1.png,A\n", "no column named path among 2; expected a first line with path"),
+        ("path\n../1.png\n", r"line 2: path '\.\./1\.png'; expected a path inside"),
+        ("path\n/etc/passwd\n", "expected a path inside"),
+        ("path\nC:\\1.png\n", "expected a path inside"),
+        ("path\n\n1.png\n,\n", "expected a path inside"),
+        ("path\nlink.png\n", "leads out of"),
+        ("path\n1\0.png\n", "expected a path inside"),
+        ("path\n1.png\n1.png\n", "line 3: 1.png is listed twice"),
+        ("path,split\n1.png,holdout\n", "split 'holdout'; expected train, val or test"),
+        ("path\n", "no pictures found"),
+    ],
+)
+def test_a_wrong_manifest_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    folder = make(tmp_path / "data", "1.png", manifest=text)
+    (tmp_path / "secret.png").write_bytes(b"")
+    if "link" in text:
+        (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match=reason):
+        scan(folder)
+
+
+# links and absence
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data", "A/1.png")
+    (tmp_path / "secret.png").write_bytes(b"")
+    (folder / "A" / "2.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match=r"2\.png: leads out of"):
+        scan(folder)
+
+
+def test_a_linked_folder_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data", "A/1.png")
+    (folder / "B").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(UserError, match="a link to a folder"):
+        scan(folder)
+
+
+def test_links_into_dvcs_cache_are_fine(tmp_path: Path) -> None:
+    cached = tmp_path / "cache" / "files" / "md5" / "ab" / ("0" * 30)
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"")
+    folder = make(tmp_path / "data", "A/1.png")
+    (folder / "A" / "2.png").symlink_to(cached)
+    assert len(scan(folder)) == 2
+
+
+def test_nothing_there_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="medgen data import PATH"):
+        scan(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"no pictures found; found 2 x hidden, 1 x empty file; expected PNG.*DICOM"):
+        scan(make(tmp_path, "notes.txt", ".a", ".b"))
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\)"):
+        scan(tmp_path)
+
+
+def test_the_order_of_the_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path, *(f"{label}/{i}.png" for label in "ABC" for i in range(5)))
+    straight = scan(folder)
+    scandir = os.scandir
+
+    class Backwards:
+        def __init__(self, path: Path) -> None:
+            self.entries = list(scandir(path))[::-1]
+
+        def __enter__(self) -> "Iterator[os.DirEntry[str]]":
+            return iter(self.entries)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert scan(folder) == straight
+
+
+def test_many_files_need_little_memory_and_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"train/A/person{i // 3:05}_bacteria_{i:06}.png" for i in range(10_000)]
+    (tmp_path / "any.png").touch()
+    monkeypatch.setattr(dataset_scan, "walk", lambda folder: iter([(name, None) for name in names]))
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("a picture was opened"))
+    list_all(tmp_path, keep_patient_ids=False)  # what is imported on first use is none of the listing's
+    gc.collect()
+    tracemalloc.start()
+    try:
+        listing = list_all(tmp_path, keep_patient_ids=False)
+        held, peak = tracemalloc.get_traced_memory()
+        grown = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, pathlib.__file__)])
+    finally:
+        tracemalloc.stop()
+    assert len(listing.records) == len(names)
+    # the interpreter's table of interned names doubles now and then, whoever adds the name that makes it
+    table = max((trace.size for trace in grown.traces), default=0)
+    assert held - table < 400 * len(names)
+    assert peak - table < 600 * len(names)
+
+
+PARTS = (
+    "images",
+    "masks",
+    "train",
+    "test",
+    "A",
+    "sub-01",
+    "leftMask",
+    "slices_train",
+    "slices_seg_train",
+    "slices_test",
+)
+STEMS = ("a", "b", "a_mask", "a_mask_1", "a@", "b_seg", "case_1", "seg_1", "sub-01_T1w", "x_1_y")
+NAMES = st.builds(
+    lambda parts, stem, suffix: "/".join([*parts, stem + suffix]),
+    st.lists(st.sampled_from(PARTS), max_size=3), st.sampled_from(STEMS), st.sampled_from((".png", ".jpg", ".bmp")),
+)  # fmt: skip
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(st.lists(NAMES, min_size=1, max_size=12, unique=True), st.randoms(use_true_random=False))
+def test_whatever_the_names_each_file_is_in_one_place(names: list[str], random: Random) -> None:
+    def list_names() -> Listing | str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dataset_scan, "walk", lambda folder: iter([(name, None) for name in names]))
+            try:
+                return list_all(Path(__file__).parent)
+            except UserError as error:
+                return str(error)
+
+    listing = list_names()
+    random.shuffle(names)
+    assert list_names() == listing
+    if isinstance(listing, Listing):
+        masks = {record.mask for record in listing.records if record.mask is not None}
+        places = [*(record.path for record in listing.records), *masks, *(path for path, _ in listing.foreign)]
+        assert sorted(places) == sorted(names)
+    else:
+        assert "no pictures found" in listing
+
+
+# real folders
+
+
+def test_the_real_chest_xrays(shared_data: Callable[[str], Path]) -> None:
+    records = scan(shared_data("xray"))
+    assert Counter((record.split, record.label) for record in records) == {
+        ("train", "COVID19"): 22, ("train", "NORMAL"): 478, ("train", "PNEUMONIA"): 901,
+        ("test", "COVID19"): 8, ("test", "NORMAL"): 120, ("test", "PNEUMONIA"): 214,
+    }  # fmt: skip
+    of_train, of_test = ({r.patient for r in records if r.split == split} for split in ("train", "test"))
+    assert not of_train & of_test
+
+
+def test_names_alone_give_the_real_patients(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    """What the file names say agrees with what the set's own manifest says."""
+    listed = scan(shared_data("xray"))
+    bare = scan(make(tmp_path, *(record.path for record in listed)))
+    named = {record.path: record.patient for record in bare}
+    of_name: dict[str, set[str]] = {}
+    of_manifest: dict[str, set[str]] = {}
+    for record in listed:
+        of_name.setdefault(named[record.path], set()).add(record.path)
+        of_manifest.setdefault(record.patient, set()).add(record.path)
+    assert sorted(map(sorted, of_name.values())) == sorted(map(sorted, of_manifest.values()))
+
+
+def test_every_real_lung_mask_is_found(shared_data: Callable[[str], Path]) -> None:
+    records = scan(shared_data("lungmask"))
+    assert len(records) == 219
+    assert all(record.mask for record in records)
+    assert all(record.mask == record.path.replace("images/", "masks/").replace(".jpg", "@.png") for record in records)
+
+
+@pytest.mark.parametrize("name", ["formats", "quirks", "lungmask", "cifar_format", "medmnist", "mnist_idx"])
+def test_every_real_file_is_in_one_place(shared_data: Callable[[str], Path], name: str) -> None:
+    folder = shared_data(name)
+    listing = list_all(folder)
+    places = [
+        {record.path for record in listing.records},
+        {record.mask for record in listing.records if record.mask is not None},
+        set(listing.companions),
+        {path for path, _ in listing.foreign},
+        {"manifest.csv"} if (folder / "manifest.csv").exists() else set(),
+    ]
+    files = [Path(place, file).relative_to(folder).as_posix() for place, _, names in os.walk(folder) for file in names]
+    assert sorted(path for paths in places for path in paths) == sorted(files)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("mri", {"train": 2700, "test": 900}),
+        ("medmnist", {"train": 2428, "val": 270, "test": 468}),
+        ("mnist_idx", {"test": 10_000}),
+        ("cifar_format", {"train": 1250, "test": 250}),
+    ],
+)
+def test_real_pictures_are_counted(shared_data: Callable[[str], Path], name: str, counts: dict[str, int]) -> None:
+    records = scan(shared_data(name))
+    assert Counter(record.split for record in records) == counts
+    assert all(record.label is not None for record in records)
+
+
+def test_labels_without_their_pictures_are_no_picture(shared_data: Callable[[str], Path]) -> None:
+    listing = list_all(shared_data("mnist_idx"))
+    assert listing.companions == ["t10k-labels-idx1-ubyte.gz"]
+    assert [path for path, _ in listing.foreign] == ["SOURCE.md", "train-labels-idx1-ubyte.gz"]
+    assert dict(listing.foreign)["train-labels-idx1-ubyte.gz"].startswith("labels without their pictures")
+
+
+def test_real_junk_is_left_out(shared_data: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="no pictures found; found 1 x hidden, 1 x a notebook's checkpoint copy"):
+        scan(shared_data("quirks") / "junk")

@@ -1,0 +1,68 @@
+"""`medgen compare`: what a user sees of several runs, without any server."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medgen.config import Project, Tracking
+from medgen.errors import UserError
+from medgen.tracking import Tracker
+from medgen.tracking.compare import compare
+
+OFF = Tracking(enabled=False)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """Two runs: the later one in alphabetical order began first."""
+    project = Project(tmp_path)
+    for run, channels, losses in (("bbb", 32, (0.5, 0.25)), ("aaa", 64, (0.4, float("inf")))):
+        with Tracker.open(project.runs / run, OFF, project, f"vae-{run}") as tracker:
+            tracker.params({"model": {"base_channels": channels}, "train": {"seed": 0}})
+            for step, loss in enumerate(losses):
+                tracker.metrics({"val/loss": loss}, step=step)
+    (project.runs / "killed-before-its-first-line").mkdir()
+    return project
+
+
+def test_runs_stand_side_by_side(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = compare(project)
+    assert [(row.run, row.name, row.status) for row in rows] == [
+        ("bbb", "vae-bbb", "finished"),
+        ("aaa", "base_channels=64 (aaa)", "finished"),
+    ]
+    # What is the same in all runs is left out.
+    assert [row.params for row in rows] == [{"model.base_channels": 32}, {"model.base_channels": 64}]
+    assert [row.metrics for row in rows] == [{"val/loss": 0.25}, {"val/loss": 0.4}]
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("bbb", "aaa", "model.base_channels", "0.25", "0.4"))
+    assert "train.seed" not in printed
+
+
+def test_json_is_plain(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(project, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in told] == ["bbb", "aaa"]
+    assert told[0]["metrics"] == {"val/loss": 0.25}
+
+
+def test_many_runs_fit_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    project = Project(tmp_path)
+    for run in range(7):
+        with Tracker.open(project.runs / f"run{run}", OFF, project, "vae") as tracker:
+            tracker.params({"model": {"base_channels": run}})
+            tracker.metrics({"val/loss": 0.5 + run}, step=0)
+    compare(project)
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines()) <= 80
+    assert all(f"run{run}" in printed for run in range(7))
+    assert all(str(0.5 + run) in printed for run in range(7))
+
+
+def test_no_runs_yet(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no runs yet; run `medgen train`"):
+        compare(Project(tmp_path))

@@ -1,0 +1,438 @@
+"""What a user is promised of a run's record: nothing lost, nothing twice, and training never waits for MLflow."""
+
+import json
+import math
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from medgen import tracking
+from medgen.config import Model, Params, Project, Tracking
+from medgen.errors import UserError
+from medgen.tracking import Tracker, history, lineage, read_run, sync
+from medgen.tracking import mlflow_sync as mirroring
+from medgen.tracking.history import HISTORY, read
+
+OFF = Tracking(enabled=False)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One project, and so one SQLite store, for all tests: making a store takes seconds."""
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def scratch(project: Project, request: pytest.FixtureRequest) -> Path:
+    return project.runs / request.node.name
+
+
+@pytest.fixture
+def dead_server() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def stalled_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(100)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def record(scratch: Path, project: Project, settings: Tracking, steps: range, scale: float = 1.0) -> None:
+    with Tracker.open(scratch, settings, project, "a-run") as tracker:
+        tracker.params({"train": {"batch_size": 16}})
+        for step in steps:
+            tracker.metrics({"loss": scale / (step + 1)}, step=step)
+
+
+def mlflow_run(project: Project, scratch: Path) -> tuple[Any, str]:
+    client, _ = mirroring.connect(project, Tracking())
+    run_id = json.loads((scratch / mirroring.MIRROR).read_text())["run_id"]
+    return client, run_id
+
+
+def points(project: Project, scratch: Path, name: str) -> list[tuple[int, float]]:
+    client, run_id = mlflow_run(project, scratch)
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def kinds(scratch: Path) -> list[str]:
+    return [event["kind"] for event, _ in read(scratch / HISTORY)]
+
+
+def test_history_needs_no_mlflow(project: Project, scratch: Path) -> None:
+    with Tracker.open(scratch, OFF, project, "a-run") as tracker:
+        tracker.params({"model": Model(), "phases": [{"epochs": 3}, {"epochs": 5}], "size": None})
+        tracker.tags({"git.commit": "abc"})
+        tracker.metrics({"loss": 1.0}, step=1)
+        tracker.metrics({"ssim": 0.5}, step=1)
+        tracker.metrics({"loss": 0.5}, step=2)
+    assert history(scratch) == [{"step": 1, "loss": 1.0, "ssim": 0.5}, {"step": 2, "loss": 0.5}]
+    run = read_run(scratch)
+    assert run is not None
+    assert (run.name, run.status, run.tags) == ("a-run", "FINISHED", {"git.commit": "abc"})
+    assert run.params["model.latent_channels"] == Model().latent_channels
+    assert (run.params["phases.0.epochs"], run.params["phases.1.epochs"], run.params["size"]) == (3, 5, None)
+
+
+def test_no_record_is_an_empty_history(tmp_path: Path) -> None:
+    assert history(tmp_path / "nothing") == []
+    assert read_run(tmp_path / "nothing") is None
+
+
+def test_a_line_torn_by_a_kill_is_dropped(project: Project, scratch: Path) -> None:
+    record(scratch, project, OFF, range(3))
+    path = scratch / HISTORY
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "metrics", "step": 3, "val')
+    assert [r["step"] for r in history(scratch)] == [0, 1, 2]
+    record(scratch, project, OFF, range(4))
+    assert [r["step"] for r in history(scratch)] == [0, 1, 2, 3]
+    assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+def test_repeats_are_dropped_and_a_changed_value_counts(project: Project, scratch: Path) -> None:
+    record(scratch, project, OFF, range(5))
+    once = kinds(scratch)
+    record(scratch, project, OFF, range(5))
+    assert [kind for kind in kinds(scratch) if kind != "status"] == [kind for kind in once if kind != "status"]
+    record(scratch, project, OFF, range(4, 5), scale=2.0)
+    assert kinds(scratch).count("metrics") == 6
+    assert history(scratch)[4] == {"step": 4, "loss": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "FINISHED"), (None, "FINISHED")],
+)
+def test_status_tells_how_a_run_ended(
+    project: Project, scratch: Path, error: type[BaseException] | None, status: str
+) -> None:
+    with nullcontext() if error is None else pytest.raises(error), Tracker.open(scratch, OFF, project, "a-run"):
+        if error:
+            raise error
+    run = read_run(scratch)
+    assert run is not None
+    assert run.status == status
+
+
+def test_two_processes_never_write_one_run(
+    project: Project, scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "LOCK_PATIENCE_SECONDS", 0.05)
+    with Tracker.open(scratch, OFF, project, "a-run"):
+        with pytest.raises(UserError, match="another process is writing this run"):
+            Tracker.open(scratch, OFF, project, "a-run")
+        run = read_run(scratch)
+        assert run is not None
+        assert run.status == "RUNNING"
+        assert scratch.name in sync(project, Tracking()).live
+    assert scratch.name in capsys.readouterr().out
+
+
+def test_mirror_holds_what_the_history_holds(project: Project, scratch: Path) -> None:
+    with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
+        tracker.params({"train": {"batch_size": 16}})
+        tracker.tags({"git.commit": "abc"})
+        tracker.note("# A run")
+        tracker.dataset("phantom", "0123456789ab", "data", {"train": 3, "test": 1})
+        for step in range(3):
+            path = scratch / "samples" / f"{step}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("L", (300, 100), step * 80).save(path)
+            tracker.image("samples/prior", path, step=step)
+            tracker.metrics({"loss": 1.0 - step}, step=step)
+        tracker.artifact(path, "figures")
+    client, run_id = mlflow_run(project, scratch)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"train.batch_size": "16"}
+    assert run.data.tags["git.commit"] == "abc"
+    assert run.data.tags["mlflow.note.content"] == "# A run"
+    assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [("phantom", "0123456789ab")]
+    sent = {event["step"]: event["time"] for event, _ in read(scratch / HISTORY) if event["kind"] == "metrics"}
+    told = client.get_metric_history(run_id, "loss")
+    assert {m.step: m.timestamp for m in told} == {step: int(when * 1000) for step, when in sent.items()}
+    assert [m.value for m in told] == [1.0, 0.0, -1.0]
+    # The page's image grid: a picture and a thumbnail for each step, and the tag that makes it look.
+    images = sorted(Path(item.path).name for item in client.list_artifacts(run_id, "images"))
+    assert [name.split("+")[:3] for name in images[::2]] == [["samples~prior", "step", str(step)] for step in range(3)]
+    assert len(images) == 6
+    assert run.data.tags["mlflow.loggedImages"] == "True"
+    assert [item.path for item in client.list_artifacts(run_id, "figures")] == ["figures/2.png"]
+    # Artifacts stand in the project, wherever the command was called from.
+    assert (project.root / "mlartifacts" / run_id / "artifacts" / "figures" / "2.png").is_file()
+
+
+def test_a_killed_run_goes_on_in_the_same_mlflow_run(project: Project, scratch: Path) -> None:
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+from medgen.config import Project, Tracking
+from medgen.tracking import Tracker
+tracker = Tracker.open(Path({str(scratch)!r}), Tracking(enabled=False), Project(Path({str(project.root)!r})), "a-run")
+for step in range(8):
+    tracker.metrics({{"loss": 1.0 / (step + 1)}}, step=step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [r["step"] for r in history(scratch)] == list(range(8))
+    run = read_run(scratch)
+    assert run is not None
+    assert run.status == "INTERRUPTED"
+    sync(project, Tracking())
+    _, first = mlflow_run(project, scratch)
+    record(scratch, project, Tracking(), range(5, 12))  # back to a checkpoint at step 5, the same numbers again
+    _, second = mlflow_run(project, scratch)
+    assert first == second
+    assert points(project, scratch, "loss") == [(step, 1.0 / (step + 1)) for step in range(12)]
+
+
+@pytest.mark.parametrize("state", [None, {"offset": 0}, {"run_id": "0" * 32}, "no json"])
+def test_sending_again_leaves_mlflow_as_it_was(project: Project, scratch: Path, state: Any) -> None:
+    """As when a process dies between sending and noting that it sent."""
+    scratch.mkdir(parents=True)
+    picture = scratch / "picture.png"
+    Image.new("L", (8, 8)).save(picture)
+    with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
+        tracker.params({"a": 1})
+        tracker.metrics({"loss": 1.0}, step=0)
+        tracker.image("samples", picture, step=0)
+        tracker.dataset("phantom", "0123456789ab", "data", {"train": 3})
+    client, run_id = mlflow_run(project, scratch)
+    noted = scratch / "mlflow_sync.json"
+    if state is None:
+        noted.unlink()
+    elif isinstance(state, str):
+        noted.write_text(state)
+    else:
+        noted.write_text(json.dumps(json.loads(noted.read_text()) | state))
+    sync(project, Tracking())
+    assert mlflow_run(project, scratch)[1] == run_id
+    assert points(project, scratch, "loss") == [(0, 1.0)]
+    assert len(client.list_artifacts(run_id, "images")) == 2
+    assert len(client.get_run(run_id).inputs.dataset_inputs) == 1
+
+
+def test_inf_and_nan_never_reach_mlflow(project: Project, scratch: Path) -> None:
+    with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
+        tracker.metrics({"loss": 1.0, "kl": 2.0}, step=0)
+        tracker.metrics({"loss": math.nan, "kl": math.inf, "l1": 0.5}, step=1)
+        tracker.metrics({"loss": -math.inf}, step=2)
+    kept = history(scratch)
+    assert math.isnan(kept[1]["loss"])
+    assert (kept[1]["kl"], kept[2]["loss"]) == (math.inf, -math.inf)
+    assert points(project, scratch, "loss") == [(0, 1.0)]
+    assert points(project, scratch, "kl") == [(0, 2.0)]
+    assert points(project, scratch, "l1") == [(1, 0.5)]
+    client, run_id = mlflow_run(project, scratch)
+    tags = client.get_run(run_id).data.tags
+    assert (tags["nonfinite_step"], tags["nonfinite_metrics"]) == ("1", "kl, loss")
+
+
+def test_changed_params_show_as_tags(project: Project, scratch: Path) -> None:
+    """MLflow never changes a param; a run trained on for more epochs keeps its first and shows the new one."""
+    for epochs in (10, 10, 20):
+        with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
+            tracker.params({"epochs": epochs, "rate": 0.1})
+    client, run_id = mlflow_run(project, scratch)
+    run = client.get_run(run_id)
+    assert run.data.params == {"epochs": "10", "rate": "0.1"}
+    assert {k: v for k, v in run.data.tags.items() if k.startswith("changed.")} == {"changed.epochs": "20"}
+    kept = read_run(scratch)
+    assert kept is not None
+    assert kept.params["epochs"] == 20
+
+
+def test_what_mlflow_refuses_does_not_hold_up_the_rest(
+    project: Project, scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
+        gone = scratch / "gone.png"
+        Image.new("L", (8, 8)).save(gone)
+        tracker.image("samples", gone, step=0)
+        gone.unlink()
+        tracker.metrics({"bad?name": 1.0, "good": 2.0}, step=0)
+    assert points(project, scratch, "good") == [(0, 2.0)]
+    assert "MLflow refused 2 records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("server", ["dead_server", "stalled_server"])
+def test_a_server_that_is_away_never_holds_up_training(
+    project: Project,
+    scratch: Path,
+    server: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    away = Tracking(uri=request.getfixturevalue(server), timeout_seconds=1)
+    begin = time.monotonic()
+    with Tracker.open(scratch, away, project, "a-run") as tracker:
+        for step in range(2000):
+            tracker.metrics({"loss": 1.0 / (step + 1)}, step=step)
+        trained = time.monotonic() - begin
+    assert trained < 20  # by default MLflow would block 246 s on the first call alone
+    assert time.monotonic() - begin < 60
+    assert "2003 records are not in MLflow yet: run `medgen sync`" in " ".join(capsys.readouterr().err.split())
+    assert len(history(scratch)) == 2000
+    with pytest.raises(UserError, match=r"does not answer.*medgen sync"):
+        sync(project, away)
+    assert sync(project, Tracking()).num_sent >= 2003
+    assert points(project, scratch, "loss") == [(step, 1.0 / (step + 1)) for step in range(2000)]
+    assert sync(project, Tracking()).num_sent == 0
+
+
+def test_sync_fills_an_emptied_store(tmp_path: Path, project: Project, scratch: Path) -> None:
+    """Another store stands for one that was deleted: what was sent to the first is sent again."""
+    record(scratch, project, Tracking(), range(3))
+    other = Tracking(uri=Tracking().uri, experiment="another")
+    assert sync(project, other).num_sent >= 3
+    client, run_id = mlflow_run(project, scratch)
+    run = client.get_run(run_id)
+    assert client.get_experiment(run.info.experiment_id).name == "another"
+    assert points(project, scratch, "loss") == [(step, 1.0 / (step + 1)) for step in range(3)]
+
+
+def test_a_deleted_experiment_is_named(project: Project, scratch: Path) -> None:
+    gone = Tracking(experiment="gone")
+    client, experiment = mirroring.connect(project, gone)
+    client.delete_experiment(experiment)
+    record(scratch, project, OFF, range(1))
+    with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' was deleted in MLflow"):
+        tracking.mirror_run(scratch, project, gone)
+
+
+def test_sync_without_tracking_is_refused(project: Project) -> None:
+    with pytest.raises(UserError, match=r"tracking\.enabled: false"):
+        sync(project, OFF)
+
+
+@pytest.mark.parametrize(
+    ("uri", "variable", "expected"),
+    [
+        ("sqlite:///mlflow.db", None, "sqlite:///{root}/mlflow.db"),
+        ("sqlite:///sub/runs.db", None, "sqlite:///{root}/sub/runs.db"),
+        ("sqlite:////abs/runs.db", None, "sqlite:////abs/runs.db"),
+        ("http://host:5000", None, "http://host:5000"),
+        ("sqlite:///mlflow.db", "http://env:5000", "http://env:5000"),
+        ("http://host:5000", "http://env:5000", "http://host:5000"),
+    ],
+)
+def test_store_uri(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, variable: str | None, expected: str
+) -> None:
+    if variable:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    found = mirroring.store_uri(Project(tmp_path), Tracking(uri=uri))
+    assert found == expected.format(root=tmp_path.resolve())
+
+
+def test_passwords_are_not_written_down() -> None:
+    assert mirroring.without_password("https://me:secret@host:5000/x") == "https://host:5000/x"
+    assert mirroring.without_password("sqlite:////abs/runs.db") == "sqlite:////abs/runs.db"
+
+
+@pytest.mark.slow
+def test_parallel_first_use_of_a_store(tmp_path: Path) -> None:
+    """Processes that create MLflow's tables at the same moment break each other; a lock lets one do it."""
+    script = """
+import sys
+from pathlib import Path
+from medgen.config import Project, Tracking
+from medgen.tracking import mlflow_sync
+mlflow_sync.load_mlflow(Tracking())
+import mlflow.store.tracking.sqlalchemy_store
+print("ready", flush=True)
+sys.stdin.readline()
+mlflow_sync.connect(Project(Path(sys.argv[1])), Tracking())
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 3
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    errors = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 3, "\n".join(errors)
+
+
+LINEAGE = {
+    *("git.commit", "git.branch", "git.dirty", "dataset.fingerprint", "data.md5", "params.fingerprint"),
+    *("device", "gpu", "precision", "version.python", "version.torch", "version.torchvision", "version.medgen"),
+    *("version.dvc", "version.mlflow"),
+}
+
+
+def test_lineage_is_complete(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    project.dataset.mkdir(parents=True)
+    (project.dataset / "dataset.json").write_text('{"fingerprint": "0123456789ab"}')
+    (tmp_path / ".gitignore").write_text("artifacts\n")
+    (tmp_path / "data.dvc").write_text("outs:\n- md5: abcdef.dir\n  path: data\n")
+    found = lineage(project, Params(), device="cpu", precision="fp32")
+    assert set(found) == LINEAGE
+    assert "unknown" not in found.values()
+    assert found["git.commit"] == head.stdout.strip()
+    assert (found["git.branch"], found["git.dirty"]) == ("main", "true")
+    assert (found["dataset.fingerprint"], found["data.md5"]) == ("0123456789ab", "abcdef.dir")
+    assert found["params.fingerprint"] != lineage(project, Params(model=Model(base_channels=8)))["params.fingerprint"]
+
+
+def test_what_the_pipeline_writes_does_not_make_it_dirty(tmp_path: Path) -> None:
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+    (tmp_path / "dvc.lock").write_text("x")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "metrics.json").write_text("{}")
+    assert lineage(Project(tmp_path))["git.dirty"] == "false"
+
+
+def test_lineage_without_git_and_data(tmp_path: Path) -> None:
+    found = lineage(Project(tmp_path))
+    assert set(found) == LINEAGE
+    assert (found["git.commit"], found["git.dirty"], found["data.md5"]) == ("unknown", "unknown", "unknown")
+
+
+@pytest.mark.parametrize(("code", "said"), [(401, "asks who you are; set MLFLOW_TRACKING_USERNAME"), (403, "allow")])
+def test_a_server_that_lets_nobody_in_is_not_said_to_be_away(tmp_path: Path, code: int, said: str) -> None:
+    class Closed(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(code)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    project = Project(tmp_path)
+    with Tracker.open(project.runs / "0123456789ab", Tracking(enabled=False), project, "a run") as tracker:
+        tracker.metrics({"val/ssim": 0.5}, step=1)
+    with HTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        closed = Tracking(uri=f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match=said):
+            sync(project, closed)
+        server.shutdown()

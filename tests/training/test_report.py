@@ -1,0 +1,96 @@
+"""What a training draws: samples made for labels where labels count, curves of every loss, masks over their images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from medgen.data.store import Split
+from medgen.models import GenerativeModel, ImageModel
+from medgen.models.base import Latent, ModelOutput
+from medgen.training import report
+from medgen.training.loader import Loader
+from medgen.training.report import CURVES, draw_epoch, write_report
+
+
+def loader(labels: list[int], channels: int = 1) -> Loader:
+    """Images of noise with these labels."""
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), channels, 16, 16), dtype=np.uint8)
+    return Loader(Split("train", images, np.array(labels), None, Path()), 4, "cpu")
+
+
+class Labelled(GenerativeModel):
+    """Keeps the labels its decoder is given."""
+
+    conditional = True
+    latent_shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.given: list[Tensor | None] = []
+
+    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+        mean = image.flatten(2).mean(-1).expand(-1, 2)
+        return Latent(value=mean, mean=mean)
+
+    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+        self.given.append(label)
+        return torch.zeros(len(latent), 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"), [([0, 2, 2, 0, -1], {0, 2}), ([-1] * 5, None)], ids=["labelled", "unlabelled"]
+)
+def test_samples_of_a_model_that_looks_at_labels_are_made_for_some(
+    labels: list[int], expected: set[int] | None, tmp_path: Path
+) -> None:
+    model = Labelled()
+    draw_epoch(model, loader(labels), loader(labels), tmp_path, epoch=1, seed=0)
+    given = model.given[-1]
+    assert (given if given is None else set(given.tolist())) == expected
+
+
+class Segmenter(ImageModel):
+    """Finds nothing."""
+
+    target = "mask"
+
+    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+        return ModelOutput(reconstruction=torch.zeros(len(image), 1, 16, 16), latent=None)
+
+    predict = forward
+
+
+def test_colour_images_stand_in_colour_over_their_masks(tmp_path: Path) -> None:
+    validation = loader([-1] * 4, channels=3)
+    validation.masks = torch.ones(4, 1, 16, 16, dtype=torch.uint8)
+    path = draw_epoch(Segmenter(), validation, validation, tmp_path, epoch=1, seed=0)["masks"]
+    with Image.open(path) as picture:
+        drawn = np.asarray(picture).astype(int)
+    assert (drawn.max(axis=-1) != drawn.min(axis=-1)).any()
+
+
+def test_every_loss_has_a_curve_and_an_earlier_models_figures_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, list[str]] = {}
+    monkeypatch.setattr(
+        report, "write_curves", lambda path, series, log, y_label: drawn.update({path.name: list(series)})
+    )
+    monkeypatch.setattr(report, "write_gif", lambda *_, **__: None)
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    for name, _, _ in CURVES:
+        (figures / f"{name}.png").touch()
+    names = ("train/loss", "train/mse", "train/commitment", "train/codebook", "val/codebook_perplexity", "val/ssim")
+    write_report(tmp_path, tmp_path / "scratch", [dict.fromkeys(names, 1.0)] * 2, [1])
+    assert drawn == {
+        "loss.png": ["train/loss", "train/mse", "train/commitment", "train/codebook"],
+        "codebook.png": ["val/codebook_perplexity"],
+        "ssim.png": ["val/ssim"],
+    }
+    assert not list(figures.iterdir()), "the KL of an earlier model"
