@@ -1,7 +1,7 @@
 # docker build -t medgen .                              for CPUs
 # docker build -t medgen --build-arg DEVICE=cuda .      for NVIDIA GPUs (run with --gpus all)
 # docker run --rm -v "$PWD:/project" medgen dvc repro --pull
-# The same image is MLflow's server: compose.yaml, docs/operations.md.
+# compose.yaml uses the same image for MLflow's server: docs/operations.md.
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
@@ -12,8 +12,8 @@ ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_PROJECT_ENVIRONMENT=/opt/medgen U
 RUN python3 -m pip install --no-cache-dir --root-user-action=ignore "uv>=0.9,<1"
 WORKDIR /src
 COPY pyproject.toml uv.lock README.md LICENSE ./
-# dependencies first: a change of our code leaves this layer as it is.
-# The registry's torch is the CUDA build (4 GB of libraries); for CPUs the same versions come without them.
+# Dependencies first, so that a change of the code reuses this layer.
+# The registry's torch is the CUDA build (4 GB of libraries); for CPUs the same versions are installed without them.
 RUN if [ "$DEVICE" = cuda ]; then \
       uv sync --locked --no-dev --extra server --no-install-project; \
     else \
@@ -30,7 +30,7 @@ COPY recipes recipes
 RUN uv pip install --python "$UV_PROJECT_ENVIRONMENT" --no-deps .
 
 FROM ${BASE}
-# git: lineage tags, and DVC works in git repositories. gcc: torch.compile builds with it
+# git: for lineage tags and DVC. gcc: for torch.compile
 RUN apt-get update \
  && apt-get install -y --no-install-recommends git=1:2.* gcc=4:* libc6-dev=2.* \
  && rm -rf /var/lib/apt/lists/* \

@@ -1,6 +1,6 @@
-"""Sampling speed by prior and refiner, in images per second, as ratios in one run.
+"""Sampling speed by prior and refiner: images per second, and ratios within one run.
 
-Weights are random, which costs the same.
+Weights are random; the speed is that of trained ones.
 
 python benchmarks/generate.py [--rounds 3] [--images 128]
 """
@@ -13,7 +13,7 @@ import torch
 
 from medgen.config import Model, Prior, Refiner
 from medgen.models import GenerativeModel, build_model
-from medgen.priors import FITTED, LEARNED, iterate_samples
+from medgen.priors import ANALYTIC, NEURAL, iterate_samples
 from medgen.priors.refiner import Refiner as ImageRefiner
 
 SHAPE, NUM_LATENTS, BATCH = (1, 64, 64), 512, 64
@@ -38,8 +38,8 @@ WAYS: dict[str, tuple[Model, Prior] | tuple[Model, Prior, Refiner]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="each way is timed once a round, in turn")
-    parser.add_argument("--images", type=int, default=128, help="drawn each time")
+    parser.add_argument("--rounds", type=int, default=3, help="each method is timed once per round, in turn")
+    parser.add_argument("--images", type=int, default=128, help="number of images per measurement")
     arguments = parser.parse_args()
     draws = {name: prepare(arguments.images, *way) for name, way in WAYS.items()}
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -47,7 +47,7 @@ def main() -> None:
         for name, draw in draws.items():
             start = time.perf_counter()
             draw()
-            if round_number:  # the first is a warm-up
+            if round_number:  # round 0 is a warm-up
                 rates[name].append(arguments.images / (time.perf_counter() - start))
     first = next(iter(WAYS))
     device = "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
@@ -60,27 +60,27 @@ def main() -> None:
 
 
 def prepare(n: int, sizes: Model, params: Prior, refiner_params: Refiner | None = None):
-    """A function that draws `n` images of a model, a prior and a refiner that know two classes."""
+    """Return a function that draws `n` images of a model, a prior and a refiner of two classes."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(sizes, SHAPE, 2).to(device).eval()
     assert isinstance(model, GenerativeModel)
-    codes = None if model.codes is None else model.codes.cpu()
+    codes = None if model.codebook is None else model.codebook.cpu()
     latents = torch.randn(NUM_LATENTS, *model.latent_shape)
     if codes is not None:
         places = torch.randint(len(codes), (NUM_LATENTS, *model.latent_shape[1:]))
         latents = codes[places].movedim(-1, 1)
     labels = torch.arange(NUM_LATENTS) % 2
     name = params.name or "gmm"
-    if name in FITTED:
-        prior = FITTED[name].fit(latents, labels, 2, params)
+    if name in ANALYTIC:
+        prior = ANALYTIC[name].fit(latents, labels, 2, params)
     else:
-        prior = LEARNED[name].start(latents, labels, 2, params, None, codes)
+        prior = NEURAL[name].create(latents, labels, 2, params, None, codes)
         prior.network.to(device)
     refiner = None
     if refiner_params:
         spectrum = torch.ones(1, SHAPE[1], SHAPE[2] // 2 + 1)
-        refiner = ImageRefiner.start(refiner_params, SHAPE, 2, torch.ones(1), spectrum, torch.ones(model.latent_shape))
+        refiner = ImageRefiner.create(refiner_params, SHAPE, 2, torch.ones(1), spectrum, torch.ones(model.latent_shape))
         refiner.network.to(device)
 
     def draw() -> None:

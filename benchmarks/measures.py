@@ -1,10 +1,10 @@
-"""What each measure and each gate finds of faults of known kind, and how often the gate refuses a model.
+"""Values of each metric and results of each gate on faults of known kind, and how often the gates refuse a model.
 
 python benchmarks/measures.py [--cache FOLDER] [--cases] [--power] [--chain]
 
-Run it in a project's folder after `dvc repro`. The project's own model is the champion. Its faults are made on a second
-draw of its samples, so that "no change" has none. The reference is drawn images of patients that no model has seen, so
-the data have to be those of `medgen data sample`. Progress goes to stderr, Markdown tables to stdout.
+Run it in a project's folder after `dvc repro`, with the data of `medgen data sample`. The project's own model is the
+champion. Faults are applied to a second draw of its samples, so that "no change" shows the noise. The reference is
+procedural images of unseen patients. Progress goes to stderr, Markdown tables to stdout.
 
 Shapes: N images, M samples, C channels, H W height and width.
 """
@@ -26,28 +26,35 @@ from torch import Tensor
 from medgen import config
 from medgen.data.store import Split, open_store
 from medgen.datasets.sample import draw
-from medgen.evaluation import evaluate as ev
+from medgen.evaluation.context import FeatureSets, describe_images, load_context, load_images, to_uint8
 from medgen.evaluation.data import EvaluationData
+from medgen.evaluation.evaluate import image_data
+from medgen.evaluation.generation import domain_distances, draw_samples, evaluate_samples
+from medgen.evaluation.label_accuracy import evaluate_labels
+from medgen.evaluation.privacy import evaluate_privacy
+from medgen.evaluation.reconstruction import evaluate_reconstructions
 from medgen.ingest import preprocess
 from medgen.metrics.comparison import ImageSet, compare
 from medgen.metrics.degradations import DEGRADATIONS
-from medgen.metrics.generation import thin
-from medgen.metrics.intervals import group_rows
+from medgen.metrics.generation import subsample
+from medgen.metrics.intervals import group_rows, interval_metrics
+from medgen.metrics.reconstruction import score_images
 from medgen.models import GenerativeModel, bundle
-from medgen.priors import FITTED
+from medgen.priors import ANALYTIC
 from medgen.priors import Prior as AnyPrior
 from medgen.registry.evaluations import compare_versions
 from medgen.registry.gates import check_gates
-from medgen.registry.promotion import _references
-from medgen.registry.versions import JUDGED_BY, JUDGED_ON, Version
+from medgen.registry.promotion import select_references
+from medgen.registry.versions import EVALUATED_ON, EVALUATED_WITH, Version
+from medgen.training.distributed import pick_device
 from medgen.training.prior import encode
 
-NUM_UNSEEN, UNSEEN_SEED = 3300, 20240  # drawn images of unseen patients
-NUM_REFERENCE = 1000  # of them, the reference for the values of the first table
-NUM_SAMPLES = 2000  # of a model that is evaluated
-NUM_POOL = 3000  # samples of a case that repetitions choose from
+NUM_UNSEEN, UNSEEN_SEED = 3300, 20240  # procedural images of unseen patients
+NUM_REFERENCE = 1000  # of these, the reference of the first table
+NUM_SAMPLES = 2000  # samples of an evaluated model
+NUM_POOL = 3000  # samples of a case; each repetition chooses from them
 NUM_COPIES = 15
-PERMUTATIONS = 249  # with four tests Holm's first level, p < 0.0125, is then met by 1.2 %, as with the gate's 999
+PERMUTATIONS = 249  # with four tests 1.2 % reach Holm's first level, p < 0.0125, as with the gate's 999
 STATISTICS = ("mmd", "spectrum", "c2st", "recall")
 CHAIN = [1.0 + 0.1 * step for step in range(1, 16)]  # prior temperatures
 COLUMNS = {
@@ -80,18 +87,18 @@ class Altered:
 
     @property
     def frequencies(self) -> Tensor:
-        """Of the prior."""
+        """Class frequencies of the prior."""
         return self.prior.frequencies
 
     @property
     def conditional(self) -> bool:
-        """Of the prior."""
+        """The prior draws latents by class."""
         return self.prior.conditional
 
     def sample(self, n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """Latents (n, ...), changed."""
         if self.lost_class and labels is not None:
-            labels = labels.clamp(max=len(self.frequencies) - 2)  # the class before it in its place
+            labels = labels.clamp(max=len(self.frequencies) - 2)  # replaced by the class before it
         latents = self.prior.sample(n, labels, generator)
         mean = self.prior.axes.mean.view(1, *latents.shape[1:])
         return mean + self.temperature * (latents - mean)
@@ -103,32 +110,32 @@ class Reference:
     def __init__(self, project: config.Project, cache: Path) -> None:
         self.project, self.params = project, config.load(project.root / "params.yaml")
         store = open_store(project.dataset)
-        model, info = bundle.load_for(store, project.model, ev.pick_device("auto"))
+        model, info = bundle.load_for(store, project.model, pick_device("auto"))
         if not isinstance(model, GenerativeModel):
             raise SystemExit(f"{project.model}: finds masks; expected a model that draws images")
-        self.subject = ev.load(project, store, model, info, self.params.evaluate)
+        self.context = load_context(project, store, model, info, self.params.evaluate)
         self.unseen = unseen_split(cache, self.params)
-        self.train, self.test = ev.pixels(store.split("train")), ev.pixels(self.subject.held_out)
+        self.train, self.test = load_images(store.split("train")), load_images(self.context.held_out)
         self.train_view, self.test_view = self.view(self.train), self.view(self.test)
-        self.unseen_images, self.patients = ev.pixels(self.unseen), list(self.unseen.patients or [])
+        self.unseen_images, self.patients = load_images(self.unseen), list(self.unseen.patients or [])
         self.unseen_view = self.view(self.unseen_images)
-        self.bandwidth = ev.Views(self.train_view, self.train_view, self.test_view).bandwidth
+        self.bandwidth = FeatureSets(self.train_view, self.train_view, self.test_view).bandwidth
 
     def view(self, images: Tensor) -> ImageSet:
         """Images (N, C, H, W) uint8 as the measures see them."""
-        return ev.view(self.subject, images)
+        return describe_images(self.context, images)
 
     def draw(
         self, seed: int, count: int, prior: AnyPrior | None = None, model: GenerativeModel | None = None
     ) -> Tensor:
-        """Samples (count, C, H, W) uint8 of the project's model, or with another prior or other weights."""
-        params = self.subject.params.model_copy(update={"seed": seed, "num_generated": count})
-        subject = replace(self.subject, params=params, prior=prior or self.subject.prior)
-        return ev.draw_samples(replace(subject, model=model or subject.model)).images
+        """Samples (count, C, H, W) uint8 of the project's model, or of another prior or other weights."""
+        params = self.context.params.model_copy(update={"seed": seed, "num_generated": count})
+        context = replace(self.context, params=params, prior=prior or self.context.prior)
+        return draw_samples(replace(context, model=model or context.model)).images
 
 
 def unseen_split(cache: Path, params: config.Params) -> Split:
-    """Nine tenths of NUM_UNSEEN drawn images, preprocessed as the project's; kept in the cache folder."""
+    """Nine tenths of NUM_UNSEEN procedural images, preprocessed as the project's and cached in a folder."""
     project = config.Project(cache)
     if not (cache / "data").exists():
         draw(cache / "data", NUM_UNSEEN, seed=UNSEEN_SEED)
@@ -139,7 +146,7 @@ def unseen_split(cache: Path, params: config.Params) -> Split:
 
 
 def changes() -> dict[str, Change]:
-    """Image faults of the first table by name."""
+    """Image faults of the first table, by name."""
 
     def degraded(kind: str, amount: float) -> Change:
         def change(images: Tensor) -> Tensor:
@@ -154,7 +161,7 @@ def changes() -> dict[str, Change]:
 
 
 def smooth_lungs(images: Tensor) -> Tensor:
-    """Median over 5 x 5 pixels where the middle of the image is dark: in the lungs, over their ribs and vessels."""
+    """Apply a 5 x 5 median in the dark parts of the image's middle: the lungs with their ribs and vessels."""
     rows, columns = images.shape[-2:]
     smoothed = images.clone()
     inside = (..., slice(rows // 6, -(rows // 4)), slice(columns // 6, -(columns // 6)))
@@ -165,32 +172,32 @@ def smooth_lungs(images: Tensor) -> Tensor:
 
 
 def copies() -> dict[str, Change]:
-    """Ways in which a train image comes back, by name."""
+    """Kinds of copies of a train image, by name."""
     return {
         "exact": lambda images: images,
         "shifted 3 px": lambda images: images.roll((3, 3), (2, 3)),
         "mirrored": lambda images: images.flip(3),
-        "toned, γ 0.7": lambda images: images**0.7,
+        "tone changed, γ 0.7": lambda images: images**0.7,
     }
 
 
 def on_pixels(change: Change, images: Tensor) -> Tensor:
-    return ev.quantised(change(images.float() / 255.0))
+    return to_uint8(change(images.float() / 255.0))
 
 
 def altered_models(reference: Reference) -> dict[str, Callable[[int, int], Tensor]]:
-    """Samples (count, C, H, W) by seed and count, of the project's model with another prior or other weights."""
-    subject = reference.subject
+    """Functions of seed and count that return samples (count, C, H, W) with another prior or other weights, by name."""
+    context = reference.context
     priors: dict[str, AnyPrior] = {
-        f"prior temperature {temperature:g}": Altered(subject.prior, temperature) for temperature in (0.8, 1.1, 1.25)
+        f"prior temperature {temperature:g}": Altered(context.prior, temperature) for temperature in (0.8, 1.1, 1.25)
     }
-    store, parameters = subject.store, reference.params.prior
-    latents = encode(subject.model, store.split("train"))
-    priors["one Gaussian for the mixture"] = FITTED["gaussian"].fit(
+    store, parameters = context.store, reference.params.prior
+    latents = encode(context.model, store.split("train"))
+    priors["one Gaussian for the mixture"] = ANALYTIC["gaussian"].fit(
         latents.means, latents.labels, len(store.classes), parameters, latents.variance
     )
-    priors[f"no {store.classes[-1]}"] = Altered(subject.prior, lost_class=True)
-    shaken = shaken_decoder(subject.model)
+    priors[f"no {store.classes[-1]}"] = Altered(context.prior, lost_class=True)
+    shaken = shaken_decoder(context.model)
     drawn = {
         name: lambda seed, count, prior=prior: reference.draw(seed, count, prior) for name, prior in priors.items()
     }
@@ -211,53 +218,52 @@ class Promotions:
     """Evaluations on the project's own test images as `medgen evaluate` makes them, and `medgen promote`'s gates."""
 
     def __init__(self, reference: Reference) -> None:
-        self.reference, self.ssim = reference, ev.judge_reconstructions(reference.subject)
+        self.reference, self.reconstructions = reference, evaluate_reconstructions(reference.context)
         self.kept: dict[int, EvaluationData] = {}
 
     def version(self, samples: Tensor, metrics: dict[str, float], ssim: Tensor | None = None) -> Version:
         """A version with its evaluation, in memory."""
-        subject, number = self.reference.subject, len(self.kept) + 1
-        views = ev.Views(self.reference.view(samples), self.reference.train_view, self.reference.test_view)
-        similarity = self.ssim.ssim if ssim is None else ssim
+        context, number = self.reference.context, len(self.kept) + 1
+        features = FeatureSets(self.reference.view(samples), self.reference.train_view, self.reference.test_view)
+        similarity = self.reconstructions.ssim if ssim is None else ssim
         metrics = metrics | {
             "reconstruction/ssim": float(similarity.mean()),
             "run/num_generated": len(samples),
-            **ev.judge_privacy(subject, views, samples, self.reference.train, self.reference.test)[0],
+            **evaluate_privacy(context, features, samples, self.reference.train, self.reference.test)[0],
         }
-        params = subject.params.model_copy(update={"num_generated": len(samples)})
-        found = self.ssim._replace(ssim=similarity)
-        self.kept[number] = ev.evaluation_data(replace(subject, params=params), found, views)
-        tags = {JUDGED_ON: subject.store.fingerprint, JUDGED_BY: subject.extractor_sha256, "git.dirty": "false"}
-        tags |= {"dataset.fingerprint": subject.store.fingerprint}
+        params = context.params.model_copy(update={"num_generated": len(samples)})
+        self.kept[number] = image_data(replace(context, params=params), similarity, features)
+        tags = {EVALUATED_ON: context.store.fingerprint, EVALUATED_WITH: context.extractor_sha256, "git.dirty": "false"}
+        tags |= {"dataset.fingerprint": context.store.fingerprint}
         tags |= dict.fromkeys(("git.commit", "data.md5", "params.fingerprint"), "known")
         return Version("benchmark", number, "", tags | {key: repr(value) for key, value in metrics.items()})
 
     def refusals(self, candidate: Version, champions: list[Version]) -> list[str]:
-        """Names of the gates that the candidate does not pass, after these champions."""
+        """Names of the gates that the candidate fails against these champions."""
         compared = [
             (version, compare_versions(self.kept[candidate.number], self.kept[version.number]))
-            for version in _references(candidate, champions)
+            for version in select_references(candidate, champions)
         ]
         gates = check_gates(candidate, champions[-1], self.reference.params.registry.gates, compared)
         return list(dict.fromkeys(gate.name for gate in gates if not gate.passed))
 
 
 def print_cases(reference: Reference) -> None:
-    """Cases by measures: values against NUM_REFERENCE unseen images, copies and gates by the project's test images."""
-    subject, promotions = reference.subject, Promotions(reference)
+    """Print metrics by case against NUM_REFERENCE unseen images; copies and gates use the project's test images."""
+    context, promotions = reference.context, Promotions(reference)
     order = shuffled_patients(reference, torch.Generator().manual_seed(0))
     rows, others = order[:NUM_REFERENCE], order[NUM_REFERENCE:][:NUM_SAMPLES]
     held_out, images = take(reference.unseen_view, rows), reference.unseen_images[rows]
-    against = replace(subject, held_out=ReferenceSplit([reference.patients[row] for row in rows.tolist()]))
+    against = replace(context, held_out=ReferenceSplit([reference.patients[row] for row in rows.tolist()]))
     first, second = (reference.draw(seed, NUM_SAMPLES) for seed in (0, 1))
-    rebuilt, originals = promotions.ssim.images, reference.test.float() / 255.0
+    rebuilt, originals = promotions.reconstructions.images, reference.test.float() / 255.0
 
     def measured(samples: Tensor, ssim: Tensor | None = None) -> tuple[dict[str, float], Version]:
-        views = ev.Views(reference.view(samples), reference.train_view, held_out)
-        metrics = ev.judge_samples(against, samples, images, views)
+        features = FeatureSets(reference.view(samples), reference.train_view, held_out)
+        metrics = evaluate_samples(against, samples, images, features)
         if len(samples) == NUM_SAMPLES:
-            asked = subject.params.model_copy(update={"num_generated": NUM_SAMPLES})
-            metrics |= ev.judge_labels(replace(subject, params=asked), samples, None)
+            asked = context.params.model_copy(update={"num_generated": NUM_SAMPLES})
+            metrics |= evaluate_labels(replace(context, params=asked), samples, None)
         version = promotions.version(samples, metrics, ssim)
         return metrics | version.metrics, version
 
@@ -276,10 +282,10 @@ def print_cases(reference: Reference) -> None:
     for name, change in changes().items():
         row(name, on_pixels(change, second), similarity(originals, on_pixels(change, rebuilt)))
     for name, drawn in altered_models(reference).items():
-        shaken = similarity_of(reference, shaken_decoder(subject.model)) if name.startswith("decoder") else None
+        shaken = similarity_of(reference, shaken_decoder(context.model)) if name.startswith("decoder") else None
         row(name, drawn(1, NUM_SAMPLES), shaken)
-    rows_copied = thin(torch.arange(len(reference.train)), NUM_COPIES)
-    replaced = thin(torch.arange(NUM_SAMPLES), NUM_COPIES)
+    rows_copied = subsample(torch.arange(len(reference.train)), NUM_COPIES)
+    replaced = subsample(torch.arange(NUM_SAMPLES), NUM_COPIES)
     for name, change in copies().items():
         with_copies = second.clone()
         with_copies[replaced] = on_pixels(change, reference.train[rows_copied])
@@ -291,7 +297,7 @@ def print_cases(reference: Reference) -> None:
 
 @dataclass(frozen=True)
 class ReferenceSplit:
-    """What `judge_samples` reads of a split: its name and its patients."""
+    """The part of a split that the metrics of samples need: its name and its patients."""
 
     patients: list[str]
     name: str = "test"
@@ -299,23 +305,23 @@ class ReferenceSplit:
 
 def similarity(originals: Tensor, images: Tensor) -> Tensor:
     """SSIM (N,) of images (N, C, H, W) uint8 with the originals in [0, 1]."""
-    return ev.reconstruction.compare([(originals, images.float() / 255.0)])["ssim"]
+    return score_images([(originals, images.float() / 255.0)])["ssim"]
 
 
 def similarity_of(reference: Reference, model: GenerativeModel) -> Tensor:
-    return ev.judge_reconstructions(replace(reference.subject, model=model)).ssim
+    return evaluate_reconstructions(replace(reference.context, model=model)).ssim
 
 
 def print_power(reference: Reference, sizes: list[int], num_null: int, num_repetitions: int) -> None:
-    """Shares of repetitions in which the gate refuses, over test patients and samples."""
+    """Print the share of repetitions in which each gate refuses, over test patients and samples."""
     seeds = (11, 12)
     first, second = (reference.draw(seed, NUM_POOL) for seed in seeds)
     pools = {"no change": second}
     pools |= {name: on_pixels(change, second) for name, change in changes().items() if name.startswith("blur")}
     pools |= {name: drawn(13, NUM_POOL) for name, drawn in altered_models(reference).items()}
     champion, views = reference.view(first), {name: reference.view(images) for name, images in pools.items()}
-    columns = ("any", *STATISTICS)
-    print(f"| n | case | repetitions | {' | '.join(columns)} |\n{'|---' * (len(columns) + 3)}|")
+    columns = ("refused by any gate", *(f"by {name}" for name in STATISTICS))
+    print(f"| test images (n) | case | repetitions | {' | '.join(columns)} |\n{'|---' * (len(columns) + 3)}|")
     for num_images in sizes:
         for name, view in views.items():
             is_null, refused, started = name == "no change", [], time.perf_counter()
@@ -325,7 +331,7 @@ def print_power(reference: Reference, sizes: list[int], num_null: int, num_repet
                 held_out, groups = take(reference.unseen_view, images), [reference.patients[i] for i in images.tolist()]
                 rows = torch.randperm(NUM_POOL, generator=generator)[:NUM_SAMPLES]
                 candidate, other = take(view, rows), take(champion, rows)
-                if is_null:  # two draws of one model: either may be the champion's
+                if is_null:  # two draws of one model: exchange them at random
                     candidate, other = exchanged(candidate, other, generator)
                 found = compare(
                     candidate, other, held_out, reference.bandwidth, groups, PERMUTATIONS, num_null + repetition
@@ -338,7 +344,7 @@ def print_power(reference: Reference, sizes: list[int], num_null: int, num_repet
 
 
 def shuffled_patients(reference: Reference, generator: torch.Generator) -> Tensor:
-    """Rows (N,) of the unseen images, a patient's together and the patients in random order."""
+    """Rows (N,) of the unseen images: patients in random order, the images of one patient together."""
     members = group_rows(len(reference.patients), reference.patients)
     return torch.cat([members[number] for number in torch.randperm(len(members), generator=generator).tolist()])
 
@@ -348,7 +354,7 @@ def take(images: ImageSet, rows: Tensor) -> ImageSet:
 
 
 def exchanged(first: ImageSet, second: ImageSet, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
-    """Both sets with pairs swapped at random."""
+    """Both sets, with randomly chosen pairs swapped."""
     swap = torch.rand(len(first.features), 1, generator=generator) < 0.5
     pairs = [(first.features, second.features), (first.power, second.power)]
     swapped = [(torch.where(swap, b, a), torch.where(swap, a, b)) for a, b in pairs]
@@ -357,14 +363,14 @@ def exchanged(first: ImageSet, second: ImageSet, generator: torch.Generator) -> 
 
 
 def print_chain(reference: Reference) -> None:
-    """Versions with ever higher prior temperatures, promoted in turn until one is refused."""
-    promotions, prior = Promotions(reference), reference.subject.prior
+    """Promote versions with rising prior temperatures in turn until one is refused."""
+    promotions, prior = Promotions(reference), reference.context.prior
     champions: list[Version] = []
     for step, temperature in enumerate((1.0, *CHAIN)):
         samples = reference.draw(20 + step, NUM_SAMPLES, Altered(prior, temperature))
-        groups = reference.subject.held_out.patients
-        found = ev.distances(reference.view(samples), reference.test_view, reference.bandwidth, groups)
-        version = promotions.version(samples, ev.with_bounds(found))
+        groups = reference.context.held_out.patients
+        found = domain_distances(reference.view(samples), reference.test_view, reference.bandwidth, groups)
+        version = promotions.version(samples, interval_metrics("generation", found))
         if champions and (refused := promotions.refusals(version, champions)):
             print(
                 f"\nChain: temperature {temperature:g}, step {step} of {len(CHAIN)}, refused by {', '.join(refused)}."
@@ -377,11 +383,11 @@ def print_chain(reference: Reference) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("runs/unseen"), help="folder of the unseen images")
-    parser.add_argument("--null", type=int, default=200, help="repetitions without a change, of --power")
-    parser.add_argument("--repetitions", type=int, default=40, help="repetitions of each other case")
-    parser.add_argument("--images", type=int, nargs="+", default=[95, 342], help="test images, of --power")
+    parser.add_argument("--null", type=int, default=200, help="--power: repetitions without a change")
+    parser.add_argument("--repetitions", type=int, default=40, help="--power: repetitions of each other case")
+    parser.add_argument("--images", type=int, nargs="+", default=[95, 342], help="--power: numbers of test images")
     for table in ("cases", "power", "chain"):
-        parser.add_argument(f"--{table}", action="store_true", help="only this, or these; default: all three")
+        parser.add_argument(f"--{table}", action="store_true", help="print this table; default: all three")
     arguments = parser.parse_args()
     everything = not (arguments.cases or arguments.power or arguments.chain)
     reference = Reference(config.Project(Path.cwd()), arguments.cache)

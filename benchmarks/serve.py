@@ -1,9 +1,9 @@
-"""Serving: `medgen serve` against plain `mlflow models serve`, as ratios; then malformed bodies among good ones.
+"""Serving speed of `medgen serve` and plain `mlflow models serve`; then malformed bodies among valid ones.
 
 python benchmarks/serve.py [--requests 60] [--rounds 2]
 
-Both serve one registered version of a small untrained model, which costs what a trained one does, from processes of
-their own; clients are threads of this one.
+Both serve one registered version of a small untrained model, as fast as a trained one, from separate processes; clients
+are threads of this process.
 """
 
 import argparse
@@ -36,20 +36,22 @@ from medgen import registry
 from medgen.config import Model, Params, Preprocess, Prior, Project
 from medgen.models import build_model, bundle
 from medgen.models.bundle import BundleInfo
-from medgen.priors import FITTED, save_prior
+from medgen.priors import ANALYTIC, save_prior
 
 SIDE, CLASSES = 64, ("NORMAL", "ILL")
 JSON = {"Content-Type": "application/json"}
 CLIENTS, SIZES = (1, 10, 100), (1, 16)
 START_SECONDS = 180
-MEMORY_ROUNDS = 4  # parts of the requests: what is held after each must not grow with their number
+MEMORY_ROUNDS = 4  # parts of the requests; memory must not grow from one to the next
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=60, help="of each way, a round; at least one a client")
-    parser.add_argument("--rounds", type=int, default=2, help="each way is timed once a round, in turn")
-    parser.add_argument("--malformed", type=int, default=2000, help="bodies of the second part, good ones included")
+    parser.add_argument("--requests", type=int, default=60, help="per method and round; at least one per client")
+    parser.add_argument("--rounds", type=int, default=2, help="each method is timed once per round, in turn")
+    parser.add_argument(
+        "--malformed", type=int, default=2000, help="number of bodies of the second part, including valid ones"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         project = prepare(Path(folder))
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> Project:
-    """A project with a registered version."""
+    """Create a project with a registered version."""
     project = Project(folder)
     (folder / "params.yaml").write_text("{}")
     torch.manual_seed(0)
@@ -69,14 +71,14 @@ def prepare(folder: Path) -> Project:
     info = BundleInfo(sizes, Preprocess(image_size=SIDE), (1, SIDE, SIDE), CLASSES, "data", "0123456789ab", "2")
     bundle.save(project.model, model, info)
     latents, labels = torch.randn(256, *model.latent_shape), torch.arange(256) % 2
-    prior = FITTED["gmm"].fit(latents, labels, len(CLASSES), Prior(components=(1,)))
+    prior = ANALYTIC["gmm"].fit(latents, labels, len(CLASSES), Prior(components=(1,)))
     save_prior(project.prior, prior, bundle.digest(project.model))
-    registry.run(project, params=Params())
+    registry.register(project, params=Params())
     return project
 
 
 class Server:
-    """A server process and the way to ask it."""
+    """A server process and its client."""
 
     def __init__(self, process: subprocess.Popen, port: int) -> None:
         self.process, self.port = psutil.Process(process.pid), port
@@ -85,7 +87,7 @@ class Server:
         """Resident bytes of the process and its children."""
         return sum(one.memory_info().rss for one in [self.process, *self.process.children(recursive=True)])
 
-    def ask(self, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+    def request(self, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         """Status and body of the answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
@@ -105,7 +107,7 @@ def running(command: list[str], project: Project, port: int, environment: dict[s
             deadline = time.monotonic() + START_SECONDS
             while True:
                 try:
-                    assert server.ask(request(1), JSON)[0] == 200
+                    assert server.request(request(1), JSON)[0] == 200
                     break
                 except ConnectionError:
                     assert process.poll() is None and time.monotonic() < deadline
@@ -113,7 +115,7 @@ def running(command: list[str], project: Project, port: int, environment: dict[s
             yield server
             assert process.poll() is None, "the server died"
         finally:
-            family = [server.process, *server.process.children(recursive=True)]  # MLflow leaves its uvicorn behind
+            family = [server.process, *server.process.children(recursive=True)]  # MLflow does not end its uvicorn
             for one in family:
                 one.terminate()
             psutil.wait_procs(family, 60)
@@ -151,7 +153,7 @@ def compare(mlflow: Server, medgen: Server, arguments: argparse.Namespace) -> No
         "medgen serve, PNG": (medgen, JSON | {"Accept": "image/png"}),
     }
     print(f"{os.cpu_count()} cores, {SIDE} px\n")
-    print("| images, clients | way | requests/s | ratio (min to max) | p50 | p95 |\n|---|---|---|---|---|---|")
+    print("| images, clients | method | requests/s | ratio (min to max) | p50 | p95 |\n|---|---|---|---|---|---|")
     for n in SIZES:
         for clients in CLIENTS:
             rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -173,11 +175,11 @@ def compare(mlflow: Server, medgen: Server, arguments: argparse.Namespace) -> No
 def load(
     server: Server, body: bytes, headers: dict[str, str], clients: int, requests: int
 ) -> tuple[float, list[float]]:
-    """Requests a second, and how many seconds each took."""
+    """Requests per second, and the seconds of each request."""
 
     def one(_: int) -> float:
         start = time.perf_counter()
-        status, _ = server.ask(body, headers)
+        status, _ = server.request(body, headers)
         assert status == 200, status
         return time.perf_counter() - start
 
@@ -188,9 +190,9 @@ def load(
 
 
 def survive(server: Server, requests: int) -> None:
-    """100 clients at once, three of four requests malformed."""
+    """Send requests of 100 clients at once, three of four malformed, and check answers and memory."""
     bodies = malformed()
-    expected = server.ask(request(2), JSON)
+    expected = server.request(request(2), JSON)
     assert expected[0] == 200
     memory, peak, done = [server.memory()], 0, threading.Event()
 
@@ -204,10 +206,10 @@ def survive(server: Server, requests: int) -> None:
     lock = threading.Lock()
 
     def one(number: int) -> None:
-        name = "good" if number % 4 == 0 else list(bodies)[next(numbers) % len(bodies)]
+        name = "valid" if number % 4 == 0 else list(bodies)[next(numbers) % len(bodies)]
         body, headers = bodies.get(name, (request(2), JSON))
-        status, answer = server.ask(body, headers)
-        assert name != "good" or status in (503, 504) or (status, answer) == expected, f"{status} {answer[:100]!r}"
+        status, answer = server.request(body, headers)
+        assert name != "valid" or status in (503, 504) or (status, answer) == expected, f"{status} {answer[:100]!r}"
         assert b"Traceback" not in answer
         with lock:
             statuses.setdefault(name, {}).setdefault(status, 0)
@@ -223,8 +225,8 @@ def survive(server: Server, requests: int) -> None:
     finally:
         done.set()
         watcher.join()
-    assert server.ask(request(2), JSON) == expected
-    print(f"\n{requests} requests by 100 clients; each good one that was answered was so bit for bit.\n")
+    assert server.request(request(2), JSON) == expected
+    print(f"\n{requests} requests by 100 clients; each answer to a valid one was equal bit by bit.\n")
     print("| body | answers |\n|---|---|")
     for name, found in statuses.items():
         print(f"| {name} | {', '.join(f'{status}: {times}' for status, times in found.items())} |")
@@ -233,23 +235,23 @@ def survive(server: Server, requests: int) -> None:
 
 
 def malformed() -> dict[str, tuple[bytes, dict[str, str]]]:
-    """Bodies that must be refused."""
+    """Bodies that the server must refuse, with their headers, by name."""
 
     def rows(*rows: object) -> bytes:
         return json.dumps({"dataframe_records": rows}).encode()
 
-    def picture(side: int) -> str:
+    def image(side: int) -> str:
         file = io.BytesIO()
         Image.new("1", (side, side)).save(file, "PNG")
         return base64.b64encode(file.getvalue()).decode()
 
     bodies = {
         "empty": b"",
-        "text": b"give me films",
+        "text": b"give me images",
         "cut short": b'{"dataframe_records": [{"n": 1}',
         "no UTF-8": b'{"dataframe_records": [{"n": 1, "label": "\xff"}]}',
         "a list": b"[1]",
-        "another protocol": b'{"messages": [{"role": "user", "content": "a film"}]}',
+        "another protocol": b'{"messages": [{"role": "user", "content": "an image"}]}',
         "100,000 brackets": b'{"inputs": ' + b"[" * 100_000,
         "8 MB of numbers": b'{"inputs": {"n": [' + b"1," * 4_000_000 + b"1]}}",
         "NaN": b'{"dataframe_records": [{"n": NaN}]}',
@@ -265,18 +267,18 @@ def malformed() -> dict[str, tuple[bytes, dict[str, str]]]:
         "100,000 rows": rows(*[{"n": 1}] * 100_000),
         "unknown label": rows({"n": 1, "label": "DOG"}),
         "no base64": rows({"image": "?"}),
-        "no picture": rows({"image": base64.b64encode(os.urandom(1_000_000)).decode()}),
+        "no image": rows({"image": base64.b64encode(os.urandom(1_000_000)).decode()}),
         "a bomb of 9 gigapixels": rows({"image": bomb()}),
-        "a picture of 49 megapixels": rows({"image": picture(7000)}),
+        "an image of 49 megapixels": rows({"image": image(7000)}),
     }
-    told = {name: (body, JSON) for name, body in bodies.items()}
-    told["no content type"] = (request(1), {})
-    told["CSV"] = (b"n\n1\n", {"Content-Type": "text/csv"})
-    return told
+    requests = {name: (body, JSON) for name, body in bodies.items()}
+    requests["no content type"] = (request(1), {})
+    requests["CSV"] = (b"n\n1\n", {"Content-Type": "text/csv"})
+    return requests
 
 
 def bomb() -> str:
-    """A PNG file whose header says 95,000 x 95,000."""
+    """Base64 of a PNG file whose header states 95,000 x 95,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

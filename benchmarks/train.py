@@ -1,4 +1,4 @@
-"""Training speed of the spatial VAE by memory format and precision, in images per second, as ratios in one run.
+"""Training speed of the spatial VAE by memory format and precision: images per second, and ratios within one run.
 
 python benchmarks/train.py [--rounds 5]
 """
@@ -25,7 +25,7 @@ WAYS = {  # name: memory format, autocast to bf16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="each way is timed once a round, in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="each method is timed once per round, in turn")
     rounds = parser.parse_args().rounds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: prepare(device, *way) for name, way in WAYS.items()}
@@ -33,11 +33,11 @@ def main() -> None:
     for round_number in range(rounds + 1):
         for name, step in steps.items():
             seconds = time_steps(step, device)
-            if round_number:  # the first is a warm-up
+            if round_number:  # round 0 is a warm-up
                 rates[name].append(BATCH * STEPS / seconds)
     first = next(iter(WAYS))
     print(f"{device}, {torch.get_num_threads()} threads, {SHAPE[1]} px, batch {BATCH}\n")
-    print("| way | images/s | ratio |\n|---|---|---|")
+    print("| memory format, precision | images/s | ratio |\n|---|---|---|")
     for name in WAYS:
         ratios = [a / b for a, b in zip(rates[name], rates[first], strict=True)]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def prepare(device: torch.device, memory_format: torch.memory_format, bf16: bool):
-    """One training step of a model of its own."""
+    """Return a function that does one training step of a new model."""
     torch.manual_seed(0)
     params = Model(base_channels=16, latent_channels=16, latent_size=8)
     model = build_model(params, SHAPE, 0).to(device)

@@ -1,4 +1,4 @@
-"""What a search costs beyond its trials: the share of its workers' time in which nothing is trained or judged.
+"""Measure what a search costs beyond its trials: the share of worker time without training or evaluation.
 
 python benchmarks/tune.py [--trials 8] [--workers 2] [--epochs 10]
 """
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=10, help="of each trial")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of each trial")
     arguments = parser.parse_args()
     overrides = [f"tune.trial.epochs={arguments.epochs}", "tune.pruner=none"]
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +41,8 @@ def main() -> None:
         study = open_study(tune.prepare(project, params, arguments.trials, None))
         trials = [trial.user_attrs["seconds"] for trial in study.trials]
     busy = sum(trials) / (arguments.workers * wall)
-    print(f"\n| trials | workers | a trial, s | whole command, s | share that is no trial |\n{'|---' * 5}|")
+    columns = ("trials", "workers", "seconds per trial", "seconds of the command", "share of time outside trials")
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     mean = sum(trials) / len(trials)
     print(f"| {len(trials)} | {arguments.workers} | {mean:.1f} | {wall:.0f} | {1 - busy:.3f} |")
 

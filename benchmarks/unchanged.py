@@ -1,11 +1,11 @@
-"""Hashes of what medgen makes. Those of two commits show whether a change of the code changed a result.
+"""Hashes of medgen's outputs, to compare two commits and find changes of results.
 
 python benchmarks/unchanged.py --out before.json [--real FOLDER ...]
 git switch CHANGED && python benchmarks/unchanged.py --out after.json [--real FOLDER ...] --compare before.json
 
-It hashes the store of drawn films and of each real folder (the files, byte by byte), and for each recipe the model's
-weights after two epochs on drawn films of its own size or less (each tensor's bytes, whatever its name). It uses only
-the command line and params.yaml, which outlast a change of the code. About ten minutes on two cores.
+It hashes the store of procedural images and of each real folder (the files, byte by byte), and for each recipe the
+model's weights after two epochs on procedural images of its own size or less (each tensor's bytes without its name). It
+uses only the command line and params.yaml, which do not depend on the code's structure. Ten minutes on two cores.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import safetensors.torch
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_FILMS, MAX_SIZE = 64, 64
+NUM_IMAGES, MAX_SIZE = 64, 64
 STORE_ONLY = {"data": {"splits": "own"}, "preprocess": {"image_size": 64, "max_rejected": 1.0}}
 
 
@@ -28,20 +28,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of hashes by name")
     parser.add_argument("--real", type=Path, nargs="*", default=[], help="folders of real images")
-    parser.add_argument("--compare", type=Path, help="an earlier --out; what differs is listed, and the exit code is 1")
+    parser.add_argument("--compare", type=Path, help="an earlier --out; differences are listed and give exit code 1")
     arguments = parser.parse_args()
     hashes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        films = new_project(Path(scratch), None, STORE_ONLY)
-        medgen(films, "data", "sample", "--n", str(NUM_FILMS))
-        for folder in (films / "data", *arguments.real):
+        sample = new_project(Path(scratch), None, STORE_ONLY)
+        medgen(sample, "data", "sample", "--n", str(NUM_IMAGES))
+        for folder in (sample / "data", *arguments.real):
             project = new_project(Path(scratch), folder, STORE_ONLY)
             medgen(project, "preprocess")
             name = "drawn" if folder.name == "data" else folder.name
             print(name, flush=True)
             hashes[f"store {name}"] = hash_folder(project / "artifacts" / "dataset")
         for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
-            project = new_project(Path(scratch), films / "data", shortened(recipe))
+            project = new_project(Path(scratch), sample / "data", shortened(recipe))
             medgen(project, "preprocess")
             medgen(project, "train")
             hashes[f"weights {recipe.stem}"] = hash_tensors(project / "artifacts" / "model" / "model.safetensors")
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def medgen(folder: Path, *words: str) -> None:
-    """Runs a command of this checkout in a folder."""
+    """Run a command of this checkout in a folder."""
     done = subprocess.run(
         [sys.executable, "-m", "medgen", *words],
         cwd=folder,
@@ -68,7 +68,7 @@ def medgen(folder: Path, *words: str) -> None:
 
 
 def new_project(scratch: Path, data: Path | None, params: dict) -> Path:
-    """A folder with params.yaml, tracking off, and a link to the data if there is any yet."""
+    """Create a folder with params.yaml, tracking off, and a link to the data if there are any."""
     project = Path(tempfile.mkdtemp(dir=scratch))
     if data is not None:
         (project / "data").symlink_to(data.resolve(), target_is_directory=True)
@@ -81,7 +81,7 @@ def new_project(scratch: Path, data: Path | None, params: dict) -> Path:
 
 
 def shortened(recipe: Path) -> dict:
-    """A recipe for two epochs on a few small films; the rest is its own."""
+    """The recipe with two epochs and small images; all other parameters unchanged."""
     params = YAML().load(recipe)
     size = params["preprocess"]["image_size"]
     while size > MAX_SIZE and size % 2 == 0:

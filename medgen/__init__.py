@@ -1,3 +1,3 @@
-"""medgen: train, search, judge and ship generative models of medical images."""
+"""medgen: train, search, evaluate and ship generative models of medical images."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""The command line: parses words, calls one verb, turns errors into exit codes. Holds no logic.
+"""The command line: parse arguments, call one function, turn errors into exit codes. It holds no logic.
 
-Everything heavy is imported by the verb that needs it, so that `medgen --help` answers at once.
+Each command imports what it needs itself, so that `medgen --help` starts at once.
 """
 
 import inspect
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from medgen import __version__
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, printable
 
 if TYPE_CHECKING:
@@ -19,34 +20,41 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 app = typer.Typer(
-    help="Train, search, judge and ship generative models of medical images.",
+    help="Train, search, evaluate and ship generative models of medical images.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Bring images in.", no_args_is_help=True)
-weights_app = typer.Typer(help="Pretrained weights.", no_args_is_help=True)
-recipe_app = typer.Typer(help="Complete params files.", no_args_is_help=True)
+data_app = typer.Typer(help="Create, import, check and download datasets.", no_args_is_help=True)
+weights_app = typer.Typer(help="Download and check pretrained weights.", no_args_is_help=True)
+recipe_app = typer.Typer(help="List, show, use and run recipes: complete parameter files.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(recipe_app, name="recipe")
 
-ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The params file.")]
+ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="Parameter file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a parameter, as train.batch_size=16. Repeats."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a parameter, such as train.batch_size=16. Repeatable."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ModelPlace = Annotated[
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+ModelLocation = Annotated[
     str | None,
-    typer.Option("--model", metavar="PLACE", help="A folder with model/, prior/, refiner/; or models:/NAME@ALIAS."),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Folder with model/, prior/ and refiner/, or models:/NAME@ALIAS. Default: the project's model.",
+    ),
 ]
-OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Where the pictures go.")]
+OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Folder to write images to.")]
+DatasetName = Annotated[str, typer.Argument(help="Name from `medgen data list`.")]
+WeightsName = Annotated[str, typer.Argument(help="Name from `medgen weights list`.")]
+RecipeName = Annotated[str, typer.Argument(help="Name from `medgen recipe list`.")]
 PARAMS = Path("params.yaml")
 
 
 def main() -> None:
-    """Runs the command line; see docs/contract.md for the exit codes."""
+    """Run the command line; docs/contract.md lists the exit codes."""
     try:
         app()
     except (UserError, NonFiniteError, TrainingInterrupted) as error:
@@ -54,9 +62,34 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"medgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print medgen's version and exit."),
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print log messages too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
+    log_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="File to append messages to.")
+    ] = None,
+) -> None:
+    """Options that stand before the command."""
+    if verbose or quiet or log_file:
+        from medgen import console
+
+        console.configure(verbose, quiet, log_file)
+
+
 @app.command()
 def doctor(params: ParamsFile = PARAMS, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check this machine and project, and say how to mend what is wrong."""
+    """Check this machine and this project, and say how to fix each problem."""
     from medgen import doctor
 
     findings = _call(doctor.run, params, overrides)
@@ -64,9 +97,17 @@ def doctor(params: ParamsFile = PARAMS, overrides: Overrides = None, as_json: As
     raise typer.Exit(0 if healthy else 2)
 
 
+@app.command(hidden=True)
+def code() -> None:
+    """Write the hashes of the source code of each stage, on which dvc.yaml's stages depend."""
+    from medgen import source
+
+    source.run(_project())
+
+
 @app.command()
 def preprocess(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Turn image files into the uint8 store (stage 1)."""
+    """Convert image files to the dataset store (stage 1)."""
     from medgen.ingest import preprocess
 
     _call(preprocess.run, params, overrides)
@@ -74,7 +115,7 @@ def preprocess(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None
 
 @app.command()
 def features(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Train the domain extractor that judges samples (stage 2)."""
+    """Train the domain extractor, the feature network of the metrics (stage 2)."""
     from medgen.training import extractor
 
     _call(extractor.run, params, overrides)
@@ -82,7 +123,7 @@ def features(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Train the model; the same command again resumes (stage 3)."""
+    """Train the model, or resume an interrupted training (stage 3)."""
     from medgen.training import train
 
     _call(train.run, params, overrides)
@@ -90,7 +131,7 @@ def train(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 
 @app.command()
 def prior(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Fit the prior that latents are drawn from (stage 4)."""
+    """Fit or train the prior, from which latents are drawn (stage 4)."""
     from medgen.training import prior
 
     _call(prior.run, params, overrides)
@@ -98,7 +139,7 @@ def prior(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 
 @app.command()
 def refiner(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Train the refiner that adds the detail which the decoder leaves out (stage 5)."""
+    """Train the refiner, which adds the fine detail that the decoder loses (stage 5)."""
     from medgen.training import refiner
 
     _call(refiner.run, params, overrides)
@@ -107,79 +148,84 @@ def refiner(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(
     model: Annotated[
-        str | None, typer.Option(metavar="VERSION", help="Instead: a registered one, such as models:/medgen@champion.")
+        str | None,
+        typer.Option(metavar="VERSION", help="Evaluate a registered version instead, such as models:/medgen@champion."),
     ] = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Judge the model on the test split and register it as candidate (stage 6)."""
+    """Evaluate the model on the test split and register it as the candidate (stage 6)."""
     from medgen import registry
     from medgen.evaluation import evaluate
 
     if model is None:
         _call(evaluate.run, params, overrides)
-        _call(registry.register_if_wanted, params, overrides)
+        _call(registry.register_if_enabled, params, overrides)
     else:
-        version, folder = _call(registry.fetch_to_judge, params, overrides, place=model)
-        _call(evaluate.judge_version, params, overrides, folder=folder)
-        _call(registry.take_metrics, params, overrides, version=version, folder=folder)
+        version, folder = _call(registry.fetch_for_evaluation, params, overrides, source=model)
+        _call(evaluate.evaluate_version, params, overrides, folder=folder)
+        _call(registry.update_metrics, params, overrides, version=version, folder=folder)
 
 
 @app.command()
 def generate(
     out: OutFolder,
     n: Annotated[
-        int | None, typer.Option("--n", min=1, help="How many (25); with --traverse, along each axis (9).")
+        int | None,
+        typer.Option("--n", min=1, help="Number of images, 25 by default; with --traverse, 9 along each axis."),
     ] = None,
     label: Annotated[
-        str | None, typer.Option(help="Class by name or index; without it, as in the train split.")
+        str | None, typer.Option(help="Class name or index. Default: all classes, as often as in the train split.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
     interpolate: Annotated[
-        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Instead: the way from image A to image B.")
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Interpolate from image file A to image file B in latent space instead."),
     ] = None,
-    traverse: Annotated[bool, typer.Option("--traverse", help="Instead: what the latent's main axes do.")] = False,
+    traverse: Annotated[
+        bool, typer.Option("--traverse", help="Vary the latent along its principal axes instead.")
+    ] = False,
     refine: Annotated[
         bool,
-        typer.Option(help="Add the refiner's detail to new images; --interpolate and --traverse never do."),
+        typer.Option(help="Apply the refiner to new images. --interpolate and --traverse never use it."),
     ] = True,
-    model: ModelPlace = None,
+    model: ModelLocation = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Make new images, one PNG each and one grid; or follow the latents between two images or along their axes."""
+    """Generate new images, or move through latent space between two images or along its axes."""
     from medgen import registry
     from medgen.serving import generate
 
     if interpolate and traverse:
-        raise typer.BadParameter("--interpolate and --traverse are two things to do; give one of them")
-    folder = _call(registry.find_model, params, overrides, place=model)
-    words = {"label": label, "model": folder, "out": out} | ({} if n is None else {"n": n})
+        raise typer.BadParameter("--interpolate and --traverse exclude each other; give one of them")
+    folder = _call(registry.find_model, params, overrides, source=model)
+    options = {"label": label, "model": folder, "out": out} | ({} if n is None else {"n": n})
     if interpolate:
-        _call(generate.interpolate, params, overrides, ends=interpolate, **words)
+        _call(generate.interpolate, params, overrides, ends=interpolate, **options)
     elif traverse:
-        _call(generate.traverse, params, overrides, **words)
+        _call(generate.traverse, params, overrides, **options)
     else:
-        _call(generate.run, params, overrides, seed=seed, refine=refine, **words)
+        _call(generate.run, params, overrides, seed=seed, refine=refine, **options)
 
 
 @app.command()
 def reconstruct(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files.")],
     out: OutFolder,
     label: Annotated[
         str | None,
-        typer.Option(help="Their class by name or index, for a model that looks at labels; else by their folders."),
+        typer.Option(help="Class name or index of all files, for a model that uses labels. Default: folder names."),
     ] = None,
-    model: ModelPlace = None,
+    model: ModelLocation = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Put images through the model, without its refiner: original beside reconstruction, PSNR and SSIM each."""
+    """Encode and decode image files; write original and reconstruction side by side, with PSNR and SSIM."""
     from medgen import registry
     from medgen.serving import generate
 
-    folder = _call(registry.find_model, params, overrides, place=model)
+    folder = _call(registry.find_model, params, overrides, source=model)
     _call(generate.reconstruct, params, overrides, files=files, label=label, model=folder, out=out)
 
 
@@ -187,26 +233,26 @@ def reconstruct(
 def tune(
     trials: Annotated[int, typer.Option(min=1, help="Total number of trials in the study.")] = 50,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine; by default one for each GPU, or one.")
+        int | None, typer.Option(min=1, help="Number of processes on this machine. Default: one per GPU, or one.")
     ] = None,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which no trial begins.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Start no trial after this many seconds.")] = None,
     confirm: Annotated[
-        int, typer.Option(min=0, help="Train this many of the best in full, and choose the winner among them.")
+        int, typer.Option(min=0, help="Train this many of the best trials in full and choose the winner among them.")
     ] = 0,
-    apply: Annotated[bool, typer.Option("--apply", help="Write the best values into the params file.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Write the winner's values into the parameter file.")] = False,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Search for better parameters; run again, it continues (docs/tune.md)."""
+    """Search for better parameters; run the same command again to continue (docs/tune.md)."""
     from medgen import tune
 
-    words = {"trials": trials, "workers": workers, "timeout": timeout, "confirm": confirm, "apply": apply}
-    _call(tune.run, params, overrides, file=params, **words)
+    options = {"trials": trials, "workers": workers, "timeout": timeout, "confirm": confirm, "apply": apply}
+    _call(tune.run, params, overrides, file=params, **options)
 
 
 @app.command()
 def compare(as_json: AsJson = False) -> None:
-    """Show runs side by side: parameters that differ, metrics."""
+    """Show runs side by side: the parameters that differ, and the metrics."""
     from medgen.tracking import compare
 
     compare.compare(_project(), as_json=as_json)
@@ -214,22 +260,22 @@ def compare(as_json: AsJson = False) -> None:
 
 @app.command()
 def register(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Register the model, its prior and its refiner in MLflow, as candidate."""
+    """Register the model, its prior and its refiner in MLflow as the candidate."""
     from medgen import registry
 
-    _call(registry.run, params, overrides)
+    _call(registry.register, params, overrides)
 
 
 @app.command()
 def promote(
-    version: Annotated[int | None, typer.Option(min=1, help="Its number; without it, the candidate.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Version number. Default: the candidate.")] = None,
     force: Annotated[
-        str | None, typer.Option(metavar="WHY", help="Promote although gates do not hold; the reason is recorded.")
+        str | None, typer.Option(metavar="REASON", help="Promote even if gates fail; the reason is recorded.")
     ] = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Make a registered version the champion, if it holds all gates (docs/registry.md)."""
+    """Make a registered version the champion if it passes all gates (docs/registry.md)."""
     from medgen.registry import promotion
 
     _call(promotion.promote, params, overrides, version=version, force=force)
@@ -237,11 +283,11 @@ def promote(
 
 @app.command()
 def rollback(
-    why: Annotated[str, typer.Option(help="Recorded in the history.")] = "rolled back",
+    why: Annotated[str, typer.Option(help="Reason, recorded in the history.")] = "rolled back",
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Make the champion before this one champion again."""
+    """Make the previous champion the champion again."""
     from medgen.registry import promotion
 
     _call(promotion.rollback, params, overrides, why=why)
@@ -250,39 +296,41 @@ def rollback(
 @app.command()
 def history(
     dataset: Annotated[
-        str | None, typer.Option(metavar="HASH", help="Only versions trained on it: its fingerprint or md5.")
+        str | None,
+        typer.Option(metavar="HASH", help="Show only versions trained on the dataset with this fingerprint or md5."),
     ] = None,
     reproduce: Annotated[
-        int | None, typer.Option(metavar="VERSION", min=1, help="Instead: the commands that rebuild a version.")
+        int | None,
+        typer.Option(metavar="VERSION", min=1, help="Print the commands that rebuild this version instead."),
     ] = None,
-    run: Annotated[bool, typer.Option("--run", help="With --reproduce: rebuild it, and compare.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="With --reproduce: rebuild the version and compare.")] = False,
     as_json: AsJson = False,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Show the registered versions, what each was made from, and who became champion when and why."""
+    """Show the registered versions, the origin of each, and all promotions with their reasons."""
     from medgen.registry import promotion
-    from medgen.registry import reproduce as rebuilding
+    from medgen.registry import reproduce as reproduction
 
     if reproduce is None:
         if run:
-            raise typer.BadParameter("--run rebuilds a version; name it with --reproduce VERSION")
+            raise typer.BadParameter("--run needs --reproduce VERSION")
         _call(promotion.history, params, overrides, dataset=dataset, as_json=as_json)
     else:
-        _call(rebuilding.reproduce, params, overrides, version=reproduce, run=run)
+        _call(reproduction.reproduce, params, overrides, version=reproduce, run=run)
 
 
 @app.command()
 def serve(
     model: Annotated[
-        str | None, typer.Option("--model", metavar="URI", help="models:/NAME@ALIAS; without it, the champion.")
+        str | None, typer.Option("--model", metavar="URI", help="models:/NAME@ALIAS. Default: the champion.")
     ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8080,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Answer HTTP requests with a registered version's images (docs/serving.md)."""
+    """Serve a registered version over HTTP (docs/serving.md)."""
     from medgen import registry
 
     _call(registry.serve, params, overrides, model=model, host=host, port=port)
@@ -290,11 +338,11 @@ def serve(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="On this machine's loopback address.")] = 5000,
+    port: Annotated[int, typer.Option(help="Port on the loopback address.")] = 5000,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Open MLflow's web page on this project's runs."""
+    """Open MLflow's web page for this project."""
     from medgen import registry
 
     _call(registry.ui, params, overrides, port=port)
@@ -302,7 +350,7 @@ def ui(
 
 @app.command()
 def sync(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Send to MLflow what it missed."""
+    """Send the records that MLflow has missed."""
     from medgen import tracking
 
     _call(tracking.sync, params, overrides)
@@ -312,10 +360,10 @@ def sync(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 def sample(
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="Which patients.")] = 0,
-    n: Annotated[int, typer.Option("--n", min=3, help="How many images.")] = 480,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn patients.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=3, help="Number of images.")] = 480,
 ) -> None:
-    """Draw the sample dataset: procedural chest films in three classes."""
+    """Draw the sample dataset: procedural chest X-rays in three classes."""
     from medgen.datasets import import_data
 
     _call(import_data.draw_sample, params, overrides, num_images=n, seed=seed)
@@ -324,12 +372,12 @@ def sample(
 @data_app.command("import")
 def import_data(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A folder, zip or tar of images; see docs/data.md for layouts.")
+        Path, typer.Argument(metavar="PATH", help="Folder, zip or tar of images; docs/data.md lists the layouts.")
     ],
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Make a folder or archive of images this project's dataset."""
+    """Copy a folder or archive of images into the project as its dataset."""
     from medgen.datasets import import_data
 
     _call(import_data.import_folder, params, overrides, source=path)
@@ -338,13 +386,13 @@ def import_data(
 @data_app.command()
 def audit(
     path: Annotated[
-        Path | None, typer.Argument(metavar="PATH", help="A folder; without it, the project's data.")
+        Path | None, typer.Argument(metavar="PATH", help="Folder of images. Default: the project's data.")
     ] = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look through images for leaks, duplicates, wrong labels, odd and broken files."""
+    """Check images for leaks between splits, duplicates, wrong labels, odd and unreadable files."""
     from medgen.ingest import audit
 
     _call(audit.run, params, overrides, path=path, as_json=as_json)
@@ -352,15 +400,15 @@ def audit(
 
 @data_app.command("list")
 def list_datasets() -> None:
-    """Show the known datasets: what is in them, their licences and where they come from."""
+    """List the known datasets: content, licence and source."""
     from medgen.datasets import catalog
 
     catalog.show()
 
 
 @data_app.command("fetch")
-def fetch_dataset(name: str, params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Download a known dataset and make it this project's."""
+def fetch_dataset(name: DatasetName, params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Download a known dataset and make it the project's dataset."""
     from medgen.datasets import fetch
 
     _call(fetch.fetch, params, overrides, name=name)
@@ -368,39 +416,41 @@ def fetch_dataset(name: str, params: ParamsFile = PARAMS, overrides: Overrides =
 
 @weights_app.command("list")
 def list_weights() -> None:
-    """Show the known weights and whether they are here."""
+    """List the known weights and whether this machine has them."""
     from medgen.datasets import weights
 
     weights.show_weights()
 
 
 @weights_app.command("fetch")
-def fetch_weights(name: str) -> None:
-    """Download weights and check them."""
+def fetch_weights(name: WeightsName) -> None:
+    """Download pretrained weights and check their SHA-256."""
     from medgen.datasets import weights
 
     weights.fetch_weights(name)
 
 
 @weights_app.command("verify")
-def verify_weights(name: Annotated[str | None, typer.Argument(help="Without it: all that are here.")] = None) -> None:
-    """Check weights against their hash."""
+def verify_weights(
+    name: Annotated[str | None, typer.Argument(help="Default: all weights on this machine.")] = None,
+) -> None:
+    """Check the SHA-256 of weights on this machine."""
     from medgen.datasets import weights
 
-    weights.verify(name)
+    weights.verify_weights(name)
 
 
 @recipe_app.command("list")
 def list_recipes() -> None:
-    """Name the recipes."""
+    """List the recipes."""
     from medgen import recipes
 
-    for name, line in recipes.known().items():
+    for name, line in recipes.list_recipes().items():
         print(f"{name:24} {line}")
 
 
 @recipe_app.command("show")
-def show_recipe(name: str) -> None:
+def show_recipe(name: RecipeName) -> None:
     """Print a recipe."""
     from medgen import recipes
 
@@ -408,7 +458,7 @@ def show_recipe(name: str) -> None:
 
 
 @recipe_app.command("use")
-def use_recipe(name: str) -> None:
+def use_recipe(name: RecipeName) -> None:
     """Write a recipe to params.yaml."""
     from medgen import recipes
 
@@ -417,25 +467,25 @@ def use_recipe(name: str) -> None:
 
 @recipe_app.command("run")
 def run_recipes(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names from `medgen recipe list`.")],
     overrides: Overrides = None,
 ) -> None:
-    """Train and judge recipes one after another, and print their metrics in one table."""
+    """Train and evaluate recipes one after another, and print their metrics in one table."""
     from medgen import recipes
 
     recipes.run(_project(), names, overrides or ())
 
 
-def _call(verb: Callable[..., T], params_file: Path, overrides: list[str] | None, **options: Any) -> T:
-    """Calls `verb` with the project, the params sections that its signature names, and the command's own options."""
+def _call(function: Callable[..., T], params_file: Path, overrides: list[str] | None, **options: Any) -> T:
+    """Call `function` with the project, the params sections in its signature, and the command's own options."""
     from medgen.config import Params, load
 
     params = load(params_file, overrides or ())
-    wanted = inspect.signature(verb).parameters
+    wanted = inspect.signature(function).parameters
     sections = {name: getattr(params, name) for name in Params.model_fields if name in wanted and name not in options}
     if "params" in wanted:
         sections["params"] = params
-    return verb(_project(), **sections, **options)
+    return function(_project(), **sections, **options)
 
 
 def _project() -> "Project":

@@ -1,9 +1,8 @@
-"""Checks this machine and project, and says how to mend what is wrong.
+"""Check this machine and this project, and say how to fix each problem.
 
 medgen doctor [--json]
 """
 
-import dataclasses
 import importlib
 import json
 import os
@@ -22,117 +21,114 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from medgen.config import Data, Evaluate, Loss, Project, Tracking, Train
+from medgen.console import show as print_table
 from medgen.datasets.weights import list_weights
 from medgen.machine import num_cores
 from medgen.tracking.mlflow_sync import store_uri
 
-OLDEST_PYTHON = (3, 11)
-LITTLE_MEMORY = 3e9  # bytes; the sample run takes about 2 GB
-LITTLE_DISK, NO_DISK = 5e9, 1e9
-DVC_SECONDS = 60.0
-ISSUER = "MLFLOW_TRACKING_SERVER_CERT_PATH"  # MLflow's: who signed the tracking server's certificate
+MIN_PYTHON = (3, 11)
+WARN_MEMORY = 3e9  # bytes; the sample project needs about 2 GB
+WARN_DISK, MIN_DISK = 5e9, 1e9  # free bytes
+DVC_TIMEOUT = 60.0  # seconds
+CA_FILE = "MLFLOW_TRACKING_SERVER_CERT_PATH"  # MLflow's variable: certificate authority of the tracking server
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing looked at. `mend` says what to do about a warning or a failure."""
+class Check:
+    """A check and its result; `fix` says what to do about a warning or a failure."""
 
     name: str
     level: Literal["ok", "warn", "fail"]
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def run(
     project: Project, *, data: Data, loss: Loss, train: Train, evaluate: Evaluate, tracking: Tracking
-) -> list[Finding]:
-    """Looks at everything a run leans on; changes nothing, imports no MLflow, needs no network but the tracking server.
+) -> list[Check]:
+    """Check software, hardware, weights, data, DVC and tracking; the only network access is to the tracking server.
 
-    A failure means that the pipeline cannot run as the parameters stand, a warning that something will be missing.
+    "fail" means that the pipeline cannot run with these parameters, "warn" that it runs with restrictions.
     """
     return [
-        _python(),
-        _torchvision(),
-        _cpu(),
-        *_gpus(train),
-        _memory(),
-        _disk(project),
-        *_weights(loss, train, evaluate),
-        _data(project, data),
-        _dvc(project),
-        _tracking(project, tracking),
+        _check_python(),
+        _check_torch(),
+        _check_cpu(),
+        *_check_gpus(train),
+        _check_memory(),
+        _check_disk(project),
+        *_check_weights(loss, train, evaluate),
+        _check_data(project, data),
+        _check_dvc(project),
+        _check_tracking(project, tracking),
     ]
 
 
-def show(findings: Sequence[Finding], as_json: bool = False) -> bool:
-    """Prints findings as a table or as JSON; True where nothing failed."""
+def show(results: Sequence[Check], as_json: bool = False) -> bool:
+    """Print results as a table or as JSON, and return True if nothing failed."""
     if as_json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        rows = [{"name": each.name, "level": each.level, "found": each.found, "fix": each.fix} for each in results]
+        print(json.dumps(rows, indent=2))
     else:
         table = Table("", "", "found", "what to do", box=None, padding=(0, 1))
         colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-        for finding in findings:
-            level = f"[{colours[finding.level]}]{finding.level}[/]"
-            table.add_row(level, finding.name, _plain(finding.found), _plain(finding.mend))
-        Console().print(table)
-    return all(finding.level != "fail" for finding in findings)
+        for result in results:
+            table.add_row(Text(result.level, style=colours[result.level]), result.name, result.found, result.fix)
+        print_table(table)
+    return all(result.level != "fail" for result in results)
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")  # rich would take it for markup
-
-
-def _python() -> Finding:
+def _check_python() -> Check:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < OLDEST_PYTHON:
-        return Finding("python", "fail", found, "Python 3.11 or newer is needed; `uv sync` brings one")
-    return Finding("python", "ok", found)
+    if sys.version_info < MIN_PYTHON:
+        return Check("python", "fail", found, "Python 3.11 or newer is required; `uv sync` installs it")
+    return Check("python", "ok", found)
 
 
-def _torchvision() -> Finding:
-    """Importing is the test: a torchvision built for another torch fails there, and only there."""
-    mend = "The two were built for different versions: `uv sync` installs a pair that fits (plain pip may not)"
+def _check_torch() -> Check:
+    """Import both: a torchvision built for another torch fails at import."""
+    fix = "The two are built for different versions. `uv sync` installs a matching pair (pip alone may not)"
     try:
         torch, torchvision = importlib.import_module("torch"), importlib.import_module("torchvision")
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        return Finding("torch", "fail", f"does not import: {error}", mend)
+        return Check("torch", "fail", f"import failed: {error}", fix)
     found = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     builds = {version.partition("+")[2] for version in (torch.__version__, torchvision.__version__)}
-    return Finding("torch", "ok", found) if len(builds) == 1 else Finding("torch", "warn", found, mend)
+    return Check("torch", "ok", found) if len(builds) == 1 else Check("torch", "warn", found, fix)
 
 
-def _cpu() -> Finding:
+def _check_cpu() -> Check:
     import torch
 
     usable = num_cores()
     threads = torch.get_num_threads()
     found = f"{usable} cores, torch uses {threads} threads"
     if threads > usable:
-        return Finding("cpu", "warn", found, f"More threads than cores slow each other: set OMP_NUM_THREADS={usable}")
-    return Finding("cpu", "ok", found)
+        return Check("cpu", "warn", found, f"More threads than cores are slow. Set OMP_NUM_THREADS={usable}")
+    return Check("cpu", "ok", found)
 
 
-def _gpus(train: Train) -> list[Finding]:
+def _check_gpus(train: Train) -> list[Check]:
     import torch
 
     if torch.cuda.is_available():
-        return [_gpu(index) for index in range(torch.cuda.device_count())]
+        return [_check_gpu(index) for index in range(torch.cuda.device_count())]
     driver = _nvidia_driver()
     if driver:
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        mend = "Update the NVIDIA driver, or install a torch built for this one"
+        fix = "Update the NVIDIA driver, or install a torch built for this driver"
         level: Literal["warn", "fail"] = "fail" if train.device == "cuda" else "warn"
-        return [Finding("gpu", level, f"NVIDIA driver {driver}, but torch ({build}) sees no GPU", mend)]
+        return [Check("gpu", level, f"NVIDIA driver {driver}, but torch ({build}) finds no GPU", fix)]
     if train.device == "cuda":
-        return [Finding("gpu", "fail", "none, but train.device is 'cuda'", "Set train.device to 'auto'")]
-    return [Finding("gpu", "ok", "none: training runs on the CPU")]
+        return [Check("gpu", "fail", "none, but train.device is 'cuda'", "Set train.device to 'auto'")]
+    return [Check("gpu", "ok", "none: training runs on the CPU")]
 
 
-def _gpu(index: int) -> Finding:
+def _check_gpu(index: int) -> Check:
     import torch
 
     free, total = torch.cuda.mem_get_info(index)
@@ -140,12 +136,12 @@ def _gpu(index: int) -> Finding:
     precision = "bf16" if properties.major >= 8 else "fp32 (bf16 needs compute capability 8.0)"
     found = f"{properties.name}, {total / 1e9:.0f} GB, {free / 1e9:.0f} GB free, {precision}"
     if free < 2e9:
-        return Finding(f"gpu {index}", "warn", found, "Something else holds its memory; see nvidia-smi")
-    return Finding(f"gpu {index}", "ok", found)
+        return Check(f"gpu {index}", "warn", found, "Other processes use its memory; list them with nvidia-smi")
+    return Check(f"gpu {index}", "ok", found)
 
 
 def _nvidia_driver() -> str | None:
-    """Version of the NVIDIA driver, None where there is none."""
+    """Version of the NVIDIA driver; None without one."""
     import pynvml
 
     try:
@@ -155,140 +151,142 @@ def _nvidia_driver() -> str | None:
         return None
 
 
-def _memory() -> Finding:
+def _check_memory() -> Check:
     free = psutil.virtual_memory().available
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text))
     found = f"{free / 1e9:.1f} GB available"
-    if free < LITTLE_MEMORY:
-        mend = "Close other programs, or lower train.batch_size and preprocess.image_size"
-        return Finding("memory", "warn", found, mend)
-    return Finding("memory", "ok", found)
+    if free < WARN_MEMORY:
+        fix = "Close other programs, or lower train.batch_size and preprocess.image_size"
+        return Check("memory", "warn", found, fix)
+    return Check("memory", "ok", found)
 
 
-def _disk(project: Project) -> Finding:
+def _check_disk(project: Project) -> Check:
     free = shutil.disk_usage(project.root).free
     found = f"{free / 1e9:.1f} GB free in {project.root}"
-    if free < LITTLE_DISK:
-        mend = "Make room: checkpoints, DVC's cache and MLflow's artifacts grow (`dvc gc -w` clears old cache)"
-        return Finding("disk", "fail" if free < NO_DISK else "warn", found, mend)
-    return Finding("disk", "ok", found)
+    if free < WARN_DISK:
+        fix = "Free disk space; `dvc gc -w` removes old files from DVC's cache"
+        return Check("disk", "fail" if free < MIN_DISK else "warn", found, fix)
+    return Check("disk", "ok", found)
 
 
-def _weights(loss: Loss, train: Train, evaluate: Evaluate) -> list[Finding]:
+def _check_weights(loss: Loss, train: Train, evaluate: Evaluate) -> list[Check]:
     phases = [phase.weights for phase in train.phases if phase.weights]
     needed = {"vgg16"} if any(weights.perceptual > 0 for weights in [loss.weights, *phases]) else set()
-    findings = []
+    results = []
     for name, path in list_weights().items():
         if path:
-            findings.append(Finding(f"weights {name}", "ok", str(path)))
+            results.append(Check(f"weights {name}", "ok", str(path)))
         elif name in evaluate.extractors:
-            mend = f"`medgen weights fetch {name}`, or take it out of evaluate.extractors"
-            findings.append(Finding(f"weights {name}", "warn", "not here: no Inception Score and no FID", mend))
+            fix = f"Run `medgen weights fetch {name}`, or remove it from evaluate.extractors"
+            results.append(Check(f"weights {name}", "warn", "missing: no Inception Score and no FID", fix))
         elif name in needed:
-            mend = f"`medgen weights fetch {name}`, or set loss.weights.perceptual to 0"
-            findings.append(Finding(f"weights {name}", "fail", "not here, and the perceptual loss needs them", mend))
+            fix = f"Run `medgen weights fetch {name}`, or set loss.weights.perceptual to 0"
+            results.append(Check(f"weights {name}", "fail", "missing, and the perceptual loss needs them", fix))
         else:
-            findings.append(Finding(f"weights {name}", "ok", "not here; these parameters do not need them"))
-    return findings
+            results.append(Check(f"weights {name}", "ok", "missing; these parameters do not use them"))
+    return results
 
 
-def _data(project: Project, data: Data) -> Finding:
+def _check_data(project: Project, data: Data) -> Check:
     folder = project.root / data.path
     if folder.is_dir() and any(folder.iterdir()):
-        return Finding("data", "ok", str(folder))
+        return Check("data", "ok", str(folder))
     pointer = folder.with_name(folder.name + ".dvc")
     if pointer.is_file():
-        return Finding("data", "warn", f"{data.path} is not pulled yet", f"`dvc pull {pointer.name}`")
-    mend = "`medgen data sample` draws a dataset, `medgen data import PATH` takes yours"
-    return Finding("data", "fail", f"{folder} is missing or empty", mend)
+        return Check("data", "warn", f"{data.path} is not pulled yet", f"Run `dvc pull {pointer.name}`")
+    fix = "Run `medgen data sample` to draw a dataset, or `medgen data import PATH` to import yours"
+    return Check("data", "fail", f"{folder} is missing or empty", fix)
 
 
-def _dvc(project: Project) -> Finding:
+def _check_dvc(project: Project) -> Check:
     if not any((folder / ".dvc").is_dir() for folder in (project.root, *project.root.parents)):
-        return Finding(
-            "dvc", "fail", f"{project.root} is in no DVC project", "`dvc init` in a clone of this repository"
+        return Check(
+            "dvc", "fail", f"{project.root} is not in a DVC project", "Run `dvc init` in a clone of this repository"
         )
-    command = [sys.executable, "-m", "dvc", "remote", "list"]  # outside a project it answers, with the user's remotes
+    command = [sys.executable, "-m", "dvc", "remote", "list"]  # outside a project it lists the user's remotes
     quiet = {**os.environ, "DVC_NO_ANALYTICS": "1"}
     try:
         done = subprocess.run(
-            command, cwd=project.root, env=quiet, capture_output=True, text=True, timeout=DVC_SECONDS, check=False
+            command, cwd=project.root, env=quiet, capture_output=True, text=True, timeout=DVC_TIMEOUT, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("dvc", "fail", f"does not run: {error}", "`uv sync`")
+        return Check("dvc", "fail", f"does not run: {error}", "Run `uv sync`")
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        mend = "`uv sync` installs DVC; `dvc config --list` shows what it reads"
-        return Finding("dvc", "fail", f"`dvc remote list` failed: {reason}", mend)
+        fix = "Run `uv sync` to install DVC; `dvc config --list` shows its configuration"
+        return Check("dvc", "fail", f"`dvc remote list` failed: {reason}", fix)
     remotes = [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip()]
     if not remotes:
-        return Finding("dvc", "warn", "no remote: data cannot be pushed", "`dvc remote add -d NAME PATH_OR_URL`")
+        return Check("dvc", "warn", "no remote: data cannot be pushed", "Run `dvc remote add -d NAME PATH_OR_URL`")
     if not any(remote.endswith("(default)") for remote in remotes):
-        return Finding("dvc", "warn", f"no default remote among {', '.join(remotes)}", "`dvc remote default NAME`")
-    return Finding("dvc", "ok", ", ".join(remotes))
+        return Check("dvc", "warn", f"no default remote among {', '.join(remotes)}", "Run `dvc remote default NAME`")
+    return Check("dvc", "ok", ", ".join(remotes))
 
 
-def _tracking(project: Project, tracking: Tracking) -> Finding:
+def _check_tracking(project: Project, tracking: Tracking) -> Check:
     if not tracking.enabled:
-        return Finding("tracking", "ok", "off (tracking.enabled); runs are recorded in runs/ only")
+        return Check("tracking", "ok", "off (tracking.enabled); only runs/ records the runs")
     uri = store_uri(project, tracking)
     scheme, separator, rest = uri.partition("://")
     if scheme == "sqlite" and rest.startswith("/"):
-        return _tracking_file(project.root / rest[1:])
+        return _check_tracking_file(project.root / rest[1:])
     if scheme in ("http", "https"):
-        return _tracking_server(uri, tracking.timeout_seconds)
+        return _check_tracking_server(uri, tracking.timeout_seconds)
     if not separator or scheme == "file":
-        mend = "MLflow 3 keeps runs in a database: set tracking.uri to sqlite:///mlflow.db or to a server"
-        return Finding("tracking", "fail", f"{uri!r} is a folder", mend)
-    return Finding("tracking", "ok", f"a store of kind {scheme!r}; not looked into")
+        fix = "MLflow 3 stores runs in a database. Set tracking.uri to sqlite:///mlflow.db or to a server"
+        return Check("tracking", "fail", f"{uri!r} is a folder", fix)
+    return Check("tracking", "ok", f"a {scheme} store; not checked")
 
 
-def _tracking_file(path: Path) -> Finding:
-    """Whether an SQLite store can be written, or made."""
+def _check_tracking_file(path: Path) -> Check:
+    """Check that an SQLite store can be written or created."""
     if not path.exists():
         if path.parent.is_dir() and os.access(path.parent, os.W_OK):
-            return Finding("tracking", "ok", f"{path} will be made by the first run")
-        return Finding(
-            "tracking", "fail", f"{path.parent} cannot be written", "Make that folder, or change tracking.uri"
+            return Check("tracking", "ok", f"the first run creates {path}")
+        return Check(
+            "tracking", "fail", f"{path.parent} cannot be written", "Create that folder, or change tracking.uri"
         )
     if not os.access(path, os.W_OK):
-        return Finding("tracking", "fail", f"{path} cannot be written", f"`chmod u+w {path}`, or change tracking.uri")
+        return Check("tracking", "fail", f"{path} cannot be written", f"Run `chmod u+w {path}`, or change tracking.uri")
     try:
         connection = sqlite3.connect(path, timeout=0.2)
         try:
-            verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+            status = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
         finally:
             connection.close()
-    except sqlite3.OperationalError as error:  # locked, for one
-        mend = "Another program holds it; runs go on, and `medgen sync` sends what it missed"
-        return Finding("tracking", "warn", f"{path}: {error}", mend)
+    except sqlite3.OperationalError as error:  # for example, locked
+        fix = "Another program may lock it. Runs continue; `medgen sync` sends the missing records later"
+        return Check("tracking", "warn", f"{path}: {error}", fix)
     except sqlite3.DatabaseError as error:
-        verdict = str(error)
-    if verdict != "ok":
-        return Finding("tracking", "fail", f"{path} is damaged: {verdict}", "Move it away and run `medgen sync`")
-    return Finding("tracking", "ok", str(path))
+        status = str(error)
+    if status != "ok":
+        return Check(
+            "tracking", "fail", f"{path} is damaged: {status}", "Move the file to another folder and run `medgen sync`"
+        )
+    return Check("tracking", "ok", str(path))
 
 
-def _tracking_server(uri: str, timeout: float) -> Finding:
-    """Whether a tracking server answers. It may be away: a run does not need it."""
+def _check_tracking_server(uri: str, timeout: float) -> Check:
+    """Check that a tracking server answers; a failure is a warning, because runs continue without it."""
     parts = urllib.parse.urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]  # a password in the address is neither sent here nor shown
+    host = parts.netloc.rpartition("@")[2]  # without user and password, which are neither sent nor shown
     address = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/health", "", ""))
-    issuer = os.environ.get(ISSUER) if parts.scheme == "https" else None
+    ca_file = os.environ.get(CA_FILE) if parts.scheme == "https" else None
     try:
-        trusted = ssl.create_default_context(cafile=issuer)
+        ssl_context = ssl.create_default_context(cafile=ca_file)
     except OSError as error:
-        return Finding("tracking", "fail", f"{ISSUER}: {issuer}: {error}", "Set it to the file of the certificate")
+        return Check("tracking", "fail", f"{CA_FILE}: {ca_file}: {error}", "Set it to the certificate file")
     try:
-        with urllib.request.urlopen(address, timeout=timeout, context=trusted) as answer:
-            answer.read(64)
+        with urllib.request.urlopen(address, timeout=timeout, context=ssl_context) as response:
+            response.read(64)
     except urllib.error.HTTPError as error:
-        mend = "Start the server with `--allowed-hosts` naming this host" if error.code == 403 else "Check tracking.uri"
-        return Finding("tracking", "warn", f"{address} answers {error.code} {error.reason}", mend)
+        fix = "Start the server with `--allowed-hosts` naming this host" if error.code == 403 else "Check tracking.uri"
+        return Check("tracking", "warn", f"{address} answers {error.code} {error.reason}", fix)
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        mend = "Start the server or change tracking.uri; runs go on without, and `medgen sync` sends what it missed"
-        return Finding("tracking", "warn", f"{address} does not answer: {reason}", mend)
-    return Finding("tracking", "ok", f"{parts.scheme}://{host}{parts.path}")
+        fix = "Start the server or change tracking.uri. Runs continue; `medgen sync` sends the missing records later"
+        return Check("tracking", "warn", f"{address} does not answer: {reason}", fix)
+    return Check("tracking", "ok", f"{parts.scheme}://{host}{parts.path}")

@@ -1,15 +1,17 @@
-"""The errors a user meets; the class decides the exit code (see docs/contract.md)."""
+"""Exceptions and their exit codes; docs/contract.md lists the codes."""
 
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
 def printable(text: str) -> str:
-    """`text` without what could steer a terminal: names of files, tags and reasons come from anywhere."""
+    """`text` without control characters, which a file name, tag or reason could use to control a terminal."""
     return "".join(letter for letter in text if letter == "\n" or letter.isprintable())
 
 
 class UserError(Exception):
-    """Input that the user can mend: one message, no traceback, exit code 2.
+    """An error in the user's input: one message, no traceback, exit code 2.
 
     The message names the file or key, what was found, what was expected and what to do.
     """
@@ -18,16 +20,16 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """A gate was not passed, exit code 3: nothing was changed."""
+    """A gate failed and nothing was changed: exit code 3."""
 
     exit_code = 3
 
 
 class NonFiniteError(Exception):
-    """Training stopped on a NaN or infinite loss or gradient, exit code 4.
+    """Training stopped on a NaN or infinite loss or gradient: exit code 4.
 
-    `step`, `phase` and `term` say where and in which loss term it was first seen;
-    `forensics` is the JSON file that holds the whole finding.
+    `step`, `phase` and `term` are the step, the phase and the loss term where it occurred first;
+    `forensics` is the JSON file with all details.
     """
 
     exit_code = 4
@@ -41,6 +43,13 @@ class NonFiniteError(Exception):
 
 
 class TrainingInterrupted(Exception):
-    """A signal asked the training to stop, and it did with all it has saved: exit code 5, the same command goes on."""
+    """Training stopped on a signal after saving its checkpoint: exit code 5. The same command resumes it."""
 
     exit_code = 5
+
+
+def unknown_name(kind: str, name: str, known: Mapping[str, object] | Sequence[str]) -> UserError:
+    """The error for a name that is not in a registry: lists the choices and the nearest one."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return UserError(f"{kind}: unknown name {name!r}{hint} Known: {', '.join(sorted(known))}")

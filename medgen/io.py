@@ -1,15 +1,24 @@
-"""Files and folders that are whole or absent."""
+"""Atomic writes, hashes, and artifacts: folders with NAME.safetensors and NAME.json."""
 
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medgen.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes beside, flushes to the disk, and moves into place; what a kill leaves beside is overwritten next time."""
+    """Write to a temporary file in the same folder, flush it to disk and move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # the next write replaces one that a killed process has left
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -17,12 +26,12 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk should not stay full of halves
+        temporary.unlink(missing_ok=True)  # a full disk keeps no half-written files
         raise
 
 
-def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes a folder of files; it takes the place of an earlier one when all of it is on the disk."""
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files, which replaces an earlier one after all of them are on disk."""
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     for name, content in files.items():
@@ -30,13 +39,13 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     swap(building, folder)
 
 
-def swap(new: Path, place: Path) -> None:
-    """Puts the folder `new` at `place`; what was there is removed only after that."""
-    old = place.with_name(f"{place.name}.old")
+def swap(new: Path, target: Path) -> None:
+    """Move the folder `new` to `target`, then remove the earlier folder there."""
+    old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -44,3 +53,70 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: object) -> bytes:
+    """Indented JSON text."""
+    return f"{json.dumps(value, indent=2)}\n".encode()
+
+
+def save_artifact(folder: Path, name: str, tensors: Mapping[str, "Tensor"], description: Mapping[str, Any]) -> str:
+    """Write NAME.safetensors and NAME.json, which replace the folder's content; return the SHA-256 of the tensors.
+
+    The description gets the key `sha256`.
+    """
+    import safetensors.torch
+
+    content = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    files = {f"{name}.safetensors": content, f"{name}.json": to_json({**description, "sha256": digest})}
+    write_folder(folder, files)
+    return digest
+
+
+def read_description(folder: Path, name: str, command: str) -> dict[str, Any]:
+    """Content of NAME.json.
+
+    Raises:
+        UserError: it is missing, or not a JSON object; the message names the command that writes it.
+    """
+    path = folder / f"{name}.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run `{command}` (or `dvc repro`) first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); run `{command}` again") from None
+    if not isinstance(description, dict):
+        raise UserError(f"{path}: expected a JSON object; run `{command}` again")
+    return description
+
+
+def read_tensors(folder: Path, name: str, command: str, digest: str | None = None) -> dict[str, "Tensor"]:
+    """Tensors of NAME.safetensors, on the CPU; `digest` is their expected SHA-256.
+
+    Raises:
+        UserError: the file is missing or damaged; the message names the command that writes it.
+    """
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    path = folder / f"{name}.safetensors"
+    try:
+        content = path.read_bytes()
+        if digest is not None and digest != hashlib.sha256(content).hexdigest():
+            raise UserError(f"{path}: damaged: its SHA-256 differs from {name}.json; run `{command}` again")
+        return safetensors.torch.load(content)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run `{command}` (or `dvc repro`) first") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); run `{command}` again") from None
+
+
+@contextmanager
+def parsing(path: Path, command: str) -> Iterator[None]:
+    """Turn errors of wrong or missing values in a file into a UserError that names the command that writes it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # ValidationError is a ValueError
+        raise UserError(f"{path}: incomplete or damaged ({error}); run `{command}` again") from None

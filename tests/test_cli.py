@@ -1,4 +1,4 @@
-"""The command line: what it offers, how it fails, and that it starts light."""
+"""The command line: its commands and options, its errors, and its start without heavy imports."""
 
 import json
 import subprocess
@@ -7,13 +7,14 @@ import sys
 import pytest
 import typer
 
-from medgen import cli
-from medgen.config import Params
+from medgen import __version__, cli
+from medgen.config import Model, Params, Prior, fingerprint, load
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 
-# Frozen on purpose: a new option needs a reason why `--set key=value` does not serve.
+# Fixed on purpose: add an option only where `--set key=value` cannot do the same.
 COMMANDS = {
     "doctor": {"--params", "--set", "--json"},
+    "code": set(),
     "preprocess": {"--params", "--set"},
     "features": {"--params", "--set"},
     "train": {"--params", "--set"},
@@ -68,6 +69,23 @@ def test_every_command_is_in_the_contract_document(root):
         assert name.split()[-1] in text, name
 
 
+def test_version_is_printed(medgen):
+    assert medgen("--version") == (0, f"medgen {__version__}\n", "")
+
+
+def test_every_command_and_argument_has_a_help_text():
+    def check(command, name):
+        assert (command.help or "").endswith("."), name
+        for parameter in command.params:
+            assert (parameter.help or "").endswith("."), (name, parameter.name)
+        for child, sub in getattr(command, "commands", {}).items():
+            check(sub, f"{name} {child}")
+
+    group = typer.main.get_command(cli.app)
+    group.params = [parameter for parameter in group.params if "completion" not in parameter.name]
+    check(group, "medgen")
+
+
 def test_help_imports_nothing_heavy():
     heavy = "('torch', 'mlflow', 'cv2', 'numpy', 'pydantic', 'sklearn', 'matplotlib', 'dvc', 'optuna')"
     code = f"import sys, medgen.cli; print([name for name in {heavy} if name in sys.modules])"
@@ -78,7 +96,7 @@ def test_help_imports_nothing_heavy():
 
 @pytest.fixture
 def medgen(tmp_path, monkeypatch, capsys):
-    """Runs the command line in an empty folder: exit code, standard output, standard error."""
+    """Run the command line in an empty folder; returns exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
@@ -92,14 +110,14 @@ def medgen(tmp_path, monkeypatch, capsys):
 
 
 NO_STORE = "artifacts/dataset"
-MISTAKES = {  # words, text of params.yaml (None: no file), words of the one message
+MISTAKES = {  # arguments, text of params.yaml (None: no file), parts of the error message
     "no params": (["train"], None, ["params.yaml: not found", "--params FILE"]),
     "not yaml": (["train"], "a: [1", ["params.yaml", "not readable as YAML"]),
     "not sections": (["train"], "- 1", ["params.yaml", "expected sections"]),
     "unknown section": (["train"], "tran: {}", ["tran", "did you mean 'train'"]),
     "unknown key": (["train"], "train: {batchsize: 3}", ["train.batchsize", "did you mean 'batch_size'"]),
     "deep unknown key": (
-        ["train"], "train: {phases: [{name: a, epochs: 1, bta: {}}]}", ["train.phases.0.bta", "did you mean 'beta'"]
+        ["train"], "train: {phases: {a: {epochs: 1, bta: {}}}}", ["train.phases.a.bta", "did you mean 'beta'"]
     ),
     "wrong type": (["train"], "train: {batch_size: many}", ["train.batch_size", "integer", "'many'"]),
     "wrong value": (["train"], "train: {ema_decay: 1.0}", ["train.ema_decay", "less than 1", "1.0"]),
@@ -109,7 +127,13 @@ MISTAKES = {  # words, text of params.yaml (None: no file), words of the one mes
     "set without =": (["train", "--set", "train.seed"], "{}", ["--set train.seed", "key=value"]),
     "set unknown": (["train", "--set", "train.sed=1"], "{}", ["train.sed", "did you mean 'seed'"]),
     "set through a value": (["train", "--set", "data.path.x=1"], "data: {path: d}", ["data.path", "not a section"]),
-    "set beyond a list": (["train", "--set", "train.phases.7.epochs=1"], "train: {phases: []}", ["'7'", "list of 0"]),
+    "unknown phase": (
+        ["train", "--set", "train.phases.7.epochs=1"], "train: {phases: {a: {epochs: 1}}}", ["7 is not", "one of a"]
+    ),
+    "phase without keys": (["train"], "train: {phases: {a: 3}}", ["train.phases.a", "found 3"]),
+    "another family": (
+        ["train"], "model: {name: vae, down: maxpool}", ["model.down is a key of autoencoder, unet", "remove it"]
+    ),
     "no data": (["preprocess"], "{}", ["data"]),
     "no store for features": (["features"], "{}", [NO_STORE, "medgen preprocess"]),
     "no store for train": (["train"], "{}", [NO_STORE, "medgen preprocess"]),
@@ -171,20 +195,20 @@ def test_errors_become_exit_codes(monkeypatch, medgen, error, code):
     assert err == f"error: {error}\n"
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+def test_a_defect_of_medgen_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_call", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["medgen", "train"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
 
-def test_set_overrides_reach_the_verb(monkeypatch, tmp_path, medgen):
+def test_set_overrides_reach_the_function(monkeypatch, tmp_path, medgen):
     seen = {}
     monkeypatch.setattr(
         "medgen.training.train.run", lambda project, *, train, model: seen.update(train=train, model=model)
     )
-    (tmp_path / "params.yaml").write_text("train: {seed: 1, phases: [{name: a, epochs: 1, learning_rate: 1e-3}]}")
-    code, _, _ = medgen("train", "--set", "train.seed=5", "--set", "train.phases.0.epochs=9", "--set", "model.name=x")
+    (tmp_path / "params.yaml").write_text("train: {seed: 1, phases: {a: {epochs: 1, learning_rate: 1e-3}}}")
+    code, _, _ = medgen("train", "--set", "train.seed=5", "--set", "train.phases.a.epochs=9", "--set", "model.name=x")
     assert code == 0
     assert seen["train"].seed == 5
     assert seen["train"].phases[0].epochs == 9
@@ -214,3 +238,37 @@ def test_sections_of_the_schema_are_the_contract():
         "data", "preprocess", "features", "model", "loss", "train", "prior", "refiner", "evaluate", "tune",
         "tracking", "registry",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("train: {phases: [{name: a, epochs: 3}]}", "train: {phases: {a: {epochs: 3}}}"),
+        ("model: {name: vqvae, num_codes: 8}", "model: {name: vqvae, num_embeddings: 8}"),
+        ("loss: {commitment: 1.0}", "loss: {commitment_cost: 1.0}"),
+    ],
+)
+def test_keys_of_the_version_before_are_read_with_a_warning(tmp_path, capsys, old, new):
+    files = []
+    for name, text in (("old.yaml", old), ("new.yaml", new)):
+        files.append(tmp_path / name)
+        files[-1].write_text(text)
+    params = load(files[0])
+    assert "is now" in capsys.readouterr().err
+    assert params == load(files[1])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_phase_is_set_by_name_and_as_before_by_number(tmp_path, capsys):
+    file = tmp_path / "params.yaml"
+    file.write_text("train: {phases: {a: {epochs: 3}, b: {epochs: 4}}}")
+    assert load(file, ["train.phases.b.epochs=7"]).train.phases[1].epochs == 7
+    assert load(file, ["train.phases.1.epochs=7"]).train.phases[1].epochs == 7
+    assert "phase 1 is now named b" in capsys.readouterr().err
+
+
+def test_keys_of_other_families_change_no_fingerprint():
+    changed = Model(name="spatial_vae", num_embeddings=9, down="strided")
+    assert fingerprint(changed) == fingerprint(Model(name="spatial_vae"))
+    assert fingerprint(Prior(name="gmm", channels=8)) == fingerprint(Prior(name="gmm"))
+    assert fingerprint(Model(name="vqvae", num_embeddings=9)) != fingerprint(Model(name="vqvae"))

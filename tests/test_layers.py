@@ -1,17 +1,17 @@
-"""The order of the packages in docs/architecture.md, checked by import-linter."""
+"""Imports follow the order of packages in docs/architecture.md."""
 
 import subprocess
 import sys
 
 
-def test_a_package_imports_only_from_packages_below_it(root):
+def test_a_package_imports_only_from_packages_listed_below_it(root):
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 def test_heavy_libraries_are_imported_only_where_they_belong(root):
-    """mlflow only in tracking, registry and what MLflow runs; typer only in cli; optuna only in tune; dvc never."""
+    """mlflow in tracking, registry and the MLflow apps, typer in cli, optuna in tune, dvc nowhere."""
 
     def package(name):
         return {path.relative_to(root / "medgen").as_posix() for path in (root / "medgen" / name).glob("*.py")}

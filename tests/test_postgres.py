@@ -1,4 +1,4 @@
-"""What we lean on when processes of many machines meet in one database: a lock that dies with its holder."""
+"""PostgreSQL advisory locks, which a search on several machines needs: a lock ends with its holder's connection."""
 
 import subprocess
 import sys
@@ -17,15 +17,15 @@ sys.stdin.read()
 """
 
 
-def test_a_new_database_is_empty_and_its_own(postgres: Callable[[], str]) -> None:
+def test_each_database_is_new_and_separate(postgres: Callable[[], str]) -> None:
     first, second = (sqlalchemy.create_engine(postgres()) for _ in range(2))
     with first.begin() as connection:
-        connection.exec_driver_sql("CREATE TABLE ours (x int)")
-    assert sqlalchemy.inspect(first).get_table_names() == ["ours"]
+        connection.exec_driver_sql("CREATE TABLE t (x int)")
+    assert sqlalchemy.inspect(first).get_table_names() == ["t"]
     assert sqlalchemy.inspect(second).get_table_names() == []
 
 
-def test_one_connection_at_a_time_holds_a_lock(postgres: Callable[[], str]) -> None:
+def test_only_one_connection_holds_a_lock(postgres: Callable[[], str]) -> None:
     engine = sqlalchemy.create_engine(postgres())
     with engine.connect() as one, engine.connect() as other:
         assert one.exec_driver_sql(TRY).scalar()
@@ -34,7 +34,7 @@ def test_one_connection_at_a_time_holds_a_lock(postgres: Callable[[], str]) -> N
         assert other.exec_driver_sql(TRY).scalar()
 
 
-def test_a_killed_process_frees_its_lock(postgres: Callable[[], str]) -> None:
+def test_killed_process_releases_its_lock(postgres: Callable[[], str]) -> None:
     url = postgres()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with (
@@ -44,5 +44,5 @@ def test_a_killed_process_frees_its_lock(postgres: Callable[[], str]) -> None:
         assert holder.stdout.readline() == "held\n"
         assert not other.exec_driver_sql(TRY).scalar()
         holder.kill()
-        other.exec_driver_sql("SET statement_timeout = '20s'")  # an error, not a test that hangs
+        other.exec_driver_sql("SET statement_timeout = '20s'")  # fail instead of waiting forever
         other.exec_driver_sql(LOCK)

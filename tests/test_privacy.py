@@ -1,4 +1,4 @@
-"""Nothing that names a patient leaves the raw files: not into the store, a log, a report or MLflow."""
+"""No patient identifier of the raw files reaches the store, a log, a report or MLflow."""
 
 from pathlib import Path
 
@@ -51,19 +51,19 @@ def write_dicom(path: Path, number: int, patient: int) -> None:
 
 @pytest.fixture
 def scanned(tmp_path: Path) -> Project:
-    """Twenty films of ten patients, and one that cannot be read."""
+    """A project with twenty images of ten patients and one unreadable file."""
     for number in range(20):
-        write_dicom(tmp_path / "data" / "AB"[number % 2] / f"film{number}.dcm", number, patient=number // 2)
+        write_dicom(tmp_path / "data" / "AB"[number % 2] / f"image{number}.dcm", number, patient=number // 2)
     broken = tmp_path / "data" / "A" / "broken.dcm"
     write_dicom(broken, 20, patient=11)
     broken.write_bytes(broken.read_bytes()[:-900])
     return Project(tmp_path)
 
 
-def leaked(folder: Path, said: str) -> set[str]:
-    """The planted words that are anywhere outside data/: in a file's bytes or name, or on the terminal."""
+def leaked(folder: Path, output: str) -> set[str]:
+    """The planted words outside data/: in the bytes or names of files, or in the terminal output."""
     words = {part for value in PLANTED.values() for part in value.replace("^", " ").split(" ") if len(part) > 5}
-    found = {word for word in words if word.lower() in said.lower()}
+    found = {word for word in words if word.lower() in output.lower()}
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_relative_to(folder / "data"):
             content = path.read_bytes().lower() + str(path).lower().encode()
@@ -88,19 +88,17 @@ def test_no_identifier_reaches_an_output(scanned: Project, capfd: pytest.Capture
     assert [(row["path"], row["reason"]) for row in rejected] == [
         ("A/broken.dcm", "damaged: the pixel data ends early")
     ]
-    said = capfd.readouterr()
-    assert leaked(scanned.root, said.out + said.err) == set()
+    output = capfd.readouterr()
+    assert leaked(scanned.root, output.out + output.err) == set()
 
 
-def test_the_search_itself_finds_what_is_planted(scanned: Project) -> None:
+def test_leaked_finds_planted_words(scanned: Project) -> None:
     (scanned.root / "note.bin").write_bytes(b"\0\1" + "afraid of LIFTS, Zanzibar".encode("utf-16-le"))
-    assert leaked(scanned.root, "Saint Swithin says") == {"afraid", "Zanzibar", "Swithin"}
+    assert leaked(scanned.root, "of Saint Swithin") == {"afraid", "Zanzibar", "Swithin"}
 
 
 @pytest.mark.parametrize("salted", [False, True])
-def test_patients_are_told_apart_by_pseudonyms(
-    scanned: Project, salted: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pseudonyms_distinguish_patients(scanned: Project, salted: bool, capsys: pytest.CaptureFixture[str]) -> None:
     if salted:
         write_salt(scanned.root / "data")
     options = config.Preprocess(image_size=16, clahe_tiles=2, max_rejected=0.1)
@@ -109,13 +107,13 @@ def test_patients_are_told_apart_by_pseudonyms(
         for name in store.SPLITS
         for row in preprocess.run(scanned, data=config.Data(), preprocess=options).split(name).rows()
     ]
-    by_film = {int("".join(filter(str.isdigit, row["path"]))): row["patient"] for row in rows}
-    assert all((by_film[a] == by_film[b]) is (a // 2 == b // 2) for a in by_film for b in by_film)
-    assert all(len(patient) == 16 and int(patient, 16) >= 0 for patient in by_film.values())
+    by_image = {int("".join(filter(str.isdigit, row["path"]))): row["patient"] for row in rows}
+    assert all((by_image[a] == by_image[b]) is (a // 2 == b // 2) for a in by_image for b in by_image)
+    assert all(len(patient) == 16 and int(patient, 16) >= 0 for patient in by_image.values())
     assert ("hashed with a public salt" in capsys.readouterr().err) is not salted
 
 
-def test_ids_are_kept_only_where_that_is_asked_for(scanned: Project) -> None:
+def test_patient_ids_are_kept_only_on_request(scanned: Project) -> None:
     options = config.Preprocess(image_size=16, clahe_tiles=2, max_rejected=0.1)
     dataset = preprocess.run(scanned, data=config.Data(keep_patient_ids=True), preprocess=options)
     patients = {row["patient"] for name in store.SPLITS for row in dataset.split(name).rows()}

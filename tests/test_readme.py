@@ -1,25 +1,68 @@
-"""Every command of the README runs, in its order, in a clone; with small params, and uv taken from this environment."""
+"""Every command of the README runs in a clone; the documents name what exists, and their links work."""
 
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ELSEWHERE = {
-    "make test": "it is what runs this",
-    "uv run medgen serve": "it ends only when told to: tests/test_serving.py",
+    "make test": "it runs this test",
+    "uv run medgen serve": "it runs until it is stopped: tests/serving/test_serve.py",
 }
-FAKE_UV = f"""#!/bin/sh
-# the environment is synced already: `uv sync` has nothing to do, `uv run X` is X
+# Importing torch and MLflow takes several seconds of processor time. One process imports them, and each command of
+# medgen runs in a fork of it: the programs below stand before the real ones in PATH.
+UV = """#!/bin/sh
+# the environment is ready, so `uv sync` does nothing and `uv run COMMAND` is COMMAND
 [ "$1" = run ] || exit 0
 shift
 [ "$1" = --no-sync ] && shift
-PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH exec "$@"
+exec "$@"
+"""
+PYTHON = """#!/bin/sh
+[ "$1 $2" = "-m medgen" ] && shift 2 && exec medgen "$@"
+exec {python} "$@"
+"""
+MEDGEN = """#!{python} -IS
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [request], [0, 1, 2])
+sys.exit(ord(server.recv(1) or b"\\1"))
+"""
+SERVER = """
+import json, os, socket, sys, threading
+import mlflow, optuna
+import medgen.cli, medgen.evaluation.evaluate, medgen.registry.promotion, medgen.serving.generate, medgen.tune
+assert threading.active_count() == 1
+listener = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    connection, _ = listener.accept()
+    request, files, _, _ = socket.recv_fds(connection, 2**20, 3)
+    child = os.fork()
+    if not child:
+        break
+    for file in files:
+        os.close(file)
+    connection.send(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256]))
+    connection.close()
+listener.close()
+connection.close()
+for number, file in enumerate(files):
+    os.dup2(file, number)
+arguments, folder, environment = json.loads(request)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+sys.argv = ["medgen", *arguments]
+medgen.cli.main()
 """
 
 
@@ -32,14 +75,16 @@ def shell_commands(text):
 
 @pytest.fixture
 def clone(root, small_params, tmp_path):
-    """The files git tracks, as they are now, in a repository of their own."""
+    """The project's files as they are now, in a git repository of their own."""
     folder = tmp_path / "clone"
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
         if (root / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((root / name).read_bytes())
-    small = json.dumps(small_params)
+    large_batches = {name: small_params[name] | {"batch_size": 64} for name in ("features", "train", "refiner")}
+    small = json.dumps(small_params | large_batches)
     (folder / "params.yaml").write_text(small)
     (folder / "recipes" / "chest-xray-64.yaml").write_text(small)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
@@ -48,16 +93,38 @@ def clone(root, small_params, tmp_path):
     return folder
 
 
-@pytest.mark.slow
-def test_every_command_of_the_readme_runs(root, clone, tmp_path):
-    from medgen.datasets.sample import draw
-
+@pytest.fixture
+def environment(clone, tmp_path):
+    """Environment variables with which `uv`, `python -m medgen` and `medgen` are the programs above."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "uv").write_text(FAKE_UV)
-    (tools / "uv").chmod(0o755)
+    address, python = str(tmp_path / "server"), sys.executable
+    programs = {
+        "uv": UV,
+        "python": PYTHON.format(python=shlex.quote(python)),
+        "medgen": MEDGEN.format(python=python, address=address),
+    }
+    for name, text in programs.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    path = os.pathsep.join((str(tools), str(Path(python).parent), os.environ["PATH"]))
+    variables = os.environ | {"PATH": path, "PYTHONPATH": str(clone), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        number = listener.fileno()
+        command = [python, "-c", SERVER, str(number)]
+        server = subprocess.Popen(command, cwd=tmp_path, env=variables, pass_fds=[number])
+    yield variables
+    server.kill()
+    server.wait()
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(root, clone, environment, tmp_path):
+    from medgen.datasets.sample import draw
+
     draw(tmp_path / "own", num_images=60, size=64, seed=2)
-    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(clone)}
     commands = list(shell_commands((root / "README.md").read_text()))
     assert len(commands) >= 10
     for command in commands:
@@ -66,17 +133,39 @@ def test_every_command_of_the_readme_runs(root, clone, tmp_path):
         words = re.sub(r"\bPATH\b", str(tmp_path / "own"), command)
         words = words.replace("--trials 50", "--trials 2")  # as small as the params
         done = subprocess.run(words, shell=True, cwd=clone, env=environment, capture_output=True, text=True)
-        # the doctor may find this machine wanting, and a gate a model of two epochs: answers, not faults
+        # `doctor` may find this machine wanting, and a gate a model of two epochs: results, not errors
         allowed = {0} | ({2} if "doctor" in command else {3} if "promote" in command else set())
         assert done.returncode in allowed, f"{command}\n{done.stdout}\n{done.stderr}"
     assert len(list((clone / "outputs" / "pneumonia").glob("*.png"))) == 26
     assert (clone / "reports" / "index.html").exists()
 
 
-def test_every_file_of_the_package_has_its_line_in_the_tree(root):
-    tree = (root / "README.md").read_text().split("## The file tree")[1]
-    for path in (root / "medgen").rglob("*.py"):
-        parts = path.relative_to(root / "medgen").parts
-        assert parts[-1] in tree or path.name.startswith("__"), path
-    for link in re.findall(r"\]\(([^)#]+)\)", (root / "README.md").read_text()):
-        assert link.startswith("http") or (root / link).exists(), link
+def test_the_architecture_page_lists_every_package_in_the_order_of_the_import_contract(root):
+    table = (root / "docs" / "architecture.md").read_text().split("| medgen/ |")[1].split("\n\n")[0]
+    listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", table, re.M)
+    packages = {path.stem for path in (root / "medgen").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert set(listed) == {name for name in packages if not name.startswith("__")}
+    contract = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layer = {name: level for level, names in enumerate(contract["layers"]) for name in re.findall(r"\w+", names)}
+    levels = [layer[name] for name in listed if name in layer]
+    assert levels == sorted(levels)
+
+
+def anchors(text):
+    """Anchors of a Markdown page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_and_path_of_the_documents_exists(root):
+    for page in [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("benchmarks/*.md")]:
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not link.startswith("http"):
+                path, _, anchor = link.partition("#")
+                target = page.parent / path if path else page
+                assert target.exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}"
+        paths = re.findall(r"`([a-z_]+/[\w/-]+\.(?:py|yaml|sbatch|md))`", text)
+        for path in (path for path in paths if not re.search(r"NAME|reports/", path)):
+            assert any((folder / path).exists() for folder in (root, root / "medgen")), path

@@ -1,4 +1,4 @@
-"""slurm/train.sbatch without Slurm: warned in mid-training, two processes stop together, save, and go on."""
+"""slurm/train.sbatch with fake srun and scontrol: a signal stops both processes at one step; the next job resumes."""
 
 import json
 import os
@@ -25,31 +25,31 @@ SCONTROL = """#!/bin/sh
 [ "$1" = show ] && echo localhost || echo "$@" >> scontrol.log
 """
 MEDGEN = f"""#!{sys.executable}
-# the first task warns the script, once, and waits there until the warning has come back to it
+# Task 0 sends the signal to the batch script once and waits until the script has passed it on.
 import os, pathlib, signal, time
 from medgen import cli
 from medgen.training.loader import Loader
 from medgen.training.distributed import StopRequest
-heard, batch, note = [], Loader.batch, StopRequest._note
-def warning(self, position):
-    if position == 3 and os.environ["SLURM_PROCID"] == "0" and not pathlib.Path("warned").exists():
-        pathlib.Path("warned").touch()
-        os.kill(int(os.environ["SCRIPT"]), getattr(signal, os.environ["WARNING"]))
-        while not heard:
+received, batch, record = [], Loader.batch, StopRequest._record
+def batch_after_signal(self, position):
+    if position == 3 and os.environ["SLURM_PROCID"] == "0" and not pathlib.Path("sent").exists():
+        pathlib.Path("sent").touch()
+        os.kill(int(os.environ["SCRIPT"]), getattr(signal, os.environ["STOP_SIGNAL"]))
+        while not received:
             time.sleep(0.01)
     return batch(self, position)
-Loader.batch = warning
-StopRequest._note = lambda self, number, frame: (heard.append(number), note(self, number, frame))
+Loader.batch = batch_after_signal
+StopRequest._record = lambda self, number, frame: (received.append(number), record(self, number, frame))
 cli.main()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("warning", "requeued"),
-    [("SIGUSR1", True), ("SIGTERM", False)],  # Slurm's own warning; a cancelled job, which is not to come back
+    ("stop_signal", "requeued"),
+    [("SIGUSR1", True), ("SIGTERM", False)],  # before the time limit; of a cancelled job, which must not be requeued
 )
-def test_a_stopped_job_saves_in_all_processes_and_goes_on(tiny_project, root, warning, requeued):
+def test_stopped_job_saves_and_the_next_job_resumes(tiny_project, root, stop_signal, requeued):
     folder = tiny_project.root
     for name, text in {"bin/srun": SRUN, "bin/scontrol": SCONTROL, ".venv/bin/medgen": MEDGEN}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def test_a_stopped_job_saves_in_all_processes_and_goes_on(tiny_project, root, wa
         (folder / name).chmod(0o755)
     params = {
         "model": {"base_channels": 8, "latent_size": 8, "latent_channels": 4},
-        "train": {"batch_size": 8, "phases": [{"name": "a", "epochs": 2, "learning_rate": 1e-3}]},
+        "train": {"batch_size": 8, "phases": {"a": {"epochs": 2, "learning_rate": 1e-3}}},
         "tracking": {"enabled": False},
     }
     (folder / "params.yaml").write_text(json.dumps(params))
@@ -66,8 +66,8 @@ def test_a_stopped_job_saves_in_all_processes_and_goes_on(tiny_project, root, wa
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(root),
         "OMP_NUM_THREADS": "1",
-        "WARNING": warning,
-        "SLURM_JOB_ID": str(os.getpid()),  # a port of its own
+        "STOP_SIGNAL": stop_signal,
+        "SLURM_JOB_ID": str(os.getpid()),  # gives each test its own port
         "SLURM_JOB_NODELIST": "localhost",
     }
     command = ["bash", str(root / "slurm" / "train.sbatch")]
@@ -78,7 +78,7 @@ def test_a_stopped_job_saves_in_all_processes_and_goes_on(tiny_project, root, wa
     log = folder / "scontrol.log"
     assert (log.read_text() if log.exists() else "") == (f"requeue {os.getpid()}\n" if requeued else "")
     (scratch,) = tiny_project.runs.iterdir()
-    assert checkpoint.load(scratch)["state"]["position"] == 4
+    assert checkpoint.load(scratch)["counters"]["position"] == 4
     assert not tiny_project.model.exists()
 
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

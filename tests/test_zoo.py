@@ -1,4 +1,4 @@
-"""Every family goes through the one training loop: it learns, leaves a bundle, and survives being cut off."""
+"""Each model family in the training loop: it learns, saves a bundle and resumes after an interruption."""
 
 import math
 
@@ -12,13 +12,13 @@ from medgen.tracking import history
 from medgen.training import train
 from medgen.training.loader import Loader
 
-PICTURES, MASKS = Loss(weights=Weights(l1=1.0, ssim=0.5)), Loss(weights=Weights(bce=1.0, dice=1.0))
+IMAGES, MASKS = Loss(weights=Weights(l1=1.0, ssim=0.5)), Loss(weights=Weights(bce=1.0, dice=1.0))
 FAMILIES = {
     "autoencoder": (Model(name="autoencoder", base_channels=4, latent_channels=2), Loss(weights=Weights(mse=1.0))),
     "vae": (Model(name="vae", base_channels=4, latent_channels=8), Loss(weights=Weights(bce=1.0))),
     "cvae": (Model(name="cvae", base_channels=4, latent_channels=8), Loss(weights=Weights(sigma=1.0))),
-    "spatial_vae": (Model(base_channels=4, latent_channels=2), PICTURES),
-    "vqvae": (Model(name="vqvae", base_channels=4, latent_channels=4, num_codes=16), PICTURES),
+    "spatial_vae": (Model(base_channels=4, latent_channels=2), IMAGES),
+    "vqvae": (Model(name="vqvae", base_channels=4, latent_channels=4, num_embeddings=16), IMAGES),
     "unet": (Model(name="unet", base_channels=4), MASKS),
 }
 TRAIN = Train(
@@ -40,12 +40,12 @@ def run(project, name, **update):
     )
 
 
-def test_every_family_is_trained_here():
+def test_every_family_is_in_the_table():
     assert FAMILIES.keys() == MODELS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_a_family_learns_and_leaves_its_bundle(tiny_project, name):
+def test_a_family_learns_and_saves_its_bundle(tiny_project, name):
     scratch = run(tiny_project, name)
     first, last = history(scratch)
     assert last["val/loss"] < first["val/loss"]
@@ -56,12 +56,14 @@ def test_a_family_learns_and_leaves_its_bundle(tiny_project, name):
     model, info = bundle.load(tiny_project.model)
     assert info.model.name == name
     output = model.predict(torch.rand(2, 1, 32, 32), torch.tensor([0, 1]))
-    assert output.reconstruction.shape == (2, 1, 32, 32)
+    assert output.prediction.shape == (2, 1, 32, 32)
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
-def test_a_codebook_cut_off_in_mid_epoch_ends_bit_identical(tiny_project, tiny_store, tmp_path, monkeypatch, codebook):
-    """Codes, their moving averages and the draws for dead ones are all in the checkpoint or follow from the step."""
+def test_an_interrupted_codebook_model_resumes_bit_identically(
+    tiny_project, tiny_store, tmp_path, monkeypatch, codebook
+):
+    """The checkpoint holds codes and moving averages; the draws for dead codes follow from the step."""
     from medgen.config import Project
 
     other = Project(tmp_path / "other")
@@ -69,21 +71,21 @@ def test_a_codebook_cut_off_in_mid_epoch_ends_bit_identical(tiny_project, tiny_s
     other.dataset.symlink_to(tiny_store)
     run(other, "vqvae", codebook=codebook)
 
-    batch, cut = Loader.batch, {3, 5}
+    batch, interruptions = Loader.batch, {3, 5}
 
-    def cutting(self, position):
-        if position in cut:
-            cut.remove(position)
+    def interrupted_batch(self, position):
+        if position in interruptions:
+            interruptions.remove(position)
             raise KeyboardInterrupt
         return batch(self, position)
 
-    monkeypatch.setattr(Loader, "batch", cutting)
-    monkeypatch.setattr("medgen.training.state.Job.save_is_due", lambda self: True)
+    monkeypatch.setattr(Loader, "batch", interrupted_batch)
+    monkeypatch.setattr("medgen.training.state.TrainState.save_is_due", lambda self: True)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(tiny_project, "vqvae", codebook=codebook)
     run(tiny_project, "vqvae", codebook=codebook)
     weights = load_file(tiny_project.model / "model.safetensors")
     assert weights.keys() >= {"quantizer.codebook", "quantizer.usage", "quantizer.sums"}
-    ours, theirs = ((project.model / "model.safetensors").read_bytes() for project in (tiny_project, other))
-    assert ours == theirs
+    resumed, uninterrupted = ((each.model / "model.safetensors").read_bytes() for each in (tiny_project, other))
+    assert resumed == uninterrupted

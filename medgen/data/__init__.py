@@ -1,1 +1,1 @@
-"""The preprocessed dataset on disk: what training reads."""
+"""The preprocessed dataset on disk, as training reads it. The entry function is `store.open_store`."""

@@ -1,11 +1,11 @@
-"""The preprocessed dataset on disk: uint8 arrays a program maps into memory, and what stands behind each row.
+"""Read and write the preprocessed dataset: memory-mapped uint8 arrays and a manifest with the source of each row.
 
 artifacts/dataset/
-  train/ val/ test/   images.npy (N, C, H, W) uint8 · labels.npy (N,) int64 · masks.npy (N, 1, H, W) uint8 of classes
-  manifest.csv        row i of a split = array row i: source file, which picture of it, sha256, label, patient,
+  train/ val/ test/   images.npy (N, C, H, W) uint8 · labels.npy (N,) int64 · masks.npy (N, 1, H, W) uint8 class numbers
+  manifest.csv        row i of a split = array row i: source file, index in the file, sha256, label, patient,
                       original size and mode
-  rejected.csv        files and pictures that are not in it, and why
-  dataset.json        schema, classes, shape, counts, how it was made, hash of every file
+  rejected.csv        files and images that are not in the dataset, with reasons
+  dataset.json        schema, classes, shape, counts, preprocessing, hash of every file
 
 Shapes: N images of a split, C channels (1 grey, 3 colour), H W height and width.
 """
@@ -17,6 +17,7 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,21 +37,21 @@ UNLABELLED = -1
 DESCRIPTION, MANIFEST, REJECTED = "dataset.json", "manifest.csv", "rejected.csv"
 COLUMNS = ("split", "path", "index", "sha256", "label", "patient", "width", "height", "mode", "mask")
 REJECTED_COLUMNS = ("path", "reason")
-_QUOTING: Literal[1] = csv.QUOTE_ALL  # a bare carriage return in a file's name would end the row (Python 3.11)
+_QUOTING: Literal[1] = csv.QUOTE_ALL  # an unquoted carriage return in a file name ends the row (Python 3.11)
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split's arrays, read from disk as they are used."""
+    """The memory-mapped arrays of one split."""
 
     name: str
     images: NDArray[np.uint8]  # (N, C, H, W)
-    labels: NDArray[np.int64]  # (N,), -1 where unlabelled
-    masks: NDArray[np.uint8] | None  # (N, 1, H, W) of class numbers, 0 and 1 for on and off; see `masked_rows`
+    labels: NDArray[np.int64]  # (N,), -1 if unlabelled
+    masks: NDArray[np.uint8] | None  # (N, 1, H, W) class numbers, 0/1 if binary; see `masked_rows`
     manifest: Path
 
     def rows(self) -> Iterator[dict[str, str]]:
-        """manifest.csv's rows of this split, in the order of the arrays."""
+        """The split's rows of manifest.csv, in the order of the arrays."""
         return (row for row in read_csv(self.manifest, COLUMNS) if row["split"] == self.name)
 
     @property
@@ -67,7 +68,10 @@ class Split:
 
     @property
     def patients(self) -> list[str] | None:
-        """Each image's patient; None where one is unknown, or without one patient too few are left for statistics."""
+        """Patient of each image, for statistics by patient.
+
+        None if a patient is unknown, or if there are fewer than three patients or fewer than two images without one.
+        """
         names = [row["patient"] for row in self.rows()]
         counts = Counter(names)
         return names if all(names) and len(counts) >= 3 and max(counts.values()) <= len(names) - 2 else None
@@ -80,32 +84,32 @@ class Store:
     folder: Path
     classes: tuple[str, ...]  # label i is classes[i]; empty when nothing is labelled
     image_shape: tuple[int, int, int]  # C, H, W
-    counts: dict[str, int]  # images of each split
-    fingerprint: str  # 12 hexadecimal digits of the content
-    source: str  # digest of the files and settings it was made from
-    name: str  # what data.name called it
-    preprocess: config.Preprocess  # the settings themselves: what a new image must go through
+    counts: dict[str, int]  # images per split
+    fingerprint: str  # 12 hexadecimal digits of the content's hash
+    source: str  # digest of the source files and settings
+    name: str  # data.name
+    preprocess: config.Preprocess  # settings that a new image needs too
 
     def split(self, name: str) -> Split:
-        """Opens "train", "val" or "test"."""
+        """Open "train", "val" or "test"."""
         if name not in SPLITS:
             raise config.unknown_name("split", name, SPLITS)
-        place = self.folder / name
-        masks = place / "masks.npy"
+        folder = self.folder / name
+        masks = folder / "masks.npy"
         return Split(
             name=name,
-            images=_open_array(place / "images.npy"),
-            labels=_open_array(place / "labels.npy"),
+            images=_open_array(folder / "images.npy"),
+            labels=_open_array(folder / "labels.npy"),
             masks=_open_array(masks) if masks.exists() else None,
             manifest=self.folder / MANIFEST,
         )
 
 
 def open_store(folder: Path) -> Store:
-    """Opens a dataset folder after holding every file in it against dataset.json.
+    """Open a dataset folder after a check of every file against its hash in dataset.json.
 
     Raises:
-        UserError: the folder is absent, of another schema, or a file in it is missing or damaged.
+        UserError: the folder is missing, has another schema, or a file in it is missing or damaged.
     """
     description = _read_description(folder)
     for name, expected in description["files"].items():
@@ -136,14 +140,14 @@ def open_store(folder: Path) -> Store:
 
 
 class StoreWriter:
-    """Writes a dataset folder picture by picture; it takes the place of the old one only when it is complete.
+    """Write a dataset folder image by image. The folder replaces the old one only when it is complete.
 
     with StoreWriter(folder, image_shape=(1, 64, 64), with_masks=False) as writer:
         writer.add(image, mask=None, row={"path": …, "label": "NORMAL"})
         writer.commit(splits=["train"], rejected=[], preprocessing={}, source="…")
 
-    Pictures wait in one file, as which split each belongs to is known only when all have been seen: duplicates and
-    leaks are found by their content. Nothing but the splits is held in memory.
+    All images are first written to one file, because their splits depend on duplicates and leaks and are known only at
+    the end. Only the splits are held in memory.
     """
 
     def __init__(self, folder: Path, image_shape: tuple[int, int, int], with_masks: bool) -> None:
@@ -153,21 +157,21 @@ class StoreWriter:
         self.shapes = {"images": image_shape} | ({"masks": (1, *image_shape[1:])} if with_masks else {})
 
     def __enter__(self) -> Self:
-        shutil.rmtree(self.building, ignore_errors=True)  # left by a run that was killed
-        self._waiting = self.building / "waiting"
-        self._waiting.mkdir(parents=True)
-        self._arrays = {kind: _ArrayFile(self._waiting / f"{kind}.npy", shape) for kind, shape in self.shapes.items()}
-        self._rows = _RowFile(self._waiting / MANIFEST)
+        shutil.rmtree(self.building, ignore_errors=True)  # left by a killed run
+        self._staging = self.building / "staging"
+        self._staging.mkdir(parents=True)
+        self._arrays = {kind: _ArrayFile(self._staging / f"{kind}.npy", shape) for kind, shape in self.shapes.items()}
+        self._rows = _RowFile(self._staging / MANIFEST)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        shutil.rmtree(self.building, ignore_errors=True)  # gone already after commit
+        shutil.rmtree(self.building, ignore_errors=True)  # does not exist after commit
 
     def add(self, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None, row: Mapping[str, str]) -> None:
-        """Appends an image (C, H, W), and a mask (1, H, W) of classes; `row` holds the manifest's columns but split."""
+        """Append an image (C, H, W), a mask (1, H, W) of class numbers, and the manifest row without its split."""
         self._arrays["images"].append(image)
         if "masks" in self.shapes:
             self._arrays["masks"].append(np.zeros(self.shapes["masks"], np.uint8) if mask is None else mask)
@@ -181,14 +185,14 @@ class StoreWriter:
         source: str,
         name: str = "dataset",
     ) -> Store:
-        """Deals the pictures out, one of `splits` each (None: left out), and puts the folder in the old one's place."""
+        """Sort the images into their `splits` (None: left out) and replace the old folder. Returns the new store."""
         self._close()
         classes = sorted(
             {row["label"] for split, row in zip(splits, self._read_rows(), strict=True) if split is not None} - {""}
         )
-        with _RowFile(self.building / MANIFEST) as manifest:
-            counts = {split: self._deal(split, splits, classes, manifest) for split in SPLITS}
-        shutil.rmtree(self._waiting)
+        with closing(_RowFile(self.building / MANIFEST)) as manifest:
+            counts = {split: self._write_split(split, splits, classes, manifest) for split in SPLITS}
+        shutil.rmtree(self._staging)
         refused = [{"path": path, "reason": reason} for path, reason in rejected]
         write_csv(self.building / REJECTED, REJECTED_COLUMNS, refused)
         names = sorted(path.relative_to(self.building).as_posix() for path in self.building.rglob("*.*"))
@@ -213,27 +217,29 @@ class StoreWriter:
         swap(self.building, self.folder)
         return open_store(self.folder)
 
-    def _deal(self, split: str, splits: Sequence[str | None], classes: Sequence[str], manifest: "_RowFile") -> int:
-        """Writes one split's arrays and its rows of the manifest; returns how many there are."""
+    def _write_split(
+        self, split: str, splits: Sequence[str | None], classes: Sequence[str], manifest: "_RowFile"
+    ) -> int:
+        """Write the arrays and manifest rows of one split; returns its number of images."""
         index = {"": UNLABELLED, **{name: i for i, name in enumerate(classes)}}
         labels = array("q")
-        place = self.building / split
-        place.mkdir()
+        folder = self.building / split
+        folder.mkdir()
         for number, row in enumerate(self._read_rows()):
             if splits[number] == split:
                 labels.append(index[row["label"]])
                 manifest.append({**row, "split": split})
         for kind, shape in self.shapes.items():
-            waiting = _open_array(self._waiting / f"{kind}.npy")
-            with _ArrayFile(place / f"{kind}.npy", shape) as file:
+            images = _open_array(self._staging / f"{kind}.npy")
+            with closing(_ArrayFile(folder / f"{kind}.npy", shape)) as file:
                 for number, chosen in enumerate(splits):
                     if chosen == split:
-                        file.append(waiting[number])
-        np.save(place / "labels.npy", np.array(labels, dtype=np.int64), allow_pickle=False)
+                        file.append(images[number])
+        np.save(folder / "labels.npy", np.array(labels, dtype=np.int64), allow_pickle=False)
         return len(labels)
 
     def _read_rows(self) -> Iterator[dict[str, str]]:
-        return read_csv(self._waiting / MANIFEST, COLUMNS)
+        return read_csv(self._staging / MANIFEST, COLUMNS)
 
     def _close(self) -> None:
         for array_file in self._arrays.values():
@@ -242,7 +248,7 @@ class StoreWriter:
 
 
 class _ArrayFile:
-    """A .npy file of uint8 items that grows by one at a time; its header is put right when it is closed."""
+    """A .npy file of uint8 items that can be appended to. Closing it writes the final header."""
 
     def __init__(self, path: Path, item_shape: tuple[int, ...]) -> None:
         self.item_shape = item_shape
@@ -250,12 +256,6 @@ class _ArrayFile:
         self._file: BinaryIO = path.open("wb")
         self._write_header()
         self._start = self._file.tell()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def append(self, item: NDArray[np.uint8]) -> None:
         if item.shape != self.item_shape or item.dtype != np.uint8:
@@ -268,7 +268,7 @@ class _ArrayFile:
             return
         self._file.seek(0)
         self._write_header()
-        assert self._file.tell() == self._start, "NumPy leaves room in the header for a longer first axis"
+        assert self._file.tell() == self._start, "NumPy pads the header for a longer first axis"
         self._file.close()
 
     def _write_header(self) -> None:
@@ -277,18 +277,12 @@ class _ArrayFile:
 
 
 class _RowFile:
-    """manifest.csv, row by row."""
+    """A writer of manifest.csv."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n", restval="", quoting=_QUOTING)
         self._writer.writeheader()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def append(self, row: Mapping[str, str]) -> None:
         self._writer.writerow(row)
@@ -298,7 +292,7 @@ class _RowFile:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Writes rows of text under a header, with Unix line ends."""
+    """Write a header and rows of text, with Unix line ends."""
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, columns, lineterminator="\n", restval="", quoting=_QUOTING)
     writer.writeheader()
@@ -309,7 +303,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, st
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.is_file():
-        raise UserError(f"{path}: not there; expected the preprocessed dataset. Run `medgen preprocess` or `dvc repro`")
+        raise UserError(f"{path}: not found; expected the preprocessed dataset. Run `medgen preprocess` or `dvc repro`")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         schema = description["schema"]
@@ -349,7 +343,11 @@ def _open_array(path: Path) -> NDArray[Any]:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of a file with just these columns; a UserError where they are others."""
+    """Rows of a CSV file.
+
+    Raises:
+        UserError: the file has other columns.
+    """
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         if tuple(reader.fieldnames or ()) != tuple(columns):

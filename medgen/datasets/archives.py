@@ -1,9 +1,9 @@
-"""zip, tar and tar.gz -> a folder, whole or not at all, and nothing outside it.
+"""Unpack a zip, tar or tar.gz archive completely or not at all, and never outside the target folder.
 
 unpack(Path("kaggle.zip"), Path("runs/unpacked"))
 
-An archive is a stranger's list of names and sizes. Only plain files and folders are taken, under names that stay
-inside; every byte is counted as it is written, as the sizes a header declares may be lies.
+Archives are untrusted input. Only plain files and folders with names inside the target folder are unpacked. Limits
+apply to the bytes written, because the sizes in an archive's headers can be wrong.
 """
 
 import gzip
@@ -25,10 +25,10 @@ from medgen.errors import UserError
 from medgen.io import swap
 
 MAX_MEMBERS = 500_000
-MAX_INDEX = 64 << 20  # bytes of a zip's own list of members, which is read whole
-MAX_READ = 2 << 20  # bytes a tar's extended header may have
-MAX_RATIO = 100  # times the archive's own size; films and scans shrink to a half, empty ground to a twentieth
-ALWAYS_FINE = 256 << 20  # bytes that no ratio forbids
+MAX_INDEX = 64 << 20  # bytes of a zip's central directory, which zipfile reads into memory
+MAX_READ = 2 << 20  # bytes of a tar's extended header
+MAX_RATIO = 100  # unpacked size over archive size; medical images compress to 1/2, blank background to 1/20
+ALWAYS_ALLOWED = 256 << 20  # unpacked bytes to which MAX_RATIO does not apply
 CHUNK = 1 << 20
 SPARE = 64 << 20  # bytes to leave free on the disk
 _ZIP, _GZIP = b"PK", b"\x1f\x8b"
@@ -40,7 +40,7 @@ _DAMAGE = (
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip, tar or tar.gz by its first bytes; an .npz and the .gz of a single file are none."""
+    """True for a zip, tar or tar.gz by its first bytes; False for an .npz and for the .gz of a single file."""
     if path.suffix.lower() == ".npz":
         return False
     try:
@@ -57,11 +57,11 @@ def is_archive(path: Path) -> bool:
 
 
 def unpack(archive: Path, folder: Path) -> int:
-    """Unpacks an archive into a new folder, which takes the place of an earlier one; returns the number of files.
+    """Unpack an archive into a new folder, which replaces an existing one, and return the number of files.
 
     Raises:
-        UserError: no archive or a damaged one; a name that leads outside, is absolute, too long or there twice; a link
-            or a device; encrypted; more files or bytes than a dataset has; no room on the disk.
+        UserError: not an archive, or damaged; a member name that leads outside the folder, is absolute, too long or
+            repeated; a link or device; encryption; more files or bytes than the limits allow; disk full.
     """
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -74,20 +74,20 @@ def unpack(archive: Path, folder: Path) -> int:
         swap(building, folder)
         return writer.num_files
     except _DAMAGE as error:
-        raise UserError(f"{archive}: {_reason(error)}. Remove it and download it again") from None
+        raise _damaged(archive, error) from None
     except OSError as error:
-        if error.errno is None:  # gzip's and bz2's own
-            raise UserError(f"{archive}: {_reason(error)}. Remove it and download it again") from None
+        if error.errno is None:  # raised by gzip and bz2 themselves
+            raise _damaged(archive, error) from None
         raise UserError(
             f"{error.filename or building}: {error.strerror}; expected to unpack {archive.name} there. "
-            "Make room or give the right to write there"
+            "Free disk space or grant write permission"
         ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 class _Writer:
-    """Puts members into a folder and counts what it writes."""
+    """Checks the members of an archive, writes them to a folder, and counts files and bytes."""
 
     def __init__(self, archive: Path, folder: Path) -> None:
         self.archive = archive
@@ -95,151 +95,149 @@ class _Writer:
         self.num_files = 0
         self._num_members = 0
         self._num_bytes = 0
-        self._num_declared = 0
-        allowed = max(ALWAYS_FINE, MAX_RATIO * archive.stat().st_size)
+        self._num_declared_bytes = 0
+        allowed = max(ALWAYS_ALLOWED, MAX_RATIO * archive.stat().st_size)
         free = shutil.disk_usage(folder).free - SPARE
-        self._room = min(allowed, free)
-        self._no_room = (
-            f"{free / 1e6:.0f} MB are free on the disk of {folder.parent}. Make room"
+        self._max_bytes = min(allowed, free)
+        self._limit = (
+            f"{free / 1e6:.0f} MB are free on the disk of {folder.parent}. Free disk space and unpack it again"
             if free < allowed
-            else f"{allowed / 1e6:.0f} MB are the most that an archive of its size may hold. It is made to fill a disk"
+            else f"The limit for an archive of its size is {allowed / 1e6:.0f} MB, as it may be a zip bomb. "
+            "Unpack it by hand if you trust it"
         )
 
     def admit(self, name: str, size: int) -> Path:
-        """The place of a member, after its name and declared size were looked at."""
+        """Check the name and the declared size of a member, and return its target path."""
         self._num_members += 1
         if self._num_members > MAX_MEMBERS:
-            raise self.refusal(f"more than {MAX_MEMBERS} members", "unpack it by hand and import the folder")
-        self._num_declared += max(size, 0)
-        if size < 0 or self._num_declared > self._room:
+            raise self.refusal(f"more than {MAX_MEMBERS} members", "Unpack it by hand and import the folder")
+        self._num_declared_bytes += max(size, 0)
+        if size < 0 or self._num_declared_bytes > self._max_bytes:
             raise self._too_large()
-        return self._place(name)
+        return self._target(name)
 
-    def write(self, place: Path, stream: IO[bytes]) -> None:
-        """Copies a file's bytes; the file must be new."""
+    def write(self, target: Path, stream: IO[bytes]) -> None:
+        """Write a file, which must not exist yet."""
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("xb") as file:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as file:
                 while chunk := stream.read(CHUNK):
                     self._num_bytes += len(chunk)
-                    if self._num_bytes > self._room:
+                    if self._num_bytes > self._max_bytes:
                         raise self._too_large()
                     file.write(chunk)
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
-            raise self._twice(place) from None
+            raise self._duplicate(target) from None
         self.num_files += 1
 
-    def make_folder(self, place: Path) -> None:
-        """A folder may be named often, but not as a file."""
+    def make_folder(self, target: Path) -> None:
+        """Create a folder; it may exist already, but not as a file."""
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            target.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise self._twice(place) from None
+            raise self._duplicate(target) from None
 
-    def refusal(self, found: str, mend: str = "unpack it by hand if you trust it") -> UserError:
-        """The error for an archive that is not taken."""
-        return UserError(f"{self.archive}: {found}; expected plain files and folders. Nothing was unpacked; {mend}")
+    def refusal(self, found: str, fix: str = "Unpack it by hand if you trust it") -> UserError:
+        """The error for an archive that is not unpacked."""
+        return UserError(f"{self.archive}: {found}; expected plain files and folders. Nothing was unpacked. {fix}")
 
-    def _place(self, name: str) -> Path:
+    def _target(self, name: str) -> Path:
         path = PurePosixPath(name.replace("\\", "/"))
         shown = ascii(name if len(name) < 100 else f"{name[:97]}...")
         if _BAD_NAME.search(name) or path.is_absolute() or ".." in path.parts:
-            raise self.refusal(f"member {shown} leads out of the folder or is no name")
+            raise self.refusal(f"member {shown} has a path outside the folder or an invalid name")
         try:
             if len(os.fsencode(str(path))) > 1000 or any(len(part.encode()) > 255 for part in path.parts):
-                raise self.refusal(f"member {shown} has too long a name")
+                raise self.refusal(f"member {shown} has a name that is too long")
         except UnicodeEncodeError:
-            raise self.refusal(f"member {shown} has a name in no known alphabet") from None
+            raise self.refusal(f"member {shown} has a name that is not valid Unicode") from None
         return self.folder / path
 
-    def _twice(self, place: Path) -> UserError:
-        return self.refusal(f"member {place.relative_to(self.folder).as_posix()!a} is there twice")
+    def _duplicate(self, target: Path) -> UserError:
+        return self.refusal(f"member {target.relative_to(self.folder).as_posix()!a} occurs twice")
 
     def _too_large(self) -> UserError:
-        return UserError(
-            f"{self.archive}: holds more than there is room for; {self._no_room}, or unpack it by hand. "
-            "Nothing was unpacked"
-        )
+        return UserError(f"{self.archive}: too large when unpacked; nothing was written. {self._limit}")
 
 
 def _unpack_zip(archive: Path, writer: _Writer) -> None:
     _check_index(archive, writer)
     with zipfile.ZipFile(archive) as file:
         members = file.infolist()
-        for member in members:  # the whole list first: nothing is written where one is refused
+        for member in members:  # all checks come before the first write
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise writer.refusal(f"member {member.filename!a} is a link or a device")
             if member.flag_bits & 1:
-                raise writer.refusal(f"member {member.filename!a} is encrypted", "unpack it by hand")
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA may ask for any memory
-                raise writer.refusal(f"member {member.filename!a} is not packed by deflate", "unpack it by hand")
-        places = [writer.admit(member.filename, member.file_size) for member in members]
-        for member, place in zip(members, places, strict=True):
+                raise writer.refusal(f"member {member.filename!a} is encrypted", "Unpack it by hand")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA's memory is unbounded
+                raise writer.refusal(f"member {member.filename!a} is not compressed with deflate", "Unpack it by hand")
+        targets = [writer.admit(member.filename, member.file_size) for member in members]
+        for member, target in zip(members, targets, strict=True):
             if member.filename.endswith(("/", "\\")):
-                writer.make_folder(place)
+                writer.make_folder(target)
             else:
                 with file.open(member) as stream:
-                    writer.write(place, stream)
+                    writer.write(target, stream)
 
 
 def _check_index(archive: Path, writer: _Writer) -> None:
-    """Refuses a zip whose list of members would fill the memory, before zipfile reads it."""
+    """Refuse a zip with a huge central directory before zipfile reads it into memory."""
     with archive.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 65_636))  # the end records and the longest comment
+        file.seek(max(0, size - 65_636))  # end records and the longest comment
         tail = file.read()
     length = 0
-    for at in {len(tail) - 22, tail.rfind(_ZIP + b"\x05\x06")}:  # the two places where zipfile looks for the record
-        wide = at - 76  # zip64's record, and the one of 20 bytes that leads to it
-        if wide >= 0 and tail[wide : wide + 4] == _ZIP + b"\x06\x06":
-            length = max(length, int.from_bytes(tail[wide + 40 : wide + 48], "little"))
+    for at in {len(tail) - 22, tail.rfind(_ZIP + b"\x05\x06")}:  # zipfile looks for the end record at both places
+        zip64 = at - 76  # zip64 end record, followed by its locator of 20 bytes
+        if zip64 >= 0 and tail[zip64 : zip64 + 4] == _ZIP + b"\x06\x06":
+            length = max(length, int.from_bytes(tail[zip64 + 40 : zip64 + 48], "little"))
         elif at >= 0 and tail[at : at + 4] == _ZIP + b"\x05\x06":
             length = max(length, int.from_bytes(tail[at + 12 : at + 16], "little"))
     if length > MAX_INDEX:
-        raise writer.refusal(f"a list of members of {length} bytes", "unpack it by hand and import the folder")
+        raise writer.refusal(f"a central directory of {length} bytes", "Unpack it by hand and import the folder")
 
 
 def _unpack_tar(archive: Path, writer: _Writer) -> None:
     with _open_tar(archive) as (file, source):
         while member := file.next():
-            file.members = []  # type: ignore[attr-defined]  # of those behind us, it would grow without end
+            file.members = []  # type: ignore[attr-defined]  # tarfile keeps all members, and memory would grow
             file.pax_headers = {}
             if not (member.isfile() or member.isdir()) or member.issparse():
-                raise writer.refusal(f"member {member.name!a} is a link, a device or a file with holes")
-            place = writer.admit(member.name, member.size)
+                raise writer.refusal(f"member {member.name!a} is a link, a device or a sparse file")
+            target = writer.admit(member.name, member.size)
             if member.isdir():
-                writer.make_folder(place)
+                writer.make_folder(target)
             elif stream := file.extractfile(member):
-                writer.write(place, stream)
+                writer.write(target, stream)
         source.seek(file.offset)
-        if source.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes any nonsense for the end
+        if source.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops silently at invalid data
             raise tarfile.ReadError("no end mark")
-        for _ in range(MAX_READ // CHUNK):  # to the end, where gzip checks its sum
+        for _ in range(MAX_READ // CHUNK):  # gzip compares its checksum at the end
             if not source.read(CHUNK):
                 return
-        raise tarfile.ReadError("goes on after its end")
+        raise tarfile.ReadError("data after the end mark")
 
 
 @contextmanager
 def _open_tar(archive: Path) -> Iterator[tuple[tarfile.TarFile, Any]]:
     with archive.open("rb") as plain:
-        packed = plain.read(2) == _GZIP
+        is_gzip = plain.read(2) == _GZIP
         plain.seek(0)
-        source: Any = gzip.GzipFile(fileobj=plain) if packed else plain
-        with source, tarfile.open(fileobj=_Bounded(source), mode="r:", errorlevel=2) as file:
+        source: Any = gzip.GzipFile(fileobj=plain) if is_gzip else plain
+        with source, tarfile.open(fileobj=_LimitedReader(source), mode="r:", errorlevel=2) as file:
             yield file, source
 
 
-class _Bounded(io.RawIOBase):
-    """A stream that gives no more at once than a header needs: tarfile reads extended headers whole."""
+class _LimitedReader(io.RawIOBase):
+    """Stream that limits the size of one read: tarfile reads extended headers into memory, whatever their size."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def read(self, size: int = -1) -> Any:
         if not 0 <= size <= MAX_READ:
-            raise tarfile.ReadError("a header of no sensible size")
+            raise tarfile.ReadError("header too large")
         return self._stream.read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -257,5 +255,8 @@ def _is_tar(block: bytes) -> bool:
     return True
 
 
-def _reason(error: BaseException) -> str:
-    return f"a damaged or cut off archive ({type(error).__name__}); expected a whole zip, tar or tar.gz"
+def _damaged(archive: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{archive}: damaged or incomplete ({type(error).__name__}); expected a zip, tar or tar.gz. "
+        "Remove it and download it again"
+    )

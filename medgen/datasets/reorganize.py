@@ -1,12 +1,12 @@
-"""Published folders that no layout fits -> folders that one does.
+"""Reorganize the published files of some datasets into a layout that `medgen data import` reads.
 
-Each function changes a freshly unpacked folder in place: arrange("montgomery", folder).
+Each function changes a freshly unpacked folder in place: reorganize("montgomery", folder).
 """
 
 import csv
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +17,55 @@ from medgen.errors import UserError
 _Row = tuple[str, str, str, str]  # path, label, patient, split
 
 
-def arrange(name: str, folder: Path) -> None:
-    """Arranges the download of a known dataset, where that is needed.
+def reorganize(name: str, folder: Path) -> None:
+    """Reorganize the unpacked download of a dataset; most datasets need no change.
 
     Raises:
-        UserError: the download does not hold what it is known to hold.
+        UserError: the download lacks the expected files.
     """
-    if name in _ARRANGED:
-        _ARRANGED[name](folder)
+    if name in _FUNCTIONS:
+        _FUNCTIONS[name](folder)
 
 
-def _arrange_atlas_volumes(folder: Path) -> None:
-    """OASIS-1: of a session's eleven volumes, the skull-stripped one in atlas space."""
-    wanted = re.compile(r"OAS1_\d{4}_MR\d_.*_t88_masked_gfc\.(hdr|img)")
-    _gather(folder, [path for path in _files(folder) if wanted.fullmatch(path.name)], "*_t88_masked_gfc.img")
+def _reorganize_oasis1(folder: Path) -> None:
+    """OASIS-1: keep the skull-stripped volume in atlas space, one of the eleven volumes of a session."""
+    name = re.compile(r"OAS1_\d{4}_MR\d_.*_t88_masked_gfc\.(hdr|img)")
+    _flatten(folder, [path for path in _files(folder) if name.fullmatch(path.name)], "*_t88_masked_gfc.img")
 
 
-def _arrange_openist(folder: Path) -> None:
-    """OpenIST: of a repository of tools and data, the films that have a mask."""
+def _reorganize_openist(folder: Path) -> None:
+    """OpenIST: keep the X-rays that have a mask, and their masks; the repository also holds tools."""
     masks = [path for path in _files(folder) if path.stem.endswith("@")]
-    films = {path.stem[:-1] for path in masks}
-    _gather(folder, [*masks, *(path for path in _files(folder) if path.stem in films)], "masks NAME@.png")
+    stems = {path.stem[:-1] for path in masks}
+    _flatten(folder, [*masks, *(path for path in _files(folder) if path.stem in stems)], "masks NAME@.png")
 
 
-def _arrange_tuberculosis(folder: Path) -> None:
-    """Montgomery and Shenzhen: films in images/, the two halves of a lung mask as one in masks/."""
+def _reorganize_nlm(folder: Path) -> None:
+    """Montgomery and Shenzhen: X-rays to images/; the masks of left and right lung joined into one in masks/."""
     name = re.compile(r"(?P<patient>(?:MCU|CHN)CXR_\d{4})_(?P<label>[01])\.png")
-    films: dict[str, Path] = {}
-    halves: dict[str, list[Path]] = {}
+    images: dict[str, Path] = {}
+    masks: dict[str, list[Path]] = {}
     for path in _files(folder):
         if name.fullmatch(path.name) and path.parent.name == "CXR_png":
-            films[path.name] = path
+            images[path.name] = path
         elif name.fullmatch(path.name) and path.parent.name.lower() in ("leftmask", "rightmask"):
-            halves.setdefault(path.name, []).append(path)
-    new = _begin(folder, films, "films MCUCXR_NNNN_N.png or CHNCXR_NNNN_N.png in CXR_png/")
+            masks.setdefault(path.name, []).append(path)
+    new = _start(folder, images, "X-rays MCUCXR_NNNN_N.png or CHNCXR_NNNN_N.png in CXR_png/")
     rows: list[_Row] = []
-    for file, path in sorted(films.items()):
+    for file, path in sorted(images.items()):
         match = name.fullmatch(file)
         assert match is not None
         _move(path, new / "images" / file)
-        if file in halves:
-            _join_masks(halves[file], new / "masks" / file)
+        if file in masks:
+            _join_masks(masks[file], new / "masks" / file)
         rows.append((f"images/{file}", ("normal", "tuberculosis")[int(match["label"])], match["patient"], ""))
     _finish(folder, new, rows)
 
 
-def _arrange_pets(folder: Path) -> None:
-    """Oxford-IIIT Pet: the photographs of its two lists; trimaps as masks: 0 ground, 127 border, 255 pet."""
+def _reorganize_pets(folder: Path) -> None:
+    """Oxford-IIIT Pet: keep the images of trainval.txt and test.txt, with their trimaps as masks."""
     files = {path.name: path for path in _files(folder) if not path.name.startswith(".")}
-    new = _begin(folder, files.keys() & {"trainval.txt"}, "annotations/trainval.txt and test.txt")
+    new = _start(folder, files.keys() & {"trainval.txt"}, "annotations/trainval.txt and test.txt")
     rows: list[_Row] = []
     for split, list_name in (("train", "trainval.txt"), ("test", "test.txt")):
         lines = files[list_name].read_text(encoding="utf-8").splitlines() if list_name in files else []
@@ -79,12 +79,12 @@ def _arrange_pets(folder: Path) -> None:
     _finish(folder, new, rows)
 
 
-_ARRANGED: dict[str, Callable[[Path], None]] = {
-    "oasis1-volumes": _arrange_atlas_volumes,
-    "openist": _arrange_openist,
-    "montgomery": _arrange_tuberculosis,
-    "shenzhen": _arrange_tuberculosis,
-    "oxford-pet": _arrange_pets,
+_FUNCTIONS: dict[str, Callable[[Path], None]] = {
+    "oasis1-volumes": _reorganize_oasis1,
+    "openist": _reorganize_openist,
+    "montgomery": _reorganize_nlm,
+    "shenzhen": _reorganize_nlm,
+    "oxford-pet": _reorganize_pets,
 }
 
 
@@ -92,20 +92,19 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and "__MACOSX" not in path.parts)
 
 
-def _gather(folder: Path, wanted: Iterable[Path], expected: str) -> None:
-    """Leaves these files only, without folders: a disc's or a tool's name is no class."""
-    files = list(wanted)
-    new = _begin(folder, files, expected)
+def _flatten(folder: Path, files: list[Path], expected: str) -> None:
+    """Keep these files only, without their folders: a folder's name would be read as a class."""
+    new = _start(folder, files, expected)
     for path in files:
         _move(path, new / path.name)
     _finish(folder, new)
 
 
-def _begin(folder: Path, found: Collection[object], expected: str) -> Path:
-    """A new folder inside, to move files to."""
+def _start(folder: Path, found: Collection[object], expected: str) -> Path:
+    """Create a folder inside `folder` for the files to keep."""
     if not found:
-        raise UserError(f"{folder}: none of the {expected} that were expected. The dataset may have changed: report it")
-    new = folder / ".arranged"
+        raise UserError(f"{folder}: expected {expected}, found none. The dataset may have changed: report it")
+    new = folder / ".reorganized"
     new.mkdir()
     return new
 
@@ -116,7 +115,7 @@ def _move(path: Path, target: Path) -> None:
 
 
 def _finish(folder: Path, new: Path, rows: list[_Row] | None = None) -> None:
-    """Leaves only what was moved, and writes manifest.csv where there are rows for it."""
+    """Delete all files that were not moved to `new`, and write manifest.csv if there are rows."""
     for path in folder.iterdir():
         if path != new:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -128,34 +127,32 @@ def _finish(folder: Path, new: Path, rows: list[_Row] | None = None) -> None:
             csv.writer(file).writerows([("path", "label", "patient", "split"), *rows])
 
 
-def _join_masks(halves: list[Path], target: Path) -> None:
-    masks = [_read_grey(path) for path in halves]
+def _join_masks(parts: list[Path], target: Path) -> None:
+    masks = [_read_mask(path) for path in parts]
     if any(mask.shape != masks[0].shape for mask in masks):
-        raise UserError(f"{halves[0]}: the halves of a mask differ in size. Fetch the dataset again")
-    _write_mask(sum(mask > 0 for mask in masks) > 0, target)
+        raise UserError(f"{parts[0]}: the masks of left and right lung differ in size. Fetch the dataset again")
+    _write_mask((sum(mask > 0 for mask in masks) > 0).astype(np.uint8) * 255, target)
 
 
 def _write_pet_mask(trimap: Path, target: Path) -> None:
-    """1 is the pet, 2 the ground, 3 the border: greys that are on or off too, and three by preprocess.mask_values."""
-    greys = np.zeros(256, np.uint8)
-    greys[1], greys[3] = 255, 127
-    _write_grey(greys[_read_grey(trimap)], target)
+    """Map pet 1 to 255, background 2 to 0 and border 3 to 127: readable as a mask of two classes or, with
+    preprocess.mask_values, of three.
+    """
+    values = np.zeros(256, np.uint8)
+    values[1], values[3] = 255, 127
+    _write_mask(values[_read_mask(trimap)], target)
 
 
-def _read_grey(path: Path) -> Any:
+def _read_mask(path: Path) -> Any:
     import cv2
 
     pixels = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)  # (H, W)
     if pixels is None:
-        raise UserError(f"{path}: a mask that cannot be read. Fetch the dataset again")
+        raise UserError(f"{path}: the mask cannot be read. Fetch the dataset again")
     return pixels
 
 
-def _write_mask(mask: Any, target: Path) -> None:
-    _write_grey(mask.astype("uint8") * 255, target)
-
-
-def _write_grey(pixels: Any, target: Path) -> None:
+def _write_mask(pixels: Any, target: Path) -> None:
     import cv2
 
     target.parent.mkdir(exist_ok=True)

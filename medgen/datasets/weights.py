@@ -1,4 +1,4 @@
-"""Pretrained weights: fetched only when asked for, checked, and never half there.
+"""Pretrained weights: `medgen weights fetch` downloads and checks them; nothing else downloads weights.
 
 medgen weights list
 medgen weights fetch vgg16
@@ -9,17 +9,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from medgen.config import unknown_name
-from medgen.datasets.download import check, fetch
+from medgen.console import say, show
+from medgen.datasets.download import check, download_file
 from medgen.errors import UserError
 
 
 @dataclass(frozen=True)
-class Weight:
-    """One file of pretrained weights."""
+class WeightsFile:
+    """A file of pretrained weights."""
 
     url: str
     sha256: str
@@ -27,19 +27,19 @@ class Weight:
     use: str
 
     @property
-    def file(self) -> str:
-        """Its name in the weights folder."""
+    def file_name(self) -> str:
+        """File name in the weights folder."""
         return self.url.rsplit("/", 1)[-1]
 
 
 WEIGHTS = {
-    "vgg16": Weight(
+    "vgg16": WeightsFile(
         url="https://download.pytorch.org/models/vgg16-397923af.pth",
         sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
         size=553_433_881,
         use="perceptual loss (torchvision, ImageNet, BSD-3-Clause)",
     ),
-    "inception": Weight(
+    "inception": WeightsFile(
         url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         size=95_628_359,
@@ -49,22 +49,22 @@ WEIGHTS = {
 
 
 def weights_folder() -> Path:
-    """Where weights are kept: $MEDGEN_WEIGHTS, or ~/.cache/medgen/weights."""
+    """Folder of the weights: $MEDGEN_WEIGHTS, or ~/.cache/medgen/weights."""
     chosen = os.environ.get("MEDGEN_WEIGHTS")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "medgen" / "weights"
 
 
 def weights_path(name: str) -> Path:
-    """The file of known weights on this machine. Never downloads; looks at the size, not at the hash.
+    """The local file of weights; checks its size, but not its hash.
 
     Raises:
-        UserError: unknown name, no such file here (says how to get it), or a file of another size.
+        UserError: unknown name, missing file (the message says how to get it), or wrong size.
     """
-    weight, path = _known(name)
+    weight, path = _find(name)
     if not path.is_file():
         raise UserError(
-            f"{path}: weights {name!r} are not here. Run `medgen weights fetch {name}`; on a machine without network, "
-            f"fetch {weight.url} elsewhere and put it at that path, or set MEDGEN_WEIGHTS to the folder that holds it"
+            f"{path}: weights {name!r} are not on this machine. Run `medgen weights fetch {name}`; without a network, "
+            f"download {weight.url} on another machine and copy it to that path, or set MEDGEN_WEIGHTS to its folder"
         )
     size = path.stat().st_size
     if size != weight.size:
@@ -75,76 +75,69 @@ def weights_path(name: str) -> Path:
 
 
 def checked_weights(name: str) -> Path:
-    """The file of known weights on this machine, after a look at its SHA-256. Never downloads.
+    """The local file of weights, after a check of its SHA-256.
 
     Raises:
-        UserError: as `weights_path`, or the hash differs.
+        UserError: as `weights_path`, or SHA-256 mismatch.
     """
     path = weights_path(name)
     check(path, WEIGHTS[name].sha256)
     return path
 
 
-def verify_weights(name: str) -> Path:
-    """Checks weights against their SHA-256, prints the outcome and returns the file.
-
-    Raises:
-        UserError: as `checked_weights`.
-    """
-    path = checked_weights(name)
-    Console().print(f"{name}: {path} is whole (SHA-256 {WEIGHTS[name].sha256[:12]}…)", soft_wrap=True, highlight=False)
-    return path
-
-
 def fetch_weights(name: str, base_url: str | None = None) -> Path:
-    """Downloads known weights into the weights folder, unless they are there, and returns the file.
+    """Download weights to the weights folder if they are not there yet, and return the file.
 
     Args:
         name: a key of WEIGHTS.
-        base_url: folder of a mirror that holds the file under its own name.
+        base_url: address of a folder that holds the file under the same name; default: the publisher's.
 
     Raises:
-        UserError: as `fetch`.
+        UserError: unknown name, or as `download_file`.
     """
-    weight, path = _known(name)
-    url = f"{base_url.rstrip('/')}/{weight.file}" if base_url else weight.url
-    fetch(url, path, weight.sha256)
-    Console().print(f"{name}: {path}", soft_wrap=True, highlight=False)
+    weight, path = _find(name)
+    url = f"{base_url.rstrip('/')}/{weight.file_name}" if base_url else weight.url
+    download_file(url, path, weight.sha256)
+    say(f"{name}: {path}")
     return path
 
 
 def list_weights() -> dict[str, Path | None]:
-    """The file of each known name, None where it is not here (or is not whole)."""
+    """Local file of all weights by name; None if it is missing or has another size."""
     found: dict[str, Path | None] = {}
     for name in WEIGHTS:
-        weight, path = _known(name)
+        weight, path = _find(name)
         found[name] = path if path.is_file() and path.stat().st_size == weight.size else None
     return found
 
 
-def verify(name: str | None) -> None:
-    """Checks the named weights, or all that are here, against their SHA-256.
+def verify_weights(name: str | None = None) -> None:
+    """Check the SHA-256 of the named weights, or of all weights on this machine, and print the result.
 
     Raises:
-        UserError: as `verify_weights`, or none are here.
+        UserError: as `checked_weights`, or there are no weights on this machine.
     """
-    names = [name] if name else [known for known, path in list_weights().items() if path]
+    names = [name] if name else [name for name, path in list_weights().items() if path]
     if not names:
-        raise UserError("weights: none are here; get them with `medgen weights fetch NAME` (see `medgen weights list`)")
-    for known in names:
-        verify_weights(known)
+        raise UserError(
+            f"{weights_folder()}: no weights found. Download some with `medgen weights fetch NAME` "
+            "(`medgen weights list` shows the names)"
+        )
+    for name in names:
+        path = checked_weights(name)
+        say(f"{name}: {path}: SHA-256 {WEIGHTS[name].sha256[:12]}… is correct")
 
 
 def show_weights() -> None:
-    """Prints the known weights, what they are for and whether they are here."""
-    table = Table("name", "size", "for", "file")
+    """Print name, size, use and local file of all weights."""
+    table = Table("name", "size", "use", "file")
     for name, path in list_weights().items():
-        here = str(path) if path else f"not here; medgen weights fetch {name}"
-        table.add_row(name, f"{WEIGHTS[name].size / 1e6:.0f} MB", WEIGHTS[name].use, here)
-    Console().print(table)
+        file = str(path) if path else f"missing; run `medgen weights fetch {name}`"
+        table.add_row(name, f"{WEIGHTS[name].size / 1e6:.0f} MB", WEIGHTS[name].use, file)
+    show(table)
 
 
-def _known(name: str) -> tuple[Weight, Path]:
+def _find(name: str) -> tuple[WeightsFile, Path]:
     if name not in WEIGHTS:
         raise unknown_name("weights", name, WEIGHTS)
-    return WEIGHTS[name], weights_folder() / WEIGHTS[name].file
+    return WEIGHTS[name], weights_folder() / WEIGHTS[name].file_name

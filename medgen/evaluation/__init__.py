@@ -1,1 +1,1 @@
-"""Evaluate a model on held-out images; `evaluate.run` is the stage."""
+"""Evaluate a model on held-out images; `evaluate.run` is the `evaluate` stage."""

@@ -1,58 +1,53 @@
-"""The per-image values of one evaluation, kept with a model so that another model can be compared with it later.
+"""Save and load the per-image values of an evaluation, for later comparisons with other models.
 
 artifacts/evaluation holds evaluation.safetensors and evaluation.json: features and spectra of samples and held-out
-images, each held-out image's SSIM (Dice, of models that find masks), and the number of its patient. No image and no
-patient identifier is in them.
+images, and the SSIM (Dice, for models that predict masks) and patient index of each held-out image. They contain no
+image and no patient identifier.
 
 Shapes: N held-out images, M samples.
 """
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from medgen.errors import UserError
-from medgen.io import write_folder
+from medgen.io import parsing, read_description, read_tensors, save_artifact
 from medgen.metrics.comparison import ImageSet
 
-TENSORS, DESCRIPTION = "evaluation.safetensors", "evaluation.json"
+DESCRIPTION = "evaluation.json"
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class EvaluationInfo:
-    """Inputs and settings of an evaluation; two evaluations of equal ones can be compared."""
+    """Inputs and settings of an evaluation; two evaluations can be compared if theirs are equal."""
 
     dataset: str  # fingerprint of the store
-    extractor: str  # SHA-256 of the domain extractor; "" of models that find masks
+    extractor: str  # SHA-256 of the domain extractor; "" for models that predict masks
     split: str
     seed: int
     num_generated: int
-    # of the RBF kernel; follows from dataset and extractor, up to the rounding of the machine
+    # of the RBF kernel; not compared: dataset and extractor determine it, up to rounding on different machines
     bandwidth: float = field(compare=False)
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The values themselves."""
+    """Per-image values of an evaluation."""
 
     info: EvaluationInfo
     similarity: Tensor  # (N,) SSIM of each held-out image's reconstruction, or Dice of its mask
-    groups: Tensor  # (N,) number of each held-out image's patient
-    samples: ImageSet | None = None  # None of models that find masks
+    groups: Tensor  # (N,) index of each held-out image's patient
+    samples: ImageSet | None = None  # None for models that predict masks
     held_out: ImageSet | None = None
-    digest: str = ""  # SHA-256 of the file they were read from
+    digest: str = ""  # SHA-256 of the file that the values were read from
 
 
 def save_evaluation(folder: Path, data: EvaluationData) -> str:
-    """Writes evaluation.safetensors and evaluation.json, whole or not at all; the folder's old content goes.
+    """Write evaluation.safetensors and evaluation.json atomically, in place of the folder's old content.
 
     Returns:
         The SHA-256 of evaluation.safetensors.
@@ -61,40 +56,24 @@ def save_evaluation(folder: Path, data: EvaluationData) -> str:
     for name, images in (("samples", data.samples), ("held_out", data.held_out)):
         if images is not None:
             tensors |= {f"{name}.features": images.features, f"{name}.power": images.power}
-    content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    digest = hashlib.sha256(content).hexdigest()
-    plain = {"schema": SCHEMA, "sha256": digest, "info": asdict(data.info)}
-    write_folder(folder, {TENSORS: content, DESCRIPTION: (json.dumps(plain, indent=2) + "\n").encode()})
-    return digest
+    return save_artifact(folder, "evaluation", tensors, {"schema": SCHEMA, "info": asdict(data.info)})
 
 
 def load_evaluation(folder: Path) -> EvaluationData:
-    """Reads what `save_evaluation` wrote.
+    """Load the values that `save_evaluation` wrote.
 
     Raises:
-        UserError: there is none, it is damaged, or another medgen wrote it.
+        UserError: a file is missing or damaged, or has another schema.
     """
-    path = folder / DESCRIPTION
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        content = (folder / TENSORS).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        if plain["schema"] != SCHEMA or plain["sha256"] != digest:
-            raise UserError(f"{folder}: damaged or of another medgen; run `medgen evaluate` again")
-        info = TypeAdapter(EvaluationInfo).validate_python(plain["info"])
-        tensors = safetensors.torch.load(content)
+    path, command = folder / DESCRIPTION, "medgen evaluate"
+    description = read_description(folder, "evaluation", command)
+    with parsing(path, command):
+        if description["schema"] != SCHEMA:
+            raise UserError(f"{path}: found schema {description['schema']}, expected {SCHEMA}; run `{command}` again")
+        info, digest = TypeAdapter(EvaluationInfo).validate_python(description["info"]), description["sha256"]
+        tensors = read_tensors(folder, "evaluation", command, digest)
         samples, held_out = (
             ImageSet(tensors[f"{name}.features"], tensors[f"{name}.power"]) if f"{name}.features" in tensors else None
             for name in ("samples", "held_out")
         )
         return EvaluationData(info, tensors["similarity"], tensors["groups"], samples, held_out, digest)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no evaluation here; run `medgen evaluate` first") from None
-    except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
-        raise UserError(f"{path}: not an evaluation's description ({error}); run `medgen evaluate` again") from None
-
-
-def group_numbers(keys: list[str] | None, count: int) -> Tensor:
-    """Numbers (count,) that are equal where the keys are; without keys each image has its own."""
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))} if keys is not None else {}
-    return torch.arange(count) if keys is None else torch.tensor([numbers[key] for key in keys])

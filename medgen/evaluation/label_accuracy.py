@@ -1,120 +1,140 @@
-"""Compares the class that a classifier finds in an image with the label the image was made for.
+"""Evaluate whether the class that a classifier finds in an image is the image's label.
 
-The classifier is the domain extractor, trained on real images alone. Its accuracy on real test images is the reference:
-more cannot be asked of a sample.
+The classifier is the domain extractor, trained on real images alone. Its accuracy on real test images is the reference,
+the highest value to expect.
 
 Shapes: N images, C channels, H W height and width, K classes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from medgen.config import seed_of
 from medgen.data.store import Split
+from medgen.evaluation.context import EvaluationContext, load_images
 from medgen.metrics.features import DomainExtractor
-from medgen.metrics.generation import thin
-from medgen.metrics.intervals import Groups, Interval, group_rows
+from medgen.metrics.generation import subsample
+from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metrics, select_groups
 from medgen.models import GenerativeModel
-from medgen.reports.figures import write_stacks
 
 MAX_SWAPPED = 1000
-NUM_SHOWN = 25  # as in the published experiment
-COLUMNS = 9
-PICTURE = "wrong_labels.png"
 
 
 @dataclass(frozen=True)
-class Swapped:
-    """Test images, encoded with their label and decoded with a wrong one."""
+class LabelSwap:
+    """Test images that were encoded with their label and decoded with a wrong one."""
 
     original: Tensor  # (N, C, H, W) uint8
     decoded: Tensor  # (N, C, H, W) in [0, 1]
-    true: Tensor  # (N,)
-    given: Tensor  # (N,)
+    true: Tensor  # (N,) labels
+    given: Tensor  # (N,) wrong labels
     rows: Tensor  # (N,) of the test split
 
 
-@torch.no_grad()
-def swap_labels(model: GenerativeModel, test: Split, known: Tensor, batch_size: int, seed: int) -> Swapped | None:
-    """Up to 1,000 labelled test images, spread over the split, each with a wrong label drawn from `known` (K,) classes.
+def evaluate_labels(context: EvaluationContext, samples: Tensor, swap: LabelSwap | None) -> dict[str, float]:
+    """Balanced accuracy of the domain classifier on samples, label swaps and real images, with 95 % intervals.
 
-    None where there is no such image, or no other class that the model has learnt.
+    All three use the same classes: those that the extractor recognises and that occur in samples and real images. With
+    fewer than two such classes there are no metrics; the label swaps must have all of them, too.
+    """
+    labels, groups = torch.from_numpy(context.held_out.labels.copy()), context.held_out.patients
+    if context.sample_labels is None:
+        return {}
+    sets: dict[str, tuple[Tensor, Tensor, Groups]] = {
+        "label_accuracy": (samples, context.sample_labels, None),
+        "label_accuracy_real": (load_images(context.held_out), labels, groups),
+    }
+    recognised = {i for i, name in enumerate(context.store.classes) if name not in context.unrecognised}
+    classes = sorted(recognised.intersection(*(targets.tolist() for _, targets, _ in sets.values())))
+    if len(classes) < 2:
+        return {}
+    if swap and set(classes) <= set(swap.given.tolist()):
+        sets["label_accuracy_wrong"] = (swap.decoded, swap.given, select_groups(groups, swap.rows))
+    intervals = {}
+    for name, (images, targets, keys) in sets.items():
+        correct = is_correct(context.extractor, images, targets, context.params.batch_size)
+        intervals[name] = balanced_accuracy(correct, targets, classes, keys)
+    return interval_metrics("generation", intervals)
+
+
+def swap_labels(context: EvaluationContext) -> LabelSwap | None:
+    """Label swaps of test images; None for a model that does not use labels or data without classes."""
+    if not context.model.conditional or len(context.prior.frequencies) == 0:
+        return None
+    known, seed = context.prior.frequencies > 0, seed_of(context.params.seed, 2)
+    return decode_with_wrong_labels(context.model, context.held_out, known, context.params.batch_size, seed)
+
+
+@torch.no_grad()
+def decode_with_wrong_labels(
+    model: GenerativeModel, test: Split, known: Tensor, batch_size: int, seed: int
+) -> LabelSwap | None:
+    """Decode up to 1,000 labelled test images, spread evenly, each with a random other class of `known` (K,) booleans.
+
+    None if there is no labelled image, or no other class that the model has learnt.
     """
     labels = torch.from_numpy(test.labels.copy())
     rows = ((labels >= 0) & (known.sum() > known[labels.clamp(min=0)].long())).nonzero()[:, 0]
     if len(rows) == 0:
         return None
-    rows = thin(rows, min(MAX_SWAPPED, len(rows)))
+    rows = subsample(rows, min(MAX_SWAPPED, len(rows)))
     original, true = torch.from_numpy(test.images[rows.numpy()]), labels[rows]
-    given = other_labels(true, known, torch.Generator().manual_seed(seed))
+    given = draw_wrong_labels(true, known, torch.Generator().manual_seed(seed))
     device = next(model.parameters()).device
     decoded = []
     for part in torch.split(torch.arange(len(rows)), batch_size):
         latent = model.encode(original[part].to(device).float() / 255.0, true[part].to(device)).mean
         decoded.append(model.decode(latent, given[part].to(device)).float().cpu())
-    return Swapped(original, torch.cat(decoded), true, given, rows)
+    return LabelSwap(original, torch.cat(decoded), true, given, rows)
 
 
-def other_labels(true: Tensor, known: Tensor, generator: torch.Generator) -> Tensor:
-    """For each label (N,) another, uniform over the other classes of which `known` (K,) is true."""
+def draw_wrong_labels(true: Tensor, known: Tensor, generator: torch.Generator) -> Tensor:
+    """A different label for each label (N,), uniform over the other classes with `known` (K,) True."""
     choices = known.float().repeat(len(true), 1)  # (N, K)
     choices.scatter_(1, true[:, None], 0.0)
     return torch.multinomial(choices, 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
-def answers(extractor: DomainExtractor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-    """For each image (N, C, H, W), uint8 or floats in [0, 1]: True where the class found is its label (N,)."""
+def is_correct(extractor: DomainExtractor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+    """True (N,) for each image (N, C, H, W), uint8 or floats in [0, 1], whose predicted class is its label (N,)."""
     device = next(extractor.parameters()).device
-    found = []
+    predicted = []
     for part in torch.split(images, batch_size):
         part = part.to(device)
         scores = extractor.logits(part if part.is_floating_point() else part.float() / 255.0)
-        found.append(scores.argmax(dim=1).cpu())
-    return torch.cat(found) == labels
+        predicted.append(scores.argmax(dim=1).cpu())
+    return torch.cat(predicted) == labels
 
 
 def balanced_accuracy(correct: Tensor, labels: Tensor, classes: Sequence[int], groups: Groups = None) -> Interval:
-    """Mean over classes of the share of right answers, so that sets of different class mixes can be compared.
+    """Mean accuracy over classes, which is comparable between sets with different class proportions.
 
-    The error is the linearised one of a mean of ratios over groups. Where answers hardly vary, as when all are right,
-    it is at least that of independent answers with one right and one wrong added to each class.
+    The standard error is the linearised one of a mean of ratios over groups. If answers hardly vary, such as when all
+    are correct, it is at least that of independent answers with one correct and one wrong answer added to each class.
 
     Args:
-        correct: (N,) of True and False.
-        labels: (N,); images of other classes than `classes` do not count.
-        classes: each has an image at least.
-        groups: N keys, such as each image's patient: answers on one patient's images resemble one another.
+        correct: (N,) booleans.
+        labels: (N,); images of classes not in `classes` are ignored.
+        classes: each has at least one image.
+        groups: N keys, such as each image's patient, since answers for images of one patient are correlated.
 
     Returns:
         The accuracy and its 95 % interval, which may exceed [0, 1].
     """
     correct = correct.double()
     influence = torch.zeros_like(correct)
-    shares, least = [], 0.0
+    shares, min_variance = [], 0.0
     for label in classes:
         rows = (labels == label).nonzero()[:, 0]
         count, share = len(rows), correct[rows].mean()
         shares.append(float(share))
         influence[rows] = (correct[rows] - share) / (count * len(classes))
         smoothed = (float(correct[rows].sum()) + 1) / (count + 2)
-        least += smoothed * (1 - smoothed) / count / len(classes) ** 2
+        min_variance += smoothed * (1 - smoothed) / count / len(classes) ** 2
     sums = torch.stack([influence[rows].sum() for rows in group_rows(len(labels), groups)])
     variance = float(sums.square().sum()) * len(sums) / max(1, len(sums) - 1)
-    return Interval.of(sum(shares) / len(shares), max(variance, least) ** 0.5)
-
-
-def draw(figures: Path, swapped: Swapped, classes: Sequence[str]) -> None:
-    """Writes wrong_labels.png: originals over what the model makes of them, under each pair its two labels.
-
-    No stage of dvc.yaml declares the file: an output has to be there whatever the model, and what is no picture should
-    not look like one. index.html is declared and has the picture inside: with that DVC brings it back.
-    """
-    size = min(NUM_SHOWN, len(swapped.true))
-    pairs = zip(thin(swapped.true, size).tolist(), thin(swapped.given, size).tolist(), strict=True)
-    captions = [f"true: {classes[true]}\ngiven: {classes[given]}" for true, given in pairs]
-    lines = {"original": thin(swapped.original, size), "decoded": thin(swapped.decoded, size)}
-    write_stacks(figures / PICTURE, lines, columns=COLUMNS, captions=captions)
+    return Interval.from_error(sum(shares) / len(shares), max(variance, min_variance) ** 0.5)

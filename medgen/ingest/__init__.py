@@ -1,1 +1,1 @@
-"""Read a folder of images and write the dataset store; `preprocess.run` is the stage."""
+"""Read a folder of images and write the dataset store. The entry function of the stage is `preprocess.run`."""

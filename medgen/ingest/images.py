@@ -1,11 +1,11 @@
-"""The door to every image file: what kind it is, and the module that reads it.
+"""Detect the format of an image file and select its reader.
 
 contents = inspect(path, preprocess)
 with open_file(path, preprocess) as file:
     raw = file.read(contents.indices[0])
 
-A format's module is imported when its first file comes. A new format is one module beside the others (see
-medgen/ingest/formats/raw.py) and its lines here.
+A format's module is imported when its first file is read. To add a format, add a module to medgen/ingest/formats (see
+raw.py there) and its entries here.
 """
 
 import os
@@ -19,20 +19,20 @@ from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableI
 from medgen.ingest.formats.signatures import NUM_BYTES, TEXT, describe_start, kind_of_start
 
 _KINDS = {
-    **dict.fromkeys(SUFFIXES, "picture"),
+    **dict.fromkeys(SUFFIXES, "raster"),
     **dict.fromkeys((".dcm", ".dicom", ".dic", ".ima"), "dicom"),
     **dict.fromkeys((".nii", ".nii.gz", ".mgz", ".mgh", ".hdr"), "volume"),
     ".npz": "npz",
 }
-_VOXELS = ".img"  # of the .hdr beside it, through which they are read
-_TEXTS = {  # by suffix, of files that begin as text
+_VOXELS = ".img"  # read through the .hdr of the same name
+_TEXTS = {  # descriptions of text files by suffix
     **dict.fromkeys((".csv", ".tsv"), "a table"),
     **dict.fromkeys((".json", ".jsonl"), "a JSON file"),
     ".ipynb": "a notebook",
     ".xml": "an XML file",
     ".svg": "an SVG drawing: convert it to PNG",
 }
-_BINARIES = {  # by suffix, of files whose beginning says less
+_BINARIES = {  # descriptions of binary files by suffix, more precise than those by their first bytes
     **dict.fromkeys((".pt", ".pth", ".ckpt"), "a torch checkpoint"),
     **dict.fromkeys((".h5", ".hdf5", ".keras"), "HDF5, such as weights of Keras"),
     **dict.fromkeys((".pkl", ".pickle"), "a Python pickle, which is never opened"),
@@ -44,14 +44,14 @@ _BINARIES = {  # by suffix, of files whose beginning says less
 }
 
 
-def kind_of(path: Path) -> str | None:
-    """`picture`, `dicom`, `volume`, `npz`, `idx` or `cifar`, by name or else by the first bytes; None for all others.
+def file_kind(path: Path) -> str | None:
+    """`raster`, `dicom`, `volume`, `npz`, `idx` or `cifar`, by name or else by the first bytes; None for other files.
 
-    A name that promises an image is believed; why it cannot be read is for its reader to say.
+    The suffix of an image format is enough. If the content is something else, the reader reports the reason.
     """
     if _is_special(path):
         return None
-    if kind := _kind_of_name(path.name):
+    if kind := _kind_by_name(path.name):
         return kind
     if path.suffix.lower() == _VOXELS:
         return None
@@ -66,14 +66,14 @@ def kind_of(path: Path) -> str | None:
     return kind_of_start(start)
 
 
-def describe(path: Path) -> str:
-    """What a file is that `kind_of` does not know, in a few words; never its text."""
+def describe_file(path: Path) -> str:
+    """A short description of a file that has no `file_kind`. It contains nothing of the file's text."""
     from medgen.ingest.formats.arrays import is_idx_labels
 
     if _is_special(path):
         return "not a regular file"
     if is_idx_labels(path.name):
-        return "labels without their pictures (images-idx3-ubyte)"
+        return "labels without their images (images-idx3-ubyte)"
     try:
         start = _start(path)
     except OSError as error:
@@ -81,22 +81,22 @@ def describe(path: Path) -> str:
     found, suffix = describe_start(start), path.suffix.lower()
     if found == TEXT:
         return _TEXTS.get(suffix, found)
-    if b"\0" in start:  # else a page or a pointer that stands for what the name says
+    if b"\0" in start:  # without a zero byte it is text, such as a web page or a Git LFS pointer, whatever its name
         found = _BINARIES.get(suffix, found)
     return found or "no image format that is read here"
 
 
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
-    """How many pictures a file has, and what it says of them; no pixels are read.
+    """The metadata of a file's images. Reads no pixels.
 
     Raises:
-        UnreadableImage: it is no image file, or damaged.
+        UnreadableImage: the file is no image file, or is damaged.
     """
     return _format_of(path).inspect(path, preprocess)
 
 
-def bytes_of(path: Path, preprocess: Preprocess) -> tuple[Path, ...]:
-    """The files whose bytes make its pictures: itself, and the voxels of an Analyze or NIfTI header."""
+def source_files(path: Path, preprocess: Preprocess) -> tuple[Path, ...]:
+    """The files that contain the images: the file itself and, for an Analyze or NIfTI header, its voxels."""
     if path.suffix.lower() != ".hdr":
         return (path,)
     try:
@@ -106,23 +106,23 @@ def bytes_of(path: Path, preprocess: Preprocess) -> tuple[Path, ...]:
 
 
 def open_file(path: Path, preprocess: Preprocess, mask: bool = False) -> ImageFile:
-    """The file, for reading; `mask` says that its pictures are masks, whose values mean more than their brightness.
+    """Open a file for reading. With `mask`, its images are masks: no windowing, rescaling or colour.
 
     Raises:
-        UnreadableImage: it is no image file, or damaged.
+        UnreadableImage: the file is no image file, or is damaged.
     """
     return _format_of(path).open(path, preprocess, mask)
 
 
 def read_image(path: Path, preprocess: Preprocess) -> RawImage:
-    """One picture of a file: the only one, or the middle one of a volume or series.
+    """Read one image of a file: the only one, or the middle one of a volume or series.
 
     Raises:
-        UnreadableImage: it is no image file, or damaged.
+        UnreadableImage: the file is no image file, or is damaged.
     """
     indices = inspect(path, preprocess).indices
     if not indices:
-        raise UnreadableImage("it holds no picture")
+        raise UnreadableImage("the file contains no image")
     with open_file(path, preprocess) as file:
         return file.read(indices[len(indices) // 2])
 
@@ -134,11 +134,11 @@ class _Format:
 
 
 def _format_of(path: Path) -> _Format:
-    match kind_of(path):
-        case "picture":
+    match file_kind(path):
+        case "raster":
             from medgen.ingest.formats import images
 
-            return _Format(images.inspect, images.PictureFile)
+            return _Format(images.inspect, images.RasterFile)
         case "dicom":
             from medgen.ingest.formats import dicom
 
@@ -148,7 +148,7 @@ def _format_of(path: Path) -> _Format:
 
             return _Format(nifti.inspect, nifti.VolumeFile)
         case None:
-            raise UnreadableImage(describe(path))
+            raise UnreadableImage(describe_file(path))
         case kind:
             from medgen.ingest.formats import arrays
 
@@ -156,7 +156,7 @@ def _format_of(path: Path) -> _Format:
             return _Format(arrays.inspect, files[kind])
 
 
-def _kind_of_name(name: str) -> str | None:
+def _kind_by_name(name: str) -> str | None:
     from medgen.ingest.formats.arrays import is_idx_images
 
     if is_idx_images(name):
@@ -166,8 +166,8 @@ def _kind_of_name(name: str) -> str | None:
 
 
 def _is_special(path: Path) -> bool:
-    """A folder, or a pipe, socket or device: to open one could wait for ever."""
-    return os.path.exists(path) and not os.path.isfile(path)  # unlike Path's own, these never raise
+    """True for a folder, pipe, socket or device: opening one could block forever."""
+    return os.path.exists(path) and not os.path.isfile(path)  # unlike Path's methods, these never raise
 
 
 def _start(path: Path) -> bytes:

@@ -1,7 +1,7 @@
-"""A folder -> each file in it, once; what is junk, no regular file or leads out of the folder is told apart.
+"""List the files of a folder. Junk, special files and links out of the folder are reported or refused.
 
-for path, reason in walk(Path("data")):
-    …                                    # reason is None for a file that may be a picture
+for path, reason in list_files(Path("data")):
+    …                                    # reason is None for a file that may be an image
 """
 
 import os
@@ -12,48 +12,50 @@ from pathlib import Path
 from medgen.errors import UserError
 
 HIDDEN = "hidden"
-_JUNK_FOLDERS = {  # in lower case; what lies below is listed and never read
+_JUNK_FOLDERS = {  # lower-case names; files below them are listed but never read
     ".ipynb_checkpoints": "a notebook's checkpoint copy",
     "__macosx": "metadata of macOS",
     "__pycache__": "compiled Python",
 }
-_CLOSED_FOLDERS = frozenset({".git", ".dvc", ".hg", ".svn"})  # thousands of files of a tool: one row says enough
-_CACHE_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")  # where DVC's own links lead
+_SKIPPED_FOLDERS = frozenset({".git", ".dvc", ".hg", ".svn"})  # one entry instead of thousands of a tool's files
+_CACHE_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")  # target of DVC's links
 
 
-def walk(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Each file's posix path relative to `folder`, and why it cannot be a picture, or None.
+def list_files(folder: Path) -> Iterator[tuple[str, str | None]]:
+    """Each file's posix path relative to `folder`, and the reason why it cannot be an image, or None.
 
-    A name that is not UTF-8 is given with its bytes spelled out, as such a path cannot be written down.
+    Bytes of a name that are not UTF-8 are escaped, because such a path cannot be written to a text file.
 
     Raises:
         UserError: a link leads out of the folder or to a folder, or a folder cannot be listed.
     """
-    waiting: list[tuple[str, str | None]] = [("", None)]  # folders, and why nothing below them is a picture
+    waiting: list[tuple[str, str | None]] = [("", None)]  # folders, and the reason that applies to all files below
     while waiting:
-        place, junk = waiting.pop()
+        parent, junk = waiting.pop()
         try:
-            with os.scandir(folder / place) as entries:
+            with os.scandir(folder / parent) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(
-                f"{folder / _spelled(place)}: cannot be listed ({error.strerror}); expected a folder of images. "
+                f"{folder / _escape(parent)}: cannot be listed ({error.strerror}); expected a folder of images. "
                 "Make it readable, or move it out"
             ) from None
         for entry in found:
-            name = place + entry.name
+            name = parent + entry.name
             if entry.is_dir(follow_symlinks=False):
-                if entry.name in _CLOSED_FOLDERS:
-                    yield _spelled(f"{name}/"), "files of a tool, not looked into"
+                if entry.name in _SKIPPED_FOLDERS:
+                    yield _escape(f"{name}/"), "files of a tool, skipped"
                 else:
                     waiting.append((f"{name}/", junk or _junk_folder(entry.name)))
             else:
                 reason = junk or _reason(folder, name, entry)
-                yield (name, None) if reason is None else (_spelled(name), reason)
+                yield (name, None) if reason is None else (_escape(name), reason)
 
 
-def refuse_outside(folder: Path, path: Path) -> None:
-    """A downloaded folder must not make us read files elsewhere; DVC's links into its cache are fine.
+def check_inside(folder: Path, path: Path) -> None:
+    """Refuse a path that leads out of the folder, so that a downloaded dataset cannot make medgen read other files.
+
+    Links into DVC's cache are allowed.
 
     Raises:
         UserError: `path` leads out of `folder`.
@@ -71,27 +73,27 @@ def _junk_folder(name: str) -> str | None:
 def _reason(folder: Path, name: str, entry: os.DirEntry[str]) -> str | None:
     if entry.name.startswith("."):
         return HIDDEN
-    if _spelled(name) != name:
+    if _escape(name) != name:
         return "its name is not UTF-8: rename it"
     if entry.is_symlink():
-        return _reason_of_link(folder, folder / name)
+        return _link_reason(folder, folder / name)
     return None if entry.is_file(follow_symlinks=False) else "not a regular file"
 
 
-def _reason_of_link(folder: Path, path: Path) -> str | None:
+def _link_reason(folder: Path, path: Path) -> str | None:
     if path.is_dir():
         raise UserError(
-            f"{path}: a link to a folder; expected the files themselves. "
-            "Put them there, or name the real folder to `medgen data import`"
+            f"{path}: a link to a folder; expected a folder with the files themselves. "
+            "Copy the files there, or give the real folder to `medgen data import`"
         )
-    if not path.exists():  # nothing, or a ring of links
+    if not path.exists():  # the target is missing, or links form a cycle
         return "a link that leads nowhere"
     if not path.is_file():
         return "not a regular file"
-    refuse_outside(folder, path)
+    check_inside(folder, path)
     return None
 
 
-def _spelled(name: str) -> str:
-    """The name, with bytes that are not UTF-8 as \\xff."""
+def _escape(name: str) -> str:
+    r"""The name with bytes that are not UTF-8 as \xff."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""manifest.csv: what a dataset's maker, or its user, says of each file; it comes before folders and names.
+"""Read manifest.csv, the user's own labels, patients and splits. They take precedence over folder and file names.
 
 path,label,patient,split
 scans/17.png,NORMAL,p17,train
@@ -13,57 +13,57 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from medgen.errors import UserError
-from medgen.ingest.list_files import refuse_outside
+from medgen.ingest.list_files import check_inside
 
 MANIFEST = "manifest.csv"
-SPLITS = {
+SPLIT_ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
 
-class Row(NamedTuple):
-    """What the manifest says of a file; None where it says nothing."""
+class ManifestRow(NamedTuple):
+    """The manifest's values for a file; None if empty."""
 
     label: str | None = None
     patient: str | None = None
     split: str | None = None
 
 
-def read_manifest(folder: Path, present: Container[str]) -> dict[str, Row] | None:
-    """Rows by path, None where there is no manifest.csv. `present` are the files known to lie inside the folder.
+def read_manifest(folder: Path, present: Container[str]) -> dict[str, ManifestRow] | None:
+    """Rows by path, or None without a manifest.csv. `present` are the files known to be inside the folder.
 
     Raises:
-        UserError: it is no CSV in UTF-8, lacks the column path, lists a file twice, names a path outside or an
-            unknown split.
+        UserError: the file is no CSV in UTF-8, lacks the column path, lists a file twice, or contains a path outside
+            the folder or an unknown split.
     """
     file = folder / MANIFEST
     if not file.is_file():
         return None
-    refuse_outside(folder, file)
-    rows: dict[str, Row] = {}
+    check_inside(folder, file)
+    rows: dict[str, ManifestRow] = {}
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream)
             names = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
             if "path" not in names:
                 raise UserError(
-                    f"{file}: no column named path among {len(names)}; expected a first line with path, and any of "
+                    f"{file}: no column named path among {len(names)}; expected a header with path, and any of "
                     "label, patient, split"
                 )
-            patient = "patient" if "patient" in names else "group"
+            patient_column = "patient" if "patient" in names else "group"
             for line in reader:
                 at = f"{file}, line {reader.line_num}"
-                text, label, person, split = (
-                    (line.get(names.get(name, "")) or "").strip() for name in ("path", "label", patient, "split")
+                text, label, patient, split = (
+                    (line.get(names.get(name, "")) or "").strip() for name in ("path", "label", patient_column, "split")
                 )
                 path = _path(folder, at, text, present)
                 if path in rows:
                     raise UserError(f"{at}: {path} is listed twice; expected each file once")
-                rows[path] = Row(sys.intern(label) or None, person or None, _split(at, split))
+                rows[path] = ManifestRow(sys.intern(label) or None, patient or None, _split(at, split))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: not readable as CSV in UTF-8: {error}") from None
+        raise UserError(f"{file}: cannot be read as CSV in UTF-8: {error}. Save it as CSV in UTF-8") from None
     return rows
 
 
@@ -72,12 +72,12 @@ def _path(folder: Path, at: str, text: str, present: Container[str]) -> str:
     if not text or "\0" in text or path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", text):
         raise UserError(f"{at}: path {text!r}; expected a path inside {folder}, relative to it")
     if str(path) not in present:
-        with contextlib.suppress(OSError, RuntimeError):  # name too long, ring of links: reading gives the reason
-            refuse_outside(folder, folder / path)
+        with contextlib.suppress(OSError, RuntimeError):  # name too long or a cycle of links; reading reports it
+            check_inside(folder, folder / path)
     return str(path)
 
 
 def _split(at: str, text: str) -> str | None:
-    if text and text.lower() not in SPLITS:
-        raise UserError(f"{at}: split {text!r}; expected train, val or test, or nothing")
-    return SPLITS.get(text.lower())
+    if text and text.lower() not in SPLIT_ALIASES:
+        raise UserError(f"{at}: split {text!r}; expected train, val, test or an empty cell")
+    return SPLIT_ALIASES.get(text.lower())

@@ -1,4 +1,4 @@
-"""Pictures and their masks, told apart and paired by folders and names.
+"""Pair images with their masks by folder and file name.
 
 images/a.jpg with masks/a.png, A/a.png with A/a_mask.png or A/a@.png, slices_train/case_1.png with
 slices_seg_train/seg_1.png, images/a.jpg with annotations/trimaps/a.png, scan.nii with scan_seg.nii.gz.
@@ -6,40 +6,41 @@ slices_seg_train/seg_1.png, images/a.jpg with annotations/trimaps/a.png, scan.ni
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 
 IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "cxr_png"})
 _MASK_FOLDERS = frozenset({"masks", "mask", "lung_masks", "lung_mask", "trimaps", "fsl_seg"})
-_HALF_FOLDERS = frozenset({"leftmask", "rightmask"})  # Montgomery: each lung in a file of its own
-_MASK_WORDS = frozenset({"seg", "mask", "masks"})  # slices_seg_train, where slices_train stands beside it
-_MARKED = re.compile(r"(.+?)(?:[_-](?:mask|f?seg|segmentation)(?:_\d+)?|@)", re.IGNORECASE)
-_SURELY_MARKED = re.compile(r".+_(?:mask|f?seg|segmentation)", re.IGNORECASE)  # no picture, even without its image
-_RENAMED = ((re.compile(r"seg_(.+)"), r"case_\1"),)  # mask's name -> image's: OASIS slices
+_SINGLE_LUNG_FOLDERS = frozenset({"leftmask", "rightmask"})  # Montgomery: one file per lung
+_MASK_WORDS = frozenset({"seg", "mask", "masks"})  # slices_seg_train, if slices_train exists next to it
+_MASK_NAME = re.compile(r"(.+?)(?:[_-](?:mask|f?seg|segmentation)(?:_\d+)?|@)", re.IGNORECASE)
+# A file with such a name is a mask even if its image is missing.
+_CERTAIN_MASK_NAME = re.compile(r".+_(?:mask|f?seg|segmentation)", re.IGNORECASE)
+_IMAGE_NAME_OF_MASK = ((re.compile(r"seg_(.+)"), r"case_\1"),)  # OASIS slices
 
-ORPHAN = "a mask without its image"
-HALF = "a mask of one lung: join leftMask and rightMask in a folder masks"
+UNPAIRED_MASK = "a mask without its image"
+SINGLE_LUNG_MASK = "a mask of one lung: join leftMask and rightMask in a folder masks"
 NOT_LISTED = "not listed in manifest.csv"
 
-Key = tuple[str, str]  # the place where an image and its mask meet, and the stem they share
+_Key = tuple[str, str]  # normalised folder and file stem that an image shares with its mask
 
 
-class Pairs:
-    """Files sorted into pictures, each with its mask, and what is neither.
+class MaskPairs:
+    """Image files, the mask of each, and the other files.
 
-    `listed` names the pictures where there is a manifest; `foreign` are the rest, each with the reason.
+    If there is a manifest, `listed` contains its images. `other_files` are paths and reasons.
     """
 
     def __init__(self, paths: Sequence[str], listed: Container[str] | None = None) -> None:
         self.images: list[str] = []
-        self.foreign: list[tuple[str, str]] = []
+        self.other_files: list[tuple[str, str]] = []
         self._folders = _Folders(paths)
-        self._masks: dict[Key, str] = {}
-        lone = self._match_by_stem(self._match_by_place(self._sort(paths, listed)))
-        for path in lone:
+        self._masks: dict[_Key, str] = {}
+        unpaired = self._match_by_stem(self._match_by_folder(self._find_images(paths, listed)))
+        for path in unpaired:
             if listed is not None:
-                self.foreign.append((path, NOT_LISTED))
-            elif self._folders.holds_masks(path) or _SURELY_MARKED.fullmatch(stem(path)):
-                self.foreign.append((path, ORPHAN))
+                self.other_files.append((path, NOT_LISTED))
+            elif self._folders.holds_masks(path) or _CERTAIN_MASK_NAME.fullmatch(stem(path)):
+                self.other_files.append((path, UNPAIRED_MASK))
             else:
                 self.images.append(path)
 
@@ -47,133 +48,127 @@ class Pairs:
         """The mask of one of `images`."""
         return self._masks.get(self._folders.key(path)) if self._masks else None
 
-    def _sort(self, paths: Sequence[str], listed: Container[str] | None) -> list[str]:
-        """Finds the pictures; returns what may be masks."""
+    def _find_images(self, paths: Sequence[str], listed: Container[str] | None) -> list[str]:
+        """Collect the images; return the files that may be masks."""
         candidates = []
         for path in paths:
             if listed is not None and path in listed:
                 self.images.append(path)
-            elif self._folders.holds_halves(path):
-                self.foreign.append((path, HALF))
-            elif self._folders.holds_masks(path) or _MARKED.fullmatch(stem(path)):
+            elif self._folders.holds_single_lungs(path):
+                self.other_files.append((path, SINGLE_LUNG_MASK))
+            elif self._folders.holds_masks(path) or _MASK_NAME.fullmatch(stem(path)):
                 candidates.append(path)
             elif listed is None:
                 self.images.append(path)
             else:
-                self.foreign.append((path, NOT_LISTED))
+                self.other_files.append((path, NOT_LISTED))
         return candidates
 
-    def _match_by_place(self, candidates: Sequence[str]) -> list[str]:
-        """Gives each picture the mask that stands where it should; returns the masks left over."""
-        asked = {key for path in candidates for key in self._keys(path)}  # few: memory is for the pictures
-        there = {key for path in self.images if (key := self._folders.key(path)) in asked} if asked else set()
-        lone = []
-        for path in candidates:
-            found = next((key for key in self._keys(path) if key in there), None)
-            if found is None:
-                lone.append(path)
-            else:
-                self._give(found, path)
-        return lone
+    def _match_by_folder(self, candidates: Sequence[str]) -> list[str]:
+        """Pair masks with images of a corresponding folder; return the masks that are left."""
+        # Restricting the set to keys of masks saves memory: there may be millions of images.
+        wanted = {key for path in candidates for key in self._keys(path)}
+        present = {key for path in self.images if (key := self._folders.key(path)) in wanted} if wanted else set()
+        return self._pair_all(candidates, lambda path: next((key for key in self._keys(path) if key in present), None))
 
     def _match_by_stem(self, candidates: Sequence[str]) -> list[str]:
-        """As before, by the name alone: where one place above the mask's or below it has such a picture."""
-        asked = {name for path in candidates for _, name in self._keys(path)}
-        places: dict[str, set[str]] = defaultdict(set)
-        for path in self.images if asked else ():
-            place, name = self._folders.key(path)
-            if name in asked:
-                places[name].add(place)
-        lone = []
-        for path in candidates:
-            found = self._find_by_stem(path, places) if self._folders.holds_masks(path) else None
-            if found is None:
-                lone.append(path)
-            else:
-                self._give(found, path)
-        return lone
+        """Pair masks with images of the same name if exactly one folder above or below the mask's has such an image."""
+        wanted = {name for path in candidates for _, name in self._keys(path)}
+        folders: dict[str, set[str]] = defaultdict(set)
+        for path in self.images if wanted else ():
+            folder, name = self._folders.key(path)
+            if name in wanted:
+                folders[name].add(folder)
+        return self._pair_all(candidates, lambda path: self._find_by_stem(path, folders))
 
-    def _find_by_stem(self, path: str, places: Mapping[str, Collection[str]]) -> Key | None:
-        for place, name in self._keys(path):
-            others = [other for other in places.get(name, ()) if other.startswith(place) or place.startswith(other)]
+    def _find_by_stem(self, path: str, folders: Mapping[str, Collection[str]]) -> _Key | None:
+        for folder, name in self._keys(path) if self._folders.holds_masks(path) else ():
+            others = [other for other in folders.get(name, ()) if other.startswith(folder) or folder.startswith(other)]
             if len(others) == 1:
                 return others[0], name
         return None
 
-    def _give(self, key: Key, mask: str) -> None:
-        first = self._masks.setdefault(key, mask)
-        if first != mask:
-            self.foreign.append((mask, f"a second mask of the image that has {first}"))
+    def _pair_all(self, candidates: Sequence[str], find: Callable[[str], _Key | None]) -> list[str]:
+        """Pair masks with the images that `find` gives; return the masks without one."""
+        unpaired = []
+        for mask in candidates:
+            key = find(mask)
+            if key is None:
+                unpaired.append(mask)
+            elif (first := self._masks.setdefault(key, mask)) != mask:
+                self.other_files.append((mask, f"a second mask of the image that has {first}"))
+        return unpaired
 
-    def _keys(self, path: str) -> list[Key]:
-        """Those of the pictures that a mask may belong to, the likeliest first."""
-        place, name = self._folders.key(path)
-        marked = _MARKED.fullmatch(name)
-        stems = [marked[1]] if marked else []
+    def _keys(self, path: str) -> list[_Key]:
+        """Keys of the images that a mask may belong to, the most likely first."""
+        folder, name = self._folders.key(path)
+        match = _MASK_NAME.fullmatch(name)
+        stems = [match[1]] if match else []
         if self._folders.holds_masks(path):
-            stems += [name, *(pattern.sub(image, name) for pattern, image in _RENAMED if pattern.fullmatch(name))]
-        return [(place, each) for each in stems]
+            stems += [name, *(p.sub(image, name) for p, image in _IMAGE_NAME_OF_MASK if p.fullmatch(name))]
+        return [(folder, each) for each in stems]
 
 
 def folder_of(path: str) -> str:
-    """The folder of a file, with the slash; "" at the top."""
+    """The folder of a file with a trailing slash; "" at the top."""
     return path[: path.rfind("/") + 1]
 
 
 def stem(path: str) -> str:
-    """A file's name without its suffix, and without .nii or the like before .gz."""
+    """A file's name without its suffix; also without .nii or the like before .gz."""
     name = path[path.rfind("/") + 1 :]
     name = name[:-3] if name.lower().endswith(".gz") else name
     return name.rpartition(".")[0] or name
 
 
-def plain(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A folder's name in lower case with underscores."""
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def bare_parts(folder: str) -> tuple[str, ...]:
-    """The folders on the way to a file, without images/ and masks/: they say nothing of its class."""
-    return tuple(part for part in folder.split("/") if part and plain(part) not in IMAGE_FOLDERS | _MASK_FOLDERS)
+def label_folders(folder: str) -> tuple[str, ...]:
+    """The parts of a path that may be labels: all but images/, masks/ and the like."""
+    ignored = IMAGE_FOLDERS | _MASK_FOLDERS
+    return tuple(part for part in folder.split("/") if part and normalize_name(part) not in ignored)
 
 
 class _Folders:
-    """What the folders hold. Each is looked at once: a dataset has many files and few folders."""
+    """The role of each folder. Computed once per folder, as a dataset has many files and few folders."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         folders = {folder_of(path) for path in paths}
-        self._inside: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> the folders in it, by plain name
+        self._children: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> its folders by normalised name
         for folder in sorted(folders):
             parts = folder.split("/")[:-1]
             for at, part in enumerate(parts):
-                self._inside["/".join(parts[:at])].setdefault(plain(part), part)
-        self._meeting: dict[str, str] = {}
-        self._masks: set[str] = set()
-        self._halves: set[str] = set()
+                self._children["/".join(parts[:at])].setdefault(normalize_name(part), part)
+        self._shared: dict[str, str] = {}  # folder -> the part of the key that images and masks share
+        self._mask_folders: set[str] = set()
+        self._single_lung_folders: set[str] = set()
         for folder in folders:
-            self._look_at(folder)
+            self._classify(folder)
 
     def holds_masks(self, path: str) -> bool:
-        return folder_of(path) in self._masks
+        return folder_of(path) in self._mask_folders
 
-    def holds_halves(self, path: str) -> bool:
-        return folder_of(path) in self._halves
+    def holds_single_lungs(self, path: str) -> bool:
+        return folder_of(path) in self._single_lung_folders
 
-    def key(self, path: str) -> Key:
-        return self._meeting[folder_of(path)], stem(path)
+    def key(self, path: str) -> _Key:
+        return self._shared[folder_of(path)], stem(path)
 
-    def _look_at(self, folder: str) -> None:
+    def _classify(self, folder: str) -> None:
         parts = folder.split("/")[:-1]
-        partners = [self._partner("/".join(parts[:at]), part) for at, part in enumerate(parts)]
-        if any(partners) or any(plain(part) in _MASK_FOLDERS for part in parts):
-            self._masks.add(folder)
-        if any(plain(part) in _HALF_FOLDERS for part in parts):
-            self._halves.add(folder)
-        meeting = "/".join(partner or part for part, partner in zip(parts, partners, strict=True))
-        self._meeting[folder] = "".join(f"{part}/" for part in bare_parts(meeting))
+        image_folders = [self._image_folder("/".join(parts[:at]), part) for at, part in enumerate(parts)]
+        if any(image_folders) or any(normalize_name(part) in _MASK_FOLDERS for part in parts):
+            self._mask_folders.add(folder)
+        if any(normalize_name(part) in _SINGLE_LUNG_FOLDERS for part in parts):
+            self._single_lung_folders.add(folder)
+        shared = "/".join(image_folder or part for part, image_folder in zip(parts, image_folders, strict=True))
+        self._shared[folder] = "".join(f"{part}/" for part in label_folders(shared))
 
-    def _partner(self, parent: str, name: str) -> str | None:
-        """The folder beside this one with the same name but for a word such as seg."""
-        words = plain(name).split("_")
-        bare = [word for word in words if word not in _MASK_WORDS]
-        return self._inside[parent].get("_".join(bare)) if bare and len(bare) < len(words) else None
+    def _image_folder(self, parent: str, name: str) -> str | None:
+        """The sibling folder whose name is this one without a word such as seg."""
+        words = normalize_name(name).split("_")
+        others = [word for word in words if word not in _MASK_WORDS]
+        return self._children[parent].get("_".join(others)) if others and len(others) < len(words) else None

@@ -1,9 +1,9 @@
-"""Image files -> the uint8 store: read, equalise, resize and split, on all cores.
+"""Convert image files to the uint8 dataset store: read, equalise, resize and split.
 
 medgen preprocess --set preprocess.image_size=128
 
-Pictures are written as they come and dealt to their splits at the end, when all have been compared: who shares a
-picture with whom decides which side it may stand on.
+Images are appended to the store as they are read. Splits are assigned at the end, when all images have been compared:
+duplicates decide which patients must stay in one split.
 """
 
 import hashlib
@@ -16,253 +16,249 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from medgen import config
 from medgen.config import Project
-from medgen.console import counting_bar
+from medgen.console import counting_bar, note, warn
 from medgen.data import store
 from medgen.errors import UserError
-from medgen.ingest import dataset_checks, dataset_scan, patients, splits
-from medgen.ingest.dataset_checks import Facts
-from medgen.ingest.dataset_scan import Listing, Record
+from medgen.ingest import dataset_scan, patients, splits
+from medgen.ingest.dataset_checks import ImageIndex, check_dataset, printable, summary_lines
+from medgen.ingest.dataset_scan import ImageRecord, ScanResult
 from medgen.ingest.formats.raw import RawImage
-from medgen.ingest.near_duplicates import THUMB, thumbnail
-from medgen.ingest.reading import Read, hash_sources, read_all
-from medgen.ingest.transforms import square_of_mask, to_square
+from medgen.ingest.near_duplicates import THUMBNAIL_SIZE, thumbnail
+from medgen.ingest.reading import ReadResult, hash_sources, read_images
+from medgen.ingest.transforms import preprocess_image, preprocess_mask
+
+_Rejected = tuple[str, str]  # name of an image or path of a file, and the reason
 
 
 @dataclass(frozen=True, slots=True)
-class _Picture:
+class _Sample:
     image: NDArray[np.uint8]  # (C, S, S)
-    mask: NDArray[np.uint8] | None  # (1, S, S) of 0 and 1
-    thumb: NDArray[np.uint8]
+    mask: NDArray[np.uint8] | None  # (1, S, S) class numbers
+    thumbnail: NDArray[np.uint8]
 
 
 def run(
     project: Project, *, data: config.Data, preprocess: config.Preprocess, num_threads: int | None = None
 ) -> store.Store:
-    """Makes artifacts/dataset from the data folder; returns at once where it already stands.
+    """Create artifacts/dataset from the data folder, unless it is up to date.
 
     Raises:
-        UserError: no pictures, a wrong manifest, no training images, more than `max_rejected` unreadable pictures, or
-            duplicates or leaks that `data.duplicates` or `data.leaks` forbid.
+        UserError: there are no images or no training images, the manifest is wrong, more than `max_rejected` of the
+            images are unreadable, or `data.duplicates` or `data.leaks` is "error" and there are some.
     """
-    console = Console(stderr=True)
     folder = project.root / data.path
-    listing = dataset_scan.scan(folder, data, preprocess)
+    scanned = dataset_scan.scan(folder, data, preprocess)
     if data.splits == "own":
-        listing = replace(listing, records=[replace(record, split=None) for record in listing.records])
-    current = _current(project, data, listing, preprocess, num_threads)
+        scanned = replace(scanned, records=[replace(record, split=None) for record in scanned.records])
+    current = _open_if_current(project, data, scanned, preprocess, num_threads)
     state = "unchanged"
     if current is None:
-        if listing.identified and not data.keep_patient_ids and not patients.has_salt(folder):
-            _warn(console, f"{folder}: patients' identifiers are hashed with a public salt; docs/data.md, Patients")
-        _check_space(project, len(listing.records), preprocess)
+        if scanned.has_patient_ids and not data.keep_patient_ids and not patients.has_salt(folder):
+            warn(printable(f"{folder}: patient identifiers are hashed with a public salt; see docs/data.md, Patients"))
+        _check_disk_space(project, len(scanned.records), preprocess)
         try:
-            current, state = _build(project, data, listing, preprocess, num_threads, console), "written"
+            current, state = _build(project, data, scanned, preprocess, num_threads), "written"
         except OSError as error:
             raise UserError(
-                f"{project.dataset}: cannot be written: {error.strerror or error}; expected a folder with room for "
-                f"{_num_bytes(len(listing.records), preprocess) / 1e6:.0f} MB. Make room or mend its rights"
+                f"{project.dataset}: cannot be written: {error.strerror or error}; expected a writable folder with "
+                f"{_num_bytes(len(scanned.records), preprocess) / 1e6:.0f} MB of free space. Free disk space or change "
+                "the folder's permissions"
             ) from error
-    console.print(_summary(current, state), highlight=False, markup=False, soft_wrap=True)
+    note(printable(_summary(current, state)))
     return current
 
 
-def _current(
-    project: Project, data: config.Data, listing: Listing, preprocess: config.Preprocess, num_threads: int | None
+def _open_if_current(
+    project: Project, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess, num_threads: int | None
 ) -> store.Store | None:
-    """The store that stands, if these files and settings made it. Contents are compared, not times."""
+    """The existing store if it was made from the same files and settings. Compares file contents, not time stamps."""
     if not project.dataset.exists():
         return None
     try:
-        found = store.open_store(project.dataset)
+        existing = store.open_store(project.dataset)
     except UserError:
-        return None  # damaged: made anew
-    source = _Source(data, listing, preprocess)
-    for record, digest in zip(
-        listing.records, hash_sources(project.root / data.path, listing.records, preprocess, num_threads), strict=True
-    ):
+        return None  # damaged, so rebuild it
+    source = _SourceDigest(data, scanned, preprocess)
+    hashes = hash_sources(project.root / data.path, scanned.records, preprocess, num_threads)
+    for record, digest in zip(scanned.records, hashes, strict=True):
         source.add(record, digest)
-    return found if found.name == data.name and found.source == source.digest() else None
+    return existing if existing.name == data.name and existing.source == source.digest() else None
 
 
 def _build(
-    project: Project,
-    data: config.Data,
-    listing: Listing,
-    preprocess: config.Preprocess,
-    num_threads: int | None,
-    console: Console,
+    project: Project, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess, num_threads: int | None
 ) -> store.Store:
-    folder, records = project.root / data.path, listing.records
+    folder, records = project.root / data.path, scanned.records
     shape = (preprocess.channels, preprocess.image_size, preprocess.image_size)
     with_masks = any(record.mask for record in records)
-    unreadable: list[tuple[str, str]] = []
-    left_out: list[tuple[str, str]] = []
-    source = _Source(data, listing, preprocess)
+    unreadable: list[_Rejected] = []
+    left_out: list[_Rejected] = []
+    source = _SourceDigest(data, scanned, preprocess)
 
-    def use(record: Record, raw: RawImage, mask: RawImage | None) -> _Picture:
-        return _Picture(
-            image=to_square(raw.pixels, preprocess),
-            mask=None if mask is None else square_of_mask(mask, raw, str(record.mask), preprocess),
-            thumb=thumbnail(raw.pixels),
+    def transform(record: ImageRecord, raw: RawImage, mask: RawImage | None) -> _Sample:
+        return _Sample(
+            image=preprocess_image(raw.pixels, preprocess),
+            mask=None if mask is None else preprocess_mask(mask, raw, str(record.mask), preprocess),
+            thumbnail=thumbnail(raw.pixels),
         )
 
     with (
         store.StoreWriter(project.dataset, shape, with_masks) as writer,
-        Facts(project.runs) as facts,
-        counting_bar(console) as progress,
+        ImageIndex(project.runs) as index,
+        counting_bar() as progress,
     ):
         task = progress.add_task("preprocess", total=len(records))
-        for read in read_all(folder, records, preprocess, use, num_threads):
-            source.add(read.record, read.source)
-            if read.value is None:
-                (left_out if read.left_out else unreadable).append((read.record.name, read.reason))
+        for result in read_images(folder, records, preprocess, transform, num_threads):
+            source.add(result.record, result.source)
+            if result.value is None:
+                (left_out if result.left_out else unreadable).append((result.record.name, result.reason))
             else:
-                writer.add(read.value.image, read.value.mask, _row(read))
-                facts.add(read, read.value.thumb)
+                writer.add(result.value.image, result.value.mask, _manifest_row(result))
+                index.add(result, result.value.thumbnail)
             progress.advance(task)
         _check_unreadable(project, unreadable, len(records), preprocess.max_rejected)
-        names, dropped = _decide(facts, data, preprocess, console)
-        _check_splits(folder, names, [*unreadable, *left_out, *dropped], console)
-        rejected = sorted([*unreadable, *left_out, *dropped, *listing.foreign])
-        return writer.commit(names, rejected, preprocess.model_dump(mode="json"), source.digest(), data.name)
+        assigned, dropped = _assign_splits(index, data, preprocess)
+        rejected = [*unreadable, *left_out, *dropped]
+        _check_splits(folder, assigned, rejected)
+        rejected = sorted([*rejected, *scanned.other_files])
+        return writer.commit(assigned, rejected, preprocess.model_dump(mode="json"), source.digest(), data.name)
 
 
-def _decide(
-    facts: Facts, data: config.Data, preprocess: config.Preprocess, console: Console
-) -> tuple[list[str | None], list[tuple[str, str]]]:
-    """Split of each picture that was read, None for one that is dropped; and the dropped with their reasons."""
-    records = facts.records
-    exact = facts.exact_groups
+def _assign_splits(
+    index: ImageIndex, data: config.Data, preprocess: config.Preprocess
+) -> tuple[list[str | None], list[_Rejected]]:
+    """Split of each indexed image, None for a dropped duplicate; and the dropped images with their reasons."""
+    records = index.records
+    exact = index.exact_duplicates
     if exact and data.duplicates == "error":
         raise UserError(
-            f"data.duplicates is error: {len(exact)} pictures stand in several files, such as "
-            f"{' and '.join(records[row].name for row in exact[0][:2])}; expected each once. "
-            "`medgen data audit` lists them; set data.duplicates to drop, or remove them"
+            f"data.duplicates is error: {len(exact)} images occur in several files, for example "
+            f"{' and '.join(records[row].name for row in exact[0][:2])}; expected each image once. "
+            "`medgen data audit` lists them; set data.duplicates to drop, or remove the copies"
         )
-    dropped = dict(_drop(records, exact)) if data.duplicates == "drop" else {}
+    dropped = dict(_find_dropped(records, exact)) if data.duplicates == "drop" else {}
     pairs = [(group[0], row) for group in exact for row in group[1:]]
-    pairs += [(near.one, near.other) for near in facts.near_pairs]
-    joined = splits.join(records, pairs)  # a dropped copy still says who belongs together
+    pairs += [(pair.first, pair.second) for pair in index.near_duplicates]
+    # Dropped copies take part in the grouping: they may link two images that are kept.
+    all_groups = splits.group_patients(records, pairs)
     kept = [row for row in range(len(records)) if row not in dropped]
-    chosen, groups = [records[row] for row in kept], [joined[row] for row in kept]
+    kept_records, groups = [records[row] for row in kept], [all_groups[row] for row in kept]
     if data.leaks == "move":
-        chosen = splits.unite(chosen, groups)
-    assigned = splits.assign(chosen, preprocess.val_fraction, preprocess.test_fraction, preprocess.seed, groups)
-
-    names: list[str | None] = [None] * len(records)
-    for row, name in zip(kept, assigned, strict=True):
-        names[row] = name
-    found = dataset_checks.find(facts, names, dropped)
-    for line in dataset_checks.summary_lines(found):
-        _warn(console, line)
-    if found.leaks and data.leaks == "error":
+        kept_records = splits.unify_splits(kept_records, groups)
+    names = splits.assign_splits(
+        kept_records, preprocess.val_fraction, preprocess.test_fraction, preprocess.seed, groups
+    )
+    assigned: list[str | None] = [None] * len(records)
+    for row, name in zip(kept, names, strict=True):
+        assigned[row] = name
+    results = check_dataset(index, assigned, dropped)
+    for line in summary_lines(results):
+        warn(line)
+    if results.leaks and data.leaks == "error":
         raise UserError(
-            f"data.leaks is error: {found.leaks[0]}; {len(found.leaks)} such in all, expected none. "
-            "`medgen data audit` lists them; set data.leaks to move, or mend the data's own split"
+            f"data.leaks is error: {results.leaks[0]}; found {len(results.leaks)} leaks, expected none. "
+            "`medgen data audit` lists them; set data.leaks to move, or correct the dataset's own split"
         )
-    return names, [(records[row].name, reason) for row, reason in dropped.items()]
+    return assigned, [(records[row].name, reason) for row, reason in dropped.items()]
 
 
-def _drop(records: Sequence[Record], exact: Iterable[Sequence[int]]) -> Iterator[tuple[int, str]]:
-    """Rows of duplicates that go, and why. One stays: on the side that judges where they stand on several."""
+def _find_dropped(records: Sequence[ImageRecord], exact: Iterable[Sequence[int]]) -> Iterator[tuple[int, str]]:
+    """Rows of exact duplicates to drop, with the reasons.
+
+    One copy of each group is kept, from the test split if there is one, then val, then train. A group with several
+    labels is dropped whole, because the correct label is unknown.
+    """
     order = {"test": 0, "val": 1, "train": 2, None: 3}
     for group in exact:
         labels = sorted({label for row in group if (label := records[row].label)})
-        if len(labels) > 1:  # nobody knows which is true
-            yield from ((row, f"one picture under the labels {', '.join(labels)}") for row in group)
+        if len(labels) > 1:
+            yield from ((row, f"one image under the labels {', '.join(labels)}") for row in group)
         else:
             first, *rest = sorted(group, key=lambda row: (order[records[row].split], not records[row].label, row))
             yield from ((row, f"a duplicate of {records[first].name}") for row in rest)
 
 
-class _Source:
-    """Digest of all that a store is made from; fed one record at a time."""
+class _SourceDigest:
+    """Digest of all inputs of a store: settings, records and file hashes. Takes one record at a time."""
 
-    def __init__(self, data: config.Data, listing: Listing, preprocess: config.Preprocess) -> None:
+    def __init__(self, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess) -> None:
         self._hash = hashlib.sha256(config.fingerprint(store.SCHEMA, data, preprocess).encode())
-        for path, reason in listing.foreign:
+        for path, reason in scanned.other_files:
             self._hash.update(json.dumps([path, reason]).encode())
 
-    def add(self, record: Record, digest: str) -> None:
+    def add(self, record: ImageRecord, digest: str) -> None:
         self._hash.update(json.dumps([astuple(record), digest]).encode())
 
     def digest(self) -> str:
         return self._hash.hexdigest()[:12]
 
 
-def _row(read: Read[_Picture]) -> dict[str, str]:
-    record = read.record
+def _manifest_row(result: ReadResult[_Sample]) -> dict[str, str]:
+    record = result.record
     return {
         "path": record.path,
         "index": str(record.index),
-        "sha256": read.sha256,
+        "sha256": result.sha256,
         "label": record.label or "",
         "patient": record.patient,
-        "width": str(read.size[0]),
-        "height": str(read.size[1]),
-        "mode": read.mode,
+        "width": str(result.size[0]),
+        "height": str(result.size[1]),
+        "mode": result.mode,
         "mask": record.mask or "",
     }
 
 
-def _check_splits(
-    folder: Path, names: Sequence[str | None], missing: Sequence[tuple[str, str]], console: Console
-) -> None:
-    """Refuses a dataset without training images, and says which other split is empty."""
-    counts = Counter(name for name in names if name is not None)
+def _check_splits(folder: Path, assigned: Sequence[str | None], rejected: Sequence[_Rejected]) -> None:
+    """Refuse a dataset without training images; warn about other empty splits."""
+    counts = Counter(name for name in assigned if name is not None)
     if not counts:
-        reason, number = Counter(reason for _, reason in missing).most_common(1)[0]
+        reason, number = Counter(reason for _, reason in rejected).most_common(1)[0]
         raise UserError(
-            f"{folder}: none of {len(missing)} pictures is left; {number} x {reason}. Expected some: mend the files, "
-            "or change preprocess.volume, preprocess.max_rejected or data.duplicates"
+            f"{folder}: all {len(rejected)} images were rejected, {number} of them for this reason: {reason}. Expected "
+            "at least one image: fix the files, or change preprocess.volume, preprocess.max_rejected or "
+            "data.duplicates"
         )
     if not counts["train"]:
         raise UserError(
             f"{folder}: no training images among {counts.total()} ({dict(counts)}); expected some. Set data.splits=own "
-            "to cut all splits anew, or lower preprocess.val_fraction and test_fraction"
+            "to ignore the dataset's own splits, or lower preprocess.val_fraction and test_fraction"
         )
     if empty := [name for name in store.SPLITS if not counts[name]]:
-        _warn(
-            console,
-            f"no images in {' and '.join(empty)}: too few patients, or all of them one (see data.patient_pattern), or "
-            "preprocess.val_fraction and test_fraction are 0",
+        warn(
+            f"no images in {' and '.join(empty)}: there are too few patients (see data.patient_pattern), or "
+            "preprocess.val_fraction or test_fraction is 0"
         )
 
 
 def _num_bytes(num_records: int, preprocess: config.Preprocess) -> int:
-    """What is on the disk before the old store goes: pictures as read, dealt to splits, and their thumbnails."""
-    return num_records * (2 * preprocess.channels * preprocess.image_size**2 + THUMB**2)
+    """Peak disk use of a build: images as read, images by split, and thumbnails."""
+    return num_records * (2 * preprocess.channels * preprocess.image_size**2 + THUMBNAIL_SIZE**2)
 
 
-def _check_space(project: Project, num_records: int, preprocess: config.Preprocess) -> None:
+def _check_disk_space(project: Project, num_records: int, preprocess: config.Preprocess) -> None:
     needed, free = _num_bytes(num_records, preprocess), shutil.disk_usage(project.root).free
     if free < needed:
         raise UserError(
             f"{project.dataset}: {free / 1e6:.0f} MB free; expected {needed / 1e6:.0f} MB for {num_records} images. "
-            "Make room, or lower preprocess.image_size"
+            "Free disk space, or lower preprocess.image_size"
         )
 
 
-def _warn(console: Console, line: str) -> None:
-    console.print(dataset_checks.printable(line), style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-def _check_unreadable(project: Project, unreadable: Sequence[tuple[str, str]], num_records: int, most: float) -> None:
-    if len(unreadable) <= most * num_records:
+def _check_unreadable(project: Project, unreadable: Sequence[_Rejected], num_records: int, max_rejected: float) -> None:
+    if len(unreadable) <= max_rejected * num_records:
         return
-    listing = project.runs / store.REJECTED  # not in artifacts/dataset, which is not made
-    rows = [{"path": path, "reason": reason} for path, reason in unreadable]
-    store.write_csv(listing, store.REJECTED_COLUMNS, rows)
+    path = project.runs / store.REJECTED  # artifacts/dataset is not written in this case
+    rows = [{"path": name, "reason": reason} for name, reason in unreadable]
+    store.write_csv(path, store.REJECTED_COLUMNS, rows)
     reasons = Counter(reason for _, reason in unreadable).most_common(3)
     raise UserError(
-        f"{len(unreadable)} of {num_records} images are unreadable, more than preprocess.max_rejected = {most:g} "
-        "allows: "
+        f"{len(unreadable)} of {num_records} images are unreadable, more than preprocess.max_rejected = "
+        f"{max_rejected:g} allows: "
         + "; ".join(f"{count} x {reason}" for reason, count in reasons)
-        + f". Mend or remove the files listed in {listing}, or raise preprocess.max_rejected"
+        + f". Fix or remove the files listed in {path}, or raise preprocess.max_rejected"
     )
 
 
@@ -270,8 +266,8 @@ def _summary(current: store.Store, state: str) -> str:
     parts = []
     for name in store.SPLITS:
         labels = np.asarray(current.split(name).labels)
-        of_class = ", ".join(f"{label} {int((labels == i).sum())}" for i, label in enumerate(current.classes))
-        parts.append(f"{name} {current.counts[name]}" + (f" ({of_class})" if of_class else ""))
+        per_class = ", ".join(f"{label} {int((labels == i).sum())}" for i, label in enumerate(current.classes))
+        parts.append(f"{name} {current.counts[name]}" + (f" ({per_class})" if per_class else ""))
     rejected = current.folder / store.REJECTED
     num_rejected = sum(1 for _ in store.read_csv(rejected, store.REJECTED_COLUMNS))
     return f"dataset {current.fingerprint} {state}: {' · '.join(parts)} · rejected {num_rejected}, see {rejected}"

@@ -1,10 +1,10 @@
-"""Records -> what became of each: in their order, on all cores, in bounded memory.
+"""Read the images of a dataset on all cores, in the order of the records and in bounded memory.
 
-for read in read_all(folder, records, preprocess, use):
-    …                                    # read.value is what `use` made of the picture, None where there is a reason
+for result in read_images(folder, records, preprocess, transform):
+    …                                    # result.value is the transform's result, None if there is a reason
 
-Files are read by threads (OpenCV, Pillow and zlib release the interpreter's lock), so one thread and many give the
-same results in the same order. A file of many pictures is opened once.
+Threads read the files (OpenCV, Pillow and zlib release the GIL). The results and their order do not depend on the
+number of threads. A file of many images is opened once.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -21,102 +22,107 @@ import cv2
 import numpy as np
 
 from medgen.config import Preprocess
-from medgen.ingest.dataset_scan import Record
-from medgen.ingest.formats.raw import ImageFile, LeftOut, RawImage, UnreadableImage
-from medgen.ingest.images import bytes_of, open_file
+from medgen.ingest.dataset_scan import ImageRecord
+from medgen.ingest.formats.raw import ImageFile, LeftOutImage, RawImage, UnreadableImage
+from medgen.ingest.images import open_file, source_files
 from medgen.io import hash_file
 from medgen.machine import num_cores
 
-_MAX_FILE_BYTES = 64 << 30  # a year of CT in one file; more is no image file
-_PART = 32  # pictures of one file that one thread reads in one go
-_AHEAD = 96  # pictures that may wait for the caller
+_MAX_FILE_BYTES = 64 << 30  # a year of CT in one file; a larger file is no image file
+_BATCH_SIZE = 32  # images of one file that a thread reads in one task
+_MAX_PENDING = 96  # images that are read ahead of the caller
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Use = Callable[[Record, RawImage, RawImage | None], T]
+Transform = Callable[[ImageRecord, RawImage, RawImage | None], T]  # record, image, mask
 
 
 @dataclass(frozen=True, slots=True)
-class Read(Generic[T]):
-    """What became of one record."""
+class ReadResult(Generic[T]):
+    """The transformed image of one record, or the reason why there is none."""
 
-    record: Record
-    sha256: str  # of the file, or of the picture's pixels where the file has several
-    source: str  # of the file and of its mask's: what the result depends on; "" where it cannot be read
+    record: ImageRecord
+    sha256: str  # of the file, or of the image's pixels if the file has several images
+    source: str  # hashes of all files that the result depends on; "" if they cannot be read
     size: tuple[int, int]  # width, height
     mode: str
-    value: T | None  # None where there is a reason
+    value: T | None  # None if there is a reason
     reason: str = ""
-    left_out: bool = False  # the reason is no damage: the picture was not wanted
+    left_out: bool = False  # the image was left out by the settings and is not damaged
 
 
-def read_all(
-    folder: Path, records: Sequence[Record], preprocess: Preprocess, use: Use[T], num_threads: int | None = None
-) -> Iterator[Read[T]]:
-    """Reads each record's picture, and its mask, and gives them to `use`, which may raise UnreadableImage."""
-    own_threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # the pool fills the cores; OpenCV's own threads would only get in its way
+def read_images(
+    folder: Path,
+    records: Sequence[ImageRecord],
+    preprocess: Preprocess,
+    transform: Transform[T],
+    num_threads: int | None = None,
+) -> Iterator[ReadResult[T]]:
+    """Read each record's image and mask and apply `transform`, which may raise UnreadableImage."""
+    cv2_threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # the pool uses all cores already
     try:
-        parts = ((part, shared) for shared, part in _parts(folder, records, preprocess))
-        for _, results in _map(lambda part, shared: _read_part(shared, part, use), parts, num_threads):
+        batches = ((batch, file) for file, batch in _batches(folder, records, preprocess))
+        for _, results in _map(lambda batch, file: _read_batch(file, batch, transform), batches, num_threads):
             yield from results
     finally:
-        cv2.setNumThreads(own_threads)
+        cv2.setNumThreads(cv2_threads)
 
 
 def hash_sources(
-    folder: Path, records: Sequence[Record], preprocess: Preprocess, num_threads: int | None = None
+    folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess, num_threads: int | None = None
 ) -> Iterator[str]:
-    """`Read.source` of each record, without reading pictures."""
-    files = ((records[start:end], records[start]) for start, end in _runs(records))
-    for part, digest in _map(lambda _, record: _digest(folder, record, preprocess), files, num_threads):
-        yield from itertools.repeat(digest, len(part))
+    """`ReadResult.source` of each record, without decoding images."""
+    files = ((records[start:end], records[start]) for start, end in _file_ranges(records))
+    for batch, digest in _map(lambda _, record: _hash_files(folder, record, preprocess), files, num_threads):
+        yield from itertools.repeat(digest, len(batch))
 
 
 def _map(
-    function: Callable[[Sequence[Record], Item], Result],
-    items: Iterable[tuple[Sequence[Record], Item]],
+    function: Callable[[Sequence[ImageRecord], Item], Result],
+    items: Iterable[tuple[Sequence[ImageRecord], Item]],
     num_threads: int | None,
-) -> Iterator[tuple[Sequence[Record], Result]]:
-    """As `pool.map`, with only so many pictures waiting that memory stays bounded."""
-    waiting: deque[tuple[Sequence[Record], Future[Result]]] = deque()
-    num_waiting = 0
+) -> Iterator[tuple[Sequence[ImageRecord], Result]]:
+    """`pool.map` with at most `_MAX_PENDING` images in flight, which bounds the memory."""
+    pending: deque[tuple[Sequence[ImageRecord], Future[Result]]] = deque()
+    num_pending = 0
     with ThreadPoolExecutor(num_threads or num_cores()) as pool:
         try:
-            for part, item in items:
-                waiting.append((part, pool.submit(function, part, item)))
-                num_waiting += len(part)
-                while num_waiting >= _AHEAD and len(waiting) > 1:
-                    done, future = waiting.popleft()
-                    num_waiting -= len(done)
+            for batch, item in items:
+                pending.append((batch, pool.submit(function, batch, item)))
+                num_pending += len(batch)
+                while num_pending >= _MAX_PENDING and len(pending) > 1:
+                    done, future = pending.popleft()
+                    num_pending -= len(done)
                     yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
+            while pending:
+                done, future = pending.popleft()
                 yield done, future.result()
         finally:
-            for _, future in waiting:
+            for _, future in pending:
                 future.cancel()
 
 
-class _Shared:
-    """A file, and its mask's, that several parts read; opened by the first, closed after the last."""
+class _SharedFile:
+    """An image file and its mask file, shared by several batches: opened by the first, closed after the last."""
 
-    def __init__(self, folder: Path, record: Record, preprocess: Preprocess, num_pictures: int) -> None:
-        self.several = num_pictures > 1  # pictures, or files of one picture: then its pixels say who is its copy
+    def __init__(self, folder: Path, record: ImageRecord, preprocess: Preprocess, num_images: int) -> None:
+        # Images of one file share its hash. Only their pixels show which of them are duplicates.
+        self.hashes_pixels = num_images > 1
         self.source = ""
-        self._places = (folder / record.path, None if record.mask is None else folder / record.mask)
         self._folder, self._record, self._preprocess = folder, record, preprocess
-        self._parts_left = -(-num_pictures // _PART)
+        self._batches_left = -(-num_images // _BATCH_SIZE)
         self._files: tuple[ImageFile, ImageFile | None] | None = None
         self._reason: UnreadableImage | None = None
+        self._stack = ExitStack()
         self._lock = threading.Lock()
 
     def open(self) -> tuple[ImageFile, ImageFile | None]:
-        """The open files; a file that cannot be opened gives its reason each time."""
+        """The open files. If they cannot be opened, every call raises the same reason."""
         with self._lock:
             if self._reason is not None:
-                raise type(self._reason)(str(self._reason))  # a new one: threads must not share a traceback
+                raise type(self._reason)(str(self._reason))  # a new exception: threads must not share a traceback
             if self._files is None:
                 try:
                     self._files = self._open()
@@ -125,47 +131,45 @@ class _Shared:
                     raise
             return self._files
 
-    def leave(self) -> None:
-        """One part is done."""
+    def finish_batch(self) -> None:
+        """Close the files after the last batch."""
         with self._lock:
-            self._parts_left -= 1
-            if self._parts_left == 0 and self._files is not None:
-                for file in self._files:
-                    if file is not None:
-                        file.__exit__(None, None, None)
+            self._batches_left -= 1
+            if self._batches_left == 0:
+                self._stack.close()
 
     def _open(self) -> tuple[ImageFile, ImageFile | None]:
-        self.source = _digest(self._folder, self._record, self._preprocess)
-        path, mask_path = self._places
-        for place in (path, mask_path):
-            if place is not None:
-                _check_file(place)
-        self.several = self.several or len(bytes_of(path, self._preprocess)) > 1
-        image = open_file(path, self._preprocess).__enter__()
-        mask: ImageFile | None = None
-        try:
-            if mask_path is not None:
-                mask = open_file(mask_path, self._preprocess, mask=True).__enter__()
-                if mask.num_pictures != image.num_pictures:
-                    raise UnreadableImage(f"{mask.num_pictures} slices, and the image has {image.num_pictures}")
-        except UnreadableImage as error:
-            for file in (mask, image):
-                if file is not None:
-                    file.__exit__(None, None, None)
-            raise type(error)(f"mask {self._record.mask}: {error}") from None
+        self.source = _hash_files(self._folder, self._record, self._preprocess)
+        path = self._folder / self._record.path
+        _check_file(path)
+        mask_path = None if self._record.mask is None else self._folder / self._record.mask
+        if mask_path is not None:
+            _check_file(mask_path)
+        self.hashes_pixels = self.hashes_pixels or len(source_files(path, self._preprocess)) > 1
+        with ExitStack() as stack:
+            image = stack.enter_context(open_file(path, self._preprocess))
+            mask: ImageFile | None = None
+            try:
+                if mask_path is not None:
+                    mask = stack.enter_context(open_file(mask_path, self._preprocess, mask=True))
+                    if mask.num_images != image.num_images:
+                        raise UnreadableImage(f"{mask.num_images} slices, and the image has {image.num_images}")
+            except UnreadableImage as error:
+                raise type(error)(f"mask {self._record.mask}: {error}") from None
+            self._stack = stack.pop_all()
         return image, mask
 
 
-def _parts(
-    folder: Path, records: Sequence[Record], preprocess: Preprocess
-) -> Iterator[tuple[_Shared, Sequence[Record]]]:
-    for start, end in _runs(records):
-        shared = _Shared(folder, records[start], preprocess, end - start)
-        for place in range(start, end, _PART):
-            yield shared, records[place : min(place + _PART, end)]
+def _batches(
+    folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess
+) -> Iterator[tuple[_SharedFile, Sequence[ImageRecord]]]:
+    for start, end in _file_ranges(records):
+        file = _SharedFile(folder, records[start], preprocess, end - start)
+        for at in range(start, end, _BATCH_SIZE):
+            yield file, records[at : min(at + _BATCH_SIZE, end)]
 
 
-def _runs(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
+def _file_ranges(records: Sequence[ImageRecord]) -> Iterator[tuple[int, int]]:
     """Start and end of each file's records."""
     start = 0
     for end in range(1, len(records) + 1):
@@ -174,27 +178,27 @@ def _runs(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
             start = end
 
 
-def _read_part(shared: _Shared, part: Sequence[Record], use: Use[T]) -> list[Read[T]]:
+def _read_batch(file: _SharedFile, batch: Sequence[ImageRecord], transform: Transform[T]) -> list[ReadResult[T]]:
     try:
-        return [_read_one(shared, record, use) for record in part]
+        return [_read_one(file, record, transform) for record in batch]
     finally:
-        shared.leave()
+        file.finish_batch()
 
 
-def _read_one(shared: _Shared, record: Record, use: Use[T]) -> Read[T]:
+def _read_one(file: _SharedFile, record: ImageRecord, transform: Transform[T]) -> ReadResult[T]:
     try:
-        image_file, mask_file = shared.open()
+        image_file, mask_file = file.open()
         raw = image_file.read(record.index)
         try:
             mask = None if mask_file is None else mask_file.read(record.index)
         except UnreadableImage as error:
             raise UnreadableImage(f"mask {record.mask}: {error}") from None
-        value = use(record, raw, mask)
+        value = transform(record, raw, mask)
     except UnreadableImage as error:
         reason = " ".join(str(error).split())
-        return Read(record, "", shared.source, (0, 0), "", None, reason, isinstance(error, LeftOut))
-    sha256 = _hash_pixels(raw) if shared.several else shared.source[:64]
-    return Read(record, sha256, shared.source, raw.size, raw.mode, value)
+        return ReadResult(record, "", file.source, (0, 0), "", None, reason, isinstance(error, LeftOutImage))
+    sha256 = _hash_pixels(raw) if file.hashes_pixels else file.source[:64]
+    return ReadResult(record, sha256, file.source, raw.size, raw.mode, value)
 
 
 def _hash_pixels(raw: RawImage) -> str:
@@ -203,13 +207,13 @@ def _hash_pixels(raw: RawImage) -> str:
     return digest.hexdigest()
 
 
-def _digest(folder: Path, record: Record, preprocess: Preprocess) -> str:
-    """Whatever can be hashed before the first failure."""
+def _hash_files(folder: Path, record: ImageRecord, preprocess: Preprocess) -> str:
+    """Joined hashes of the image's and the mask's files, up to the first that cannot be read."""
     digest = ""
     try:
         for name in (record.path, record.mask):
             if name is not None:
-                for file in bytes_of(folder / name, preprocess):
+                for file in source_files(folder / name, preprocess):
                     _check_file(file)
                     digest += hash_file(file)
     except (UnreadableImage, OSError):

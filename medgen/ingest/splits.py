@@ -1,39 +1,36 @@
-"""Records -> train, val or test: by patient, in like shares of every label, the same for the same seed."""
+"""Assign images to train, val and test: by patient, stratified by label, reproducible from the seed."""
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from medgen.ingest.dataset_scan import Record
+from medgen.ingest.dataset_scan import ImageRecord
 
-_SLACK = 0.25  # a label's share of a split may differ from what was asked by this much of it
-_PRECEDENCE = ("test", "val", "train")  # who keeps a picture that stands in two splits: the side that judges
+_TOLERANCE = 0.25  # largest relative deviation of a label's share of a split from the requested fraction
+_PRECEDENCE = ("test", "val", "train")  # preferred split of a group that is in several, so that evaluation stays clean
 
 
-def assign(
-    records: Sequence[Record],
+def assign_splits(
+    records: Sequence[ImageRecord],
     val_fraction: float,
     test_fraction: float,
     seed: int,
     groups: Sequence[str] | None = None,
 ) -> list[str]:
-    """Split of each record, "train", "val" or "test".
+    """Split of each record: "train", "val" or "test".
 
-    A split the data brings is kept. One it does not bring is cut from the rest by whole groups: the patients, unless
-    `groups` (one name for each record) joins some that share a picture. A group is cut when the hash of seed and name,
-    a number in [0, 1), is below the fraction: so the order of files does not matter, and new patients move nobody.
-    Only where chance would leave a label with less than 3/4 or more than 5/4 of its share, as in small sets, the
-    hash's nearest neighbours are taken or left instead, and those can move.
+    Splits that the dataset defines are kept. The others are drawn from its training images and those without a split,
+    by whole groups. A group is a patient, unless `groups` (one name per record) joins patients that share an image. A
+    group is drawn if the hash of seed and name, a number in [0, 1), is below the fraction: the order of files does not
+    matter, and new patients do not move others. If that gives a label less than 3/4 or more than 5/4 of its share, as
+    in small datasets, groups with the nearest hashes are added or left out; new patients can move these.
     """
     groups = [record.patient for record in records] if groups is None else groups
-    given: dict[str, Counter[str]] = defaultdict(Counter)  # group -> splits the data names
-    for group, record in zip(groups, records, strict=True):
-        if record.split is not None:
-            given[group][record.split] += 1
+    given = _count_splits(records, groups)
     present = {split for splits in given.values() for split in splits}
 
-    pool: dict[str, list[Record]] = defaultdict(list)  # groups that may still be moved out of train
+    pool: dict[str, list[ImageRecord]] = defaultdict(list)  # groups that may be moved out of train
     for group, record in zip(groups, records, strict=True):
         if set(given.get(group, ())) <= {"train"}:
             pool[group].append(record)
@@ -42,28 +39,28 @@ def assign(
         if split not in present:
             rest = {group: pool[group] for group in pool if chosen[group] == "train"}
             kept = 1.0 if split == "test" or "test" in present else 1.0 - test_fraction  # fractions are of the whole
-            chosen.update(dict.fromkeys(_cut(rest, min(fraction / kept, 1.0), f"{seed}/{split}"), split))
+            chosen.update(dict.fromkeys(_draw_groups(rest, min(fraction / kept, 1.0), f"{seed}/{split}"), split))
 
-    # A group's unnamed images follow its named ones; named ones stay where the data put them.
-    leading = {group: _leading(splits) for group, splits in given.items()}
-    return [chosen.get(group) or record.split or leading[group] for group, record in zip(groups, records, strict=True)]
+    # Images without a split follow the other images of their group; given splits are kept.
+    main = {group: _main_split(splits) for group, splits in given.items()}
+    return [chosen.get(group) or record.split or main[group] for group, record in zip(groups, records, strict=True)]
 
 
-def unite(records: Sequence[Record], groups: Sequence[str]) -> list[Record]:
-    """Records with each group whole in one given split: the one that has most of it; on a tie, the one that judges."""
-    given: dict[str, Counter[str]] = defaultdict(Counter)
-    for group, record in zip(groups, records, strict=True):
-        if record.split is not None:
-            given[group][record.split] += 1
-    parted = {group: _leading(splits) for group, splits in given.items() if len(splits) > 1}
+def unify_splits(records: Sequence[ImageRecord], groups: Sequence[str]) -> list[ImageRecord]:
+    """Records with each group moved into the split that has most of its images; in a tie, test before val, then train.
+
+    Records without a split are left unchanged.
+    """
+    given = _count_splits(records, groups)
+    moved = {group: _main_split(splits) for group, splits in given.items() if len(splits) > 1}
     return [
-        replace(record, split=parted[group]) if group in parted and record.split is not None else record
+        replace(record, split=moved[group]) if group in moved and record.split is not None else record
         for group, record in zip(groups, records, strict=True)
     ]
 
 
-def join(records: Sequence[Record], pairs: Iterable[tuple[int, int]]) -> list[str]:
-    """A group's name for each record: patients, joined where a pair of rows says that they share a picture."""
+def group_patients(records: Sequence[ImageRecord], pairs: Iterable[tuple[int, int]]) -> list[str]:
+    """A group name per record. Patients are in one group if a pair of rows shows the same image (union-find)."""
     parent: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -71,26 +68,35 @@ def join(records: Sequence[Record], pairs: Iterable[tuple[int, int]]) -> list[st
             parent[name] = name = parent.get(above, above)
         return name
 
-    for one, other in pairs:
-        low, high = sorted((find(records[one].patient), find(records[other].patient)))
-        parent[high] = low  # the smaller name leads, whatever the order of pairs
+    for first, second in pairs:
+        low, high = sorted((find(records[first].patient), find(records[second].patient)))
+        parent[high] = low  # the smallest name is the root, so that the order of pairs does not matter
     return [find(record.patient) for record in records]
 
 
-def _leading(splits: Counter[str]) -> str:
+def _count_splits(records: Sequence[ImageRecord], groups: Sequence[str]) -> Mapping[str, Counter[str]]:
+    """Number of images per given split of each group that has any."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for group, record in zip(groups, records, strict=True):
+        if record.split is not None:
+            counts[group][record.split] += 1
+    return counts
+
+
+def _main_split(splits: Counter[str]) -> str:
     return min(splits, key=lambda split: (-splits[split], _PRECEDENCE.index(split)))
 
 
-def _cut(pool: dict[str, list[Record]], fraction: float, salt: str) -> Iterable[str]:
-    """Groups that together hold about `fraction` of each label's images."""
+def _draw_groups(pool: Mapping[str, Sequence[ImageRecord]], fraction: float, salt: str) -> Iterator[str]:
+    """Groups that together contain about `fraction` of each label's images."""
     if fraction <= 0:
         return
     strata: dict[str, list[str]] = defaultdict(list)
     for group, records in pool.items():
         strata[_main_label(records)].append(group)
     for members in strata.values():
-        asked = fraction * sum(len(pool[group]) for group in members)
-        least, most = (1 - _SLACK) * asked, (1 + _SLACK) * asked
+        target = fraction * sum(len(pool[group]) for group in members)
+        least, most = (1 - _TOLERANCE) * target, (1 + _TOLERANCE) * target
         ranked = sorted((_rank(group, salt), group) for group in members)
         taken: list[str] = []
         num_images = 0
@@ -100,13 +106,13 @@ def _cut(pool: dict[str, list[Record]], fraction: float, salt: str) -> Iterable[
             if wanted and fits and len(taken) < len(ranked) - 1:
                 taken.append(group)
                 num_images += len(pool[group])
-        if not taken and len(ranked) > 2:  # so that a rare label is seen in every split
+        if not taken and len(ranked) > 2:  # every split gets a rare label
             taken = [min(members, key=lambda group: (len(pool[group]), _rank(group, salt)))]
         yield from taken
 
 
-def _main_label(records: Sequence[Record]) -> str:
-    """A group with several labels stands in one split all the same, counted under its commonest."""
+def _main_label(records: Sequence[ImageRecord]) -> str:
+    """The most common label of a group: a group with several labels is in one stratum only."""
     counts = Counter(record.label or "" for record in records)
     return min(counts, key=lambda label: (-counts[label], label))
 

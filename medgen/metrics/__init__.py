@@ -1,1 +1,1 @@
-"""What a model is judged by: pure functions of tensors, and the extractor some of them look through."""
+"""Metrics of images, latents and masks: pure functions of tensors, and the networks whose features they compare."""

@@ -1,7 +1,7 @@
-"""Classifier two-sample test: how well a classifier tells generated images from real ones that it was not trained on.
+"""Classifier two-sample test (C2ST): cross-validated AUC of a classifier that separates generated from real images.
 
-The area under its ROC curve (AUC) is 0.5 where the two sets are alike and 1 where every generated image is found out.
-Folds are cut by patient, so that no classifier is asked about a patient it was trained on.
+The area under the ROC curve (AUC) is 0.5 where the classifier cannot separate the two sets and 1 where it recognises
+every generated image. Folds are cut by patient: no classifier is tested on a patient it was trained on.
 
 Two classifiers: a linear discriminant on features, and a small convolutional network on pixels.
 
@@ -16,23 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medgen.metrics.generation import thin
+from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, mean_variance
 
+INPUTS = ("spectrum", "domain", "pixels")  # of the classifiers in metrics.json: generation/c2st_auc_INPUT
 NUM_FOLDS = 5
-MIN_GROUPS = 2 * NUM_FOLDS  # patients of a set, below which a fold has too few to say anything
-SHRINKAGE = 0.1  # of the features' correlations towards none: few real images have to do for many features
+MIN_GROUPS = 2 * NUM_FOLDS  # patients in each set, so that a fold has at least two
+SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity: few real images, many features
 _NUM_NETWORK_FOLDS = 3
-_PATCH = 64  # pixels of a side that the network sees at a time; smaller images whole
-_MAX_IMAGES = 1000  # of a set that the networks are trained on and asked about
+_PATCH = 64  # side in pixels of the patches that the network is trained on; smaller images are used whole
+_MAX_IMAGES = 1000  # of each set, to train and to test the networks
 _WIDTHS = (32, 64)
-_STEPS = 60  # of a fold's network
+_STEPS = 60  # training steps of each fold's network
 _BATCH_SIZE = 32  # half of it real
 _LEARNING_RATE = 3e-3
 
 
 def assign_folds(count: int, groups: Groups = None, num_folds: int = NUM_FOLDS) -> Tensor:
-    """Fold (count,) of each image: a group's images go together, to the fold that has fewest yet."""
+    """Fold index (count,) of each image; a group's images go together into the smallest fold so far."""
     folds, sizes = torch.empty(count, dtype=torch.int64), [0] * num_folds
     for rows in group_rows(count, groups):
         fold = sizes.index(min(sizes))
@@ -46,7 +47,7 @@ def linear_auc(
     """AUC of a cross-validated linear discriminant on features (N, D) and (M, D), with an interval by group.
 
     Raises:
-        ValueError: a set has fewer groups than two.
+        ValueError: a set has fewer than two groups.
     """
     folds = assign_folds(len(real), real_groups), assign_folds(len(generated), generated_groups)
     scale, shift = _standardise(real, generated)
@@ -76,13 +77,13 @@ def network_auc(
 ) -> Interval:
     """AUC of a small convolutional network on pixels (N, C, H, W) and (M, C, H, W) uint8, with an interval by group.
 
-    The network sees patches of at most 64 pixels at full resolution, mirrored at random. At most 1,000 images of a set
-    are used, spread over it.
+    Training uses patches of at most 64 x 64 pixels at full resolution, mirrored at random, and at most 1,000 images of
+    each set, spread evenly over it.
 
     Raises:
         ValueError: a set has fewer groups than folds.
     """
-    rows = [thin(torch.arange(len(images)), min(len(images), _MAX_IMAGES)) for images in (real, generated)]
+    rows = [subsample(torch.arange(len(images)), min(len(images), _MAX_IMAGES)) for images in (real, generated)]
     keys = [
         None if groups is None else [groups[row] for row in own.tolist()]
         for own, groups in zip(rows, (real_groups, generated_groups), strict=True)
@@ -99,16 +100,17 @@ def network_auc(
             generator = torch.Generator().manual_seed(seed + fold)
             torch.manual_seed(seed + fold)
             kept = [images[own != fold] for images, own in zip(sets, folds, strict=True)]
-            network = _trained(kept[0], kept[1], generator, device)
+            network = _train(kept[0], kept[1], generator, device)
             for images, own, found in zip(sets, folds, scores, strict=True):
                 found[own == fold] = _network_scores(network, images[own == fold], device)
     return auc_interval(scores[0], scores[1], folds[0], folds[1], keys[0], keys[1])
 
 
 def discriminant(mean_real: Tensor, cov_real: Tensor, mean_generated: Tensor, cov_generated: Tensor) -> Tensor:
-    """Fisher's direction (..., D) from real to generated, from means (..., D) and covariances (..., D, D) of each.
+    """Fisher's discriminant (..., D), pointing from real to generated, from means (..., D) and covariances (..., D, D).
 
-    Both covariances count alike, whatever the sets' sizes; their mean is shrunk towards a multiple of the identity.
+    Both covariances have equal weight, whatever the sets' sizes; their mean is shrunk towards a multiple of the
+    identity.
     """
     pooled = 0.5 * (cov_real + cov_generated)
     level = pooled.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-12)
@@ -119,9 +121,9 @@ def discriminant(mean_real: Tensor, cov_real: Tensor, mean_generated: Tensor, co
 
 
 def placements(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """For each score of (..., n) the share of (..., m) above it, and for each of (..., m) the share of (..., n) below.
+    """Share of `upper` (..., m) above each `lower` score (..., n), and share of `lower` below each `upper` score.
 
-    Ties count half. Their means are both the AUC.
+    Ties count half. The mean of either result is the AUC.
     """
     above = _share_above(lower, upper)
     below = _share_above(-upper, -lower)
@@ -138,15 +140,15 @@ def auc_interval(
 ) -> Interval:
     """AUC of out-of-fold scores (N,) and (M,), higher for generated images, with an interval by group.
 
-    Scores of different folds come from different classifiers and are not compared with each other. The interval says
-    how far the value would move with other images, the classifiers being what they are.
+    Scores of different folds come from different classifiers, so only scores of one fold are compared. The interval
+    covers the choice of images, not the training of the classifiers.
     """
     of_real, of_generated = torch.zeros(len(real)).double(), torch.zeros(len(generated)).double()
     for fold in range(int(real_folds.max()) + 1):
         rows, others = real_folds == fold, generated_folds == fold
         of_real[rows], of_generated[others] = placements(real[rows].double(), generated[others].double())
     variance = mean_variance(of_real, real_groups) + mean_variance(of_generated, generated_groups)
-    return Interval.of(float(of_real.mean()), variance**0.5)
+    return Interval.from_error(float(of_real.mean()), variance**0.5)
 
 
 def _share_above(lower: Tensor, upper: Tensor) -> Tensor:
@@ -157,14 +159,14 @@ def _share_above(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def _standardise(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and mean (D,) of the real features; one that does not vary takes the generated images' scale."""
+    """Scale and mean (D,) of the real features; a constant feature takes the scale of the generated images."""
     scale = real.double().std(dim=0, correction=0)
     scale = torch.where(scale > 1e-9, scale, generated.double().std(dim=0, correction=0).clamp_min(1e-9))
     return scale, real.double().mean(dim=0)
 
 
 class _Network(nn.Module):
-    """Patches (B, C, h, w) -> logits (B,), higher for generated ones. Unshuffled pixels: none is skipped."""
+    """Patches (B, C, h, w) -> logits (B,), higher for generated ones; pixel-unshuffle keeps every pixel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -180,7 +182,8 @@ class _Network(nn.Module):
         return logits[:, 0]
 
 
-def _trained(real: Tensor, generated: Tensor, generator: torch.Generator, device: torch.device | str) -> _Network:
+def _train(real: Tensor, generated: Tensor, generator: torch.Generator, device: torch.device | str) -> _Network:
+    """A network trained on half real, half generated patches."""
     network = _Network(real.shape[1]).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
@@ -188,7 +191,7 @@ def _trained(real: Tensor, generated: Tensor, generator: torch.Generator, device
     side = [min(_PATCH, size) // 2 * 2 for size in real.shape[2:]]
     for _ in range(_STEPS):
         rows = [torch.randint(len(images), (_BATCH_SIZE // 2,), generator=generator) for images in (real, generated)]
-        images = torch.stack([real[rows[0]], generated[rows[1]]], dim=1).flatten(0, 1)  # real and generated in turn
+        images = torch.stack([real[rows[0]], generated[rows[1]]], dim=1).flatten(0, 1)  # alternating
         top, left = (
             int(torch.randint(size - own + 1, (), generator=generator))
             for size, own in zip(images.shape[2:], side, strict=True)
@@ -206,7 +209,7 @@ def _trained(real: Tensor, generated: Tensor, generator: torch.Generator, device
 
 @torch.no_grad()
 def _network_scores(network: _Network, images: Tensor, device: torch.device | str) -> Tensor:
-    """Mean logit (N,) of whole images (the network takes any even side) and of their mirror images."""
+    """Sum of the logits (N,) of each whole image and its mirror image; the network takes any even side."""
     height, width = (size // 2 * 2 for size in images.shape[2:])
     parts = []
     for part in torch.split(images[..., :height, :width], _BATCH_SIZE):

@@ -1,6 +1,6 @@
-"""Image degradations of known kind and strength: the extractor learns to recognise them.
+"""Image degradations of known kind and strength, which the domain extractor learns to recognise.
 
-Generative models blur, smooth, ring and add noise. Each degradation here goes from hardly visible to obvious.
+They resemble faults of generative models, such as blur, ringing and noise, and range from hardly visible to obvious.
 
 degraded = degrade(images, "blur", generator)
 
@@ -17,26 +17,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_PADDING = 8  # pixels reflected at the border, so that a Fourier filter does not join opposite edges
+_PADDING = 8  # pixels reflected at the border, so that opposite edges do not wrap around in a Fourier filter
 
 
 @dataclass(frozen=True)
 class Degradation:
-    """A kind of damage and the range of its amount, both ends included."""
+    """A kind of degradation and the range of its amount, both ends included."""
 
     weakest: float
     strongest: float
-    apply: Callable[[Tensor, Tensor, torch.Generator], Tensor]  # images, amounts, randomness -> images
+    apply: Callable[[Tensor, Tensor, torch.Generator], Tensor]  # images, amounts, generator -> images
 
 
 def degrade(images: Tensor, kind: str, generator: torch.Generator, severity: float | None = None) -> Tensor:
-    """Copies of the images on the CPU, degraded in one way; values stay in [0, 1].
+    """Degraded copies (B, C, H, W) of the images, on the CPU, in [0, 1].
 
     Args:
         images: (B, C, H, W) in [0, 1].
         kind: a key of DEGRADATIONS.
-        generator: draws the severities, the noise and the places that are smoothed.
-        severity: of all images, from 0 (weakest) to 1 (strongest) on a logarithmic scale. None: uniform, by image.
+        generator: draws the severities, the noise and the smoothed regions.
+        severity: of all images, from 0 (weakest) to 1 (strongest) on a logarithmic scale. None draws one for each
+            image, uniformly.
     """
     degradation = DEGRADATIONS[kind]
     share = torch.rand(len(images), generator=generator)
@@ -51,7 +52,7 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
     radius = math.ceil(3.0 * float(sigma.max()))
     kernel = torch.exp(-torch.arange(-radius, radius + 1.0).square() / (2.0 * sigma[:, None].square()))
     kernel = (kernel / kernel.sum(dim=1, keepdim=True))[:, None, :, None]  # (B, 1, 2 radius + 1, 1)
-    blurred = F.pad(images, (radius,) * 4, mode="reflect").transpose(0, 1)  # (C, B, H, W): one kernel for each image
+    blurred = F.pad(images, (radius,) * 4, mode="reflect").transpose(0, 1)  # (C, B, H, W): one kernel per image
     blurred = F.conv2d(F.conv2d(blurred, kernel, groups=len(images)), kernel.transpose(2, 3), groups=len(images))
     return blurred.transpose(0, 1)
 
@@ -65,7 +66,7 @@ def _noise(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _jpeg(images: Tensor, amount: Tensor, _: torch.Generator) -> Tensor:
-    """Compression at quality 100 - amount."""
+    """JPEG compression at quality 100 - amount."""
     decoded = []
     pixels = (255.0 * images).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, C)
     for image, quality in zip(pixels, (100.0 - amount).round().int().tolist(), strict=True):
@@ -76,7 +77,7 @@ def _jpeg(images: Tensor, amount: Tensor, _: torch.Generator) -> Tensor:
 
 
 def _downscaling(images: Tensor, amount: Tensor, _: torch.Generator) -> Tensor:
-    """Resizing to 1 / amount of the size and back."""
+    """Resizing to 1 / amount of the side and back."""
     size = images.shape[-2:]
     restored = []
     for image, factor in zip(images[:, None], amount.tolist(), strict=True):
@@ -87,7 +88,7 @@ def _downscaling(images: Tensor, amount: Tensor, _: torch.Generator) -> Tensor:
 
 
 def _ringing(images: Tensor, amount: Tensor, _: torch.Generator) -> Tensor:
-    """Removal of all frequencies above 1 / amount cycles per pixel: edges overshoot (Gibbs)."""
+    """Removal of all frequencies above 1 / amount cycles per pixel, so that edges overshoot (Gibbs phenomenon)."""
     padded = F.pad(images, (_PADDING,) * 4, mode="reflect")
     rows, columns = padded.shape[-2:]
     frequency = torch.hypot(torch.fft.fftfreq(rows)[:, None], torch.fft.rfftfreq(columns)[None])
@@ -98,7 +99,7 @@ def _ringing(images: Tensor, amount: Tensor, _: torch.Generator) -> Tensor:
 
 
 def _local_smoothing(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian blur inside a disc at a random place, with a soft edge."""
+    """Gaussian blur inside a disc at a random position, with a soft edge."""
     count, rows, columns = len(images), *images.shape[-2:]
     y, x = (0.2 + 0.6 * torch.rand(2, count, 1, 1, generator=generator)).unbind()
     radius = 0.1 * 3.5 ** torch.rand(count, 1, 1, generator=generator)  # as a share of the side, 0.1 to 0.35

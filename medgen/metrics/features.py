@@ -1,10 +1,8 @@
-"""The domain extractor: a small network that has learnt the classes of this dataset and how damaged images differ.
+"""The domain extractor: a small network trained to recognise this dataset's classes and image degradations.
 
-Features of a network trained on photographs say little about X-rays; these come from the train split itself.
+It is trained on the train split itself, because features of a network trained on photographs say little about X-rays.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,43 +11,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen.errors import UserError
-from medgen.io import write_folder
+from medgen.io import parsing, read_description, read_tensors, save_artifact
 from medgen.metrics.degradations import DEGRADATIONS
 
 NUM_FEATURES = 128
-NUM_CONTENT = 96  # the first features: what the image shows; the others: how sharp, noisy or damaged it is
-WEIGHTS, DESCRIPTION = "extractor.safetensors", "extractor.json"
+NUM_CONTENT = 96  # the first features describe the content of the image, the others its sharpness, noise and artifacts
+DESCRIPTION = "extractor.json"
+COMMAND = "medgen features"
 SCHEMA = 2
-CLEAN = 0  # output of the quality head for an image without damage; the others follow the order of DEGRADATIONS
-_FINAL_SIDE = 8  # the strided blocks go on until the grid is about this small
+CLEAN = 0  # output of the quality head for an undegraded image; the others follow the order of DEGRADATIONS
+_FINAL_SIDE = 8  # approximate side of the grid after the last strided block
 _BLOCK, _STRIDE = 8, 4  # pixels: side of a block of the cosine transform, and the step from one to the next
-_TENTH = 10  # the statistics of a block's coefficients include their first and last tenth
-_FLOOR = 0.003  # below a grey level: added to coefficients before the logarithm, so that rounding counts little
-_MAX_SHIFT = 2.0  # most that a degradation moves a feature, root mean square over the train split
+_TENTH = 10  # the statistics of a block's coefficients include their first and last decile
+_OFFSET = 0.003  # less than a grey level; added to coefficients before the logarithm, to damp quantisation noise
+_MAX_SHIFT = 2.0  # largest shift of a feature by degradations, root mean square over the train split
 
 
 @dataclass(frozen=True)
 class ExtractorSizes:
-    """All that is needed to rebuild an extractor."""
+    """The architecture of an extractor."""
 
     image_channels: int
-    image_size: int  # trained at; sets the number of blocks
-    width: int  # channels after the first convolution; doubled at each block up to 48
+    image_size: int  # of the train images; determines the number of blocks
+    width: int  # channels after the first convolution; doubled in each block up to 48
     num_outputs: int  # of the class head: classes, or 4 rotations
 
 
 class DomainExtractor(nn.Module):
-    """Images of any size from 32 -> 128 features, class scores, and scores for each kind of degradation.
+    """Network from images of any size from 32 to 128 features, class scores and degradation scores.
 
-    96 content features come from a residual network, 32 quality features from the image's spectrum. Separate parts,
-    since one network that learns both learns the classes far more slowly. No image depends on others of its batch.
+    A residual network gives 96 content features, and a perceptron on the image's spectrum 32 quality features. They are
+    separate because one network for both learns the classes far more slowly. Results do not depend on the batch.
     """
 
     def __init__(self, sizes: ExtractorSizes) -> None:
@@ -74,16 +71,16 @@ class DomainExtractor(nn.Module):
         return scores
 
     def quality_logits(self, image: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> scores (B, 7): clean, then each kind of DEGRADATIONS."""
+        """Images (B, C, H, W) in [0, 1] -> scores (B, 7): undegraded, then each kind of DEGRADATIONS."""
         scores: Tensor = self.quality_head(self.quality(image))
         return scores
 
     @torch.no_grad()
     def standardise(self, clean: Iterable[Tensor], degraded: Iterable[Tensor]) -> None:
-        """Sets the features' mean and scale, so that kernels see numbers around 1.
+        """Set the features' mean and scale, so that kernels get values around 1.
 
-        The scale is the standard deviation over the clean images. It is larger where the degraded images are so far
-        away that a slightly blurred set would hide every other difference.
+        The scale of a feature is its standard deviation over the clean images, or larger if degradations shift the
+        feature so far that a slight blur would hide every other difference.
 
         Args:
             clean: batches of train images.
@@ -92,7 +89,7 @@ class DomainExtractor(nn.Module):
         pooled = torch.cat([self._pooled(image) for image in clean]).double()
         moved = torch.cat([self._pooled(image) for image in degraded]).double() - pooled.mean(dim=0)
         scale = pooled.std(dim=0, correction=0)
-        # A feature that hardly varies on real images would drown the others on unusual ones.
+        # Otherwise a feature that hardly varies on real images would dominate the distances of unusual ones.
         scale = scale.clamp_min(0.1 * float(scale.mean()) + 1e-6)
         self.mean.copy_(pooled.mean(dim=0))
         self.scale.copy_(torch.maximum(scale, moved.square().mean(dim=0).sqrt() / _MAX_SHIFT))
@@ -102,10 +99,10 @@ class DomainExtractor(nn.Module):
 
 
 class _Content(nn.Module):
-    """Images (B, C, H, W) -> (B, 96): what the image shows.
+    """Content features (B, 96) of images (B, C, H, W).
 
-    A 5x5 convolution of stride 2, then residual blocks of stride 2 down to a grid of about 8x8, then the mean and the
-    maximum over the grid: in the mean alone a finding that fills a small part of the image is learnt very slowly.
+    A 5x5 convolution of stride 2, residual blocks of stride 2 down to a grid of about 8x8, then the mean and the
+    maximum over the grid. With the mean alone, a finding in a small part of the image is learnt very slowly.
     """
 
     def __init__(self, sizes: ExtractorSizes) -> None:
@@ -123,11 +120,12 @@ class _Content(nn.Module):
 
 
 class _Quality(nn.Module):
-    """Images (B, C, H, W) -> (B, 32): which frequencies are weak or strong, and whether everywhere alike.
+    """Quality features (B, 32) of images (B, C, H, W).
 
-    A perceptron on statistics of the log-magnitudes of 8x8 cosine transforms, the blocks JPEG uses.
+    A perceptron on statistics of the log-magnitudes of 8x8 cosine transforms, the blocks that JPEG uses: the strength
+    of each frequency and its variation over the image.
 
-    Source: Frank et al.: Leveraging frequency analysis for deep fake image recognition, 2020, for such an input.
+    Source: Frank et al.: Leveraging frequency analysis for deep fake image recognition, 2020, for the input.
     """
 
     def __init__(self) -> None:
@@ -148,17 +146,17 @@ class _Quality(nn.Module):
 
     @torch.no_grad()
     def standardise(self, batches: Iterable[Tensor]) -> None:
-        """Sets the statistics' mean and scale from images, before training."""
+        """Set the mean and scale of the statistics from images, before training."""
         statistics = torch.cat([self._statistics(image) for image in batches]).double()
         self.mean.copy_(statistics.mean(dim=0))
         self.scale.copy_(statistics.std(dim=0, correction=0).clamp_min(1e-3))
 
     def _statistics(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 252): mean, deviation, first and last tenth of each coefficient's log-magnitude."""
+        """Mean, deviation, first and last decile of each coefficient's log-magnitude: (B, C, H, W) -> (B, 252)."""
         channels = image.shape[1]
         basis = self.basis.repeat(channels, 1, 1, 1)
         coefficients = F.conv2d(image, basis, stride=_STRIDE, groups=channels)  # (B, C * 63, h, w)
-        magnitudes = (coefficients.abs() + _FLOOR).log().flatten(2)  # (B, C * 63, h * w)
+        magnitudes = (coefficients.abs() + _OFFSET).log().flatten(2)  # (B, C * 63, h * w)
         magnitudes = magnitudes.reshape(len(image), channels, -1, magnitudes.shape[2]).mean(dim=1)
         ordered = magnitudes.sort(dim=2).values  # (B, 63, h * w)
         tenth = ordered.shape[2] // _TENTH
@@ -197,78 +195,57 @@ class _Block(nn.Module):
 
 
 def save_extractor(folder: Path, extractor: DomainExtractor, facts: dict[str, Any]) -> str:
-    """Writes extractor.safetensors and extractor.json, whole or not at all; the folder's old content goes.
+    """Write extractor.safetensors and extractor.json atomically, in place of the folder's old content.
 
     Args:
-        folder: where to.
-        extractor: what to write.
-        facts: more for the JSON, such as the task and the validation results; plain JSON values.
+        folder: destination.
+        extractor: the network.
+        facts: further JSON values, such as the task and the validation results.
 
     Returns:
         The SHA-256 of the weights file.
     """
-    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in extractor.state_dict().items()})
-    digest = hashlib.sha256(weights).hexdigest()
-    description = {"schema": SCHEMA, "sizes": asdict(extractor.sizes), "sha256": digest, **facts}
-    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    write_folder(folder, {WEIGHTS: weights, DESCRIPTION: text.encode()})
-    return digest
+    description = {"schema": SCHEMA, "sizes": asdict(extractor.sizes), **facts}
+    return save_artifact(folder, "extractor", extractor.state_dict(), description)
 
 
 def load_extractor(folder: Path, dataset: str | None = None) -> tuple[DomainExtractor, str]:
     """The extractor in evaluation mode, on the CPU, and the SHA-256 of its weights.
 
     Args:
-        folder: where `save_extractor` wrote it.
-        dataset: fingerprint of the store it has to be trained on; None takes any.
+        folder: as written by `save_extractor`.
+        dataset: fingerprint of the store that the extractor must be trained on; None accepts any.
 
     Raises:
-        UserError: there is none, it is damaged, or trained on other data.
+        UserError: a file is missing or damaged, or the extractor was trained on other data.
     """
-    path, description = folder / DESCRIPTION, _describe(folder)
-    weights = _read(folder / WEIGHTS)
+    path, description = folder / DESCRIPTION, _read_description(folder)
     if dataset is not None and description.get("dataset") != dataset:
         raise UserError(
-            f"{path}: trained on dataset {description.get('dataset')}, but the store is now {dataset}; "
-            "run `medgen features` again"
+            f"{path}: the extractor was trained on dataset {description.get('dataset')}, but the store is {dataset}; "
+            f"run `{COMMAND}` again"
         )
-    digest = hashlib.sha256(weights).hexdigest()
-    if digest != description.get("sha256"):
-        raise UserError(
-            f"{folder / WEIGHTS}: damaged, its SHA-256 is not the one in {DESCRIPTION}; run `medgen features` again"
-        )
-    try:
-        extractor = DomainExtractor(TypeAdapter(ExtractorSizes).validate_python(description.get("sizes")))
-        extractor.load_state_dict(load(weights))
-    except (ValidationError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: does not describe {WEIGHTS} ({error}); run `medgen features` again") from None
+    with parsing(path, COMMAND):
+        digest: str = description["sha256"]
+        tensors = read_tensors(folder, "extractor", COMMAND, digest)
+        extractor = DomainExtractor(TypeAdapter(ExtractorSizes).validate_python(description["sizes"]))
+        extractor.load_state_dict(tensors)
     return extractor.eval(), digest
 
 
 def unrecognised_classes(folder: Path) -> tuple[str, ...]:
-    """Classes that the extractor does not tell from the others on validation images.
+    """Classes that the extractor does not recognise on validation images, as extractor.json lists them.
 
     Raises:
         UserError: there is no extractor, or its description is damaged.
     """
-    unrecognised = _describe(folder).get("unrecognised", {})
+    unrecognised = _read_description(folder).get("unrecognised", {})
     return tuple(unrecognised.get("classes", ()))
 
 
-def _describe(folder: Path) -> dict[str, Any]:
+def _read_description(folder: Path) -> dict[str, Any]:
     """The checked content of extractor.json."""
-    path = folder / DESCRIPTION
-    try:
-        description = json.loads(_read(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); run `medgen features` again") from None
-    if not isinstance(description, dict) or description.get("schema") != SCHEMA:
-        raise UserError(f"{path}: expected an extractor of schema {SCHEMA}; run `medgen features` again")
+    description = read_description(folder, "extractor", COMMAND)
+    if description.get("schema") != SCHEMA:
+        raise UserError(f"{folder / DESCRIPTION}: expected an extractor of schema {SCHEMA}; run `{COMMAND}` again")
     return description
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; run `medgen features` (or `dvc repro`) first") from None

@@ -1,7 +1,7 @@
-"""How close a set of generated images comes to a set of real ones, mostly seen through features (N, D).
+"""Distances and diversity of sets of generated and real images, mostly by features (N, D).
 
-Whole sets are compared, never an image with its twin, so every value carries the sampling error of both
-sets: read each with its interval, and next to the same comparison of two real sets.
+Sets are compared, not pairs of images, so each value has the sampling error of both sets: read it with its interval and
+next to the same comparison of two real sets.
 """
 
 from typing import NamedTuple
@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from medgen.metrics.intervals import Groups, Interval, two_set_intervals
+from medgen.metrics.intervals import Groups, Interval, select_groups, two_set_intervals
 
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first
 _SSIM_WINDOW = 11
 _PAIRS_PER_BATCH = 128
 
 
-class Manifold(NamedTuple):
-    """How two sets lie in each other's neighbourhoods; 1 is best, density may exceed it."""
+class PRDC(NamedTuple):
+    """Precision, recall, density and coverage; 1 is best, density may exceed 1."""
 
     precision: float
     recall: float
@@ -28,7 +28,7 @@ class Manifold(NamedTuple):
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance of the Gaussians with the two sets' means and covariances, float64.
 
-    Biased upward in small sets, the more the fewer images per feature: compare only sets of the same sizes.
+    Biased upward in small sets, more so with fewer images per feature: compare only sets of equal sizes.
 
     Args:
         real: (N, D) features, N > 1.
@@ -42,28 +42,28 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     real, generated = real.double(), generated.double()
     shift = (real.mean(dim=0) - generated.mean(dim=0)).square().sum()
     covariance_real, covariance_generated = torch.cov(real.T), torch.cov(generated.T)
-    # tr (Σ₁ Σ₂)^½ = tr (Σ₁^½ Σ₂ Σ₁^½)^½: symmetric, so no complex square root and no failing iteration.
+    # tr (Σ₁ Σ₂)^½ = tr (Σ₁^½ Σ₂ Σ₁^½)^½, whose argument is symmetric: real eigenvalues, no iteration.
     values, vectors = torch.linalg.eigh(covariance_real)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ covariance_generated @ root).clamp_min(0).sqrt().sum()
     return max(0.0, float(shift + covariance_real.trace() + covariance_generated.trace() - 2 * cross))
 
 
-def manifold(real: Tensor, generated: Tensor, precision_neighbours: int = 3, density_neighbours: int = 5) -> Manifold:
-    """Precision, recall, density and coverage from balls around each image up to its k-th nearest neighbour.
+def prdc(real: Tensor, generated: Tensor, precision_neighbours: int = 3, density_neighbours: int = 5) -> PRDC:
+    """Precision, recall, density and coverage, from balls around each image up to its k-th nearest neighbour.
 
-    All four change with the sizes of the sets, so the larger one is thinned evenly to the smaller one's size.
+    All four depend on the sizes of the sets, so the larger set is subsampled evenly to the size of the smaller.
 
     Args:
         real: (N, D) features.
         generated: (M, D) features.
         precision_neighbours: k of precision and recall.
-        density_neighbours: k of density and coverage. Either is capped at the number of other images.
+        density_neighbours: k of density and coverage. Either k is capped at the number of other images.
 
     Returns:
-        precision: share of generated images inside a real image's ball; recall: the other way round;
-        density: mean number of real balls around a generated image, over k; coverage: share of real balls
-        that hold a generated image.
+        precision: share of generated images inside the ball of a real image; recall: share of real images inside the
+        ball of a generated image; density: mean number of real balls around a generated image, divided by k; coverage:
+        share of real balls with a generated image inside.
 
     Raises:
         ValueError: fewer than two images in a set.
@@ -73,38 +73,35 @@ def manifold(real: Tensor, generated: Tensor, precision_neighbours: int = 3, den
     """
     size = min(len(real), len(generated))
     if size < 2:
-        raise ValueError(f"manifold: expected at least 2 images in each set, found {len(real)} and {len(generated)}")
-    distances = _all_distances(thin(real, size), thin(generated, size))
-    return Manifold(*_manifold(*distances, precision_neighbours, density_neighbours).tolist())
+        raise ValueError(f"prdc: expected at least 2 images in each set, found {len(real)} and {len(generated)}")
+    distances = _all_distances(subsample(real, size), subsample(generated, size))
+    return PRDC(*_prdc(*distances, precision_neighbours, density_neighbours).tolist())
 
 
-def manifold_intervals(
+def prdc_intervals(
     real: Tensor, generated: Tensor, real_groups: Groups = None, generated_groups: Groups = None
 ) -> dict[str, Interval]:
-    """`manifold` with intervals by `two_set_intervals`; keys are the fields of `Manifold`."""
+    """`prdc` with intervals by `two_set_intervals`; the keys are the fields of `PRDC`."""
     size = min(len(real), len(generated))
-    rows_real, rows_generated = (thin(torch.arange(len(rows)), size) for rows in (real, generated))
+    rows_real, rows_generated = (subsample(torch.arange(len(rows)), size) for rows in (real, generated))
     distances = _all_distances(real[rows_real], generated[rows_generated])
 
     def statistic(kept_real: Tensor, kept_generated: Tensor) -> Tensor:
         between, within_real, within_generated = distances
-        return _manifold(
+        return _prdc(
             between[kept_real][:, kept_generated],
             within_real[kept_real][:, kept_real],
             within_generated[kept_generated][:, kept_generated],
         )
 
-    groups = [
-        None if keys is None else [keys[row] for row in rows.tolist()]
-        for keys, rows in ((real_groups, rows_real), (generated_groups, rows_generated))
-    ]
-    return dict(zip(Manifold._fields, two_set_intervals(statistic, size, size, *groups), strict=True))
+    groups = select_groups(real_groups, rows_real), select_groups(generated_groups, rows_generated)
+    return dict(zip(PRDC._fields, two_set_intervals(statistic, size, size, *groups), strict=True))
 
 
 def frechet_interval(
     real: Tensor, generated: Tensor, real_groups: Groups = None, generated_groups: Groups = None
 ) -> Interval:
-    """`frechet_distance` with an interval by `two_set_intervals`: around the value, which is biased upward."""
+    """`frechet_distance` with an interval by `two_set_intervals`, around the upward biased value."""
 
     def statistic(kept_real: Tensor, kept_generated: Tensor) -> Tensor:
         return torch.tensor([frechet_distance(real[kept_real], generated[kept_generated])])
@@ -113,19 +110,19 @@ def frechet_interval(
 
 
 def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> float:
-    """Mean MS-SSIM over random pairs of a set: near the real set's value is good, above it the set is too alike.
+    """Mean MS-SSIM over random pairs of images of a set; above the real set's value, the images are too similar.
 
-    As many of the five scales are used as the image holds an 11-pixel window at (five above 160 pixels, four
-    above 80, three above 40, two above 20), their weights rescaled to a sum of 1: compare at equal size only.
+    Uses as many of the five scales as fit an 11-pixel window (five above 160 pixels, four above 80, three above 40, two
+    above 20) and rescales their weights to a sum of 1, so compare only images of equal size.
 
     Args:
-        images: (N, C, H, W), floats in [0, 1] or uint8, N > 1; a pair's value is the mean over its channels.
-        num_pairs: pairs of two different images, drawn with replacement.
+        images: (N, C, H, W), floats in [0, 1] or uint8, N > 1; a pair's value is the mean over channels.
+        num_pairs: number of pairs of different images, drawn with replacement.
         seed: of the draw.
 
     Source: Odena, Olah, Shlens: Conditional image synthesis with auxiliary classifier GANs, 2017, section 4.2.
     """
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # slow to import
 
     scale = 1.0 if images.is_floating_point() else 255.0
     generator = torch.Generator().manual_seed(seed)
@@ -146,22 +143,22 @@ def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> fl
     return float(torch.cat(values).double().mean())
 
 
-def thin(rows: Tensor, size: int) -> Tensor:
-    """`size` of the rows, spread evenly over all of them, so that a set sorted by class keeps its mix."""
+def subsample(rows: Tensor, size: int) -> Tensor:
+    """`size` of the rows (N, ...), spread evenly, so that a set sorted by class keeps its class proportions."""
     return rows[torch.arange(size) * len(rows) // size]
 
 
-def _manifold(
+def _prdc(
     between: Tensor,
     within_real: Tensor,
     within_generated: Tensor,
     precision_neighbours: int = 3,
     density_neighbours: int = 5,
 ) -> Tensor:
-    """The fields of `Manifold` (4,) from distances: real to generated (n, m), among real and among generated images."""
+    """The fields of `PRDC` (4,) from distances: real to generated (n, m), among real and among generated images."""
     num_others = min(between.shape) - 1
     k = min(precision_neighbours, num_others)
-    # The balls are closed in the first paper and open in the second.
+    # The balls are closed in the first paper (precision and recall) and open in the second.
     inside_real = between <= _radii(within_real, k)[:, None]
     inside_generated = between <= _radii(within_generated, k)[None, :]
     k = min(density_neighbours, num_others)
@@ -171,16 +168,16 @@ def _manifold(
 
 
 def _all_distances(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances real to generated, among real and among generated images."""
+    """Distances from real to generated images (N, M), among real (N, N) and among generated images (M, M)."""
     real, generated = real.double(), generated.double()
     return _distances(real, generated), _distances(real, real), _distances(generated, generated)
 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:
-    # Not through inner products: equal images must be at distance 0 exactly.
+    # Not by inner products, whose rounding would give equal images a distance above 0.
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _radii(within: Tensor, neighbours: int) -> Tensor:
-    """Distance of each image to its k-th nearest other one, from (N, N) to (N,)."""
-    return within.kthvalue(neighbours + 1, dim=1).values  # the first is the image itself
+    """Distance (N,) of each image to its k-th nearest other image, from distances (N, N)."""
+    return within.kthvalue(neighbours + 1, dim=1).values  # + 1: the nearest is the image itself

@@ -1,8 +1,8 @@
-"""Inception Score and the features of FID: a network trained on photographs, which published figures look through.
+"""Inception Score, and the Inception features for FID as in published results.
 
 inception = load_inception(checked_weights("inception"))
-seen = inception(generated)
-frechet_distance(inception(real).features, seen.features), inception_score(seen.logits)  # FID, IS
+output = inception(generated)
+frechet_distance(inception(real).features, output.features), inception_score(output.logits)  # FID, IS
 """
 
 import io
@@ -18,57 +18,57 @@ from medgen.errors import UserError
 
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
-NUM_SPLITS = 10  # of the images whose Inception Scores are averaged, as in the paper
-_BATCH_SIZE = 16  # images at 299 x 299 through a network that makes 64 of each: a larger batch takes gigabytes
+NUM_SPLITS = 10  # the Inception Score is the mean over this many random splits, as in the paper
+_BATCH_SIZE = 16  # at 299 x 299 pixels and 64 channels, a larger batch takes gigabytes
 
 
-class Seen(NamedTuple):
-    """What the network says of N images, on the CPU."""
+class InceptionOutput(NamedTuple):
+    """The network's output for N images, on the CPU."""
 
     features: Tensor  # (N, 2048), for FID and KID
     logits: Tensor  # (N, 1008), without the last layer's bias, for the Inception Score
 
 
 class Inception:
-    """Images of any size and range -> what the Inception network of 2015 says of them.
+    """The Inception network of 2015 for images of any size.
 
-    Grey is repeated to three channels; values are rounded to bytes, as a PNG holds them; the network itself
-    resizes to 299 x 299 as TensorFlow 1 did, on which all published figures rest.
+    Grey is repeated to three channels and floats are rounded to uint8, as in a PNG. The network resizes to 299 x 299 as
+    TensorFlow 1 did; published values depend on this.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        """`network`: bytes (B, 3, H, W) -> (features (B, 2048), logits (B, 1008))."""
+        """`network`: uint8 (B, 3, H, W) -> (features (B, 2048), logits (B, 1008))."""
         self.network = network
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Seen:
-        """`images`: (N, 1 or 3, H, W), uint8, or floats in [0, 1]."""
+    def __call__(self, images: Tensor) -> InceptionOutput:
+        """The output for images (N, 1 or 3, H, W), uint8 or floats in [0, 1]."""
         device = next(self.network.parameters()).device
-        parts = [self.network(to_bytes(part).to(device)) for part in torch.split(images, _BATCH_SIZE)]
+        parts = [self.network(to_uint8_rgb(part).to(device)) for part in torch.split(images, _BATCH_SIZE)]
         features, logits = (torch.cat([part[i].float().cpu() for part in parts]) for i in range(2))
-        return Seen(features, logits)
+        return InceptionOutput(features, logits)
 
     def to(self, device: torch.device) -> "Inception":
-        """Moves the network."""
+        """Move the network to a device."""
         self.network.to(device)
         return self
 
 
 def load_inception(path: Path) -> Inception:
-    """The network with weights from a file in the format of torch-fidelity, on the CPU. Downloads nothing.
+    """The network with weights from a file in torch-fidelity's format, on the CPU. Nothing is downloaded.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file is unreadable or does not have these weights.
 
     Sources: Szegedy et al.: Rethinking the Inception architecture, 2016, as TensorFlow's inception-2015-12-05;
-    carried to PyTorch by torch-fidelity (Obukhov et al., 2020).
+    converted to PyTorch by torch-fidelity (Obukhov et al., 2020).
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     expected = "expected torch-fidelity's Inception weights; run `medgen weights fetch inception` again"
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        # torch-fidelity unpickles what it is given without a check: it is given a copy that was written here.
+        # torch-fidelity unpickles without a check, so it gets a copy of the checked tensors.
         copy = io.BytesIO()
         torch.save({str(name): torch.as_tensor(value) for name, value in state.items()}, copy)
         del state
@@ -80,7 +80,7 @@ def load_inception(path: Path) -> Inception:
     return Inception(network.eval())
 
 
-def to_bytes(images: Tensor) -> Tensor:
+def to_uint8_rgb(images: Tensor) -> Tensor:
     """Images (N, 1 or 3, H, W), uint8 or floats in [0, 1] -> (N, 3, H, W) uint8."""
     if images.is_floating_point():
         images = (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
@@ -88,29 +88,29 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor, seed: int = 0) -> float:
-    """exp of the mean KL of each image's classes from the set's, averaged over ten random parts, by torchmetrics.
+    """exp of the mean KL between each image's and the set's class probabilities, mean over ten random splits.
 
-    From 1 (all images alike to the network) to the number of classes. Biased downward in small sets: a part
-    of n images cannot reach more than n.
+    From 1 (equal probabilities for all images) to the number of classes. Biased downward in small sets: the score of n
+    images is at most n. Computed by torchmetrics.
 
     Args:
         logits: (N, K).
-        seed: of the cut into parts.
+        seed: of the random splits.
 
     Source: Salimans et al.: Improved techniques for training GANs, 2016, section 4.
     """
-    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.inception import InceptionScore  # slow to import
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # it warns that it keeps what it is given, and of the spread of one part
+        warnings.simplefilter("ignore")  # torchmetrics warns about memory use and the deviation of a single split
         torch.manual_seed(seed)
-        metric = InceptionScore(feature=_AsTheyAre(logits.shape[1]), splits=NUM_SPLITS)
+        metric = InceptionScore(feature=_Identity(logits.shape[1]), splits=NUM_SPLITS)
         metric.update(logits.double())
         return float(metric.compute()[0])
 
 
-class _AsTheyAre(nn.Identity):
-    """Stands where torchmetrics has its network: the images have been through one, once for all metrics."""
+class _Identity(nn.Identity):
+    """Replaces torchmetrics' network, since the logits are already computed."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

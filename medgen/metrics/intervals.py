@@ -1,15 +1,16 @@
-"""Confidence intervals of statistics over images, where images of one patient are left out together."""
+"""Confidence intervals of statistics over images; the images of one patient are left out together."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 NORMAL_QUANTILE = 1.959964  # two-sided 95 %
-MAX_BLOCKS = 50  # of a set that are left out in turn, where recomputing the statistic takes time
+DETECTABLE_ERRORS = 1.645 + 0.842  # difference, in standard errors, that a one-sided 5 % test finds 4 times out of 5
+MAX_BLOCKS = 50  # jackknife blocks of a set, where recomputing the statistic is slow
 
-Groups = Sequence[Hashable] | None  # a key for each image, such as its patient; None: every image is its own group
+Groups = Sequence[Hashable] | None  # one key for each image, such as its patient; None: every image is its own group
 
 
 class Interval(NamedTuple):
@@ -20,26 +21,40 @@ class Interval(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, value: float, standard_error: float) -> "Interval":
-        """Estimate ± 1.96 standard errors."""
+    def from_error(cls, value: float, standard_error: float) -> "Interval":
+        """The estimate ± 1.96 standard errors."""
         return cls(value, value - NORMAL_QUANTILE * standard_error, value + NORMAL_QUANTILE * standard_error)
 
 
+def interval_metrics(prefix: str, intervals: Mapping[str, Interval]) -> dict[str, float]:
+    """Metrics PREFIX/NAME, PREFIX/NAME_ci_low and PREFIX/NAME_ci_high of each interval."""
+    return {
+        f"{prefix}/{name}{suffix}": value
+        for name, interval in intervals.items()
+        for suffix, value in zip(("", "_ci_low", "_ci_high"), interval, strict=True)
+    }
+
+
 def group_rows(count: int, groups: Groups) -> list[Tensor]:
-    """Row numbers of each group of `count` images, in order of first appearance."""
-    numbers = _group_numbers(count, groups)
-    return list(torch.split(numbers.argsort(stable=True), torch.bincount(numbers).tolist()))
+    """Row indices of each group of `count` images, in order of first appearance."""
+    indices = group_indices(count, groups)
+    return list(torch.split(indices.argsort(stable=True), torch.bincount(indices).tolist()))
 
 
-def _group_numbers(count: int, groups: Groups) -> Tensor:
-    """The number of each image's group (count,), in order of first appearance."""
+def group_indices(count: int, groups: Groups) -> Tensor:
+    """Index (count,) of each image's group, in order of first appearance."""
     keys = range(count) if groups is None else groups
-    numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+    indices: dict[Hashable, int] = {}
+    return torch.tensor([indices.setdefault(key, len(indices)) for key in keys])
+
+
+def select_groups(groups: Groups, rows: Tensor) -> Groups:
+    """Group keys of some rows; None if the images have none."""
+    return None if groups is None else [groups[row] for row in rows.tolist()]
 
 
 def leave_out_variance(estimates: Tensor) -> Tensor:
-    """Jackknife variance from the statistic (G, ...) with each of G groups left out once.
+    """Jackknife variance (...) from the statistic (G, ...) with each of G groups left out once.
 
     Source: Efron and Stein, The jackknife estimate of variance, 1981.
     """
@@ -47,18 +62,18 @@ def leave_out_variance(estimates: Tensor) -> Tensor:
 
 
 def mean_variance(values: Tensor, groups: Groups = None) -> float:
-    """Jackknife variance of the mean of values (N,) over images, by group; 0 of a single group."""
-    values, numbers = values.double(), _group_numbers(len(values), groups)
-    sizes = torch.bincount(numbers)
+    """Jackknife variance of the mean of values (N,) over images, by group; 0 for a single group."""
+    values, indices = values.double(), group_indices(len(values), groups)
+    sizes = torch.bincount(indices)
     if len(sizes) < 2:
         return 0.0
-    sums = torch.zeros(len(sizes), dtype=values.dtype).index_add_(0, numbers, values)
+    sums = torch.zeros(len(sizes), dtype=values.dtype).index_add_(0, indices, values)
     return float(leave_out_variance((values.sum() - sums) / (len(values) - sizes)))
 
 
 def mean_interval(values: Tensor, groups: Groups = None) -> Interval:
-    """Mean of values (N,) over images, with an interval by group."""
-    return Interval.of(float(values.double().mean()), mean_variance(values, groups) ** 0.5)
+    """Mean of values (N,) over images, with its interval by group."""
+    return Interval.from_error(float(values.double().mean()), mean_variance(values, groups) ** 0.5)
 
 
 def two_set_intervals(
@@ -68,16 +83,16 @@ def two_set_intervals(
     real_groups: Groups = None,
     generated_groups: Groups = None,
 ) -> list[Interval]:
-    """Intervals of statistics of two sets of images by a delete-a-group jackknife over each.
+    """Intervals of statistics of two sets of images, by a delete-a-group jackknife over each set.
 
-    Groups are put into at most 50 blocks a set, by order of appearance in turn, and a block is left out at a time.
+    The groups of a set are dealt in turn to at most 50 blocks, and one block is left out at a time.
 
     Args:
-        statistic: row numbers of real (n,) and of generated images (m,) -> the statistics' values (S,).
-        num_real: N images.
-        num_generated: M images.
+        statistic: row indices of real (n,) and of generated images (m,) -> values of the statistics (S,).
+        num_real: N, number of real images.
+        num_generated: M, number of generated images.
         real_groups: N keys, such as each image's patient.
-        generated_groups: M keys, where the second set is another set of real images.
+        generated_groups: M keys, if the second set consists of real images too.
 
     Returns:
         S intervals around the statistics of all images.
@@ -99,4 +114,4 @@ def two_set_intervals(
             rows = kept.nonzero()[:, 0]
             estimates.append(statistic(rows, sets[1]) if which == 0 else statistic(sets[0], rows))
         variance += leave_out_variance(torch.stack(estimates).double())
-    return [Interval.of(float(v), float(e)) for v, e in zip(value, variance.sqrt(), strict=True)]
+    return [Interval.from_error(float(v), float(e)) for v, e in zip(value, variance.sqrt(), strict=True)]

@@ -1,4 +1,4 @@
-"""What the encoder makes of the data: how much it says, and in how many of its numbers."""
+"""Metrics of the latent: KL divergence, active dimensions, and codebook usage."""
 
 import torch
 from torch import Tensor
@@ -16,22 +16,25 @@ def kl_nats(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def active_units(means: Tensor) -> int:
-    """How many of D latent numbers vary with the image: posterior means (N, ...) of a split -> count in 0..D.
+    """Number of latent dimensions that vary with the image, from the posterior means (N, ...) of a split.
 
-    A unit is active where the variance over images of its posterior mean exceeds 0.01.
+    A dimension is active if the variance over images of its posterior mean exceeds 0.01.
     Source: Burda, Grosse, Salakhutdinov: Importance weighted autoencoders, 2016, section 5.1.
     """
     variance = means.double().flatten(1).var(dim=0, correction=0)
     return int((variance > ACTIVE_VARIANCE).sum())
 
 
-def codebook_use(codes: Tensor, num_codes: int) -> dict[str, float]:
-    """How a split uses a codebook of K: code numbers (N, h, w) -> `codebook_usage`, the share of codes that occur, and
-    `codebook_perplexity`, the number of evenly used codes with as much entropy (1 to K).
+def codebook_use(codes: Tensor, num_embeddings: int) -> dict[str, float]:
+    """Usage and perplexity of a codebook on the code indices (N, h, w) of a split.
+
+    Returns:
+        codebook_usage: share of the codes that occur; codebook_perplexity: exp of the entropy of the code frequencies,
+        from 1 to `num_embeddings`.
 
     Source: van den Oord et al.: Neural discrete representation learning, 2017.
     """
-    counts = torch.bincount(codes.flatten(), minlength=num_codes).double()
+    counts = torch.bincount(codes.flatten(), minlength=num_embeddings).double()
     shares = counts[counts > 0] / counts.sum()
     entropy = -(shares * shares.log()).sum()
-    return {"codebook_usage": len(shares) / num_codes, "codebook_perplexity": float(entropy.exp())}
+    return {"codebook_usage": len(shares) / num_embeddings, "codebook_perplexity": float(entropy.exp())}

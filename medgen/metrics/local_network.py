@@ -1,10 +1,10 @@
-"""Features of a network from a local file, such as one trained on radiographs.
+"""Features of a network that is loaded from a local file, such as one trained on radiographs.
 
 network = load_local_network(params.evaluate.local, root)
 network(images)  # (N, D)
 
-The file is safetensors weights of a torchvision architecture, or a TorchScript program. It is read once, its SHA-256 is
-checked before anything in it is loaded, and nothing in it is unpickled by Python.
+The file has safetensors weights of a torchvision architecture, or a TorchScript program. Its SHA-256 is checked before
+it is loaded, and Python unpickles nothing in it.
 """
 
 import hashlib
@@ -21,16 +21,17 @@ from torch.nn import functional as F
 from medgen.config import LocalNetwork as Params
 from medgen.errors import UserError
 
-_HEADS = {"resnet18": "fc", "resnet34": "fc", "resnet50": "fc", "densenet121": "classifier"}  # replaced by the identity
+# name of each architecture's last layer, which is replaced by the identity
+_HEADS = {"resnet18": "fc", "resnet34": "fc", "resnet50": "fc", "densenet121": "classifier"}
 _BATCH_SIZE = 16
-_MAX_NAMED = 3  # tensors in a message
+_MAX_NAMED = 3  # tensors named in an error message
 
 
 class LocalNetwork:
-    """Images of any size -> features (N, D), on the CPU.
+    """A feature network for images of any size.
 
-    Grey is repeated to three channels; images are resized (bilinear, antialiased) and standardised by the params'
-    mean and standard deviation.
+    Grey is repeated to three channels; images are resized (bilinear, antialiased) and standardised by
+    evaluate.local.mean and std.
     """
 
     def __init__(self, network: nn.Module, params: Params, path: Path) -> None:
@@ -39,15 +40,15 @@ class LocalNetwork:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (N, D) of images (N, 1 or 3, H, W) uint8.
+        """Features (N, D), on the CPU, of images (N, 1 or 3, H, W) uint8.
 
         Raises:
-            UserError: the network fails on such images, or does not return one finite vector for each.
+            UserError: the network fails on the images, or does not return one finite vector for each.
         """
         return torch.cat([self._features(part) for part in torch.split(images, _BATCH_SIZE)])
 
     def to(self, device: torch.device) -> "LocalNetwork":
-        """Moves the network."""
+        """Move the network to a device."""
         self.network.to(device)
         self.device = device
         return self
@@ -61,7 +62,7 @@ class LocalNetwork:
         )
         try:
             features = self.network((values - mean) / std)
-        except RuntimeError as error:  # TorchScript's errors too; the last line names the cause
+        except RuntimeError as error:  # includes TorchScript's errors; the last line names the cause
             reason = str(error).strip().rpartition("\n")[2]
             raise UserError(f"{self.path}: fails on images of shape {tuple(values.shape)}: {reason}") from None
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
@@ -70,19 +71,19 @@ class LocalNetwork:
                 f"{self.path}: expected features of shape ({len(images)}, D) for {len(images)} images, found {found}"
             )
         if not bool(torch.isfinite(features).all()):
-            raise UserError(f"{self.path}: returns features that are not finite; check evaluate.local.mean and std")
+            raise UserError(f"{self.path}: the features are not finite; check evaluate.local.mean and std")
         return features.float().cpu()
 
 
 def load_local_network(params: Params, root: Path) -> LocalNetwork:
-    """The network that evaluate.local describes, on the CPU, after a trial run on two empty images.
+    """Load the network that evaluate.local describes, on the CPU, and test it on two blank images.
 
     Args:
-        params: path, hash, architecture and the images' preprocessing.
-        root: folder that a relative path starts from.
+        params: path, hash, architecture and preprocessing of the images.
+        root: folder of relative paths.
 
     Raises:
-        UserError: the file is missing, has another SHA-256, does not hold this architecture, or gives no features.
+        UserError: the file is missing, has another SHA-256 or architecture, or gives no features.
     """
     path = root / Path(params.path).expanduser()
     try:
@@ -90,13 +91,13 @@ def load_local_network(params: Params, root: Path) -> LocalNetwork:
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; expected the file that evaluate.local.path names. Put it "
-            "there, or take local out of evaluate.extractors"
+            "there, or remove local from evaluate.extractors"
         ) from None
     digest = hashlib.sha256(content).hexdigest()
     if digest != params.sha256:
         raise UserError(
-            f"{path}: SHA-256 is {digest}, but evaluate.local.sha256 is {params.sha256}. Use the file that was meant, "
-            "or, if you trust this one, change the hash"
+            f"{path}: SHA-256 is {digest}, but evaluate.local.sha256 is {params.sha256}. Use the right file, or change "
+            "the hash if you trust this one"
         )
     network = (
         _torchscript(content, path) if params.architecture == "torchscript" else _torchvision(content, path, params)
@@ -109,7 +110,7 @@ def load_local_network(params: Params, root: Path) -> LocalNetwork:
 def _torchscript(content: bytes, path: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # deprecated by torch, but many networks are handed out so
+            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, but many networks use it
             network: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
@@ -118,7 +119,7 @@ def _torchscript(content: bytes, path: Path) -> nn.Module:
 
 
 def _torchvision(content: bytes, path: Path, params: Params) -> nn.Module:
-    """The architecture without its last layer, so that it returns the features below; the weights of that layer go."""
+    """The architecture without its last layer and that layer's weights, so that it returns features."""
     from torchvision import models
 
     head = _HEADS[params.architecture]
@@ -131,18 +132,18 @@ def _torchvision(content: bytes, path: Path, params: Params) -> nn.Module:
         raise UserError(f"{path}: not readable as safetensors ({error}); {expected}") from None
     network: nn.Module = getattr(models, params.architecture)(weights=None)
     setattr(network, head, nn.Identity())
-    wanted = network.state_dict()
+    state = network.state_dict()
     problems = {
-        "missing": [name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")],
-        "unknown": [name for name in tensors if name not in wanted],
-        "of another shape": [name for name in tensors if name in wanted and tensors[name].shape != wanted[name].shape],
+        "missing": [name for name in state if name not in tensors and not name.endswith("num_batches_tracked")],
+        "unknown": [name for name in tensors if name not in state],
+        "of another shape": [name for name in tensors if name in state and tensors[name].shape != state[name].shape],
     }
-    found = [
+    messages = [
         f"{len(names)} tensors {problem}, such as {', '.join(names[:_MAX_NAMED])}"
         for problem, names in problems.items()
         if names
     ]
-    if found:
-        raise UserError(f"{path}: {'; '.join(found)}; {expected}")
-    network.load_state_dict(tensors, strict=False)  # counters of batches may be absent
+    if messages:
+        raise UserError(f"{path}: {'; '.join(messages)}; {expected}")
+    network.load_state_dict(tensors, strict=False)  # num_batches_tracked may be absent
     return network

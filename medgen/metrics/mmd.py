@@ -1,10 +1,10 @@
-"""Squared maximum mean discrepancy (MMD) of two sets of features, with an interval that counts patients.
+"""Squared maximum mean discrepancy (MMD) of two sets of features, with an interval by patient.
 
-Two kernels: the cubic one of the Kernel Inception Distance, the field's familiar number, and a Gaussian (RBF) one whose
-bandwidth is fixed by the train images. The Gaussian one sees small faults of a generative model in far fewer images.
+Two kernels: the cubic one of the Kernel Inception Distance (KID), and a Gaussian (RBF) one whose bandwidth is fixed by
+the train images. The Gaussian kernel detects small faults of a generative model with far fewer images.
 
-Images of one patient resemble one another. They are no independent draws, so pairs of one patient are left out of the
-value, which they would bias upward, and a patient's images are left out of the jackknife together.
+Images of one patient are not independent: their pairs would bias the value upward and are left out of it, and the
+jackknife leaves them out together.
 
 Shapes: N real images, M generated images, D features.
 Sources: Gretton et al., A kernel two-sample test, 2012, eq. 3; Bińkowski et al., Demystifying MMD GANs, 2018.
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medgen.metrics.generation import thin
+from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, leave_out_variance, mean_variance
 
-_ROWS_PER_BLOCK = 1024  # of a kernel matrix held at once
+_ROWS_PER_BLOCK = 1024  # rows of the kernel matrix in memory at once
 _MAX_BANDWIDTH_ROWS = 1000  # train images whose distances give the bandwidth
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -28,30 +28,30 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """Squared MMD of one model's samples and the real images, in the parts that a comparison of two models needs."""
+    """Squared MMD of a model's samples and real images, with the terms that `mmd_difference` needs."""
 
     interval: Interval
     to_samples: Tensor  # (N,) mean kernel value of each real image with the samples
     among_samples: float  # mean kernel value of two samples
-    sampling_variance: float  # of the squared MMD over draws of as many samples
+    sampling_variance: float  # of the squared MMD over other draws of M samples
 
 
 def kid(real: Tensor, generated: Tensor, real_groups: Groups = None, generated_groups: Groups = None) -> Interval:
     """Kernel Inception Distance: unbiased squared MMD under the kernel (x·y / D + 1)³, over the whole sets.
 
-    The interval is value ± 1.96 jackknife standard errors: each generated image, and each real one (or group
-    of real ones), is left out in turn. It says how far the value would move with another draw of test images
-    and of samples from the same model, not with another training. The jackknife errs on the wide side (Efron and
-    Stein, The jackknife estimate of variance, 1981), most where the sets hardly differ.
+    The interval is the value ± 1.96 jackknife standard errors; each generated image and each real image (or group of
+    real images) is left out in turn. It covers other draws of test images and of samples from the same model, not other
+    trainings. The jackknife overestimates the variance (Efron and Stein, The jackknife estimate of variance, 1981),
+    most if the sets hardly differ.
 
     Args:
         real: (N, D) features.
         generated: (M, D) features.
-        real_groups: N keys, such as each image's patient; None takes every image for a patient of its own.
-        generated_groups: the same for the second set, where it is another set of real images.
+        real_groups: N keys, such as each image's patient; with None every image is its own group.
+        generated_groups: M keys, if the second set consists of real images too.
 
     Returns:
-        The value, slightly negative now and then where the sets are alike, and its interval.
+        The value, which may be slightly negative for similar sets, and its interval.
 
     Raises:
         ValueError: fewer than three images or groups in a set.
@@ -64,15 +64,15 @@ def kid(real: Tensor, generated: Tensor, real_groups: Groups = None, generated_g
 def mmd(
     real: Tensor, generated: Tensor, bandwidth: float, real_groups: Groups = None, generated_groups: Groups = None
 ) -> Discrepancy:
-    """Unbiased squared MMD under the kernel exp(-|x - y|² / (2 bandwidth²)); arguments and errors as of `kid`."""
+    """Unbiased squared MMD under the kernel exp(-|x - y|² / (2 bandwidth²)); arguments and errors as in `kid`."""
     return _squared_mmd(real, generated, gaussian(bandwidth), real_groups, generated_groups)
 
 
 def paired_mmd(real: Tensor, images: Tensor, bandwidth: float, groups: Groups = None) -> float:
-    """Unbiased squared MMD of images and others made from them, such as their reconstructions; kernel as of `mmd`.
+    """Unbiased squared MMD of images and their reconstructions, with the kernel of `mmd`.
 
-    An image resembles what is made from it, so pairs of one image, or of one group, count nowhere: 0 is expected where
-    both sets have one distribution.
+    An image resembles its reconstruction, so pairs of one image or of one group are left out of all terms. The expected
+    value is 0 if both sets have the same distribution.
 
     Args:
         real: (N, D) features.
@@ -89,33 +89,33 @@ def paired_mmd(real: Tensor, images: Tensor, bandwidth: float, groups: Groups = 
     if len(members) < 2:
         raise ValueError(f"groups: found {len(members)}, expected at least 2")
 
-    def summed(x: Tensor, y: Tensor) -> float:
+    def kernel_sum(x: Tensor, y: Tensor) -> float:
         within = _row_sums(x, x, kernel).sum() + _row_sums(y, y, kernel).sum()
         return float(within - 2.0 * _row_sums(x, y, kernel).sum())
 
-    total = summed(real, images) - sum(summed(real[rows], images[rows]) for rows in members)
+    total = kernel_sum(real, images) - sum(kernel_sum(real[rows], images[rows]) for rows in members)
     return total / (len(real) ** 2 - sum(len(rows) ** 2 for rows in members))
 
 
 def mmd_difference(first: Discrepancy, second: Discrepancy, real_groups: Groups = None) -> tuple[float, float]:
     """Squared MMD of one model minus another's over the same real images, and the standard error of the difference.
 
-    The real images' own term cancels. The error adds a jackknife over patients of the rest to both models' sampling
-    variance, which takes their samples for independent draws.
+    The term of the real images alone cancels. The error adds the sampling variance of both models, whose samples are
+    taken as independent, to the jackknife variance over patients of the other terms.
     """
-    own = first.to_samples - second.to_samples
-    difference = first.among_samples - second.among_samples - 2.0 * float(own.mean())
-    variance = 4.0 * mean_variance(own, real_groups) + first.sampling_variance + second.sampling_variance
+    to_samples = first.to_samples - second.to_samples
+    difference = first.among_samples - second.among_samples - 2.0 * float(to_samples.mean())
+    variance = 4.0 * mean_variance(to_samples, real_groups) + first.sampling_variance + second.sampling_variance
     return difference, variance**0.5
 
 
 def median_distance(features: Tensor) -> float:
-    """Median Euclidean distance of two images' features (N, D): the bandwidth of `mmd`, from train images."""
-    return float(F.pdist(thin(features, min(len(features), _MAX_BANDWIDTH_ROWS)).double()).median())
+    """Median Euclidean distance between the features (N, D) of two images; of train images, the bandwidth of `mmd`."""
+    return float(F.pdist(subsample(features, min(len(features), _MAX_BANDWIDTH_ROWS)).double()).median())
 
 
 def gaussian(bandwidth: float) -> Kernel:
-    """The kernel exp(-|x - y|² / (2 bandwidth²)) of rows (A, D) and (B, D), as a function to (A, B)."""
+    """The kernel exp(-|x - y|² / (2 bandwidth²)), a function of rows (A, D) and (B, D) to (A, B)."""
 
     def kernel(left: Tensor, right: Tensor) -> Tensor:
         squared = left.square().sum(1)[:, None] + right.square().sum(1)[None, :] - 2.0 * left @ right.T
@@ -136,27 +136,27 @@ def _squared_mmd(
     real, generated = real.double(), generated.double()
     to_samples = _row_sums(real, generated, kernel) / len(generated)
     to_real = _row_sums(generated, real, kernel) / len(real)
-    mean_real, variance_real = _one_set(real, kernel, group_rows(len(real), real_groups), to_samples)
+    mean_real, variance_real = _within_set(real, kernel, group_rows(len(real), real_groups), to_samples)
     members = group_rows(len(generated), generated_groups)
-    mean_generated, variance_generated = _one_set(generated, kernel, members, to_real)
+    mean_generated, variance_generated = _within_set(generated, kernel, members, to_real)
     value = mean_real + mean_generated - 2.0 * float(to_samples.mean())
-    interval = Interval.of(value, (variance_real + variance_generated) ** 0.5)
+    interval = Interval.from_error(value, (variance_real + variance_generated) ** 0.5)
     return Discrepancy(interval, to_samples, mean_generated, variance_generated)
 
 
-def _one_set(images: Tensor, kernel: Kernel, members: list[Tensor], between: Tensor) -> tuple[float, float]:
-    """Mean kernel value of two images of different groups, and what the set adds to the variance of squared MMD.
+def _within_set(images: Tensor, kernel: Kernel, members: list[Tensor], between: Tensor) -> tuple[float, float]:
+    """Mean kernel value of two images of different groups, and the set's part of the variance of the squared MMD.
 
-    `between` (N,) averages an image's kernel over the other set. The other set's own mean is the same in every
-    leave-out of the jackknife, so it is left away.
+    `between` (N,) is the mean kernel value of each image with the other set. The mean within the other set is the same
+    in every jackknife estimate and is omitted.
     """
     if len(members) < 3:
         raise ValueError(f"groups: found {len(members)}, expected at least 3, of which one is left out at a time")
-    sums = _row_sums(images, images, kernel)  # with images of its own group too
+    sums = _row_sums(images, images, kernel)  # includes images of the same group
     inside = torch.stack([kernel(images[rows], images[rows]).sum() for rows in members])
     sizes = torch.tensor([float(len(rows)) for rows in members], dtype=sums.dtype)
     total, pairs = sums.sum() - inside.sum(), sizes.sum() ** 2 - sizes.square().sum()
-    # A group's pairs with other groups stand in the matrix twice, as rows and as columns.
+    # A group's pairs with other groups are in the matrix twice, as rows and as columns.
     lost = 2.0 * (torch.stack([sums[rows].sum() for rows in members]) - inside)
     lost_between = torch.stack([between[rows].sum() for rows in members])
     num_left = sizes.sum() - sizes
@@ -166,5 +166,5 @@ def _one_set(images: Tensor, kernel: Kernel, members: list[Tensor], between: Ten
 
 
 def _row_sums(left: Tensor, right: Tensor, kernel: Kernel) -> Tensor:
-    """Sum over `right` of the kernel with each of `left`: (N,)."""
+    """Sums (N,) over `right` (M, D) of the kernel with each row of `left` (N, D)."""
     return torch.cat([kernel(rows, right).sum(dim=1) for rows in torch.split(left, _ROWS_PER_BLOCK)])

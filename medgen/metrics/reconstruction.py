@@ -1,8 +1,7 @@
-"""How close a reconstruction is to its original, and the classical mark to beat.
+"""Differences between reconstructions and originals, and PCA reconstructions as a baseline.
 
-Every measure here is per image; a split's value is the mean over its images, so a ragged last batch
-counts by its images and no more. Images are (B, C, H, W) float32 in [0, 1]; SSIM and MS-SSIM are means over the
-channels.
+Metrics are per image, and the value of a split is the mean over its images, whatever the batch sizes. Images are
+(B, C, H, W) float32 in [0, 1]; SSIM and MS-SSIM are means over channels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,30 +9,30 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from medgen.metrics.generation import thin
+from medgen.metrics.generation import subsample
 
-_PSNR_CEILING_MSE = 1e-10  # identical images would have an infinite PSNR: reported as 100 dB
-_MAX_SQUARE = 4096  # side of the largest matrix whose eigenvectors are taken (a minute on two cores)
-_PIXELS_PER_CHUNK = 1 << 24  # numbers of float64 held at once while summing over pixels
+_MIN_MSE = 1e-10  # limits the PSNR of identical images to 100 dB
+_MAX_SQUARE = 4096  # side of the largest matrix that is decomposed (a minute on two cores)
+_PIXELS_PER_CHUNK = 1 << 24  # float64 values in memory at once while summing over pixels
 
 
 def l1(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Mean absolute error over pixels: (B, C, H, W) twice -> (B,)."""
+    """Mean absolute error over pixels (B,) of two batches (B, C, H, W)."""
     return (original - reconstruction).abs().flatten(1).mean(dim=1)
 
 
 def mse(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Mean squared error over pixels: (B, C, H, W) twice -> (B,)."""
+    """Mean squared error over pixels (B,) of two batches (B, C, H, W)."""
     return (original - reconstruction).square().flatten(1).mean(dim=1)
 
 
 def psnr(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB for a data range of 1, at most 100: (B, C, H, W) twice -> (B,)."""
-    return -10.0 * mse(original, reconstruction).clamp_min(_PSNR_CEILING_MSE).log10()
+    """Peak signal-to-noise ratio in dB (B,) for a data range of 1, at most 100, of two batches (B, C, H, W)."""
+    return -10.0 * mse(original, reconstruction).clamp_min(_MIN_MSE).log10()
 
 
 def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Structural similarity, Gaussian window of 11 pixels, data range 1: (B, C, H, W) twice -> (B,).
+    """Structural similarity (B,) of two batches (B, C, H, W); Gaussian window of 11 pixels, data range 1.
 
     Source: Wang, Bovik, Sheikh, Simoncelli: Image quality assessment, 2004, eq. 13.
     """
@@ -44,17 +43,17 @@ def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def ms_ssim_window(image_size: int) -> int | None:
-    """The window that leaves MS-SSIM's five scales room: 11 pixels, 7 on smaller images, None below 97 pixels."""
+    """Window for the five scales of MS-SSIM: 11 pixels, 7 for smaller images, None for a side below 97 pixels."""
     return next((window for window in (11, 7) if image_size > (window - 1) * 16), None)
 
 
 def ms_ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Multi-scale structural similarity over five scales, data range 1: (B, C, H, W) twice -> (B,).
+    """Multi-scale structural similarity (B,) of two batches (B, C, H, W); five scales, data range 1.
 
     Source: Wang, Simoncelli, Bovik: Multi-scale structural similarity, 2003.
 
     Raises:
-        ValueError: the images are too small for five scales (a side of less than 97 pixels).
+        ValueError: a side is below 97 pixels, too small for five scales.
     """
     import pytorch_msssim
 
@@ -67,43 +66,43 @@ def ms_ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
     return value
 
 
-def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Every measure above for each image (N,) of all batches of (original, reconstruction), float64.
+def score_images(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """All metrics above, by name, of each image (N,) in batches of (original, reconstruction), float64.
 
-    `ms_ssim` is left out where the images are too small for it.
+    `ms_ssim` is omitted if the images are too small for it.
 
     Raises:
-        ValueError: no batch at all.
+        ValueError: there is no batch.
     """
-    measures = {"l1": l1, "mse": mse, "psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+    metrics = {"l1": l1, "mse": mse, "psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
     values: dict[str, list[Tensor]] = {}
     for original, reconstruction in pairs:
-        for name, measure in measures.items():
+        for name, metric in metrics.items():
             if name != "ms_ssim" or ms_ssim_window(min(original.shape[-2:])) is not None:
-                values.setdefault(name, []).append(measure(original, reconstruction).double().cpu())
+                values.setdefault(name, []).append(metric(original, reconstruction).double().cpu())
     if not values:
-        raise ValueError("compare: found no images, expected at least one batch")
+        raise ValueError("score_images: found no images, expected at least one batch")
     return {name: torch.cat(parts) for name, parts in values.items()}
 
 
 def pca_ssim(train: Tensor, test: Tensor, num_components: Sequence[int]) -> dict[int, float]:
-    """Mean SSIM of the test split rebuilt from principal components of the train split: the mark to beat.
+    """Mean SSIM of the test split reconstructed from principal components of the train split, as a baseline.
 
-    What a linear autoencoder with that many latent numbers reaches at best in squared error. The count is
-    capped at min(N_train - 1, pixels); reconstructions are clipped to [0, 1]. Where images and pixels both
-    exceed 4,096, the components come from 4,096 images spread evenly over the train split.
+    PCA has the lowest squared error of all linear autoencoders with as many latent dimensions. The number of components
+    is at most min(N_train - 1, pixels); reconstructions are clipped to [0, 1]. If images and pixels both exceed 4,096,
+    the components come from 4,096 images spread evenly over the train split.
 
     Args:
         train: (N, C, H, W) uint8.
         test: (M, C, H, W) uint8.
-        num_components: how many components to keep, each a value of its own.
+        num_components: numbers of components to evaluate.
 
     Returns:
-        Wanted number of components -> mean SSIM.
+        Mean SSIM by the requested number of components.
     """
     num_pixels = train[0].numel()
     num_train = len(train) if num_pixels <= _MAX_SQUARE else min(len(train), _MAX_SQUARE)
-    train = thin(train, num_train)
+    train = subsample(train, num_train)
     train, shape = train.flatten(1), test.shape[1:]
     test = test.flatten(1)
     mean = train.double().mean(dim=0) / 255.0
@@ -114,14 +113,14 @@ def pca_ssim(train: Tensor, test: Tensor, num_components: Sequence[int]) -> dict
         values = []
         for rows in torch.split(torch.arange(len(test)), max(1, _PIXELS_PER_CHUNK // num_pixels)):
             original = test[rows].double() / 255.0
-            rebuilt = (mean + basis.project(original - mean, min(count, limit))).clamp(0.0, 1.0)
-            values.append(ssim(original.reshape(-1, *shape), rebuilt.reshape(-1, *shape)))
+            projected = (mean + basis.project(original - mean, min(count, limit))).clamp(0.0, 1.0)
+            values.append(ssim(original.reshape(-1, *shape), projected.reshape(-1, *shape)))
         scores[count] = float(torch.cat(values).double().mean())
     return scores
 
 
 class _PixelSpace:
-    """Principal components from the pixels' covariance, (P, P): for more images than pixels."""
+    """Principal components from the covariance of pixels (P, P), for more images than pixels."""
 
     def __init__(self, train: Tensor, mean: Tensor) -> None:
         gram = torch.zeros(len(mean), len(mean), dtype=torch.float64)
@@ -131,16 +130,16 @@ class _PixelSpace:
         self.vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)  # (P, P), largest first
 
     def project(self, centred: Tensor, count: int) -> Tensor:
-        """(M, P) onto the first `count` components, (M, P)."""
+        """Project images (M, P) onto the first `count` components, (M, P)."""
         kept: Tensor = self.vectors[:, :count]
         return centred @ kept @ kept.T
 
 
 class _ImageSpace:
-    """Principal components from the images' inner products, (N, N): for fewer images than pixels.
+    """Principal components from the inner products of images (N, N), for fewer images than pixels.
 
-    A component is a weighted sum of train images, so it never has to be formed: with G = X Xᵀ = U Λ Uᵀ the
-    projection of y is (y Xᵀ) U Λ⁻¹ Uᵀ X.
+    A component is a weighted sum of train images, so components are not formed: with G = X Xᵀ = U Λ Uᵀ the projection
+    of y is (y Xᵀ) U Λ⁻¹ Uᵀ X.
     """
 
     def __init__(self, train: Tensor, mean: Tensor) -> None:
@@ -153,8 +152,8 @@ class _ImageSpace:
         self.values, self.vectors = values.flip(0), vectors.flip(1)
 
     def project(self, centred: Tensor, count: int) -> Tensor:
-        """(M, P) onto the first `count` components, (M, P)."""
-        # Duplicated images leave directions without variance; dividing by it would only raise noise.
+        """Project images (M, P) onto the first `count` components, (M, P)."""
+        # Duplicate images give directions without variance; dividing by it would amplify noise.
         count = int((self.values[:count] > 1e-10 * self.values[0]).sum())
         products = torch.zeros(len(centred), len(self.train), dtype=torch.float64)
         for chunk in self._chunks():

@@ -1,7 +1,7 @@
-"""Radial power spectra: whether images hold as much fine detail as real ones.
+"""Radial power spectra, which measure the fine detail of images.
 
-Blurred images lack power in the high frequencies, noisy ones have too much there. Neither SSIM nor features of a
-classifier need notice, and a person does.
+Blurred images have too little power at high frequencies and noisy images too much. A person sees this, but SSIM and the
+features of a classifier may not show it.
 
 Shapes: N images (N, C, H, W), R radial frequencies from 1 to the Nyquist frequency, in cycles per image.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 BAND_EDGES = (0.0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the bands, as shares of the Nyquist frequency
 NUM_BANDS = len(BAND_EDGES) - 1
 _IMAGES_PER_BATCH = 256
-_FLOOR = 1e-8  # power of an image that shows nothing; quantisation to 256 grey values alone has more
+_MIN_POWER = 1e-8  # below the power of quantisation to 256 grey values; keeps the logarithm of a blank image finite
 
 
 def radial_power(images: Tensor) -> Tensor:
     """Mean power (N, R) at each radial frequency of images (N, C, H, W), uint8 or floats in [0, 1].
 
-    The mean of each channel is taken off and a Hann window put on, so that image borders, where opposite sides do
-    not meet, add no power of their own. A coefficient counts at its distance from 0, rounded; channels are averaged.
+    The mean of each channel is subtracted and a Hann window applied, so that the jump between opposite borders adds no
+    power. The radial frequency of a coefficient is its rounded distance from 0; channels are averaged.
     """
     height, width = images.shape[-2:]
     window = torch.outer(torch.hann_window(height), torch.hann_window(width))
@@ -39,30 +39,36 @@ def radial_power(images: Tensor) -> Tensor:
 
 
 def log_power(power: Tensor) -> Tensor:
-    """Natural logarithm of radial power, bounded below so that an empty image has one too."""
-    return power.clamp_min(_FLOOR).log()
+    """Natural logarithm of radial power, bounded below so that it is finite for a blank image."""
+    return power.clamp_min(_MIN_POWER).log()
 
 
 def band_ratios(power: Tensor, real: Tensor) -> list[float]:
-    """Mean power over that of real images, in each of the five bands of `BAND_EDGES`: 1 is as real, lower is blurred.
+    """Ratio of mean power to that of real images in each of the five bands of `BAND_EDGES`; below 1 is blurred.
 
     Args:
-        power: (N, R) of the images, as `radial_power` gives it.
-        real: (M, R) of real ones.
+        power: (N, R) radial power of the images.
+        real: (M, R) radial power of real images.
     """
     num_frequencies = power.shape[1]
     share = torch.arange(1, num_frequencies + 1) / num_frequencies
-    frequencies = torch.arange(1, num_frequencies + 1).double()  # a ring has as many coefficients as it is long
+    frequencies = torch.arange(1, num_frequencies + 1).double()  # proportional to the number of coefficients in a ring
     ratios = []
     for low, high in pairwise(BAND_EDGES):
         ring = (frequencies * ((share > low) & (share <= high))).float()
-        ratios.append(float((power.mean(0) @ ring) / (real.mean(0) @ ring).clamp_min(_FLOOR)))
+        ratios.append(float((power.mean(0) @ ring) / (real.mean(0) @ ring).clamp_min(_MIN_POWER)))
     return ratios
 
 
 def spectrum_distance(power: Tensor, real: Tensor) -> float:
-    """Root mean square over frequencies of the log ratio of mean power (N, R) to that of real images (M, R)."""
+    """Root mean square, over frequencies, of the log ratio of mean power (N, R) to that of real images (M, R)."""
     return float((log_power(power.mean(0)) - log_power(real.mean(0))).square().mean().sqrt())
+
+
+def spectrum_metrics(prefix: str, power: Tensor, real: Tensor) -> dict[str, float]:
+    """Metrics PREFIX/spectrum_ratio_BAND and PREFIX/spectrum_distance of power (N, R), real images (M, R)."""
+    ratios = {f"{prefix}/spectrum_ratio_{band}": ratio for band, ratio in enumerate(band_ratios(power, real), start=1)}
+    return {**ratios, f"{prefix}/spectrum_distance": spectrum_distance(power, real)}
 
 
 def radial_index(height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model zoo. A new family is one file, one line in MODELS, one recipe and one row in tests/models."""
+"""Model families. A new one is one file, one entry in MODELS, one recipe and one row in tests/models."""
 
 from typing import Any
 
@@ -25,14 +25,14 @@ MODELS: dict[str, type[ImageModel]] = {
 def build_model(
     params: Model, image_shape: tuple[int, int, int], num_classes: int, mask_classes: int = 2
 ) -> ImageModel:
-    """The model that `params.name` names, for images of `image_shape` (C, H, W) and masks of `mask_classes`.
+    """Build the model `params.name` for images of `image_shape` (C, H, W) and masks of `mask_classes`.
 
     Raises:
         UserError: the name is unknown, or a size does not fit the images.
     """
     if params.name not in MODELS:
         raise unknown_name("model.name", params.name, MODELS)
-    family: Any = MODELS[params.name]  # ImageModel, which is abstract, says nothing of how one is built
+    family: Any = MODELS[params.name]  # the abstract ImageModel declares no constructor
     if family.target == "mask":
         return family(params, image_shape, num_classes, mask_classes)  # type: ignore[no-any-return]
     return family(params, image_shape, num_classes)  # type: ignore[no-any-return]

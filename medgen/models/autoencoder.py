@@ -1,6 +1,6 @@
-"""Autoencoder: the U-Net's way down and up, without the skip connections (system A).
+"""Autoencoder: the encoder and decoder of a U-Net, without its skip connections.
 
-With skips a U-Net copies its input past the latent, which then says nothing: there would be nothing to sample from.
+A U-Net with skips copies its input past the latent: the latent then carries no information to sample from.
 """
 
 from itertools import pairwise
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from medgen.config import Model
 from medgen.models.base import GenerativeModel, Latent
-from medgen.models.blocks import DoubleConv, double, halve
 from medgen.models.grids import stage_sizes
 from medgen.models.residual import spatial_latent
+from medgen.nn.blocks import DoubleConv, downsample, upsample
 
 
 class Stage(nn.Module):
-    """A stage of the U-Net beside a 1×1 shortcut (Zhang et al. 2018), which stands in for the skip connections.
+    """A U-Net stage added to a 1×1 shortcut (Zhang et al. 2018), which replaces the skip connections.
 
-    They carry the gradient round the narrow middle; here all of it passes, and without a shortcut it learns slowly.
+    Skips carry the gradient around the bottleneck. Here all of it passes through the bottleneck, and training is slow
+    without a shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -32,7 +33,7 @@ class Stage(nn.Module):
 
 
 class Autoencoder(GenerativeModel):
-    """Images (B, C, S, S) <-> latents (B, Z, h, h), no distribution: a prior fitted afterwards makes it generate."""
+    """Images (B, C, S, S) <-> deterministic latents (B, Z, h, h); a prior fitted afterwards makes it generative."""
 
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -42,12 +43,12 @@ class Autoencoder(GenerativeModel):
 
         encoder: list[nn.Module] = [Stage(image_shape[0], channels[0])]
         for before, after in pairwise(channels):
-            encoder += [halve(before, params.down), Stage(before, after)]
+            encoder += [downsample(before, params.down), Stage(before, after)]
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(channels[-1], self.latent_shape[0], 1))
 
         decoder: list[nn.Module] = [nn.Conv2d(self.latent_shape[0], channels[-1], 1)]
         for before, after in pairwise(reversed(channels)):
-            decoder += [double(before, after, params.up), Stage(after, after)]
+            decoder += [upsample(before, after, params.up), Stage(after, after)]
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 1))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:

@@ -1,7 +1,7 @@
 """Interface of all models, and the values that they return.
 
 Legend of shapes: B batch, C image channels, H W image height and width, Z latent channels,
-h w latent height and width, D dimensions of a latent, N images in a split.
+h w latent height and width, D dimensions of a latent, K codes of a codebook or classes of a mask.
 """
 
 from abc import ABC, abstractmethod
@@ -14,31 +14,30 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Latent:
-    """What an encoder says of a batch.
+    """An encoder's output for a batch.
 
-    `mean` is the point a deterministic decoder call starts from; `value` is what the decoder got
-    (for a variational model a draw from the posterior). Non-variational models have no `logvar`.
+    Evaluation decodes `mean`. Training decodes `value`, for a variational model a draw from the posterior.
     """
 
     value: Tensor  # (B, Z, h, w) or (B, D)
     mean: Tensor  # as value
-    logvar: Tensor | None = None  # as value, float32
-    codes: Tensor | None = None  # (B, h, w) int64: numbers of codes, where the model has a codebook
+    logvar: Tensor | None = None  # as value, float32; of variational models
+    codes: Tensor | None = None  # (B, h, w) int64 indices into the codebook; of models with one
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What every model's forward returns. Models never weigh losses: `terms` are plain scalars."""
+    """Output of every model's forward pass. Models never weigh losses: `terms` are plain scalars."""
 
-    reconstruction: Tensor  # (B, C, H, W) in [0, 1]; of a segmenter the mask's probabilities (B, K, H, W)
-    latent: Latent | None  # None where the model has no latent
+    prediction: Tensor  # reconstruction (B, C, H, W) in [0, 1], or a segmenter's mask probabilities (B, K, H, W)
+    latent: Latent | None  # None for a segmenter
     terms: dict[str, Tensor] = field(default_factory=dict)  # e.g. commitment, codebook
 
 
 class Decoder(Protocol):
-    """All a prior needs of a model to make images."""
+    """The part of a model that a prior needs to make images."""
 
-    conditional: bool  # whether `decode` uses the label
+    conditional: bool  # True if `decode` uses the label
 
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
         """Latents (B, Z, h, w) or (B, D) -> images (B, C, H, W) in [0, 1]."""
@@ -46,9 +45,9 @@ class Decoder(Protocol):
 
 
 class ImageModel(nn.Module, ABC):
-    """A network that is trained on images (B, C, H, W) in [0, 1] towards a target of the same batch."""
+    """A network trained on images (B, C, H, W) in [0, 1] to predict a target: the image itself or its mask."""
 
-    target: Literal["image", "mask"] = "image"  # what its output is compared with
+    target: Literal["image", "mask"] = "image"
 
     @abstractmethod
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
@@ -56,20 +55,20 @@ class ImageModel(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
-        """One pass without randomness, for judging."""
+        """One pass without randomness, for evaluation."""
 
 
 class GenerativeModel(ImageModel):
     """A model of images (B, C, H, W) in [0, 1] with latents of `latent_shape`.
 
-    A new model implements `encode` and `decode` and sets `latent_shape`; the rest follows.
+    A new model implements `encode` and `decode` and sets `latent_shape`.
     """
 
     latent_shape: tuple[int, ...]
-    conditional = False  # whether encode and decode use the label
+    conditional = False  # True if encode and decode use the label
 
     @property
-    def codes(self) -> Tensor | None:
+    def codebook(self) -> Tensor | None:
         """Vectors (K, Z) that every latent (Z, h, w) is made of; None for models without a codebook."""
         return None
 
@@ -84,19 +83,19 @@ class GenerativeModel(ImageModel):
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
         """One pass for the objective."""
         latent = self.encode(image, label)
-        return ModelOutput(reconstruction=self.decode(latent.value, label), latent=latent)
+        return ModelOutput(prediction=self.decode(latent.value, label), latent=latent)
 
     def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
         """One pass without randomness: the posterior mean, decoded."""
         latent = self.encode(image, label)
-        return ModelOutput(reconstruction=self.decode(latent.mean, label), latent=latent)
+        return ModelOutput(prediction=self.decode(latent.mean, label), latent=latent)
 
     def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
-        """Images through the posterior mean and back, without randomness: (B, C, H, W)."""
-        return self.predict(image, label).reconstruction
+        """Images (B, C, H, W), encoded to the posterior mean and decoded without randomness."""
+        return self.predict(image, label).prediction
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """`n` images decoded from N(0, I) latents; fitted priors do better (see medgen/priors)."""
+        """`n` images decoded from N(0, I) latents; fitted priors give better ones (see medgen/priors)."""
         weight = next(self.parameters())
         latent = torch.randn(n, *self.latent_shape, generator=generator)
         return self.decode(latent.to(weight.device), label)
@@ -105,8 +104,8 @@ class GenerativeModel(ImageModel):
 def soft_bound(value: Tensor, bound: float) -> Tensor:
     """`bound * tanh(value / bound)` in float32: within ±bound, with a gradient everywhere.
 
-    A log-variance above 88 makes exp overflow (the infinite loss of system A); a hard clamp
-    would stop that too, but gives no gradient that leads back.
+    exp overflows for a log-variance above 88, which makes the loss infinite. A hard clamp prevents that too, but has no
+    gradient beyond its bounds.
     """
     return bound * torch.tanh(value.float() / bound)
 

@@ -4,7 +4,10 @@ from medgen.errors import UserError
 
 
 def default_grid(image_size: int) -> int:
-    """Side of the latent grid: 8 up to 64 px, measured on chest X-rays (docs/results.md); an eighth beyond, a guess."""
+    """Side of the latent grid by default: 8 for images up to 64 px, an eighth of the side for larger ones.
+
+    8 was measured on chest X-rays (docs/results.md); an eighth is an estimate.
+    """
     size = image_size
     while size % 2 == 0 and size > max(8, image_size // 8):
         size //= 2
@@ -12,7 +15,7 @@ def default_grid(image_size: int) -> int:
 
 
 def stage_sizes(image_size: int, latent_size: int) -> list[int]:
-    """Grid sides after each halving, from image_size / 2 down to latent_size.
+    """Grid sides after each downsampling by 2, from image_size / 2 to latent_size.
 
     Raises:
         UserError: image_size is not latent_size times a power of two.
@@ -31,10 +34,10 @@ def stage_sizes(image_size: int, latent_size: int) -> list[int]:
 
 
 def flat_sizes(image_size: int, smallest: int | None) -> list[int]:
-    """Grid sides of a flat model's convolutions: halved to `smallest`, or until at most 7 or odd (224 -> 7 in five).
+    """Grid sides of a flat model's convolutions, down to `smallest` or until at most 7 or odd (224 -> 7 in five).
 
     Raises:
-        UserError: image_size is not `smallest` times a power of two, or cannot be halved.
+        UserError: image_size is not `smallest` times a power of two, or is odd.
     """
     if smallest is not None:
         return stage_sizes(image_size, smallest)

@@ -1,14 +1,14 @@
-"""Residual stages with self-attention between an image and a latent grid: what spatial models share."""
+"""Encoder and decoder of residual blocks and self-attention, shared by models with a latent grid."""
 
 from torch import nn
 
 from medgen.config import Model
-from medgen.models.blocks import ResidualBlock, SelfAttention, Upsample, group_norm
 from medgen.models.grids import default_grid, stage_sizes
+from medgen.nn.blocks import ResidualBlock, SelfAttention, bilinear_upsample, group_norm
 
 
 def spatial_latent(params: Model, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(Z, h, h): the grid that `params` asks for, or the default of this image size."""
+    """Latent shape (Z, h, h): as `params` set it, or the default for this image size."""
     size = params.latent_size or default_grid(image_shape[1])
     return params.latent_channels or max(1, image_shape[1] ** 2 // 4 // size**2), size, size
 
@@ -29,20 +29,20 @@ def residual_encoder(params: Model, image_shape: tuple[int, int, int], out_chann
 
 
 def residual_decoder(params: Model, image_shape: tuple[int, int, int], in_channels: int) -> nn.Sequential:
-    """Latents (B, in_channels, h, h) -> (B, C, S, S), before the sigmoid."""
+    """Latents (B, in_channels, h, h) -> logits (B, C, S, S)."""
     sizes, channels = _stages(params, image_shape)
     previous = channels[-1]
     layers: list[nn.Module] = [nn.Conv2d(in_channels, previous, 3, padding=1)]
     for i, (size, width) in enumerate(zip(reversed(sizes), reversed(channels), strict=True)):
         if i > 0:
-            layers.append(Upsample())
+            layers.append(bilinear_upsample())
         for _ in range(params.blocks_per_stage):
             layers.append(ResidualBlock(previous, width))
             previous = width
         if size in params.attention_resolutions:
             layers.append(SelfAttention(width))
     last = max(previous // 2, 8)
-    layers += [Upsample(), ResidualBlock(previous, last), group_norm(last), nn.SiLU()]
+    layers += [bilinear_upsample(), ResidualBlock(previous, last), group_norm(last), nn.SiLU()]
     layers += [nn.Conv2d(last, image_shape[0], 3, padding=1)]
     return nn.Sequential(*layers)
 

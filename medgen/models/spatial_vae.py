@@ -1,8 +1,8 @@
-"""Spatial VAE: a latent grid in place of a flat vector (system C: 128 px, 4×4×64).
+"""VAE with a latent grid instead of a flat vector.
 
-Encoder: Conv 7×7/2, then residual stages that halve the grid and double the channels, with
-self-attention at chosen resolutions, to a Gaussian over a latent grid. Decoder: the way back by
-bilinear upsampling and residual blocks, sigmoid at the end.
+Encoder: 7×7 convolution of stride 2, then residual stages that halve the grid and double the channels, with
+self-attention at chosen resolutions, to a Gaussian over the latent grid. Decoder: bilinear upsampling and residual
+blocks, then a sigmoid.
 """
 
 import torch

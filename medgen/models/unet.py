@@ -1,7 +1,6 @@
-"""U-Net: an image in, a mask out (system D; Ronneberger et al. 2015).
+"""U-Net for segmentation (Ronneberger et al. 2015).
 
-Down by max-pooling or strided convolution, up by transposed convolution or upsampling and convolution, with a skip
-connection at every size: `model.down` and `model.up`.
+`model.down` selects max-pooling or strided convolutions, `model.up` transposed convolutions or bilinear upsampling.
 """
 
 from itertools import pairwise
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from medgen.config import Model
 from medgen.errors import UserError
 from medgen.models.base import ImageModel, ModelOutput
-from medgen.models.blocks import DoubleConv, double, halve
+from medgen.nn.blocks import DoubleConv, downsample, upsample
 
-NUM_STAGES = 4  # halvings (Ronneberger et al.), fewer where the image has no more factors of two
+NUM_STAGES = 4  # downsamplings (Ronneberger et al.); fewer if the image side has fewer factors of two
 
 
 class UNet(ImageModel):
@@ -32,24 +31,24 @@ class UNet(ImageModel):
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(num_stages + 1)]
         self.mask_classes = mask_classes
         self.first = DoubleConv(image_shape[0], channels[0])
-        self.halves = nn.ModuleList(halve(before, params.down) for before in channels[:-1])
-        self.downs = nn.ModuleList(DoubleConv(a, b) for a, b in pairwise(channels))
-        self.doubles = nn.ModuleList(double(b, a, params.up) for a, b in pairwise(channels))
+        self.halves = nn.ModuleList(downsample(before, params.down) for before in channels[:-1])
+        self.downs = nn.ModuleList(DoubleConv(before, after) for before, after in pairwise(channels))
+        self.doubles = nn.ModuleList(upsample(after, before, params.up) for before, after in pairwise(channels))
         self.ups = nn.ModuleList(DoubleConv(2 * width, width) for width in channels[:-1])
         self.last = nn.Conv2d(channels[0], 1 if mask_classes == 2 else mask_classes, 1)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
-        """Images (B, C, S, S) -> probabilities (B, K, S, S), float32, in the place of a reconstruction."""
+        """Images (B, C, S, S) -> probabilities (B, K, S, S), float32; the label is not used."""
         skips = [self.first(image)]
-        for half, down in zip(self.halves, self.downs, strict=True):
-            skips.append(down(half(skips[-1])))
+        for down, stage in zip(self.halves, self.downs, strict=True):
+            skips.append(stage(down(skips[-1])))
         x = skips.pop()
-        for doubled, up in zip(reversed(self.doubles), reversed(self.ups), strict=True):
-            x = up(torch.cat([skips.pop(), doubled(x)], dim=1))
+        for up, stage in zip(reversed(self.doubles), reversed(self.ups), strict=True):
+            x = stage(torch.cat([skips.pop(), up(x)], dim=1))
         logits = self.last(x).float()
         probabilities = torch.sigmoid(logits) if self.mask_classes == 2 else torch.softmax(logits, dim=1)
-        return ModelOutput(reconstruction=probabilities, latent=None)
+        return ModelOutput(prediction=probabilities, latent=None)
 
     def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
-        """As forward: nothing in it is random."""
+        """Same as `forward`, which has no randomness."""
         return self(image, label)  # type: ignore[no-any-return]

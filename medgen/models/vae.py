@@ -1,4 +1,4 @@
-"""VAE with a flat latent (system E: 224 px, 128 numbers), and the conditional one (system D).
+"""VAE with a flat latent, and a conditional variant.
 
 Encoder: strided convolutions with BatchNorm down to a grid of at most 7×7, one linear layer to a Gaussian over a
 vector. Decoder: one linear layer, transposed convolutions with BatchNorm, sigmoid.
@@ -13,7 +13,7 @@ from medgen.errors import UserError
 from medgen.models.base import GenerativeModel, Latent, gaussian_latent, soft_bound
 from medgen.models.grids import flat_sizes
 
-NUM_LATENT = 128  # numbers of a latent where model.latent_channels says nothing
+DEFAULT_LATENT_DIM = 128  # D if model.latent_channels is null
 
 
 class VAE(GenerativeModel):
@@ -21,10 +21,10 @@ class VAE(GenerativeModel):
 
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int, embedding: int = 0) -> None:
         super().__init__()
-        num_latent = params.latent_channels or NUM_LATENT
+        latent_dim = params.latent_channels or DEFAULT_LATENT_DIM
         sizes = flat_sizes(image_shape[1], params.latent_size)  # S/2, …, h
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes))]
-        self.latent_shape = (num_latent,)
+        self.latent_shape = (latent_dim,)
         self.logvar_bound = params.logvar_bound
         self.grid = (channels[-1], sizes[-1], sizes[-1])
         features = channels[-1] * sizes[-1] ** 2
@@ -33,9 +33,9 @@ class VAE(GenerativeModel):
         for before, after in zip([image_shape[0], *channels[:-1]], channels, strict=True):
             encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
         self.encoder = nn.Sequential(*encoder, nn.Flatten())
-        self.to_latent = nn.Linear(features + embedding, 2 * num_latent)
+        self.to_latent = nn.Linear(features + embedding, 2 * latent_dim)
 
-        self.from_latent = nn.Linear(num_latent + embedding, features)
+        self.from_latent = nn.Linear(latent_dim + embedding, features)
         decoder: list[nn.Module] = []
         for before, after in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
             decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
@@ -53,15 +53,15 @@ class VAE(GenerativeModel):
         return torch.sigmoid(self.decoder(grid).float())
 
     def _with_label(self, features: Tensor, label: Tensor | None) -> Tensor:
-        """Here the label is not looked at."""
+        """Features (B, F) unchanged; `ConditionalVAE` appends the label's embedding."""
         return features
 
 
 class ConditionalVAE(VAE):
-    """A VAE whose encoder and decoder are also given the label (Sohn et al. 2015): one-hot, then an embedding.
+    """A VAE whose encoder and decoder also take an embedding of the label (Sohn et al. 2015).
 
-    A latent then holds what the label does not say, such as the slant of a digit. Unlabelled images (-1), and no
-    label at all, have an embedding of zeros.
+    The latent then encodes what the label does not, such as the slant of a digit. The embedding of label -1 and of no
+    label is zero.
     """
 
     conditional = True
@@ -69,15 +69,15 @@ class ConditionalVAE(VAE):
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
         if num_classes == 0:
             raise UserError(
-                "model.name: cvae is given labels, and the data has none; expected class folders or a manifest with "
-                "labels (docs/data.md), or model.name: vae"
+                "model.name: cvae needs labels, and the dataset has none; add class folders or a manifest with labels "
+                "(docs/data.md), or set model.name: vae"
             )
         super().__init__(params, image_shape, num_classes, embedding=params.label_channels)
         self.num_classes = num_classes
-        self.embedding = nn.Linear(num_classes, params.label_channels, bias=False)  # of a one-hot vector
+        self.embedding = nn.Linear(num_classes, params.label_channels, bias=False)
 
     def _with_label(self, features: Tensor, label: Tensor | None) -> Tensor:
         if label is None:
             label = torch.full((len(features),), -1, device=features.device)
-        hot = F.one_hot(label.clamp(min=0), self.num_classes).to(features.dtype)
-        return torch.cat([features, self.embedding(hot * (label >= 0)[:, None])], dim=1)
+        one_hot = F.one_hot(label.clamp(min=0), self.num_classes).to(features.dtype)
+        return torch.cat([features, self.embedding(one_hot * (label >= 0)[:, None])], dim=1)

@@ -1,1 +1,1 @@
-"""Neural-network blocks shared by models, priors and extractors."""
+"""Neural-network building blocks that models, priors and the refiner share."""

@@ -1,4 +1,4 @@
-"""`normal`: the N(0, I) a variational model is pulled towards. `gaussian`: the moments of the aggregate posterior."""
+"""`normal`: N(0, I), the prior of a variational model's KL term. `gaussian`: moments of the aggregate posterior."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -11,7 +11,7 @@ from medgen.priors.axes import LOG_TAU, PrincipalAxes
 
 
 class Normal:
-    """Standard normal latents, whatever the label."""
+    """Standard normal latents, for every label."""
 
     name: ClassVar[str] = "normal"
     conditional = False
@@ -26,11 +26,11 @@ class Normal:
         latents: Tensor,
         labels: Tensor | None,
         num_classes: int,
-        prior: Prior,
+        params: Prior,
         variance: Tensor | None = None,
         patients: Sequence[str] | None = None,
     ) -> Self:
-        """See `medgen.priors.Prior.fit`; only shape and class frequencies are taken from the data."""
+        """See `medgen.priors.AnalyticPrior.fit`; only shape and class frequencies come from the data."""
         return cls(tuple(latents.shape[1:]), class_frequencies(labels, num_classes))
 
     def sample(self, n: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -42,19 +42,19 @@ class Normal:
         return -0.5 * (latents.flatten(1).double().square() + LOG_TAU).sum(1)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values that `restore` takes."""
+        """Tensors and plain values for `restore`."""
         return {"frequencies": self.frequencies}, {"latent_shape": list(self.latent_shape)}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:
-        """The prior whose `state` this is."""
+        """Return the prior that `state` describes."""
         return cls(tuple(meta["latent_shape"]), tensors["frequencies"])
 
 
 class Gaussian:
-    """One Gaussian with the mean and full covariance of the aggregate posterior, whatever the label.
+    """One Gaussian with the mean and full covariance of the aggregate posterior, for every label.
 
-    Covariance of the encoder's means plus the mean posterior variance (law of total variance).
+    The covariance is that of the encoder's means plus the mean posterior variance (law of total variance).
     """
 
     name: ClassVar[str] = "gaussian"
@@ -72,11 +72,11 @@ class Gaussian:
         latents: Tensor,
         labels: Tensor | None,
         num_classes: int,
-        prior: Prior,
+        params: Prior,
         variance: Tensor | None = None,
         patients: Sequence[str] | None = None,
     ) -> Self:
-        """See `medgen.priors.Prior.fit`; `prior.variance_kept` is not used: all of the covariance is kept."""
+        """See `medgen.priors.AnalyticPrior.fit`; `params.variance_kept` is not used: all of the covariance is kept."""
         axes = PrincipalAxes.fit(latents.flatten(1).cpu())
         frequencies = class_frequencies(labels, num_classes)
         return cls.restore(
@@ -95,20 +95,20 @@ class Gaussian:
         return self.axes.residual_log_likelihood(latents.flatten(1), torch.zeros(1, rank), torch.ones(1, rank))[:, 0]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values that `restore` takes."""
+        """Tensors and plain values for `restore`."""
         tensors = {**self.axes.tensors(), "frequencies": self.frequencies, "noise": self.noise}
         return tensors, {"latent_shape": list(self.latent_shape)}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:
-        """The prior whose `state` this is."""
+        """Return the prior that `state` describes."""
         return cls(
             tuple(meta["latent_shape"]), tensors["frequencies"], PrincipalAxes.restore(tensors), tensors["noise"]
         )
 
 
 def class_frequencies(labels: Tensor | None, num_classes: int) -> Tensor:
-    """Share of each class among the labelled rows of `labels` (N,; -1 is unlabelled): (num_classes,), or empty."""
+    """Share (num_classes,) of each class among the labels (N,), without -1; empty for unlabelled data."""
     if labels is None or num_classes == 0 or not bool((labels >= 0).any()):
         return torch.empty(0)
     counts = torch.bincount(labels[labels >= 0].cpu(), minlength=num_classes).double()
@@ -116,10 +116,10 @@ def class_frequencies(labels: Tensor | None, num_classes: int) -> Tensor:
 
 
 def posterior_noise(variance: Tensor | None) -> Tensor:
-    """Mean posterior variance (*latent_shape) -> its root (D,), or empty."""
+    """Root (D,) of the mean posterior variance (*latent_shape); empty without one."""
     return torch.empty(0) if variance is None else variance.cpu().flatten().float().sqrt()
 
 
 def add_noise(flat: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents (n, D) plus posterior noise where there is any."""
+    """Latents (n, D) plus Gaussian noise of deviation `noise` (D,), if that is not empty."""
     return flat if len(noise) == 0 else flat + noise * torch.randn(flat.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""A model with its prior and its refiner: all that generating images takes."""
+"""A model with its prior and refiner, which together generate images."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from medgen.priors.refiner import WEIGHTS, Refiner, load_refiner
 
 @dataclass(frozen=True)
 class Generator:
-    """All that generating takes."""
+    """A loaded model with its prior and, if there is one, its refiner."""
 
     model: GenerativeModel
     info: BundleInfo
@@ -23,10 +23,10 @@ class Generator:
 
 
 def load_generator(model: Path, prior: Path, refiner: Path, device: torch.device | str = "cpu") -> Generator:
-    """Reads a model, the prior fitted to its latents and the refiner of its images from their folders.
+    """Load a model, its prior and its refiner from their folders.
 
     Raises:
-        UserError: one of them is missing or damaged, or belongs to another model.
+        UserError: one of them is missing or damaged, or the prior or refiner belongs to another model.
     """
     network, info = load_generative(model, device)
     weights = digest(model)
@@ -34,9 +34,9 @@ def load_generator(model: Path, prior: Path, refiner: Path, device: torch.device
 
 
 def content_hash(model: Path, prior: Path, refiner: Path) -> str:
-    """SHA-256 of the names and bytes of all files of a model, its prior and its refiner: what a version is.
+    """SHA-256 of the names and bytes of all files of a model, its prior and its refiner, which identifies a version.
 
-    A folder that says that there is no refiner counts for nothing, as none did before there were refiners.
+    The folder of a disabled refiner is left out, so that versions from before refiners keep their hash.
     """
     total = hashlib.sha256()
     parts = [(model, "model"), (prior, "prior")]

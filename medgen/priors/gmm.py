@@ -1,20 +1,20 @@
-"""`gmm`: a Gaussian mixture fitted after training to what the encoder says of the train split.
+"""`gmm`: a Gaussian mixture fitted to the latents of the train split after the model's training.
 
 Ex-post density estimation: Ghosh et al., From Variational to Deterministic Autoencoders, 2020, section 4.
-Latents have many more numbers than a mixture can be fitted in, so it lives in the first K principal
-axes, whitened; the remaining axes are independent Gaussians around the class's own mean, with its own
-variances: they keep the fine detail in the image.
+Latents have too many dimensions to fit a mixture in all of them. The mixture is fitted in the first K principal axes,
+whitened; the residual axes are independent Gaussians with each class's own mean and variances, which keep the fine
+detail of the images.
 
-A component's covariance is its own full scatter, shrunk a little towards the diagonal so that it stays
-invertible. More shrinkage would have the better held-out likelihood in so many axes, and samples farther
-from real films: it forgets how the axes go together within a class (docs/results.md). The number of
-components is chosen, per class, by the likelihood of a held-out fifth of the patients' images; then all
-images of the class are fitted.
+A component's covariance is its own full scatter, shrunk slightly towards the diagonal so that it stays invertible. More
+shrinkage would give a higher held-out likelihood in so many axes, but samples farther from real images, because it
+removes the correlations between axes within a class (docs/results.md). The number of components is chosen per class by
+the likelihood of a held-out fifth of the patients' images; then all images of the class are fitted.
 
-Shapes: N latents, D numbers in a latent, R axes, K of them under the mixture and S = R - K residual ones,
+Shapes: N latents, D dimensions of a latent, R axes, of which K under the mixture and S = R - K residual ones,
 M components over all classes.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from medgen.config import Prior
-from medgen.priors.axes import LOG_TAU, PrincipalAxes, all_alike, num_axes
+from medgen.priors.axes import LOG_TAU, PrincipalAxes, constant_latents_error, num_axes
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 
-RARE = 50  # a class with fewer images gets its own mean and the covariance all classes share
-_FOLDS = 5  # the number of components is chosen on one part in so many
-_ROWS_PER_COMPONENT = 10  # at least; fewer do not even give variances
-_STARTS = 4  # of EM; whitening makes clusters no wider apart than noise is, and a single start often misses them
+RARE = 50  # a class with fewer images gets its own mean and the covariance of all classes
+_FOLDS = 5  # one part in so many is held out to choose the number of components
+_ROWS_PER_COMPONENT = 10  # fewer are too few even for variances
+_STARTS = 4  # of EM: in whitened axes clusters are no wider apart than noise, and a single start often misses them
 _SHRINKAGE = 0.05  # of a covariance towards its diagonal
-_VARIANCE_FLOOR = 1e-2  # of a whitened coordinate's variance, 1
-_RESIDUAL_SHARE = 0.999  # of the variance; the axes after that would double the file and show nothing
+_VARIANCE_FLOOR = 1e-2  # of a whitened coordinate, whose variance is 1
+_RESIDUAL_SHARE = 0.999  # of the variance; the axes after that would double the file and change nothing visible
+_TENSORS = ("noise", "frequencies", "weights", "owners", "centres", "factors", "residual_means", "residual_scales")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class _Mixture:
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """What is fitted to one class."""
+class _ClassFit:
+    """The fit of one class."""
 
     mixture: _Mixture
     residual_mean: Tensor  # (S,)
@@ -60,7 +61,7 @@ class _Fit:
 
 
 class GaussianMixture:
-    """Gaussian mixture over principal coordinates; one per class where `conditional`."""
+    """Gaussian mixture over principal coordinates; one per class if `conditional`."""
 
     name: ClassVar[str] = "gmm"
 
@@ -76,17 +77,17 @@ class GaussianMixture:
         self.noise = tensors["noise"]  # (D,) root of the mean posterior variance; empty without one
         self.frequencies = tensors["frequencies"]  # (num_classes,)
         self.weights = tensors["weights"]  # (M,) over all classes, sum 1
-        self.owners = tensors["owners"]  # (M,) int64, the class of a component; -1 where not conditional
+        self.owners = tensors["owners"]  # (M,) int64, the class of a component; -1 if not conditional
         self.centres = tensors["centres"]  # (M, K)
         self.factors = tensors["factors"]  # (M, K, K) Cholesky factors, lower
         shape = len(self.centres), len(self.axes.scales) - self.centres.shape[1]
-        # Residual coordinates; older files lack these tensors and have one Gaussian for all classes.
+        # older files lack the tensors of the residual axes and have one Gaussian for all classes there
         self.residual_means = tensors.get("residual_means", torch.zeros(shape))  # (M, S)
         self.residual_scales = tensors.get("residual_scales", torch.ones(shape))  # (M, S) standard deviations
 
     @property
     def conditional(self) -> bool:
-        """Whether a label changes what is drawn."""
+        """True if samples depend on the label."""
         return bool((self.owners >= 0).any())
 
     @classmethod
@@ -95,26 +96,28 @@ class GaussianMixture:
         latents: Tensor,
         labels: Tensor | None,
         num_classes: int,
-        prior: Prior,
+        params: Prior,
         variance: Tensor | None = None,
         patients: Sequence[str] | None = None,
     ) -> Self:
-        """See `medgen.priors.Prior.fit`. Rows labelled -1 shape the axes only, where others are labelled."""
+        """See `medgen.priors.AnalyticPrior.fit`. Unlabelled rows only affect the axes if other rows are labelled."""
         flat = latents.flatten(1).double().cpu()
-        axes = PrincipalAxes.fit(flat, max(_RESIDUAL_SHARE, prior.variance_kept))
+        axes = PrincipalAxes.fit(flat, max(_RESIDUAL_SHARE, params.variance_kept))
         if len(axes.scales) == 0:
-            raise all_alike(latents)
-        kept = num_axes(axes.scales.square(), prior.variance_kept)
+            raise constant_latents_error(latents)
+        kept = num_axes(axes.scales.square(), params.variance_kept)
         white = axes.whiten(flat)
-        people = torch.arange(len(white))
+        patient_ids = torch.arange(len(white))
         if patients is not None:
-            people = torch.from_numpy(np.unique(np.array(patients), return_inverse=True)[1])
+            patient_ids = torch.from_numpy(np.unique(np.array(patients), return_inverse=True)[1])
         frequencies = class_frequencies(labels, num_classes)
         members = {-1: torch.ones(len(white), dtype=torch.bool)}
-        if prior.conditional and labels is not None and len(frequencies):
+        if params.conditional and labels is not None and len(frequencies):
             members = {c: labels.cpu() == c for c in range(num_classes) if bool(frequencies[c] > 0)}
         pooled = torch.cat([white[rows] - white[rows].mean(0) for rows in members.values()])  # (N, R)
-        fits = [_fit_class(owner, white[rows], people[rows], pooled, kept, prior) for owner, rows in members.items()]
+        fits = [
+            _fit_class(owner, white[rows], patient_ids[rows], pooled, kept, params) for owner, rows in members.items()
+        ]
         tensors = {
             **axes.tensors(),
             "noise": posterior_noise(variance),
@@ -126,7 +129,7 @@ class GaussianMixture:
             "residual_means": torch.cat([fit.residual_mean.expand(len(fit.mixture.weights), -1) for fit in fits]),
             "residual_scales": torch.cat([fit.residual_scale.expand(len(fit.mixture.weights), -1) for fit in fits]),
         }
-        # Contiguous, as they will be when loaded: a matrix product rounds by its operands' layout.
+        # contiguous, as after loading: the rounding of a matrix product depends on the memory layout
         plain = {name: (t if name == "owners" else t.float()).contiguous() for name, t in tensors.items()}
         return cls(tuple(latents.shape[1:]), plain, [fit.choice for fit in fits])
 
@@ -137,38 +140,37 @@ class GaussianMixture:
             ValueError: a label has no component.
         """
         component = torch.multinomial(self._weights_for(n, labels), 1, generator=generator)[:, 0]
-        size = self.centres.shape[1]
+        kept = self.centres.shape[1]
         white = torch.randn(n, len(self.axes.scales), generator=generator)
         for m in sorted(set(component.tolist())):
             rows = component == m
-            white[rows, :size] = self.centres[m] + white[rows, :size] @ self.factors[m].T
-            white[rows, size:] = self.residual_means[m] + white[rows, size:] * self.residual_scales[m]
+            white[rows, :kept] = self.centres[m] + white[rows, :kept] @ self.factors[m].T
+            white[rows, kept:] = self.residual_means[m] + white[rows, kept:] * self.residual_scales[m]
         return add_noise(self.axes.colour(white), self.noise, generator).view(n, *self.latent_shape)
 
     def log_likelihood(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Log density in nats (N,) of posterior means (N, *latent_shape), given their labels where there are any."""
+        """Log density in nats (N,) of posterior means (N, *latent_shape), given labels (N,) if there are any."""
         flat = latents.flatten(1)
-        size = self.centres.shape[1]
-        white = self.axes.whiten(flat)[:, :size].double()
+        kept = self.centres.shape[1]
+        white = self.axes.whiten(flat)[:, :kept].double()
         densities = _component_densities(white, self.centres.double(), self.factors.double())
         residual = self.axes.residual_log_likelihood(flat, self.residual_means.double(), self.residual_scales.double())
         weights = self._weights_for(len(flat), labels).double()
         mixture = torch.logsumexp(weights.log() + densities + residual, dim=1)
-        return mixture - self.axes.scales[:size].double().log().sum()
+        return mixture - self.axes.scales[:kept].double().log().sum()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values that `restore` takes."""
-        names = ("noise", "frequencies", "weights", "owners", "centres", "factors", "residual_means", "residual_scales")
-        tensors = {**self.axes.tensors(), **{name: getattr(self, name) for name in names}}
+        """Tensors and plain values for `restore`."""
+        tensors = {**self.axes.tensors(), **{name: getattr(self, name) for name in _TENSORS}}
         return tensors, {"latent_shape": list(self.latent_shape), "choices": self.choices}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:
-        """The prior whose `state` this is."""
+        """Return the prior that `state` describes."""
         return cls(tuple(meta["latent_shape"]), tensors, meta["choices"])
 
     def _weights_for(self, n: int, labels: Tensor | None) -> Tensor:
-        """Component weights (n, M); those of other classes than a row's label are 0. Label -1 leaves all."""
+        """Component weights (n, M), 0 for components of other classes than a row's label; label -1 keeps all."""
         weights = self.weights.expand(n, -1)
         if labels is None or not self.conditional:
             return weights
@@ -182,16 +184,16 @@ class GaussianMixture:
         return weights / sums
 
 
-def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, kept: int, prior: Prior) -> _Fit:
+def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, kept: int, params: Prior) -> _ClassFit:
     """Fit one class.
 
     Args:
         owner: the class, -1 for all images together.
         rows: (N, R) whitened coordinates of its images.
-        patients: (N,) int64, the number of each image's patient.
+        patients: (N,) int64, index of each image's patient.
         pooled: (all images, R) differences from their own class's mean, whose covariance a rare class borrows.
-        kept: K, how many of the axes the mixture is fitted in.
-        prior: the parameters.
+        kept: K, number of axes of the mixture.
+        params: the parameters.
     """
     choice: dict[str, Any] = {"class": owner, "rows": len(rows)}
     mean, own = rows.mean(0), rows - rows.mean(0)
@@ -201,52 +203,51 @@ def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, kept:
         mixture = _Mixture(torch.ones(1).to(rows), mean[None, :kept], scatter[None])
         choice |= {"components": 1, "held_out": None}
     else:
-        mixture, chosen = _fit_mixture(rows[:, :kept], patients, prior)
+        mixture, chosen = _fit_mixture(rows[:, :kept], patients, params)
         choice |= chosen
-    return _Fit(mixture, mean[kept:], own[:, kept:].square().mean(0).sqrt(), choice)
+    return _ClassFit(mixture, mean[kept:], own[:, kept:].square().mean(0).sqrt(), choice)
 
 
-def _fit_mixture(rows: Tensor, patients: Tensor, prior: Prior) -> tuple[_Mixture, dict[str, Any]]:
-    """The mixture of `rows` (N, K), and how many components it has; see `_fit_class`."""
-    chosen = _held_out(patients, prior.seed)
-    held, used = rows[chosen], rows[~chosen]
-    scores: dict[int, Tensor] = {}  # components -> log density of held-out rows (N,)
-    affordable = {c for c in prior.components if c * _ROWS_PER_COMPONENT <= len(used)} or {1}
+def _fit_mixture(rows: Tensor, patients: Tensor, params: Prior) -> tuple[_Mixture, dict[str, Any]]:
+    """Fit a mixture to `rows` (N, K) and choose its number of components; see `_fit_class`."""
+    chosen = _hold_out(patients, params.seed)
+    held_out, used = rows[chosen], rows[~chosen]
+    scores: dict[int, Tensor] = {}  # number of components -> log density of held-out rows (N,)
+    affordable = {c for c in params.components if c * _ROWS_PER_COMPONENT <= len(used)} or {1}
     for components in sorted(affordable):
-        mixture = _expectation_maximisation(used, components, prior.seed)
+        mixture = _expectation_maximisation(used, components, params.seed)
         factors = torch.linalg.cholesky(mixture.covariances())
-        densities = mixture.weights.log() + _component_densities(held, mixture.centres, factors)
+        densities = mixture.weights.log() + _component_densities(held_out, mixture.centres, factors)
         scores[components] = torch.logsumexp(densities, dim=1)
-    components = _fewest_good(scores)
-    held_out = float(scores[components].mean()) / rows.shape[1]
-    mixture = _expectation_maximisation(rows, components, prior.seed)
-    return mixture, {"components": components, "held_out": round(held_out, 4)}
+    components = _fewest_within_one_standard_error(scores)
+    score = float(scores[components].mean()) / rows.shape[1]
+    mixture = _expectation_maximisation(rows, components, params.seed)
+    return mixture, {"components": components, "held_out": round(score, 4)}
 
 
-def _held_out(patients: Tensor, seed: int) -> Tensor:
-    """Mask (N,) of about a fifth of the images with the patients (N,) int64: all images of patients drawn at random.
+def _hold_out(patients: Tensor, seed: int) -> Tensor:
+    """Mask (N,) of about a fifth of the images: all images of randomly drawn patients (N,) int64.
 
-    Images of one patient are alike: split over both sides, they would favour too many components. A few patients with
-    many images each may give less than half of a fifth; there the images are drawn one by one.
+    Images of one patient are similar, so a patient on both sides would favour too many components. If patients with
+    many images leave less than half of the wanted fifth, images are drawn individually instead.
     """
     wanted = len(patients) // _FOLDS
-    for owners in (patients, torch.arange(len(patients))):
-        _, owners, counts = torch.unique(owners, return_inverse=True, return_counts=True)
-        held, room = torch.zeros(len(counts), dtype=torch.bool), wanted
-        for owner in torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed)).tolist():
-            if counts[owner] <= room:
-                held[owner] = True
-                room -= int(counts[owner])
-        if 2 * room <= wanted:
+    for groups in (patients, torch.arange(len(patients))):
+        _, groups, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+        held_out, left = torch.zeros(len(counts), dtype=torch.bool), wanted
+        for group in torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed)).tolist():
+            if counts[group] <= left:
+                held_out[group] = True
+                left -= int(counts[group])
+        if 2 * left <= wanted:
             break
-    return held[owners]
+    return held_out[groups]
 
 
-def _fewest_good(scores: Mapping[int, Tensor]) -> int:
-    """The fewest components within one standard error of the best held-out likelihood.
+def _fewest_within_one_standard_error(scores: Mapping[int, Tensor]) -> int:
+    """Least number of components whose held-out likelihood is within one standard error of the best.
 
-    The one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, on paired
-    differences: a larger mixture must be better by more than chance.
+    The one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, on paired differences.
     """
     best = max(scores.values(), key=lambda score: float(score.mean()))
     for components in sorted(scores):
@@ -257,9 +258,7 @@ def _fewest_good(scores: Mapping[int, Tensor]) -> int:
 
 
 def _expectation_maximisation(rows: Tensor, components: int, seed: int) -> _Mixture:
-    """Responsibilities from sklearn's diagonal mixture (stable with few rows), then each component's full scatter."""
-    import warnings
-
+    """Mixture of sklearn's responsibilities (diagonal, stable with few rows) and each component's full scatter."""
     from sklearn import mixture
     from sklearn.exceptions import ConvergenceWarning
 
@@ -272,7 +271,7 @@ def _expectation_maximisation(rows: Tensor, components: int, seed: int) -> _Mixt
         random_state=seed,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out likelihood judges the result
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out likelihood evaluates the result
         responsibilities = torch.from_numpy(model.fit(rows.numpy()).predict_proba(rows.numpy()))  # (N, M)
     counts = responsibilities.sum(0).clamp_min(1e-9)
     centres = responsibilities.T @ rows / counts[:, None]

@@ -1,70 +1,68 @@
-"""The refiner: draws the detail that a decoder leaves out, as a conditional flow on pixels.
+"""The refiner: a conditional flow on pixels that draws the detail which a decoder leaves out.
 
-A decoder that is trained on pixel losses gives the mean of all images that fit a latent: blurred where they differ.
-The refiner draws one of them: the residual x - d of a training image x and its decoded latent d, given d, by flow
-matching (Lipman et al. 2023). A second stage of diffusion on a VAE's images is due to Pandey et al. (DiffuseVAE, 2022).
+A decoder trained with pixel losses gives the mean of all images that fit a latent, which is blurred where they differ.
+The refiner samples one of them: the residual x - d of an image x and its decoded latent d, given d, by flow matching
+(Lipman et al. 2023). A second stage of diffusion on a VAE's images is due to Pandey et al. (DiffuseVAE, 2022).
 
-The decoder lacks texture, and the prior gets structure wrong. For the second, training adds noise of a random level to
-latents before they are decoded and gives the level to the network (conditioning augmentation, Ho et al. 2022). The more
-noise, the more of the image the flow draws itself. Sampling adds noise of a chosen level to a prior's latent.
+The decoder lacks texture, and the prior makes errors of structure. To correct those too, training adds noise of a
+random level to latents before they are decoded and conditions the network on the level (conditioning augmentation, Ho
+et al. 2022): the more noise, the more of the image the flow draws itself. Sampling adds noise of a fixed level to a
+prior's latent.
 
 The residual is whitened: each frequency is divided by its deviation over the train split. The flow leads from white
-noise n to the whitened residual r along an arc, y = cos θ · n + sin θ · r, of which the network gives dy/dθ =
-cos θ · r - sin θ · n (TrigFlow of Lu & Song 2025; v-prediction of Salimans & Ho 2022). All that it takes and gives has
-variance 1 at each time and frequency, so none is neglected. Untrained, the velocity is 0 and the residual is noise of
-the right spectrum. Each frequency has an angle θ of its own: those of more power go ahead, coarse detail first.
-Steps are taken in θ, so few are enough.
+noise n to the whitened residual r along an arc, y = cos θ · n + sin θ · r, and the network predicts dy/dθ =
+cos θ · r - sin θ · n (TrigFlow of Lu & Song 2025; v-prediction of Salimans & Ho 2022). Its inputs and outputs have
+variance 1 at each time and frequency, so no frequency is neglected. Untrained, the velocity is 0 and the residual is
+noise of the right spectrum. Each frequency has its own angle θ: frequencies of more power are ahead, so that coarse
+detail is drawn first. The sampler's steps are in θ, so few are enough.
 
-Prior and flow both draw a little less contrast than real images have. A gain for each radial frequency, fitted to the
-train split once the flow is trained, makes up for it.
+Prior and flow both have slightly less contrast than real images. A gain for each radial frequency, fitted to the train
+split after the flow is trained, corrects this.
 
-Pixels are moved to channels in patches of at most 4 (space-to-depth), so that the network works on a grid of 32
-positions a side up to 128 px, and of a quarter of the image's side above.
+Pixels are moved to channels in patches of at most 4×4 (space-to-depth): the network works on a grid of 32 positions a
+side up to 128 px, and of a quarter of the image's side above.
 
 Shapes: B batch, C H W image, D latent, P side of a patch.
 """
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Self
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen import config
 from medgen.config import seed_of
 from medgen.errors import UserError
-from medgen.io import write_folder
+from medgen.io import parsing, read_description, read_tensors, save_artifact, to_json, write_folder
 from medgen.models.base import Decoder
+from medgen.nn.guidance import drop_labels
 from medgen.nn.velocity import VelocityNetwork
+from medgen.priors.neural import load_network
 
-LABEL_DROPOUT = 0.1  # of labels in training, so that their strength can be chosen when drawing (Ho & Salimans 2022)
-GRID_SIDE = 32  # positions a side that the network works on, where the image size allows
-MAX_PATCH = 4  # a larger patch asks one position of the network for too many pixels; large images have a larger grid
-LEAD = 0.5  # how far frequencies of more power go ahead of others: 0 not at all, 1 as with white noise on pixels
-EMPHASIS = 0.25  # of those frequencies in the loss: they are few, and structure is made of them; 0: none
-SCALES = ("residual_scale", "spectrum", "latent_scale", "gain")  # arguments of `Refiner` that are fitted, not learnt
-SCHEMA = 3  # of what is written; 1 had a flow on pixels, whose network gives another velocity, 2 had no gain
+GRID_SIDE = 32  # least side of the network's grid, where the image size allows
+PATCH_SIDES = (4, 2)  # in larger patches, one position would have to predict too many pixels
+LEAD = 0.5  # exponent of the power by which a frequency is ahead: 0 all alike, 1 as with white noise on pixels
+EMPHASIS = 0.25  # exponent of the power in the loss: frequencies of much power are few and carry the structure; 0: none
+STATISTICS = ("residual_scale", "spectrum", "latent_scale", "gain")  # arguments of `Refiner` computed from images
+SCHEMA = 3  # of the files; 1 had a flow on pixels with another velocity, 2 had no gain
 WEIGHTS, DESCRIPTION = "refiner.safetensors", "refiner.json"
 
 
 class Refiner:
-    """A velocity network on standardised residuals, given the decoded image, its latent's noise level and the class.
+    """A velocity network on whitened residuals, given the decoded image, its latent's noise level and the class.
 
     Args:
-        network: as `build_network` makes it.
+        network: made by `build_network`.
         params: the parameters.
         image_shape: (C, H, W).
         num_classes: that the network is conditioned on; 0 for none.
         residual_scale: (C,) root-mean-square residual of each channel.
         spectrum: (C, H, W // 2 + 1) mean power of the standardised residual at each frequency of `rfft2`.
         latent_scale: (*latent_shape) standard deviation of each dimension of the train split's latents.
-        gain: (H, W // 2 + 1) of refined images at each frequency of `rfft2`; none where left out.
+        gain: (H, W // 2 + 1) of refined images at each frequency of `rfft2`; 1 by default.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class Refiner:
         self.patch = patch_size(image_shape)
 
     @classmethod
-    def start(
+    def create(
         cls,
         params: config.Refiner,
         image_shape: tuple[int, int, int],
@@ -94,7 +92,7 @@ class Refiner:
         spectrum: Tensor,
         latent_scale: Tensor,
     ) -> Self:
-        """A refiner before its training; the same seed gives the same network."""
+        """Return an untrained refiner; the same seed gives the same network."""
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(params.seed))
             network = build_network(params, image_shape, num_classes)
@@ -112,23 +110,23 @@ class Refiner:
         """Mean squared error of the velocity, weighted by frequency; a scalar.
 
         Args:
-            network: this refiner's own, as the loop wraps it.
+            network: this refiner's network, as the training loop wraps it.
             images: (B, C, H, W) in [0, 1].
-            decoded: (B, C, H, W), their latents' images.
+            decoded: (B, C, H, W), decoded from the images' latents.
             levels: (B,) noise on those latents, in standard deviations.
             labels: (B,), -1 where unlabelled.
-            generator: gives all that is random, on the CPU.
+            generator: source of all randomness, on the CPU.
         """
         residual = _filter((images - decoded) / self._scale(images), self.spectrum.rsqrt())
         noise = torch.randn(residual.shape, generator=generator).to(residual.device)
         # logit-normal times: those near 0 and 1 are easy (Esser et al. 2024, section 3.1)
         time = torch.randn(len(images), generator=generator).sigmoid().to(residual.device)
-        dropped = (torch.rand(len(images), generator=generator) < LABEL_DROPOUT).to(residual.device)
-        labels = labels.masked_fill(dropped, -1) if self.num_classes else torch.full_like(labels, -1)
+        labels = drop_labels(labels, self.num_classes > 0, generator)
         angle = self._angle(time)
-        found = self._velocity(network, _turn(noise, residual, angle), time, labels, decoded, levels)
+        y, target = _rotate(noise, residual, angle), _rotate(residual, -noise, angle)
+        velocity = self._velocity(network, y, time, labels, decoded, levels)
         weight = self._relative_deviation() ** EMPHASIS
-        error = _filter(found - _turn(residual, -noise, angle), weight / weight.square().mean().sqrt())
+        error = _filter(velocity - target, weight / weight.square().mean().sqrt())
         return error.square().mean()
 
     def noise_latents(self, latents: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
@@ -138,15 +136,15 @@ class Refiner:
         return latents + amount * self.latent_scale.to(latents.device) * noise
 
     @torch.no_grad()
-    def draw(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Refined images (B, C, H, W) in [0, 1] of a prior's latents, on their device."""
+    def sample(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Decode a prior's latents with noise on them, and refine: images (B, C, H, W) in [0, 1], on their device."""
         levels = torch.full((len(latents),), self.params.sampling_noise, device=latents.device)
         noised = self.noise_latents(latents, levels, generator)
         return self.refine(decoder.decode(noised, labels).float(), levels, labels, generator)
 
     @torch.no_grad()
     def refine(self, decoded: Tensor, levels: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] that fit decoded ones, whose latents have noise of the levels (B,)."""
+        """Images (B, C, H, W) in [0, 1] sampled given decoded ones, whose latents have noise of the levels (B,)."""
         self.network.eval()
         if labels is None or not self.num_classes:
             labels = torch.full((len(decoded),), -1, device=decoded.device)
@@ -154,16 +152,16 @@ class Refiner:
         num_steps = self.params.sampling_steps
         for step in range(num_steps):
             start, middle, end = (y.new_full((len(y),), (step + part) / num_steps) for part in (0.0, 0.5, 1.0))
-            velocity = self._guided(y, start, labels, decoded, levels)
+            velocity = self._guided_velocity(y, start, labels, decoded, levels)
             if self.params.solver == "midpoint":
-                ahead = y + _filter(velocity, self._angle(middle) - self._angle(start))
-                velocity = self._guided(ahead, middle, labels, decoded, levels)
+                half = y + _filter(velocity, self._angle(middle) - self._angle(start))
+                velocity = self._guided_velocity(half, middle, labels, decoded, levels)
             y = y + _filter(velocity, self._angle(end) - self._angle(start))
         residual = _filter(y, self.spectrum.sqrt())
         return _filter(decoded + self._scale(decoded) * residual, self.gain).clamp(0.0, 1.0)
 
-    def _guided(self, y: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor) -> Tensor:
-        """The velocity with the label's strength: unconditional + guidance · (conditional - unconditional)."""
+    def _guided_velocity(self, y: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor) -> Tensor:
+        """Velocity with guidance: unconditional + guidance · (conditional - unconditional)."""
         guidance = self.params.guidance
         conditional = self._velocity(self.network, y, time, labels, decoded, levels)
         if guidance == 1.0 or bool((labels < 0).all()):
@@ -175,16 +173,16 @@ class Refiner:
         self, network: nn.Module, y: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor
     ) -> Tensor:
         """dy/dθ at `y` (B, C, H, W) and times (B,)."""
-        patches, given = (F.pixel_unshuffle(image, self.patch) for image in (y, 2.0 * decoded - 1.0))
-        return F.pixel_shuffle(network(patches, time, labels, given, levels).float(), self.patch)
+        patches, context = (F.pixel_unshuffle(image, self.patch) for image in (y, 2.0 * decoded - 1.0))
+        return F.pixel_shuffle(network(patches, time, labels, context, levels).float(), self.patch)
 
     def _angle(self, time: Tensor) -> Tensor:
         """θ (B, C, H, W // 2 + 1) of each frequency at times (B,) in [0, 1]: from 0 to π/2."""
-        turn = (0.5 * math.pi * time)[:, None, None, None]
-        return torch.atan2(turn.sin() * self._relative_deviation().to(time.device) ** LEAD, turn.cos())
+        angle = (0.5 * math.pi * time)[:, None, None, None]
+        return torch.atan2(angle.sin() * self._relative_deviation().to(time.device) ** LEAD, angle.cos())
 
     def _relative_deviation(self) -> Tensor:
-        """Deviation of the residual at each frequency over the geometric mean of all."""
+        """Deviation of the residual at each frequency, relative to the geometric mean over all frequencies."""
         deviation = self.spectrum.sqrt()
         return deviation / deviation.log().mean().exp()
 
@@ -201,13 +199,13 @@ def _filter(images: Tensor, gains: Tensor) -> Tensor:
         return filtered
 
 
-def _turn(images: Tensor, others: Tensor, angle: Tensor) -> Tensor:
+def _rotate(images: Tensor, others: Tensor, angle: Tensor) -> Tensor:
     """cos θ · images + sin θ · others, each (B, C, H, W), with an angle for each frequency of `rfft2`."""
     return _filter(images, angle.cos()) + _filter(others, angle.sin())
 
 
 def build_network(params: config.Refiner, image_shape: tuple[int, int, int], num_classes: int) -> VelocityNetwork:
-    """The network for images (C, H, W), untrained."""
+    """Build the untrained network for images (C, H, W)."""
     (channels, height, width), patch = image_shape, patch_size(image_shape)
     shape = (channels * patch**2, height // patch, width // patch)
     return VelocityNetwork(
@@ -216,77 +214,63 @@ def build_network(params: config.Refiner, image_shape: tuple[int, int, int], num
         params.channels,
         params.blocks,
         params.dropout,
-        given_channels=shape[0],
-        levels=True,
+        context_channels=shape[0],
+        has_noise_level=True,
         smallest_side=min(8, min(shape[1:]) // 4),
-        attention_side=16,  # ribs, spine and outlines go together over the whole image
+        attention_side=16,  # anatomical structures are related across the whole image
     )
 
 
 def patch_size(image_shape: tuple[int, int, int]) -> int:
-    """Side of a patch: 1, 2 or 4, of which it divides both sides and leaves a grid of at least `GRID_SIDE`."""
-    _, height, width = image_shape
-    patch = 1
-    while (
-        patch < MAX_PATCH
-        and min(height, width) // (2 * patch) >= GRID_SIDE
-        and height % (2 * patch) == 0 == width % (2 * patch)
-    ):
-        patch *= 2
-    return patch
+    """Side of a patch: the largest of 4, 2 and 1 that divides both sides and leaves a grid of at least `GRID_SIDE`."""
+    _, *sides = image_shape
+    fitting = (
+        patch for patch in PATCH_SIDES if all(side % patch == 0 and side // patch >= GRID_SIDE for side in sides)
+    )
+    return next(fitting, 1)
 
 
 def save_refiner(folder: Path, refiner: Refiner, model: str) -> None:
-    """Writes refiner.safetensors and refiner.json; `model` is the SHA-256 of the weights of its decoder."""
-    network = {f"network.{name}": tensor.detach().cpu() for name, tensor in refiner.network.state_dict().items()}
-    scales = {name: getattr(refiner, name).cpu() for name in SCALES}
-    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in {**network, **scales}.items()})
-    plain = {
+    """Write refiner.safetensors and refiner.json; `model` is the SHA-256 of its decoder's weights."""
+    network = {f"network.{name}": tensor for name, tensor in refiner.network.state_dict().items()}
+    statistics = {name: getattr(refiner, name) for name in STATISTICS}
+    description = {
         "enabled": True,
         "schema": SCHEMA,
-        "sha256": hashlib.sha256(weights).hexdigest(),
         "model": model,
         "image_shape": refiner.image_shape,
         "num_classes": refiner.num_classes,
         "refiner": refiner.params.model_dump(mode="json"),
     }
-    write_folder(folder, {WEIGHTS: weights, DESCRIPTION: (json.dumps(plain, indent=2) + "\n").encode()})
+    save_artifact(folder, "refiner", {**network, **statistics}, description)
 
 
-def save_none(folder: Path, model: str) -> None:
-    """Writes a refiner.json that says that images of the model with the SHA-256 `model` are not refined."""
-    write_folder(folder, {DESCRIPTION: (json.dumps({"enabled": False, "model": model}, indent=2) + "\n").encode()})
+def save_disabled(folder: Path, model: str) -> None:
+    """Write a refiner.json that says that the model with the SHA-256 `model` has no refiner."""
+    write_folder(folder, {DESCRIPTION: to_json({"enabled": False, "model": model})})
 
 
 def load_refiner(folder: Path, model: str, device: torch.device | str = "cpu") -> Refiner | None:
-    """Reads what `save_refiner` or `save_none` wrote, for the model whose weights have the SHA-256 `model`.
+    """Load the refiner of the model whose weights have the SHA-256 `model`; None if refinement is disabled.
 
     Raises:
-        UserError: there is no refiner, it is damaged, or it was trained for another model.
+        UserError: the files are missing or damaged, or belong to another model.
     """
-    path = folder / DESCRIPTION
-    again = "run `medgen refiner` again"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        trained_for = meta["model"]
+    path, command = folder / DESCRIPTION, "medgen refiner"
+    meta = read_description(folder, "refiner", command)
+    with parsing(path, command):
+        trained_for, enabled, schema = meta["model"], meta["enabled"], meta.get("schema", 1)
         if trained_for != model:
-            raise UserError(f"{folder}: made for model {trained_for[:12]}, the model here is {model[:12]}; {again}")
-        if not meta["enabled"]:
+            raise UserError(
+                f"{folder}: made for model {trained_for[:12]}, expected model {model[:12]}; run `{command}` again"
+            )
+        if not enabled:
             return None
-        if (schema := meta.get("schema", 1)) != SCHEMA:
-            raise UserError(f"{path}: found schema {schema}, expected {SCHEMA}: of another medgen; {again}")
-        weights = (folder / WEIGHTS).read_bytes()
-        if meta["sha256"] != hashlib.sha256(weights).hexdigest():
-            raise UserError(f"{folder / WEIGHTS}: not the file that {DESCRIPTION} describes; {again}")
+        if schema != SCHEMA:
+            raise UserError(f"{path}: found schema {schema}, expected {SCHEMA}; run `{command}` again")
         params = config.Refiner.model_validate(meta["refiner"])
-        tensors = safetensors.torch.load(weights)
-        with torch.device("meta"):  # no random weights that would be overwritten
-            network = build_network(params, tuple(meta["image_shape"]), meta["num_classes"])
-        network = network.to_empty(device="cpu")
-        network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
-        scales = [tensors[name] for name in SCALES]
-        return Refiner(network.to(device).eval(), params, tuple(meta["image_shape"]), meta["num_classes"], *scales)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no refiner here; run `medgen refiner` (or `dvc repro`) first") from None
-    except (ValueError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); {again}") from None
+        tensors = read_tensors(folder, "refiner", command, meta["sha256"])
+        image_shape, num_classes = tuple(meta["image_shape"]), meta["num_classes"]
+        network = load_network(lambda: build_network(params, image_shape, num_classes), tensors)
+        statistics = [tensors[name] for name in STATISTICS]
+    return Refiner(network.to(device), params, image_shape, num_classes, *statistics)

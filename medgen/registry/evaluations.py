@@ -1,4 +1,4 @@
-"""The per-image values of a version's evaluation: kept with it in MLflow, and compared with another version's."""
+"""Per-image values of a version's evaluation: stored with the version in MLflow and compared with another version's."""
 
 import shutil
 import tempfile
@@ -9,48 +9,49 @@ from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.evaluation.data import EvaluationData, load_evaluation
 from medgen.metrics.comparison import Comparison, compare, compare_means
-from medgen.registry.versions import EVALUATION, NoSuchVersion, Version, fetch
+from medgen.registry.versions import EVALUATION_DIGEST, NoSuchVersion, Version, download_files
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-FOLDER = "evaluation"  # of a version's artifacts
+FOLDER = "evaluation"  # in a version's artifacts
 
 
-def keep_evaluation(client: "MlflowClient", version: "ModelVersion", project: Project) -> None:
-    """Copies artifacts/evaluation to a version's artifacts; the tag that names it is set with the metrics."""
+def upload_evaluation(client: "MlflowClient", version: "ModelVersion", project: Project) -> None:
+    """Copy artifacts/evaluation to a version's artifacts; its digest is a tag that is set with the metrics."""
     assert version.source
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(project.evaluation, Path(folder, FOLDER))
         client.log_model_artifacts(version.source.removeprefix("models:/"), folder)
 
 
-def read_evaluation(version: Version, project: Project, tracking: Tracking) -> EvaluationData | None:
-    """Fetches the evaluation that a version's metrics come from; None where it was not kept or is damaged.
+def download_evaluation(version: Version, project: Project, tracking: Tracking) -> EvaluationData | None:
+    """The evaluation that a version's metrics come from; None if it was not stored or is damaged.
 
     Raises:
-        UserError: the store does not answer.
+        UserError: the MLflow store does not answer.
     """
-    digest = version.tags.get(EVALUATION)
+    digest = version.tags.get(EVALUATION_DIGEST)
     if digest is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            kept = fetch(version.uri, FOLDER, Path(folder), project, tracking)
+            files = download_files(version.uri, FOLDER, Path(folder), project, tracking)
         except NoSuchVersion:
             return None
         try:
-            data = load_evaluation(kept)
+            data = load_evaluation(files)
         except UserError:
             return None
     return data if data.digest == digest else None
 
 
 def compare_versions(candidate: EvaluationData, reference: EvaluationData) -> list[Comparison] | None:
-    """How much worse the candidate is in each statistic: Dice of masks; else SSIM, MMD, spectrum, C2ST and recall.
+    """Significance tests for a worse candidate: in Dice for masks, else in SSIM, MMD, spectrum, C2ST and recall.
 
-    None where the two were not evaluated alike: other held-out images, another extractor or number of samples.
+    Returns:
+        None if the two used other held-out images, another extractor or another number of samples.
     """
     if candidate.info != reference.info:
         return None

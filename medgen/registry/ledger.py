@@ -1,8 +1,8 @@
-"""Who became champion, when, for what reason: entries that are appended to the registered model and never changed.
+"""The ledger of promotions: one entry for each change of the champion; entries are appended and never changed.
 
-Each is a tag `promotion.000001.KEY` of the registered model, and a line of reports/promotions.jsonl. Only who has the
-`turn` may write: of two promotions at once one waits, and then sees what the other did. No two entries have one KEY, so
-that even who lost its turn and does not know it overwrites nothing.
+An entry is a tag `promotion.000001.KEY` of the registered model and a line of reports/promotions.jsonl. Only the holder
+of `promotion_lock` may write. Each entry has a KEY of its own, so that a process that lost the lock without knowing it
+overwrites no other entry.
 """
 
 import json
@@ -20,25 +20,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from medgen.errors import UserError, printable
-from medgen.registry.versions import registered_model
-from medgen.tracking.mlflow_sync import user
+from medgen.registry.versions import get_registered_model
+from medgen.tracking.mlflow_sync import current_user
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-CLAIM = "promoting."  # what the keys of claims begin with
+CLAIM = "promoting."  # prefix of the tags that claim the lock
 ENTRY_KEY = re.compile(r"promotion\.(\d+)\.([0-9a-f]+)")
-MAX_WHO = 200
+MAX_WHO = 200  # characters
 MAX_WHY = 1000  # characters: MLflow's databases keep 5000 of a tag
-PATIENCE_SECONDS = 60.0  # after which a claim that did not move is taken for that of a killed process
-PAUSE_SECONDS = (0.1, 0.6)  # between two looks; drawn, so that two who saw each other do not meet again
+CLAIM_TIMEOUT_SECONDS = 60.0  # after which a claim of another process counts as left by a killed process
+RETRY_SECONDS = (0.1, 0.6)  # drawn between these, so that two processes that saw each other do not collide again
 
 
 @dataclass(frozen=True)
 class Entry:
     """One change of the champion."""
 
-    key: str  # tells it from all others, of other registries too
+    key: str  # unique, also among other registries
     model: str  # the registered model's name
     action: Literal["promote", "rollback"]
     time: str  # ISO 8601, UTC
@@ -46,9 +46,9 @@ class Entry:
     before: int | None  # version that was champion
     after: int
     why: str
-    forced: bool  # although a gate was not passed
-    metrics: dict[str, float]  # of the version that became champion: what the gates look at
-    gates: list[str]  # those that were not passed
+    forced: bool  # promoted although a gate failed
+    metrics: dict[str, float]  # of the new champion: the main metrics of the gates
+    gates: list[str]  # names of the gates that failed
 
     @property
     def line(self) -> str:
@@ -56,7 +56,7 @@ class Entry:
         return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
 
 
-def entry(
+def new_entry(
     action: Literal["promote", "rollback"],
     model: str,
     before: int | None,
@@ -66,88 +66,91 @@ def entry(
     metrics: dict[str, float] | None = None,
     gates: Sequence[str] = (),
 ) -> Entry:
-    """A new entry, by whoever runs this, now."""
+    """An entry with the present time, account and host."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Entry(
-        secrets.token_hex(8), model, action, now, who(), before, after, why, forced, metrics or {}, list(gates)
-    )
+    key = secrets.token_hex(8)
+    return Entry(key, model, action, now, account_and_host(), before, after, why, forced, metrics or {}, list(gates))
 
 
-def who() -> str:
-    """Account and machine of whoever runs this: said, not proven."""
-    return f"{user()}@{socket.gethostname()}".encode(errors="replace").decode()[:MAX_WHO]
+def account_and_host() -> str:
+    """Account and host of this process; not authenticated."""
+    return f"{current_user()}@{socket.gethostname()}".encode(errors="replace").decode()[:MAX_WHO]
 
 
-def entries(client: "MlflowClient", name: str) -> list[Entry]:
+def read_entries(client: "MlflowClient", name: str) -> list[Entry]:
     """All entries of a registered model, oldest first.
 
     Raises:
-        UserError: somebody has changed one.
+        UserError: an entry was changed and cannot be read.
     """
-    tags, known = _tags(client, name), {part.name for part in fields(Entry)}
+    tags, known = _tags(client, name), {field.name for field in fields(Entry)}
     found = []
     for key in sorted(key for key in tags if ENTRY_KEY.fullmatch(key)):
         try:
-            found.append(Entry(**{part: value for part, value in json.loads(tags[key]).items() if part in known}))
+            values = {field: value for field, value in json.loads(tags[key]).items() if field in known}
+            found.append(Entry(**values))
         except (ValueError, TypeError, AttributeError):
             raise UserError(
-                f"models:/{name}, tag {key}: no entry of the ledger any more; set it to what reports/promotions.jsonl "
-                "says under that key, or delete the tag"
+                f"models:/{name}, tag {key}: not a valid ledger entry, so it was changed; set it to the line of "
+                "reports/promotions.jsonl with that key, or delete the tag"
             ) from None
     return found
 
 
-def champions(found: Sequence[Entry]) -> list[int]:
-    """The versions that each promotion not rolled back made champion, oldest first."""
+def standing_champions(entries: Sequence[Entry]) -> list[int]:
+    """Versions that became champion, oldest first, without those that were rolled back."""
     standing: list[int] = []
-    for one in found:
-        if one.action == "rollback":
-            while standing and standing[-1] != one.after:
+    for entry in entries:
+        if entry.action == "rollback":
+            while standing and standing[-1] != entry.after:
                 standing.pop()
-        if standing[-1:] != [one.after]:
-            standing.append(one.after)
+        if standing[-1:] != [entry.after]:
+            standing.append(entry.after)
     return standing
 
 
-def append(client: "MlflowClient", name: str, new: Entry) -> None:
-    """Adds an entry to the registered model. For who has the turn."""
-    numbers = [int(found[1]) for key in _tags(client, name) if (found := ENTRY_KEY.fullmatch(key))]
-    client.set_registered_model_tag(name, f"promotion.{max(numbers, default=0) + 1:06d}.{new.key}", new.line)
+def append_entry(client: "MlflowClient", name: str, entry: Entry) -> None:
+    """Add an entry to the registered model; the caller holds `promotion_lock`."""
+    numbers = [int(match[1]) for key in _tags(client, name) if (match := ENTRY_KEY.fullmatch(key))]
+    client.set_registered_model_tag(name, f"promotion.{max(numbers, default=0) + 1:06d}.{entry.key}", entry.line)
 
 
-def write_file(client: "MlflowClient", name: str, file: Path) -> None:
-    """Appends to promotions.jsonl the entries it lacks."""
+def append_to_file(client: "MlflowClient", name: str, file: Path) -> None:
+    """Append to promotions.jsonl the entries that it lacks."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    there = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    missing = [one.line for one in entries(client, name) if one.key not in there]
+    written = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    missing = [entry.line for entry in read_entries(client, name) if entry.key not in written]
     with file.open("a", encoding="utf-8") as text:
-        torn = "\n" if there and not there.endswith("\n") else ""  # by a power cut
-        text.write(torn + "".join(f"{line}\n" for line in missing))
+        separator = "\n" if written and not written.endswith("\n") else ""  # after a line cut short by a power failure
+        text.write(separator + "".join(f"{line}\n" for line in missing))
         text.flush()
         os.fsync(text.fileno())
 
 
 @contextmanager
-def turn(client: "MlflowClient", name: str) -> Iterator[Callable[[], None]]:
-    """Lets one process of all machines at a time change the champion of a registered model.
+def promotion_lock(client: "MlflowClient", name: str) -> Iterator[Callable[[], None]]:
+    """A lock across machines: only one process at a time may change the champion of a registered model.
 
-    The store can do no more than set and list tags. So each writes a claim of its own and then looks: who sees no
-    other claim has the turn, as whoever came later sees that one; who sees another takes its own back and tries again.
+    The MLflow store can only set and list tags. Each process therefore sets a claim tag and then lists the claims. If
+    there is no other, it holds the lock, because any later process sees its claim. Otherwise it deletes its claim,
+    waits and tries again.
 
-    Gives what is to be called just before anything is changed.
-
-    Raises:
-        UserError: by that call, when this process stood still for so long that others took the turn from it.
+    Yields:
+        A function to call before each change. It raises UserError if this process was stopped for so long that
+        another one took the lock.
     """
 
     def check() -> None:
         if claim not in _claims(client, name):
-            raise UserError(f"models:/{name}: this promotion stood still for too long and lost its turn; run it again")
+            raise UserError(
+                f"models:/{name}: another process took over the promotion lock because this one was stopped for more "
+                f"than {CLAIM_TIMEOUT_SECONDS:g} s; run the command again"
+            )
 
-    deadlines: dict[str, float] = {}  # of the claims of others, by our own clock: machines' clocks differ
+    deadlines: dict[str, float] = {}  # of the other claims, by this machine's clock: clocks of machines differ
     while True:
         claim = f"{CLAIM}{secrets.token_hex(8)}"
-        client.set_registered_model_tag(name, claim, who())
+        client.set_registered_model_tag(name, claim, account_and_host())
         try:
             others = _claims(client, name)
             others.pop(claim, None)
@@ -157,13 +160,13 @@ def turn(client: "MlflowClient", name: str) -> Iterator[Callable[[], None]]:
         finally:
             client.delete_registered_model_tag(name, claim)
         if not deadlines:
-            print(
-                f"waiting: {printable(' and '.join(others.values()))} changes the champion of models:/{name} just now"
-            )
+            print(f"waiting: {printable(' and '.join(others.values()))} is changing the champion of models:/{name}")
         for other in others:
-            if time.monotonic() > deadlines.setdefault(other, time.monotonic() + PATIENCE_SECONDS):
-                client.delete_registered_model_tag(name, other)  # its process was killed: a turn takes seconds
-        time.sleep(random.uniform(*PAUSE_SECONDS))
+            if time.monotonic() > deadlines.setdefault(other, time.monotonic() + CLAIM_TIMEOUT_SECONDS):
+                client.delete_registered_model_tag(
+                    name, other
+                )  # left by a killed process: the lock is held for seconds
+        time.sleep(random.uniform(*RETRY_SECONDS))
 
 
 def _claims(client: "MlflowClient", name: str) -> dict[str, str]:
@@ -171,5 +174,5 @@ def _claims(client: "MlflowClient", name: str) -> dict[str, str]:
 
 
 def _tags(client: "MlflowClient", name: str) -> dict[str, str]:
-    model = registered_model(client, name)
+    model = get_registered_model(client, name)
     return dict(model.tags) if model else {}

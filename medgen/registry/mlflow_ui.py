@@ -1,6 +1,6 @@
-"""MLflow's page: showing it, and what it tells of a model, its versions and their runs.
+"""MLflow's web UI: start it, and write the descriptions it shows of registered models, their versions and runs.
 
-The page shows Markdown with pictures, but tables without space between their columns: tables here are code blocks.
+MLflow renders Markdown with images, but sets table columns without space between them, so tables are code blocks.
 """
 
 import os
@@ -14,24 +14,24 @@ from typing import NoReturn
 from urllib.parse import quote, urlencode, urlsplit
 
 from PIL import Image
-from rich.console import Console
 
 from medgen.config import Project, Tracking
+from medgen.console import say
 from medgen.errors import UserError
 from medgen.models import MODELS
 from medgen.models.bundle import BundleInfo
 from medgen.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
 from medgen.tracking.mlflow_sync import connect, store_uri, without_password
 
-PICTURE = "samples.png"
-FOLDER = "page"  # of a run's artifacts
-MAX_WIDTH = 640  # pixels: the page shows pictures at their own size, and cuts off what is wider than its column
-MARKS = (  # metric, its name, its reference, and how to read the two
+SAMPLES = "samples.png"
+FOLDER = "page"  # in a run's artifacts
+MAX_WIDTH = 640  # pixels: MLflow shows images at their own size and cuts off what is wider than the column
+SHOWN_METRICS = (  # metric, its name, the metric to compare it with, how to read the two
     (
         "reconstruction/ssim",
         "SSIM of reconstructions",
         "reconstruction/pca_ssim",
-        "PCA with as many numbers; 1 is perfect",
+        "PCA with as many dimensions; 1 is perfect",
     ),
     ("generation/c2st_auc", "Realism (C2ST AUC)", "generation/c2st_auc_floor", "train images; 0.5 is best, 1 worst"),
     (
@@ -44,57 +44,57 @@ MARKS = (  # metric, its name, its reference, and how to read the two
     ("generation/kid_domain", "KID of samples", "generation/kid_domain_floor", "train images; 0 is best"),
     ("generation/precision", "Precision of samples", "generation/precision_real", "train images"),
     ("generation/recall", "Recall of samples", "generation/recall_real", "train images"),
-    ("generation/label_accuracy", "Label accuracy", "generation/label_accuracy_real", "of real test images"),
-    ("privacy/copy_rate", "Copies of train images", "privacy/copy_rate_plausible", "the largest rate by chance"),
+    ("generation/label_accuracy", "Label accuracy", "generation/label_accuracy_real", "real test images"),
+    ("privacy/copy_rate", "Copies of train images", "privacy/copy_rate_plausible", "highest rate by chance"),
     (
         "segmentation/dice_foreground",
         "Dice of masks",
         "segmentation/dice_foreground_mean_mask",
-        "the commonest train mask; 1 is perfect",
+        "most frequent train mask; 1 is perfect",
     ),
     ("segmentation/iou_foreground", "IoU of masks", "", ""),
 )
 
 
 def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> NoReturn:
-    """Shows MLflow's page on this project's store at 127.0.0.1:`port`; this process becomes the server.
+    """Start MLflow's web UI on this project's store at 127.0.0.1:`port`; the server replaces this process.
 
     Raises:
-        UserError: the store is a server with a page of its own, or the port is taken.
+        UserError: the store is a server with its own UI, or the port is in use.
     """
     uri = store_uri(project, tracking)
     if urlsplit(uri).scheme in ("http", "https"):
-        raise UserError(f"tracking.uri: {without_password(uri)} is a server with its own page; open it in a browser")
+        raise UserError(f"tracking.uri: {without_password(uri)} is a server with its own UI; open it in a browser")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise UserError(f"--port {port}: something answers there already; choose another port")
-    _, experiment = connect(project, tracking)  # an empty project gets its store first
+            raise UserError(f"--port {port}: already in use; choose another port")
+    _, experiment = connect(project, tracking)  # creates the store of a new project
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--artifacts-destination", str(project.root / "mlartifacts")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
-    # Without its job runner the server is 2 processes in place of 15.
+    # Without the job runner the server has 2 processes instead of 15.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    # without the last words the page opens as one for language models
+    # Without workflowType MLflow opens the view for language models.
     address = f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    Console(highlight=False, soft_wrap=True).print(f"MLflow on {address} (Ctrl-C ends it)")
+    say(f"MLflow on {address} (Ctrl-C ends it)")
     os.chdir(project.root)
-    os.execve(sys.executable, command, environment)  # in place of this process: signals reach the server
+    os.execve(sys.executable, command, environment)  # in place of this process, so that signals reach the server
 
 
-def about_model(name: str, promotions: Sequence[str]) -> str:
-    """The description of a registered model: what its versions and aliases are.
+def describe_model(name: str, promotions: Sequence[str]) -> str:
+    """The description of a registered model, in Markdown.
 
     Args:
-        promotions: lines of Markdown on the last promotions, newest first.
+        promotions: lines of Markdown about the last promotions, newest first.
     """
     aliases = {
         CHAMPION: "the version in use",
-        CANDIDATE: "the version registered last",
-        PREVIOUS: "the champion before, to go back to",
+        CANDIDATE: "the version that was registered last",
+        PREVIOUS: "the former champion, for a rollback",
     }
     parts = [
-        "Models of medical images, trained and judged by medgen. A version holds a model, its prior, its "
-        "refiner and the code that runs them; its tags are its metrics on the test split and where it comes from.",
+        "Models of medical images, trained and evaluated by medgen. A version holds a model, its prior, its refiner "
+        "and the code that runs them. Its tags hold its metrics on the test split and its lineage.",
         "\n".join(f"- `{alias}`: {meaning}" for alias, meaning in aliases.items()),
         _code(f"medgen generate --model {shlex.quote(f'models:/{name}@{CANDIDATE}')} --n 25 --out outputs/new"),
     ]
@@ -103,106 +103,107 @@ def about_model(name: str, promotions: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def about_version(
+def describe_version(
     name: str,
     number: int,
     info: BundleInfo,
     prior: str | None,
     is_refined: bool,
     tags: Mapping[str, str],
-    has_picture: bool,
+    has_samples: bool,
 ) -> str:
     """The description of a version, in Markdown.
 
     Args:
-        name: of the registered model.
-        prior: its name; None of a model that finds masks.
-        is_refined: whether there is a refiner.
-        tags: the version's, its metrics among them.
-        has_picture: whether samples were drawn when it was judged (`preview`).
+        prior: its name; None for a segmentation model.
+        is_refined: there is a refiner.
+        tags: of the version, with its metrics.
+        has_samples: an image of samples is among the version's artifacts (`write_preview`).
     """
     uri = shlex.quote(f"models:/{name}/{number}")
     commands = [
         f"medgen serve --model {uri}",
-        f"medgen history --reproduce {number}    # the commands that make it again",
+        f"medgen history --reproduce {number}    # prints the commands that rebuild it",
     ]
     if prior is not None:
         commands.insert(0, f"medgen generate --model {uri} --n 25 --out outputs/{number}")
-    parts = [_what_it_is(info, prior, is_refined), *_judged(tags)]
-    if has_picture:
-        parts.append(_picture("model-versions/get-artifact", {"path": PICTURE, "name": name, "version": number}))
+    parts = [_describe_parts(info, prior, is_refined), *_metrics_table(tags)]
+    if has_samples:
+        parts.append(_image("model-versions/get-artifact", {"path": SAMPLES, "name": name, "version": number}))
     return "\n\n".join([*parts, _code(*commands)]) + "\n"
 
 
-def about_run(
-    made: str, prior: str | None, is_refined: bool, tags: Mapping[str, str], run_id: str, has_picture: bool
+def describe_run(
+    training: str, prior: str | None, is_refined: bool, tags: Mapping[str, str], run_id: str, has_samples: bool
 ) -> str:
-    """The description of a run whose model has been judged.
+    """The description of a run whose model was evaluated, in Markdown.
 
     Args:
-        made: what the training says of itself.
-        prior: as of `about_version`, like the refiner, the tags and the picture.
+        training: the description that the training wrote.
+        prior: as in `describe_version`, like `is_refined`, `tags` and `has_samples`.
     """
-    judged = "Judged on the test split" if prior is None else f"Judged on the test split with the prior {prior}"
-    judged += " and its refiner" if is_refined else ""
-    parts = [made, f"{judged}:", *_judged(tags)]
-    if has_picture:
-        parts.append(_picture("get-artifact", {"path": f"{FOLDER}/{PICTURE}", "run_uuid": run_id}))
+    setup = "" if prior is None else f" with the prior {prior}"
+    setup += " and its refiner" if is_refined else ""
+    parts = [training, f"Evaluated on the test split{setup}:", *_metrics_table(tags)]
+    if has_samples:
+        parts.append(_image("get-artifact", {"path": f"{FOLDER}/{SAMPLES}", "run_uuid": run_id}))
     return "\n\n".join(parts) + "\n"
 
 
-def picture_of(project: Project) -> Path:
-    """The samples that the evaluation drew."""
-    return project.figures / PICTURE
+def samples_path(project: Project) -> Path:
+    """The image of samples that the evaluation wrote."""
+    return project.figures / SAMPLES
 
 
-def preview(project: Project, folder: Path) -> Path:
-    """Writes `picture_of` to `folder`, no wider than the page's column."""
-    path = folder / PICTURE
+def write_preview(project: Project, folder: Path) -> Path:
+    """Write the image of samples to `folder`, no wider than MLflow's column."""
+    path = folder / SAMPLES
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(picture_of(project)) as image:
+    with Image.open(samples_path(project)) as image:
         image.thumbnail((MAX_WIDTH, image.height), Image.Resampling.LANCZOS)
         image.save(path)
     return path
 
 
-def _what_it_is(info: BundleInfo, prior: str | None, is_refined: bool) -> str:
+def _describe_parts(info: BundleInfo, prior: str | None, is_refined: bool) -> str:
     channels, height, width = info.image_shape
     if MODELS[info.model.name].target == "mask":
         return (
-            f"{info.model.name}: finds masks of {info.preprocess.mask_classes} classes, {height}×{width} uint8. "
+            f"{info.model.name}: predicts masks of {info.preprocess.mask_classes} classes, {height}×{width} uint8. "
             f"Input: images uint8 of any size, N × H × W × {channels}."
         )
-    classes = ", ".join(map(plain, info.classes)) or "none"
+    classes = ", ".join(map(escape, info.classes)) or "none"
     text = (
-        f"{info.model.name} with the prior {prior}: draws images {height}×{width}×{channels} uint8; "
+        f"{info.model.name} with the prior {prior}: generates images {height}×{width}×{channels} uint8; "
         f"classes: {classes}. Input: n, label and seed of new images, or an image (base64) to reconstruct."
     )
     if is_refined:
-        text += " A refiner adds the detail that the decoder leaves out to new images, unless refine is false."
+        text += " A refiner adds detail that the decoder omits to new images, unless refine is false."
     return text
 
 
-def _judged(tags: Mapping[str, str]) -> list[str]:
-    """The key metrics; nothing where nothing was evaluated."""
-    rows = [("", "here", "reference", "")]
-    for key, name, beside, reading in MARKS:
+def _metrics_table(tags: Mapping[str, str]) -> list[str]:
+    """The main metrics as a code block; nothing if there are none."""
+    rows = [("", "value", "reference", "")]
+    for key, name, reference, reading in SHOWN_METRICS:
         if key in tags:
-            rows.append((name, tags[key], tags.get(beside, ""), reading))
+            rows.append((name, tags[key], tags.get(reference, ""), reading))
     if len(rows) == 1:
         return []
-    return [_code(*(f"{name:25}{value:10}{beside:13}{reading}".rstrip() for name, value, beside, reading in rows))]
+    return [
+        _code(*(f"{name:25}{value:10}{reference:13}{reading}".rstrip() for name, value, reference, reading in rows))
+    ]
 
 
-def _picture(route: str, words: Mapping[str, object]) -> str:
-    """A picture that the page's own server brings; relative, so that it is found behind a proxy's prefix too."""
-    return f"![samples]({route}?{urlencode(words, quote_via=quote)})"
+def _image(route: str, query: Mapping[str, object]) -> str:
+    """An image from MLflow's own server; the address is relative, so that it works behind a proxy's path prefix."""
+    return f"![samples]({route}?{urlencode(query, quote_via=quote)})"
 
 
 def _code(*lines: str) -> str:
     return "\n".join(["```", *lines, "```"])
 
 
-def plain(text: str) -> str:
-    """Text from outside that Markdown and HTML show as it is."""
+def escape(text: str) -> str:
+    """Text from users that Markdown and HTML show literally."""
     return re.sub(r"[^\w .-]|\b_|_\b", lambda found: f"&#{ord(found[0])};", text)

@@ -1,6 +1,6 @@
-"""From a version back to what made it: `medgen history --reproduce VERSION` says how, `--run` rebuilds it.
+"""Rebuild a registered version: `medgen history --reproduce VERSION` prints the commands, `--run` executes them.
 
-Rebuilt is in a work tree of its own, by the code, parameters and data that the version names, all stages anew.
+With `--run` all stages run again in a git worktree of their own, with the code, parameters and data of the version.
 """
 
 import json
@@ -15,77 +15,83 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
 
 from medgen import config
 from medgen.config import Params, Project, Registry, Tracking
+from medgen.console import show
 from medgen.errors import Refused, UserError
-from medgen.metrics.segmentation import with_foreground
+from medgen.metrics.segmentation import update_old_keys
 from medgen.priors.generator import content_hash
 from medgen.registry.gates import DICE, MMD, SSIM
-from medgen.registry.model_package import CONTENT_TAG, PARAMS, making
-from medgen.registry.versions import JUDGED_ON, Version, answering, find, load
+from medgen.registry.model_package import CONTENT_TAG, PARAMS_FILE, result_sections
+from medgen.registry.versions import EVALUATED_ON, Version, download_version, find_version, mlflow_errors
 from medgen.tracking.mlflow_sync import connect, store_uri, without_password
 
-MMD_ENDS = "generation/mmd_domain_ci_low", "generation/mmd_domain_ci_high"
-TOLERANCE = 0.01  # of SSIM and Dice: what rounding on another machine makes of the same training
-REPRO = ("repro", "--force", "--no-run-cache")  # all stages anew: what DVC has from before proves nothing
+MMD_INTERVAL = "generation/mmd_domain_ci_low", "generation/mmd_domain_ci_high"
+TOLERANCE = 0.01  # of SSIM and Dice: rounding on another machine changes the same training by less
+REPRO = ("repro", "--force", "--no-run-cache")  # runs all stages: results in DVC's cache would prove nothing
 
 
 def reproduce(
     project: Project, *, tracking: Tracking, registry: Registry, version: int, run: bool = False
 ) -> dict[str, float]:
-    """Prints the commands that rebuild a version; with `run` rebuilds it in a scratch work tree and compares.
+    """Print the commands that rebuild a version; with `run` rebuild it in a git worktree and compare the two.
 
     Returns:
-        The metrics of what was rebuilt; nothing without `run`.
+        The metrics of the rebuilt model; empty without `run`.
 
     Raises:
-        UserError: the version does not say what made it, this repository does not have it, or a stage failed.
-        Refused: what was rebuilt is not as good as the version says.
+        UserError: the version has no commit, this repository does not have the commit, or a stage failed.
+        Refused: the rebuilt model differs from the version by more than rounding.
     """
-    with answering(project, tracking, "start the server first"):
+    with mlflow_errors(project, tracking, "start the server first"):
         client, _ = connect(project, tracking)
-        found = find(client, registry.model_name, version)
+        found = find_version(client, registry.model_name, version)
     commit = _commit(project, found)
-    folder = _git(
-        project.root, "rev-parse", "--show-prefix"
-    )  # of the project in its repository, with a slash behind it
-    there = _git(project.root, "ls-tree", "--name-only", commit).splitlines()  # of this folder, relative to it
-    data = next((name for name in ("data.dvc", *sorted(there)) if name.endswith(".dvc") and name in there), None)
-    kept = load(found.uri, project, tracking) / PARAMS  # versions of an older medgen have none
-    params = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
-    if params is not None and "params.yaml" in there and _makes_the_same(params, project.root, commit):
-        params = None  # the commit has them
+    folder = _git(project.root, "rev-parse", "--show-prefix")  # the project's folder in its repository, such as "a/b/"
+    files = _git(project.root, "ls-tree", "--name-only", commit).splitlines()  # in this folder
+    data = next((name for name in ("data.dvc", *sorted(files)) if name.endswith(".dvc") and name in files), None)
+    params_file = download_version(found.uri, project, tracking) / PARAMS_FILE  # versions of an older medgen have none
+    params = json.loads(params_file.read_text(encoding="utf-8")) if params_file.exists() else None
+    if params is not None and "params.yaml" in files and _are_committed(params, project.root, commit):
+        params = None
     _check_data(project, found, commit, data)
     if not run:
         _print_commands(project, tracking, found, commit, folder, data, params)
         return {}
     if found.tags.get("git.dirty") != "false":
         raise UserError(
-            f"{found.uri}: was trained with changes that commit {commit[:12]} does not hold, so it cannot be rebuilt; "
-            "`medgen history --reproduce` without --run prints how to come near"
+            f"{found.uri}: it was trained with uncommitted changes, so commit {commit[:12]} cannot rebuild it; run "
+            "`medgen history --reproduce` without --run to print commands that come close"
         )
-    scratch = Path(tempfile.mkdtemp(prefix="medgen-rebuild-"))
-    tree = scratch / "tree"
+    metrics, is_identical = _rebuild_in_worktree(project, found, commit, folder, data, params)
+    _compare(found, metrics, is_identical)
+    return dict(metrics)
+
+
+def _rebuild_in_worktree(
+    project: Project, version: Version, commit: str, folder: str, data: str | None, params: dict[str, Any] | None
+) -> tuple[Mapping[str, float], bool]:
+    """Metrics of the rebuilt model, and whether its files equal the version's; removes the worktree on success."""
+    tree = Path(tempfile.mkdtemp(prefix="medgen-rebuild-")) / "tree"
     _git(project.root, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(tree), commit)
     try:
-        rebuilt = _rebuild(Project(tree / folder), project, data, params)
-        metrics = with_foreground(json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8")))
-        same = content_hash(rebuilt.model, rebuilt.prior, rebuilt.refiner) == found.tags.get(CONTENT_TAG)
+        rebuilt = Project(tree / folder)
+        _run_stages(rebuilt, project, data, params)
+        metrics = update_old_keys(json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8")))
+        content = content_hash(rebuilt.model, rebuilt.prior, rebuilt.refiner)
     except UserError as error:
         raise UserError(
-            f"{error}. Its work tree is left for a look; `git worktree remove --force {shlex.quote(str(tree))}` "
-            "removes it"
+            f"{error}. Its worktree is kept so that you can inspect it; run "
+            f"`git worktree remove --force {shlex.quote(str(tree))}` to remove it"
         ) from None
     except BaseException:  # Ctrl-C
         _remove(project, tree)
         raise
     _remove(project, tree)
-    _compare(found, metrics, same)
-    return dict(metrics)
+    return metrics, content == version.tags.get(CONTENT_TAG)
 
 
 def _remove(project: Project, tree: Path) -> None:
@@ -95,40 +101,40 @@ def _remove(project: Project, tree: Path) -> None:
 
 def _commit(project: Project, version: Version) -> str:
     commit = version.tags.get("git.commit") or "unknown"
-    _git(project.root, "rev-parse", "--show-toplevel")  # says so where there is no git, or no repository
+    _git(project.root, "rev-parse", "--show-toplevel")  # raises if git is not installed or this is no repository
     if commit == "unknown":
-        raise UserError(f"{version.uri}: does not say from which commit it was made: it was trained outside of git")
+        raise UserError(f"{version.uri}: its commit is unknown, because it was trained outside a git repository")
     try:
         _git(project.root, "cat-file", "-e", f"{commit}^{{commit}}")
     except UserError:
         raise UserError(
-            f"{version.uri}: made from commit {commit}, which this repository does not have; run `git fetch --all` "
-            "(a shallow clone: `git fetch --unshallow`), or go to the repository it was trained in"
+            f"{version.uri}: this repository does not have its commit {commit}; run `git fetch --all` (in a shallow "
+            "clone `git fetch --unshallow`), or use the repository in which it was trained"
         ) from None
     return commit
 
 
 def _check_data(project: Project, version: Version, commit: str, data: str | None) -> None:
-    """Refuses a commit that does not name the data the version was trained on: that was not in DVC's care then."""
-    wanted = version.tags.get("data.md5") or "unknown"
-    if data is None or wanted == "unknown":
+    """Raise an error if the commit names other data than the version was trained on, which DVC did not track then."""
+    expected = version.tags.get("data.md5") or "unknown"
+    if data is None or expected == "unknown":
         return
     committed = YAML(typ="safe", pure=True).load(_git(project.root, "show", f"{commit}:./{data}"))
-    if (found := committed["outs"][0].get("md5")) != wanted:
+    if (found := committed["outs"][0].get("md5")) != expected:
         raise UserError(
-            f"{version.uri}: trained on data of md5 {wanted}, and {data} of its commit {commit[:12]} has {found}: it "
-            "cannot be made again from there"
+            f"{version.uri}: it was trained on data with md5 {expected}, but {data} in its commit {commit[:12]} has "
+            f"{found}, so it cannot be rebuilt from this commit"
         )
 
 
-def _makes_the_same(params: dict[str, Any], root: Path, commit: str) -> bool:
-    """Whether the commit's params.yaml has the parameters that a version was made with."""
+def _are_committed(params: dict[str, Any], root: Path, commit: str) -> bool:
+    """Return True if the commit's params.yaml gives the same result as these parameters."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "params.yaml"
         path.write_text(_git(root, "show", f"{commit}:./params.yaml") + "\n", encoding="utf-8")
         try:
-            return making(config.load(path)) == making(Params.model_validate(params))
-        except (UserError, ValidationError):  # of a medgen that knew other keys
+            return result_sections(config.load(path)) == result_sections(Params.model_validate(params))
+        except (UserError, ValidationError):  # of a medgen with other keys
             return False
 
 
@@ -141,106 +147,105 @@ def _print_commands(
     data: str | None,
     params: dict[str, Any] | None,
 ) -> None:
-    above = "../" * (1 + len(Path(folder).parts))  # beside the repository, not in it
-    tree = f"{above}{version.name}-{version.number}"
+    parent = "../" * (1 + len(Path(folder).parts))  # of the repository
+    tree = f"{parent}{version.name}-{version.number}"
     lines = [
         f"git worktree add --detach {shlex.quote(tree)} {commit}",
         f"cd {shlex.quote(os.path.join(tree, folder).rstrip('/'))}",
     ]
     if data:
         lines += [
-            f"dvc config --local cache.dir {shlex.quote(str(_cache(project)))}",
+            f"dvc config --local cache.dir {shlex.quote(str(_dvc_cache(project)))}",
             f"dvc checkout {data} || dvc pull {data}    # data md5 {version.tags.get('data.md5', 'unknown')}",
         ]
     if params is not None:
         lines += [
-            "# its parameters are not those of params.yaml there",
+            "# its parameters differ from params.yaml in this commit",
             f"export MLFLOW_TRACKING_URI={shlex.quote(without_password(store_uri(project, tracking)))}",
-            f"mlflow artifacts download --artifact-uri {version.uri}/artifacts/{PARAMS} --dst-path .",
-            f"mv {PARAMS} params.yaml",
+            f"mlflow artifacts download --artifact-uri {version.uri}/artifacts/{PARAMS_FILE} --dst-path .",
+            f"mv {PARAMS_FILE} params.yaml",
         ]
     lines += [
-        "# with tracking.enabled: false in params.yaml nothing of it is recorded or registered",
+        "# set tracking.enabled: false in params.yaml to record and register nothing",
         f"dvc {' '.join(REPRO)}",
     ]
     notes = [f"# {version.uri}"]
     if version.tags.get("git.dirty") != "false":
-        notes.append("# trained with changes that are not in this commit: what comes out may differ")
+        notes.append("# trained with changes that are not in this commit: the result may differ")
     if (torch := version.tags.get("version.torch")) is not None:
         notes.append(f"# trained with torch {torch} on {version.tags.get('device', 'unknown')}")
     print("\n".join(notes + lines))
 
 
-def _rebuild(there: Project, project: Project, data: str | None, params: dict[str, Any] | None) -> Project:
-    """Runs all stages in the work tree; nothing of it is recorded or registered, or kept by DVC."""
+def _run_stages(tree: Project, project: Project, data: str | None, params: dict[str, Any] | None) -> None:
+    """Run all stages in the worktree without recording or registering; DVC caches no result."""
     if data:
-        _share_dvc(there, project)
+        _share_dvc(tree, project)
         try:
-            _dvc(there, "checkout", data)
+            _dvc(tree, "checkout", data)
         except UserError:
-            _dvc(there, "pull", data)
-    path = there.root / "params.yaml"
-    plain = params or YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    plain["tracking"] = {**(plain.get("tracking") or {}), "enabled": False}
-    path.write_text(json.dumps(plain, indent=2), encoding="utf-8")
-    _dvc(there, *REPRO, "--no-commit")
-    return there
+            _dvc(tree, "pull", data)
+    path = tree.root / "params.yaml"
+    values = params or YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    values["tracking"] = {**(values.get("tracking") or {}), "enabled": False}
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    _dvc(tree, *REPRO, "--no-commit")
 
 
-def _share_dvc(there: Project, project: Project) -> None:
-    """Gives the work tree this project's cache, its own settings, and remotes whose address is relative to it."""
-    own = project.root / ".dvc" / "config.local"
-    if own.is_file():
-        shutil.copy(own, there.root / ".dvc" / "config.local")
+def _share_dvc(tree: Project, project: Project) -> None:
+    """Give the worktree this project's DVC cache, local settings, and remotes with an address relative to it."""
+    settings = project.root / ".dvc" / "config.local"
+    if settings.is_file():
+        shutil.copy(settings, tree.root / ".dvc" / "config.local")
     for line in _command(project.root, sys.executable, "-m", "dvc", "remote", "list").splitlines():
         name, address = line.split(maxsplit=1)
-        place = project.root / address.removesuffix("(default)").strip()
-        if place.is_dir():
-            _dvc(there, "remote", "modify", "--local", name, "url", str(place.resolve()))
-    _dvc(there, "config", "--local", "cache.dir", str(_cache(project)))
+        path = project.root / address.removesuffix("(default)").strip()
+        if path.is_dir():
+            _dvc(tree, "remote", "modify", "--local", name, "url", str(path.resolve()))
+    _dvc(tree, "config", "--local", "cache.dir", str(_dvc_cache(project)))
 
 
-def _cache(project: Project) -> Path:
-    """Where DVC keeps this project's files: a work tree has its own .dvc, which is empty."""
+def _dvc_cache(project: Project) -> Path:
+    """This project's DVC cache; the one of a new worktree is empty."""
     return Path(_command(project.root, sys.executable, "-m", "dvc", "cache", "dir").strip())
 
 
-def _compare(version: Version, metrics: Mapping[str, float], same: bool) -> None:
-    """Prints registered beside rebuilt.
+def _compare(version: Version, metrics: Mapping[str, float], is_identical: bool) -> None:
+    """Print the metrics of the version and of the rebuilt model.
 
     Raises:
-        Refused: they differ by more than the machine accounts for.
+        Refused: they differ by more than rounding on another machine explains.
     """
     dataset = version.tags.get("dataset.fingerprint")
-    both = sorted(version.metrics.keys() & metrics.keys())
-    if (judged_on := version.tags.get(JUDGED_ON)) not in (None, dataset):
-        print(f"Its metrics are of another dataset, {judged_on}, so only its files are compared.")
-        both = []
-    different = [key for key in both if version.metrics[key] != metrics[key]]
+    common = sorted(version.metrics.keys() & metrics.keys())
+    if (evaluated_on := version.tags.get(EVALUATED_ON)) not in (None, dataset):
+        print(f"Its metrics were measured on another dataset, {evaluated_on}, so only its files are compared.")
+        common = []
+    different = [key for key in common if version.metrics[key] != metrics[key]]
     table = Table(title=f"{version.uri}, registered and rebuilt", title_justify="left")
     for heading in ("metric", "registered", "rebuilt"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for key in different or [key for key in (SSIM, MMD, DICE) if key in both]:
+    for key in different or [key for key in (SSIM, MMD, DICE) if key in common]:
         table.add_row(key, f"{version.metrics[key]:.6g}", f"{metrics[key]:.6g}")
-    Console(highlight=False).print(table)
-    if same:
+    show(table)
+    if is_identical:
         print(
             "The same model, prior and refiner, byte for byte; "
-            f"{len(both) - len(different)} of {len(both)} metrics are equal."
+            f"{len(common) - len(different)} of {len(common)} metrics are equal."
         )
         return
-    far = [key for key in (SSIM, DICE) if key in both and abs(version.metrics[key] - metrics[key]) > TOLERANCE]
-    low, high = (version.metrics.get(end, version.metrics.get(MMD, 0.0)) for end in MMD_ENDS)
-    if MMD in both and not low <= metrics[MMD] <= high:
-        far.append(MMD)
-    if far or not both:
+    failed = [key for key in (SSIM, DICE) if key in common and abs(version.metrics[key] - metrics[key]) > TOLERANCE]
+    low, high = (version.metrics.get(end, version.metrics.get(MMD, 0.0)) for end in MMD_INTERVAL)
+    if MMD in common and not low <= metrics[MMD] <= high:
+        failed.append(MMD)
+    if failed or not common:
         raise Refused(
-            f"{version.uri}: what was rebuilt is another model: {', '.join(far) or 'no metric in common'}. Compare the "
-            "versions of torch and the device among its tags"
+            f"{version.uri}: the rebuilt model is another one: {', '.join(failed) or 'no metric in common'}. "
+            "Compare the torch version and the device in the version's tags with this machine"
         )
     print(
-        f"As good: other bytes, as another machine or thread count makes; {len(different)} of {len(both)} metrics "
-        "differ, none by more than chance."
+        "An equivalent model: its bytes differ, as on another machine or with another number of threads; "
+        f"{len(different)} of {len(common)} metrics differ, all within their tolerance."
     )
 
 
@@ -249,24 +254,24 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _command(root: Path, *command: str) -> str:
-    """What a command prints.
+    """The output of a command.
 
     Raises:
-        UserError: it failed; with what it said.
+        UserError: the command is not installed or failed; with the last line of its error output.
     """
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UserError(f"{command[0]}: not found on this machine; install it first") from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise UserError(f"`{shlex.join(command)}` failed: {said[-1] if said else f'exit code {done.returncode}'}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise UserError(f"`{shlex.join(command)}` failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
     return done.stdout
 
 
-def _dvc(there: Project, *arguments: str) -> None:
-    """A DVC command that the user watches; its stages run with this very Python."""
+def _dvc(tree: Project, *arguments: str) -> None:
+    """Run a DVC command with its output on the terminal; its stages run with this Python interpreter."""
     environment = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=there.root, env=environment, check=False)
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tree.root, env=environment, check=False)
     if done.returncode:
-        raise UserError(f"`dvc {' '.join(arguments)}` ended with exit code {done.returncode}, for the reason above")
+        raise UserError(f"`dvc {' '.join(arguments)}` ended with exit code {done.returncode}; see its output above")

@@ -1,4 +1,4 @@
-"""Registered versions: asking the store for them, and fetching one."""
+"""Registered versions: find them in MLflow's registry, download them, and update their tags."""
 
 import atexit
 import math
@@ -13,25 +13,33 @@ from typing import TYPE_CHECKING, Any
 
 from medgen.config import Project, Tracking
 from medgen.errors import UserError
-from medgen.metrics.segmentation import with_foreground
+from medgen.metrics.segmentation import update_old_keys
 from medgen.models import bundle
-from medgen.priors.refiner import save_none
-from medgen.tracking.mlflow_sync import REFUSALS, connect, first_line, load_mlflow, mlflow_store, store_uri, unreachable
+from medgen.priors.refiner import save_disabled
+from medgen.tracking.mlflow_sync import (
+    REFUSALS,
+    connect,
+    load_mlflow,
+    mlflow_store,
+    store_error,
+    store_uri,
+    summarize_error,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.tracking import MlflowClient
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
-_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
-_UNKNOWN = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # what MLflow says of versions that are not there
-JUDGED_ON, JUDGED_BY = "evaluated.dataset", "evaluated.extractor"  # tags: what its metrics were measured with
-EVALUATION = "evaluated.values"  # tag: SHA-256 of the per-image values that are kept with the version
+EVALUATED_ON, EVALUATED_WITH = "evaluated.dataset", "evaluated.extractor"  # tags: hashes of the dataset and extractor
+EVALUATION_DIGEST = "evaluated.values"  # tag: SHA-256 of the per-image values stored with the version
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
+_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
+_NOT_FOUND = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # MLflow's error codes for a version that does not exist
 
 
 class NoSuchVersion(UserError):
-    """A version, or the part of one that was asked for, is not in the registry."""
+    """The registry has no such version, or the version has no such part."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +51,22 @@ class Version:
     run_id: str  # MLflow run that trained it
     tags: Mapping[str, str] = field(default_factory=dict)
     created: float = 0.0  # seconds since 1970
-    is_new: bool = False  # made by this very call: no version held the same content
+    is_new: bool = False  # created by this call; False if a version with the same content existed
 
     @property
     def uri(self) -> str:
-        """What `medgen generate --model` and `mlflow.pyfunc.load_model` take."""
+        """The URI for `medgen generate --model` and `mlflow.pyfunc.load_model`."""
         return f"models:/{self.name}/{self.number}"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of its evaluation, with the keys of metrics.json."""
-        found = {name: _number(text) for name, text in self.tags.items() if name.startswith(METRIC_GROUPS)}
-        return with_foreground({name: value for name, value in found.items() if math.isfinite(value)})
+        """The metrics of its evaluation, with the keys of metrics.json; tags that are no finite number are left out."""
+        values = {name: _to_float(text) for name, text in self.tags.items() if name.startswith(METRIC_GROUPS)}
+        return update_old_keys({name: value for name, value in values.items() if math.isfinite(value)})
 
 
 def all_versions(client: "MlflowClient", name: str) -> list[Version]:
-    """Every version of a registered model, oldest first; none where there is no such model."""
+    """All versions of a registered model, oldest first; empty if there is no such model."""
     found: list[ModelVersion] = []
     token = None
     while True:
@@ -68,59 +76,64 @@ def all_versions(client: "MlflowClient", name: str) -> list[Version]:
             return sorted((_version(one) for one in found), key=lambda version: version.number)
 
 
-def find(client: "MlflowClient", name: str, reference: str | int) -> Version:
-    """One version: by its number or alias, of the registered model `name`; or by URI, of any.
+def find_version(client: "MlflowClient", name: str, reference: str | int) -> Version:
+    """The version with a number or alias of the registered model `name`, or with a URI of any registered model.
 
     Raises:
-        UserError: there is none, or `reference` is no models:/NAME@ALIAS or models:/NAME/NUMBER.
+        NoSuchVersion: it does not exist, or `reference` is not of the form models:/NAME@ALIAS or models:/NAME/NUMBER.
     """
     text = str(reference)
     uri = text if "/" in text else f"models:/{name}{'/' if text.isdecimal() else '@'}{text}"
-    if (named := _URI.fullmatch(uri)) is None:
+    if (match := _URI.fullmatch(uri)) is None:
         raise _no_such_version(client, uri)
-    number = int(named[3]) if named[3] else aliases(client, named[1]).get(named[2])
-    known = {version.number: version for version in all_versions(client, named[1])}
+    number = int(match[3]) if match[3] else get_aliases(client, match[1]).get(match[2])
+    known = {version.number: version for version in all_versions(client, match[1])}
     if number not in known:
         raise _no_such_version(client, uri)
     return known[number]
 
 
 def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Metrics as tags, and with what they were measured: provenance.json; nothing where there are none."""
+    """Metrics as tags, with tags that say what they were measured with, from provenance.json."""
     tags = {key: f"{value:.6g}" for key, value in metrics.items()}
     if not metrics or provenance is None:
         return tags
-    extractors = {of: found["sha256"] for of, found in provenance["extractors"].items()}
+    extractors = {kind: found["sha256"] for kind, found in provenance["extractors"].items()}
     if "evaluation" in provenance:
-        tags[EVALUATION] = provenance["evaluation"]
-    return tags | {JUDGED_ON: provenance["dataset"], **({JUDGED_BY: extractors["domain"]} if extractors else {})}
+        tags[EVALUATION_DIGEST] = provenance["evaluation"]
+    return tags | {
+        EVALUATED_ON: provenance["dataset"],
+        **({EVALUATED_WITH: extractors["domain"]} if extractors else {}),
+    }
 
 
-def set_tags(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str, str]) -> bool:
-    """Sets a version's tags; metrics take the place of all it had. Whether anything was new.
+def update_tags(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str, str]) -> bool:
+    """Set tags of a version; new metrics replace all earlier ones. Return True if a tag changed.
 
-    `privacy/` stays where it is not among the new ones: how near samples come to train images is measured against
-    those, and a later evaluation on other data does not have them.
+    Earlier `privacy/` metrics stay if the new metrics have none: they compare samples with the version's own train
+    images, which a later evaluation on another dataset does not have.
     """
-    news = {key: value for key, value in tags.items() if version.tags.get(key) != value}
+    changed = {key: value for key, value in tags.items() if version.tags.get(key) != value}
     stale: set[str] = set()
     if any(key.startswith(METRIC_GROUPS) for key in tags):
-        stays = () if any(key.startswith("privacy/") for key in tags) else ("privacy/",)
-        had = {key for key in version.tags if key.startswith(METRIC_GROUPS)}
-        stale = {key for key in had if not key.startswith(stays)} - tags.keys()
-    judged = {JUDGED_ON, JUDGED_BY, EVALUATION}
-    if stale or any(key.startswith(METRIC_GROUPS) for key in news):
-        stale |= judged & version.tags.keys()  # first to go and last to come: a kill leaves no mixture that looks whole
-        news |= {key: tags[key] for key in judged & tags.keys()}
-    for key in sorted(stale, key=lambda key: key not in judged):
+        kept = () if any(key.startswith("privacy/") for key in tags) else ("privacy/",)
+        earlier = {key for key in version.tags if key.startswith(METRIC_GROUPS)}
+        stale = {key for key in earlier if not key.startswith(kept)} - tags.keys()
+    # The tags that say what the metrics were measured with are deleted first and set last, so that a crash in between
+    # leaves a version that counts as not evaluated, and not a mixture of two evaluations.
+    measured_with = {EVALUATED_ON, EVALUATED_WITH, EVALUATION_DIGEST}
+    if stale or any(key.startswith(METRIC_GROUPS) for key in changed):
+        stale |= measured_with & version.tags.keys()
+        changed |= {key: tags[key] for key in measured_with & tags.keys()}
+    for key in sorted(stale, key=lambda key: key not in measured_with):
         client.delete_model_version_tag(version.name, version.version, key)
-    for key in sorted(news, key=lambda key: key in judged):
-        client.set_model_version_tag(version.name, version.version, key, news[key])
-    return bool(news or stale)
+    for key in sorted(changed, key=lambda key: key in measured_with):
+        client.set_model_version_tag(version.name, version.version, key, changed[key])
+    return bool(changed or stale)
 
 
-def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel | None":
-    """The registered model, or None where there is none of the name."""
+def get_registered_model(client: "MlflowClient", name: str) -> "RegisteredModel | None":
+    """The registered model, or None if there is none of this name."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -131,14 +144,14 @@ def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel | No
         return None
 
 
-def aliases(client: "MlflowClient", name: str) -> dict[str, int]:
-    """Alias to version number; empty where there is no such model."""
-    found = registered_model(client, name)
+def get_aliases(client: "MlflowClient", name: str) -> dict[str, int]:
+    """Version numbers by alias; empty if there is no such model."""
+    found = get_registered_model(client, name)
     return {alias: int(number) for alias, number in found.aliases.items()} if found else {}
 
 
-def _number(text: str) -> float:
-    """NaN for what is none: anyone may edit a tag."""
+def _to_float(text: str) -> float:
+    """The number, or NaN if the text is none: anyone may edit a tag."""
     try:
         return float(text)
     except ValueError:
@@ -151,72 +164,71 @@ def _version(found: "ModelVersion") -> Version:
 
 
 @contextmanager
-def answering(project: Project, tracking: Tracking, otherwise: str) -> Iterator[None]:
-    """Turns what MLflow and the network raise into one message for the user."""
+def mlflow_errors(project: Project, tracking: Tracking, consequence: str) -> Iterator[None]:
+    """Turn the errors of MLflow and of the network into a UserError that ends with `consequence`."""
     load_mlflow(tracking)
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
     try:
         yield
-    except MlflowException as error:
-        if error.error_code in REFUSALS:
-            raise UserError(f"MLflow refused: {first_line(error)}") from error
-        raise unreachable(project, tracking, error, otherwise) from error
-    except RequestException as error:
-        raise unreachable(project, tracking, error, otherwise) from error
+    except (MlflowException, RequestException) as error:
+        if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+            raise UserError(f"MLflow refused: {summarize_error(error)}") from error
+        raise store_error(project, tracking, error, consequence) from error
 
 
-def load(uri: str, project: Project, tracking: Tracking) -> Path:
-    """Fetches a registered version; its folder holds model/, prior/, refiner/ and params.json.
+def download_version(uri: str, project: Project, tracking: Tracking) -> Path:
+    """Download a registered version to a temporary folder with model/, prior/, refiner/ and params.json.
 
-    A version of a medgen without refiners gets a refiner/ that says that there is none.
+    A version that was registered before medgen had refiners gets a refiner/ which says that there is none.
 
     Raises:
-        UserError: there is no such version, or the store does not answer.
+        NoSuchVersion: there is no such version.
+        UserError: the MLflow store does not answer.
     """
     folder = tempfile.mkdtemp(prefix="medgen-model-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    found = fetch(uri, "artifacts", Path(folder), project, tracking)
+    found = download_files(uri, "artifacts", Path(folder), project, tracking)
     if not (found / "refiner").exists():
-        save_none(found / "refiner", bundle.digest(found / "model"))
+        save_disabled(found / "refiner", bundle.digest(found / "model"))
     return found
 
 
-def fetch(uri: str, part: str, folder: Path, project: Project, tracking: Tracking) -> Path:
-    """Copies one part of a registered version ("": all of it) into `folder` and returns its path there.
+def download_files(uri: str, subfolder: str, folder: Path, project: Project, tracking: Tracking) -> Path:
+    """Copy one subfolder of a registered version ("" for all of it) into `folder` and return its path there.
 
     Raises:
-        NoSuchVersion: there is no such version, or it has no such part.
-        UserError: the store does not answer.
+        NoSuchVersion: there is no such version, or it has no such subfolder.
+        UserError: the MLflow store does not answer.
     """
-    with answering(project, tracking, "the model cannot be fetched: start the server first"):
+    with mlflow_errors(project, tracking, "the model cannot be downloaded: start the server first"):
         client, _ = connect(project, tracking)
         from mlflow.artifacts import download_artifacts, list_artifacts
         from mlflow.exceptions import MlflowException
 
         store = store_uri(project, tracking)
-        place = f"{uri}/{part}" if part else uri
+        source = f"{uri}/{subfolder}" if subfolder else uri
         try:
-            with mlflow_store(store):  # whatever registry the call names, MLflow 3.17 looks models:/ up in its own
-                # a server says INTERNAL_ERROR of a download that it does not have, as of one that broke off
-                if not list_artifacts(artifact_uri=place, tracking_uri=store):
-                    raise _no_such_version(client, place)
-                return Path(download_artifacts(place, dst_path=str(folder), tracking_uri=store, registry_uri=store))
+            with mlflow_store(store):  # MLflow 3.17 resolves models:/ in its global store, whatever registry_uri says
+                # Listed first: for a missing file a server reports INTERNAL_ERROR, as for a broken download.
+                if not list_artifacts(artifact_uri=source, tracking_uri=store):
+                    raise _no_such_version(client, source)
+                return Path(download_artifacts(source, dst_path=str(folder), tracking_uri=store, registry_uri=store))
         except MlflowException as error:
-            if error.error_code not in _UNKNOWN:
+            if error.error_code not in _NOT_FOUND:
                 raise
             raise _no_such_version(client, uri) from None
 
 
-def _no_such_version(client: "MlflowClient", what: str) -> "NoSuchVersion":
-    """The error for `what`, a URI that names no version or part of one; lists those there are."""
+def _no_such_version(client: "MlflowClient", uri: str) -> NoSuchVersion:
+    """The error for a URI that names no version or no part of one; it lists the registered models and aliases."""
     registered = []
     for model in client.search_registered_models():
-        called = ", ".join(f"@{alias} is {number}" for alias, number in sorted(model.aliases.items()))
-        registered.append(f"models:/{model.name} ({called})")
-    expected = f"models:/NAME@{CANDIDATE} or models:/NAME/1"
-    if what.endswith(CHAMPION):
-        expected = "a champion: `medgen promote` makes the candidate one, or name another alias or number"
+        listed = ", ".join(f"@{alias} is {number}" for alias, number in sorted(model.aliases.items()))
+        registered.append(f"models:/{model.name} ({listed})")
+    expected = f"expected models:/NAME@{CANDIDATE} or models:/NAME/1"
+    if uri.endswith(CHAMPION):
+        expected = "run `medgen promote` to make the candidate champion, or give another alias or number"
     known = ", ".join(registered) or "none; run `medgen register` first"
-    return NoSuchVersion(f"{what}: no such version; expected {expected}. Registered: {known}")
+    return NoSuchVersion(f"{uri}: no such version; {expected}. Registered: {known}")

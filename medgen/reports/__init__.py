@@ -1,1 +1,1 @@
-"""HTML pages, figures and tables; computes nothing."""
+"""HTML pages, figures and tables from given values; computes no metrics. `html.render` fills the templates."""

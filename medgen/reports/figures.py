@@ -1,7 +1,7 @@
-"""Pictures for people: image grids, original-over-reconstruction pairs, curves, animations.
+"""Write figures: image grids, originals over reconstructions, curves, animations.
 
-Same input, same bytes: no dates, versions or random colours go into a file, so that figures can be
-compared and cached by hash. Files appear whole or not at all.
+The same input gives the same bytes, without dates, versions or random colours, so that figures can be compared and
+cached by hash. Files are written atomically.
 """
 
 import io
@@ -28,11 +28,11 @@ Pixels = npt.NDArray[np.uint8]
 _GAP = 2  # pixels between tiles
 _FONT_SIZE = 12
 _CAPTION_HEIGHT = 18
-_PAPER = (255, 255, 255)
-_INK = (40, 40, 40)
-_MIN_TILE = 96  # smaller images are enlarged by a whole factor until they are this large
-_PALETTE_FRAMES = 64  # of a film, at most, that its colours are taken from
-_STYLE: dict[Any, Any] = {  # over matplotlib's defaults, whatever the user's own are
+_BACKGROUND = (255, 255, 255)
+_TEXT = (40, 40, 40)
+_MIN_TILE = 96  # smaller images are enlarged by an integer factor to at least this side
+_PALETTE_FRAMES = 64  # at most, from which the palette of an animation is computed
+_STYLE: dict[Any, Any] = {  # added to matplotlib's defaults; the user's settings are ignored
     "font.size": 10.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -41,13 +41,13 @@ _STYLE: dict[Any, Any] = {  # over matplotlib's defaults, whatever the user's ow
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
-    # Okabe and Ito's colours: told apart by colour-blind readers too.
+    # Okabe and Ito's colours, which colour-blind readers can distinguish
     "axes.prop_cycle": "cycler('color', ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'])",
 }
 
 
 def write_image(path: Path, image: Tensor) -> None:
-    """Writes one image (1 or 3, H, W), uint8 or floats in [0, 1], as PNG, pixel by pixel."""
+    """Write one image (1 or 3, H, W), uint8 or floats in [0, 1], as PNG."""
     if image.is_floating_point():
         image = (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
     array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
@@ -57,7 +57,7 @@ def write_image(path: Path, image: Tensor) -> None:
 
 
 def write_images(folder: Path, images: Tensor) -> None:
-    """Writes images (N, 1 or 3, H, W) as 00000.png and on; the folder takes the place of an earlier one."""
+    """Write images (N, 1 or 3, H, W) as 00000.png and so on, in a folder that replaces an earlier one."""
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     for number, image in enumerate(images):
@@ -72,18 +72,17 @@ def write_grid(
     captions: Sequence[str] | None = None,
     scale: int | None = None,
 ) -> None:
-    """Writes images as one PNG, row after row.
+    """Write images as one PNG, row by row.
 
     Args:
-        path: the PNG; its folder is made.
+        path: the PNG; its folder is created.
         images: (N, C, H, W) with one or three channels, floats in [0, 1] or uint8.
-        columns: images per row; the default makes the grid about square.
+        columns: images per row; by default the grid is about square.
         captions: one line under each image.
-        scale: whole factor of enlargement, pixels repeated, so that nothing is smoothed away;
-            the default brings a tile to at least 96 pixels.
+        scale: integer factor of enlargement by pixel repetition; by default a tile has at least 96 pixels.
 
     Raises:
-        ValueError: no image, an odd number of channels, or captions that do not match.
+        ValueError: there is no image, the number of channels is wrong, or the number of captions differs.
     """
     tiles = _tiles(images, scale)
     if captions is not None and len(captions) != len(tiles):
@@ -91,7 +90,9 @@ def write_grid(
     columns = min(len(tiles), columns or math.ceil(math.sqrt(len(tiles))))
     height, width = tiles.shape[1:3]
     pitch = height + _GAP + (_CAPTION_HEIGHT if captions else 0)
-    canvas = Image.new("RGB", (columns * (width + _GAP) + _GAP, math.ceil(len(tiles) / columns) * pitch + _GAP), _PAPER)
+    canvas = Image.new(
+        "RGB", (columns * (width + _GAP) + _GAP, math.ceil(len(tiles) / columns) * pitch + _GAP), _BACKGROUND
+    )
     draw = ImageDraw.Draw(canvas)
     for position, tile in enumerate(tiles):
         row, column = divmod(position, columns)
@@ -99,7 +100,7 @@ def write_grid(
         canvas.paste(Image.fromarray(tile), (left, top))
         if captions:
             text = _shorten(draw, captions[position], width)
-            draw.text((left + width // 2, top + height + _CAPTION_HEIGHT // 2), text, _INK, _font(), anchor="mm")
+            draw.text((left + width // 2, top + height + _CAPTION_HEIGHT // 2), text, _TEXT, _font(), anchor="mm")
     _write_png(path, canvas)
 
 
@@ -110,17 +111,17 @@ def write_pairs(
     columns: int = 8,
     scale: int | None = None,
 ) -> None:
-    """Writes each original over its reconstruction, `columns` pairs side by side, as one PNG.
+    """Write each original over its reconstruction, `columns` pairs side by side, as one PNG.
 
     Args:
-        path: the PNG; its folder is made.
-        originals: (N, C, H, W), as `write_grid` takes them.
-        reconstructions: the same shape.
-        columns: pairs per row of pairs.
-        scale: whole factor of enlargement, as in `write_grid`.
+        path: the PNG; its folder is created.
+        originals: (N, C, H, W), as in `write_grid`.
+        reconstructions: of the same shape.
+        columns: pairs per row.
+        scale: integer factor of enlargement, as in `write_grid`.
 
     Raises:
-        ValueError: the two differ in shape.
+        ValueError: the shapes differ.
     """
     write_stacks(path, {"original": originals, "reconstruction": reconstructions}, columns, scale)
 
@@ -132,17 +133,17 @@ def write_stacks(
     scale: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> None:
-    """Writes pictures that belong together one under the other, `columns` stacks side by side, as one PNG.
+    """Write stacks of corresponding images, `columns` stacks side by side, as one PNG.
 
     Args:
-        path: the PNG; its folder is made.
-        lines: name -> images (N, C, H, W), from top to bottom, as `write_grid` takes them.
-        columns: stacks per row of stacks.
-        scale: whole factor of enlargement, as in `write_grid`.
-        captions: text under each stack, of as many lines each.
+        path: the PNG; its folder is created.
+        lines: name -> images (N, C, H, W), as in `write_grid`, from the top to the bottom of the stacks.
+        columns: stacks per row.
+        scale: integer factor of enlargement, as in `write_grid`.
+        captions: text under each stack, all with the same number of lines.
 
     Raises:
-        ValueError: the lines differ in shape, or captions do not match them.
+        ValueError: the shapes of the lines or the number of captions differ.
     """
     tiled = {name: _tiles(images, scale) for name, images in lines.items()}
     first = next(iter(tiled.values()))
@@ -153,12 +154,12 @@ def write_stacks(
         raise ValueError(f"captions: found {len(captions)} for {len(first)} stacks")
     texts = [caption.split("\n") for caption in captions or ()]
     num_rows = math.ceil(len(first) / columns)
-    columns = math.ceil(len(first) / num_rows)  # rows of stacks about equally long
+    columns = math.ceil(len(first) / num_rows)  # rows of about equal length
     height, width = first.shape[1:3]
     margin = _CAPTION_HEIGHT + _GAP
-    pictures = len(tiled) * (height + _GAP)
-    pitch = pictures + (len(texts[0]) if texts else 0) * _CAPTION_HEIGHT + 3 * _GAP  # rows stand a little apart
-    canvas = Image.new("RGB", (margin + columns * (width + _GAP), num_rows * pitch - 2 * _GAP), _PAPER)
+    stack_height = len(tiled) * (height + _GAP)
+    pitch = stack_height + (len(texts[0]) if texts else 0) * _CAPTION_HEIGHT + 3 * _GAP  # with a gap between rows
+    canvas = Image.new("RGB", (margin + columns * (width + _GAP), num_rows * pitch - 2 * _GAP), _BACKGROUND)
     for row in range(num_rows):
         for line, (name, tiles) in enumerate(tiled.items()):
             top = _GAP + row * pitch + line * (height + _GAP)
@@ -170,26 +171,25 @@ def write_stacks(
         row, column = divmod(position, columns)
         centre = margin + column * (width + _GAP) + width // 2
         for line, words in enumerate(text):
-            middle = _GAP + row * pitch + pictures + line * _CAPTION_HEIGHT + _CAPTION_HEIGHT // 2
-            draw.text((centre, middle), _shorten(draw, words, width), _INK, _font(), anchor="mm")
+            middle = _GAP + row * pitch + stack_height + line * _CAPTION_HEIGHT + _CAPTION_HEIGHT // 2
+            draw.text((centre, middle), _shorten(draw, words, width), _TEXT, _font(), anchor="mm")
     _write_png(path, canvas)
 
 
-def overlay(images: Tensor, true: Tensor, found: Tensor) -> Tensor:
-    """Images (N, C, H, W) uint8 tinted by masks of class numbers (N, H, W) -> (N, 3, H, W) floats in [0, 1].
+def overlay(images: Tensor, true: Tensor, predicted: Tensor) -> Tensor:
+    """Images (N, C, H, W) uint8 tinted by masks of class indices (N, H, W), as floats (N, 3, H, W) in [0, 1].
 
-    Blue where the two agree on a class other than 0, red where `found` misses it, yellow where it has one that
-    `true` has not.
+    Blue: the prediction is a correct class other than 0; red: it misses such a class; yellow: false positive.
     """
-    picture = images.float().expand(-1, 3, -1, -1) / 255.0
-    for chosen, colour in (
-        ((true > 0) & (found == true), (0, 114, 178)),
-        ((true > 0) & (found != true), (213, 94, 0)),
-        ((true == 0) & (found > 0), (240, 228, 66)),
+    result = images.float().expand(-1, 3, -1, -1) / 255.0
+    for pixels, colour in (
+        ((true > 0) & (predicted == true), (0, 114, 178)),
+        ((true > 0) & (predicted != true), (213, 94, 0)),
+        ((true == 0) & (predicted > 0), (240, 228, 66)),
     ):
-        tinted = 0.55 * picture + 0.45 * torch.tensor(colour)[:, None, None] / 255.0
-        picture = torch.where(chosen[:, None], tinted, picture)
-    return picture
+        tinted = 0.55 * result + 0.45 * torch.tensor(colour)[:, None, None] / 255.0
+        result = torch.where(pixels[:, None], tinted, result)
+    return result
 
 
 def write_curves(
@@ -200,20 +200,20 @@ def write_curves(
     x_label: str = "epoch",
     y_label: str = "value",
 ) -> None:
-    """Draws named series over their position, counted from 1, as one PNG.
+    """Plot named series over their positions, counted from 1, as one PNG.
 
     Args:
-        path: the PNG; its folder is made.
+        path: the PNG; its folder is created.
         series: name -> values; NaN leaves a gap.
-        log: also draws them on a logarithmic axis beside the linear one (values <= 0 leave gaps there).
-        x_label: what a position is.
-        y_label: what the values are, with their unit where they have one.
+        log: adds a second plot with a logarithmic axis, with gaps at values <= 0.
+        x_label: label of the positions.
+        y_label: label of the values, with their unit if they have one.
 
     Raises:
-        ValueError: no series at all.
+        ValueError: there is no series.
     """
     if not series:
-        raise ValueError("series: found none, expected at least one named list of numbers")
+        raise ValueError("series: found none, expected at least one")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -224,7 +224,7 @@ def write_curves(
             for name, values in series.items():
                 heights = np.asarray(values, dtype=np.float64)
                 heights = np.where((heights > 0) | (scale == "linear"), heights, np.nan)
-                marker = "o" if len(heights) == 1 else None  # a lone point draws no line
+                marker = "o" if len(heights) == 1 else None  # a single point has no line
                 axes.plot(np.arange(1, len(heights) + 1), heights, label=name, marker=marker)
             axes.set(xlabel=x_label, ylabel=f"{y_label} ({scale})" if log else y_label, yscale=scale)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -234,49 +234,49 @@ def write_curves(
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Plots that are made and written within have the house's style, whatever the user's own is."""
-    import matplotlib as mpl  # heavy, and most callers never plot
+    """Context manager in which plots have medgen's style, whatever the user's settings are."""
+    import matplotlib as mpl  # slow to import, and most callers never plot
 
     with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "backend": "agg"}):
         yield
 
 
 def write_plot(path: Path, figure: "Figure") -> None:
-    """Writes a matplotlib figure as PNG, without the version that matplotlib puts in."""
+    """Write a matplotlib figure as PNG, without matplotlib's version in its metadata."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     write_atomic(path, buffer.getvalue())
 
 
 def write_gif(path: Path, frames: Sequence[Path], seconds_per_frame: float = 0.5) -> None:
-    """Joins pictures of one size into an endless animation; the last one stays four times as long.
+    """Write image files of one size as an endless animation whose last frame is shown four times as long.
 
     Args:
-        path: the GIF; its folder is made.
-        frames: picture files, in order.
-        seconds_per_frame: how long each is shown, in steps of 0.01 s.
+        path: the GIF; its folder is created.
+        frames: image files, in order.
+        seconds_per_frame: duration of each frame, in steps of 0.01 s.
 
     Raises:
-        ValueError: no frame, or frames that differ in size.
+        ValueError: there is no frame, or frames differ in size.
     """
     if not frames:
-        raise ValueError("frames: found none, expected at least one picture")
-    pictures = []
+        raise ValueError("frames: found none, expected at least one image")
+    images = []
     for frame in frames:
-        with Image.open(frame) as picture:
-            pictures.append(picture.convert("RGB"))
-    sizes = {picture.size for picture in pictures}
+        with Image.open(frame) as image:
+            images.append(image.convert("RGB"))
+    sizes = {image.size for image in images}
     if len(sizes) > 1:
         raise ValueError(f"frames: expected one size, found {sorted(sizes)}")
-    # One palette for all frames: with one each, still areas would flicker from frame to frame.
-    num_shown = min(_PALETTE_FRAMES, len(pictures))
-    shown = [pictures[i * len(pictures) // num_shown] for i in range(num_shown)]
+    # One palette for all frames; with a palette for each, static areas would flicker.
+    num_shown = min(_PALETTE_FRAMES, len(images))
+    shown = [images[i * len(images) // num_shown] for i in range(num_shown)]
     width, height = shown[0].size
     sheet = Image.new("RGB", (width, height * num_shown))
     for number in range(num_shown):
         sheet.paste(shown[number], (0, height * number))
     palette = sheet.quantize(256, method=Image.Quantize.MEDIANCUT)
-    indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     milliseconds = 10 * max(1, round(100 * seconds_per_frame))
     durations = [milliseconds] * (len(indexed) - 1) + [4 * milliseconds]
     buffer = io.BytesIO()
@@ -285,7 +285,7 @@ def write_gif(path: Path, frames: Sequence[Path], seconds_per_frame: float = 0.5
 
 
 def _tiles(images: Tensor | npt.NDArray[Any], scale: int | None) -> Pixels:
-    """Images (N, C, H, W) -> RGB tiles (N, H * scale, W * scale, 3)."""
+    """RGB tiles (N, H * scale, W * scale, 3) of images (N, C, H, W)."""
     if isinstance(images, Tensor):
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()  # NumPy has no bfloat16
@@ -300,11 +300,11 @@ def _tiles(images: Tensor | npt.NDArray[Any], scale: int | None) -> Pixels:
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(_FONT_SIZE)  # comes with Pillow: the same letters on every machine
+    return ImageFont.load_default(_FONT_SIZE)  # part of Pillow, so it is the same on every machine
 
 
 def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    """The text, cut with an ellipsis if it is wider than `width` pixels."""
     if draw.textlength(text, _font()) <= width:
         return text
     while text and draw.textlength(text + "…", _font()) > width:
@@ -313,10 +313,10 @@ def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 
 def _vertical_caption(text: str, height: int) -> Image.Image:
-    """A strip of `_CAPTION_HEIGHT` by `height` pixels with the text read from below."""
-    strip = Image.new("RGB", (height, _CAPTION_HEIGHT), _PAPER)
+    """A strip of `_CAPTION_HEIGHT` by `height` pixels with the text from bottom to top."""
+    strip = Image.new("RGB", (height, _CAPTION_HEIGHT), _BACKGROUND)
     draw = ImageDraw.Draw(strip)
-    draw.text((height // 2, _CAPTION_HEIGHT // 2), _shorten(draw, text, height), _INK, _font(), anchor="mm")
+    draw.text((height // 2, _CAPTION_HEIGHT // 2), _shorten(draw, text, height), _TEXT, _font(), anchor="mm")
     return strip.transpose(Image.Transpose.ROTATE_90)
 
 

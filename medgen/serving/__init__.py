@@ -1,1 +1,1 @@
-"""Generate images: as files, as MLflow's pyfunc flavours and over HTTP."""
+"""Use trained models: image files (`generate.run`), MLflow pyfuncs (pyfunc.py) and the HTTP server (app.py)."""

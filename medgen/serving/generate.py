@@ -1,9 +1,9 @@
-"""Uses of a trained model: new images, and images through the model and back.
+"""Generate images with a trained model, interpolate and traverse its latents, and reconstruct image files.
 
 medgen generate --n 25 --label NORMAL --out outputs/new
 medgen generate --interpolate chest.png other.png --out outputs/path
 medgen generate --traverse --out outputs/axes
-medgen reconstruct chest.png --out outputs/through
+medgen reconstruct chest.png --out outputs/reconstructed
 """
 
 import csv
@@ -14,20 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from medgen.config import Preprocess, Project
+from medgen.console import OUT, say
 from medgen.errors import UserError
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.ingest.images import read_image
-from medgen.ingest.transforms import to_square
+from medgen.ingest.transforms import preprocess_image
 from medgen.io import write_atomic
 from medgen.metrics.reconstruction import psnr, ssim
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo, label_to_encode
-from medgen.priors import Prior, find_label, iterate_samples, load_prior, tells_classes_apart
+from medgen.priors import Prior, find_label, is_conditional, iterate_samples, load_prior
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator
 from medgen.reports.figures import write_gif, write_grid, write_image
@@ -38,10 +38,10 @@ NUM_IMAGES = 25
 MAX_GRID_IMAGES = 100
 NUM_AXES = 8
 AXIS_STEPS = 9
-MAX_STEPS = 200  # of a way or along an axis: all of them are held at once, and stand in one grid
-MAX_DEVIATIONS = 3.0  # of an axis, either way
+MAX_STEPS = 200  # of an interpolation or along an axis: all are held in memory and shown in one grid
+MAX_DEVIATIONS = 3.0  # standard deviations in both directions of an axis
 SECONDS_PER_FRAME = 0.15
-PAIR_SIDE = 192  # pixels at least of each picture of a pair, so that its caption has room
+MIN_PAIR_SIDE = 192  # pixels of each image of a pair, so that its caption fits
 
 
 def run(
@@ -54,19 +54,18 @@ def run(
     out: Path,
     refine: bool = True,
 ) -> list[Path]:
-    """Writes `n` new images as PNG files and the first hundred as grid.png; returns the images' paths.
+    """Write `n` new images as PNG files and the first hundred as grid.png; return the images' paths.
 
     Args:
-        project: where artifacts/ is.
-        n: how many.
-        label: class by name or index; None draws classes as often as the train split has them.
+        n: number of images.
+        label: class by name or index; None draws classes with their frequencies in the train split.
         seed: the same seed gives the same images.
         model: folder with model/, prior/ and refiner/; None is artifacts/.
-        out: folder for the pictures; made where it is absent.
-        refine: whether the refiner, where the model has one, adds the detail that the decoder leaves out.
+        out: output folder; created if it does not exist.
+        refine: use the refiner, if there is one, to add detail that the decoder omits.
 
     Raises:
-        UserError: model, prior or refiner is missing, they do not fit each other, or the label is unknown.
+        UserError: model, prior or refiner is missing, they do not belong together, or the label is unknown.
     """
     folder = model or project.model.parent
     loaded = load_generator(folder / "model", folder / "prior", folder / "refiner", pick_device("auto"))
@@ -77,8 +76,7 @@ def run(
     paths: list[Path] = []
     shown: list[Tensor] = []
     captions: list[str] = []
-    console = Console(highlight=False)
-    for images, classes in track(batches, "generating", num_batches, console=console, disable=not console.is_terminal):
+    for images, classes in track(batches, "generating", num_batches, console=OUT, disable=not OUT.is_terminal):
         names = ["image"] * len(images) if classes is None else [info.classes[c] for c in classes.tolist()]
         for image, name in zip(images, names, strict=True):
             paths.append(out / f"{file_name(name)}_{len(paths):05d}.png")
@@ -86,8 +84,8 @@ def run(
         missing = MAX_GRID_IMAGES - len(captions)
         shown.append(images[:missing])
         captions += names[:missing]
-    write_grid(out / "grid.png", torch.cat(shown), captions=captions if tells_classes_apart(prior, network) else None)
-    console.print(f"{n} images and grid.png in {out}", markup=False)
+    write_grid(out / "grid.png", torch.cat(shown), captions=captions if is_conditional(prior, network) else None)
+    say(f"{n} images and grid.png in {out}")
     return paths
 
 
@@ -95,101 +93,103 @@ def run(
 def interpolate(
     project: Project, *, ends: tuple[Path, Path], n: int = NUM_IMAGES, label: str | None, model: Path | None, out: Path
 ) -> Tensor:
-    """Writes the way from one image file to another through the latents: `n` pictures, interpolation.png and .gif.
+    """Interpolate between the latents of two image files; write `n` images, interpolation.png and .gif.
 
-    A model that looks at labels is given `label`, or without one each file's own class, which is the name of a folder
-    it stands in: the first file's up to the middle of the way, the second's from there. The refiner is not used.
+    A conditional model gets `label`. Without one it gets each file's own class, which is the name of a folder that
+    contains it: the first file's for the first half, the second file's for the second half. The refiner is not used.
 
     Args:
-        project: where artifacts/ is.
         ends: the two files.
-        n: pictures on the way, both ends with them: 2 to 200.
-        label: class by name or index, for a model that looks at labels.
+        n: number of images, with both ends: 2 to 200.
+        label: class by name or index, for a conditional model.
         model: folder with model/; None is artifacts/.
-        out: folder for the pictures; made where it is absent.
+        out: output folder; created if it does not exist.
 
     Returns:
-        The pictures (n, C, H, W) in [0, 1].
+        The images (n, C, H, W) in [0, 1].
 
     Raises:
-        UserError: n is out of range, the model is missing, a file is unreadable, or a label is missing, unknown or
-            of no use.
+        UserError: n is out of range, the model is missing, a file is unreadable, a label is missing or unknown, or
+            the model is unconditional and a label is given.
     """
     _check_steps(n)
     network, info = bundle.load_generative((model or project.model.parent) / "model", pick_device("auto"))
     device = next(network.parameters()).device
-    labels = [_label_for(network, info, label, end) for end in ends]
-    originals = torch.cat([_load_end(end, info.preprocess) for end in ends])
-    given = None if labels[0] is None else torch.tensor(labels, device=device)
-    latent = network.encode(originals.to(device), given)
-    # N(0, I) in many dimensions is a shell, which a straight line leaves; a grid's posterior is far narrower than that
+    labels = [_find_label(network, info, label, end) for end in ends]
+    originals = torch.cat([_load_end(end, info.preprocess) for end in ends])  # (2, C, S, S)
+    end_labels = None if labels[0] is None else torch.tensor(labels, device=device)
+    latent = network.encode(originals.to(device), end_labels)
+    # Samples of N(0, I) in many dimensions lie near a sphere, which a straight line leaves. Latent grids are
+    # interpolated linearly, because their posterior is far narrower.
     spherical = latent.logvar is not None and latent.mean.dim() == 2
-    shares = torch.linspace(0.0, 1.0, n, device=device)
-    path = (slerp if spherical else lerp)(latent.mean[0], latent.mean[1], shares)
-    along = None if given is None else given[(shares > 0.5).long()]
-    images = _decode(network, path, along)
-    captions = [f"{share:.2f}" for share in shares.tolist()]
-    if along is not None:
-        captions = [f"{text} as {info.classes[c]}" for c, text in zip(along.tolist(), captions, strict=True)]
+    weights = torch.linspace(0.0, 1.0, n, device=device)
+    path = (slerp if spherical else lerp)(latent.mean[0], latent.mean[1], weights)
+    path_labels = None if end_labels is None else end_labels[(weights > 0.5).long()]
+    images = _decode(network, path, path_labels)
+    captions = [f"{weight:.2f}" for weight in weights.tolist()]
+    if path_labels is not None:
+        captions = [f"{text} as {info.classes[c]}" for c, text in zip(path_labels.tolist(), captions, strict=True)]
     for number, image in enumerate(images):
         write_image(out / f"path_{number:05d}.png", image)
     shown = torch.cat([originals[:1], images, originals[1:]])
     write_grid(out / "interpolation.png", shown, captions=["first file", *captions, "second file"])
-    _write_film(out / "interpolation.gif", [image[None] for image in images], columns=1)
-    Console(highlight=False).print(f"{n} images, interpolation.png and .gif in {out}", markup=False)
+    _write_animation(out / "interpolation.gif", [image[None] for image in images], columns=1)
+    say(f"{n} images, interpolation.png and .gif in {out}")
     return images
 
 
 @torch.no_grad()
 def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model: Path | None, out: Path) -> Tensor:
-    """Writes what the latent's main axes do: traversal.png, an axis a row, and traversal.gif, all axes at once.
+    """Traverse the principal axes of the latents; write traversal.png, one axis a row, and traversal.gif.
 
-    From the train split's mean latent each axis is followed from -3 to 3 of its standard deviations; axes are the
-    principal ones of the train split's latents, as the prior holds them, most variance first. The refiner is not used.
+    Each axis is followed from -3 to 3 standard deviations around the mean latent of the train split. The axes are the
+    principal components of the train split's latents, stored in the prior, in order of variance. The refiner is not
+    used.
 
     Args:
-        project: where artifacts/ is.
-        n: pictures along each axis, both ends with them: 2 to 200.
-        label: class by name or index, for a model that looks at labels.
+        n: number of images along each axis, with both ends: 2 to 200.
+        label: class by name or index, for a conditional model.
         model: folder with model/ and prior/; None is artifacts/.
-        out: folder for the pictures; made where it is absent.
+        out: output folder; created if it does not exist.
 
     Returns:
-        The pictures (axes, n, C, H, W) in [0, 1].
+        The images (axes, n, C, H, W) in [0, 1].
 
     Raises:
-        UserError: n is out of range, model or prior is missing, the prior knows no axes, or a label is missing,
-            unknown or of no use.
+        UserError: n is out of range, model or prior is missing, the prior has no axes, a label is missing or unknown,
+            or the model is unconditional and a label is given.
     """
     _check_steps(n)
     folder = model or project.model.parent
     network, info = bundle.load_generative(folder / "model", pick_device("auto"))
     prior = load_prior(folder / "prior", bundle.digest(folder / "model"))
-    chosen = _label_for(network, info, label, None)
+    label_index = _find_label(network, info, label, None)
     axes = _axes(prior)
     num_axes = min(NUM_AXES, len(axes.scales))
     steps = torch.linspace(-MAX_DEVIATIONS, MAX_DEVIATIONS, n)
     white = torch.zeros(num_axes, n, len(axes.scales))
     white[torch.arange(num_axes), :, torch.arange(num_axes)] = steps
     path = axes.colour(white.flatten(0, 1)).view(-1, *network.latent_shape).to(next(network.parameters()).device)
-    given = None if chosen is None else torch.full((len(path),), chosen, device=path.device)
-    images = _decode(network, path, given)
+    labels = None if label_index is None else torch.full((len(path),), label_index, device=path.device)
+    images = _decode(network, path, labels)
     captions = [f"axis {axis + 1}: {step:+.2f}" for axis in range(num_axes) for step in steps.tolist()]
     write_grid(out / "traversal.png", images, columns=n, captions=captions)
     images = images.view(num_axes, n, *images.shape[1:])
-    _write_film(out / "traversal.gif", [*images.unbind(1), *images.flip(1)[:, 1:].unbind(1)], columns=4)
-    Console(highlight=False).print(f"{num_axes} axes: traversal.png and .gif in {out}", markup=False)
+    _write_animation(out / "traversal.gif", [*images.unbind(1), *images.flip(1)[:, 1:].unbind(1)], columns=4)
+    say(f"{num_axes} axes: traversal.png and .gif in {out}")
     return images
 
 
-def lerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
-    """Latents (n, ...) on the straight line between two (...), at `shares` (n,) of the way."""
-    shares = shares.view(-1, *[1] * first.dim())
-    return (1.0 - shares) * first + shares * second
+def lerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """Linear interpolation between two latents (...) with weights (n,) of the second; (n, ...)."""
+    weights = weights.view(-1, *[1] * first.dim())
+    return (1.0 - weights) * first + weights * second
 
 
-def slerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
-    """Latents (n, D) on the arc between two (D,), at `shares` (n,) of the way; of nearly one direction: on the line.
+def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """Spherical interpolation between two latents (D,) with weights (n,) of the second; (n, D).
+
+    Latents of nearly the same or opposite direction are interpolated linearly.
 
     Source: Shoemake: Animating rotation with quaternion curves, 1985; for latents White: Sampling generative networks,
     2016.
@@ -197,14 +197,14 @@ def slerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
     cosine = torch.dot(first, second) / (first.norm() * second.norm()).clamp_min(1e-12)
     angle = torch.acos(cosine.clamp(-1.0, 1.0))
     if float(angle.sin()) < 1e-3:
-        return lerp(first, second, shares)
-    shares = shares[:, None]
-    return (((1.0 - shares) * angle).sin() * first + (shares * angle).sin() * second) / angle.sin()
+        return lerp(first, second, weights)
+    weights = weights[:, None]
+    return (((1.0 - weights) * angle).sin() * first + (weights * angle).sin() * second) / angle.sin()
 
 
 def _check_steps(n: int) -> None:
     if not 2 <= n <= MAX_STEPS:
-        raise UserError(f"--n: found {n}, expected 2 to {MAX_STEPS} pictures from one end to the other")
+        raise UserError(f"--n: found {n}, expected 2 to {MAX_STEPS} images")
 
 
 def _load_end(end: Path, preprocess: Preprocess) -> Tensor:
@@ -215,19 +215,19 @@ def _load_end(end: Path, preprocess: Preprocess) -> Tensor:
 
 
 def _decode(network: GenerativeModel, latents: Tensor, labels: Tensor | None) -> Tensor:
-    parts = torch.split(torch.arange(len(latents)), BATCH_SIZE)
-    decoded = [network.decode(latents[rows], None if labels is None else labels[rows]) for rows in parts]
+    batches = torch.split(torch.arange(len(latents)), BATCH_SIZE)
+    decoded = [network.decode(latents[rows], None if labels is None else labels[rows]) for rows in batches]
     return torch.cat([images.float().cpu() for images in decoded])
 
 
-def _label_for(network: GenerativeModel, info: BundleInfo, label: str | None, file: Path | None) -> int | None:
-    """The label that a model which looks at labels is given; None for other models."""
+def _find_label(network: GenerativeModel, info: BundleInfo, label: str | None, file: Path | None) -> int | None:
+    """The index of `label` for a conditional model, by default of the file's folder; None for other models."""
     if network.conditional and label is None and file is not None:
         label = next((part for part in reversed(file.absolute().parts[:-1]) if part in info.classes), None)
         if label is None:
             raise UserError(
-                f"label: {info.model.name} looks at labels and {file} stands in no folder of a class's name; "
-                f"give --label. Known: {', '.join(info.classes)}"
+                f"label: {info.model.name} is conditional, and no folder of {file} has the name of a class; give "
+                f"--label. Known: {', '.join(info.classes)}"
             )
     return label_to_encode(network, info, label)
 
@@ -237,81 +237,79 @@ def _axes(prior: Prior) -> PrincipalAxes:
     axes = getattr(prior, "axes", None)
     if not isinstance(axes, PrincipalAxes) or len(axes.scales) == 0:
         raise UserError(
-            f"--traverse: prior {prior.name!r} knows no axes of the latents; run `medgen prior --set prior.name=gmm`"
+            f"--traverse: prior {prior.name!r} has no axes of the latents; run `medgen prior --set prior.name=gmm`"
         )
     return axes
 
 
-def _write_film(path: Path, frames: Sequence[Tensor], columns: int) -> None:
-    """A GIF whose frames are grids of images (N, C, H, W)."""
+def _write_animation(path: Path, frames: Sequence[Tensor], columns: int) -> None:
+    """Write a GIF whose frames are grids of images (N, C, H, W)."""
     with tempfile.TemporaryDirectory() as scratch:
-        places = [Path(scratch) / f"{number:05d}.png" for number in range(len(frames))]
-        for place, frame in zip(places, frames, strict=True):
-            write_grid(place, frame, columns)
-        write_gif(path, places, SECONDS_PER_FRAME)
+        files = [Path(scratch) / f"{number:05d}.png" for number in range(len(frames))]
+        for file, frame in zip(files, frames, strict=True):
+            write_grid(file, frame, columns)
+        write_gif(path, files, SECONDS_PER_FRAME)
 
 
 def reconstruct(
     project: Project, *, files: Sequence[Path], label: str | None, model: Path | None, out: Path
 ) -> list[dict[str, str]]:
-    """Writes each file's picture beside its reconstruction, and reconstructions.csv; returns its rows.
+    """Write each image with its reconstruction to a PNG file, and reconstructions.csv; return its rows.
 
-    The picture goes through the preprocessing the model was trained with; PSNR (dB) and SSIM compare
-    what comes out of the model to what went in. A model that looks at labels is given `label`, or without one each
-    file's own class, which is the name of a folder it stands in. The refiner is not used: it would draw detail that the
-    picture does not have.
+    The image gets the preprocessing of the training; PSNR (dB) and SSIM compare the reconstruction with the
+    preprocessed image. A conditional model gets `label`. Without one it gets each file's own class, which is the name
+    of a folder that contains it. The refiner is not used, because it would add detail that the image does not have.
 
     Raises:
-        UserError: the model is missing, a label is missing, unknown or of no use, or files are unreadable; the others
-            are done all the same.
+        UserError: the model is missing, a label is missing or unknown, the model is unconditional and a label is given,
+            or files are unreadable. All readable files are written first.
     """
     network, info = bundle.load_generative((model or project.model.parent) / "model", pick_device("auto"))
     device = next(network.parameters()).device
-    labels = [_label_for(network, info, label, file) for file in files]
-    console = Console(highlight=False)
+    labels = [_find_label(network, info, label, file) for file in files]
     rows: list[dict[str, str]] = []
     unreadable: list[str] = []
     taken = {"reconstructions"}
-    for file, number in zip(files, labels, strict=True):
+    for file, label_index in zip(files, labels, strict=True):
         try:
             original = load_image(file, info.preprocess)
         except UnreadableImage as error:
             unreadable.append(f"{file}: {error}")
             continue
         with torch.no_grad():
-            given = None if number is None else torch.tensor([number], device=device)
-            result = network.reconstruct(original.to(device), given).float().cpu()
+            image_label = None if label_index is None else torch.tensor([label_index], device=device)
+            result = network.reconstruct(original.to(device), image_label).float().cpu()
         scores = {"psnr": f"{float(psnr(original, result)):.2f}", "ssim": f"{float(ssim(original, result)):.4f}"}
-        name = _free_name(file_name(file.stem), taken)
+        name = _unused_name(file_name(file.stem), taken)
         captions = ["original", f"SSIM {scores['ssim']}, {scores['psnr']} dB"]
-        scale = math.ceil(PAIR_SIDE / original.shape[-1])
+        scale = math.ceil(MIN_PAIR_SIDE / original.shape[-1])
         write_grid(out / f"{name}.png", torch.cat([original, result]), columns=2, captions=captions, scale=scale)
-        console.print(f"{file}: PSNR {scores['psnr']} dB, SSIM {scores['ssim']} -> {out / name}.png", markup=False)
+        say(f"{file}: PSNR {scores['psnr']} dB, SSIM {scores['ssim']} -> {out / name}.png")
         rows.append({"file": str(file), "picture": f"{name}.png", **scores})
     if rows:
-        _write_table(out / "reconstructions.csv", rows)
+        _write_csv(out / "reconstructions.csv", rows)
     if unreadable:
         raise UserError("not readable as images:\n" + "\n".join(unreadable))
     return rows
 
 
 def load_image(path: Path, preprocess: Preprocess) -> Tensor:
-    """A file's picture, the middle one of a volume or series, as the model's input (1, C, S, S) in [0, 1].
+    """The image of a file as input of a model: (1, C, S, S) in [0, 1]; the middle slice of a volume or series.
 
     Raises:
-        UnreadableImage: the file is no image.
+        UnreadableImage: the file is not a readable image.
     """
-    square = to_square(read_image(path, preprocess).pixels, preprocess)
-    return torch.from_numpy(square)[None].float() / 255.0
+    pixels = preprocess_image(read_image(path, preprocess).pixels, preprocess)
+    return torch.from_numpy(pixels)[None].float() / 255.0
 
 
 def file_name(text: str) -> str:
-    """`text` with what a file name must not hold replaced: class names come from users' folders and tables."""
+    """`text` with characters that are unsafe in file names replaced; class names come from users' files."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text).lstrip(".") or "image"
 
 
-def _free_name(name: str, taken: set[str]) -> str:
-    """`name`, or with the first free number behind it; it is taken from now on."""
+def _unused_name(name: str, taken: set[str]) -> str:
+    """`name`, with the first unused number appended if it is taken; adds the result to `taken`."""
     candidate, number = name, 2
     while candidate in taken:
         candidate, number = f"{name}_{number}", number + 1
@@ -319,7 +317,7 @@ def _free_name(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _write_table(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def _write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -1,14 +1,16 @@
-"""The code that MLflow runs when it loads a registered version, beside the medgen package, model/, prior/, refiner/.
+"""MLflow pyfunc of a registered generative model: generates new images and reconstructs given ones.
 
     generator = mlflow.pyfunc.load_model("models:/medgen@candidate")
     images = generator.predict(pandas.DataFrame({"n": [4], "label": ["NORMAL"], "seed": [0]}))
     images = generator.predict(pandas.DataFrame({"image": [base64.b64encode(open("chest.png", "rb").read()).decode()]}))
 
-Each row asks for `n` new images, or brings an `image` to be reconstructed: a PNG, JPEG, BMP or TIFF file in base64.
-`label` is a class: of new images, where it may be left out for the mix of the train split; of an image for models that
-look at labels. `seed` of new images may be left out for others each time. `refine` says whether the version's refiner
-adds the detail that the decoder leaves out: by default true for new images and false for a reconstruction, which may
-have a `seed` where it is true. The answer is uint8 (images, H, W, C).
+Each row requests `n` new images, or the reconstruction of `image`: a PNG, JPEG, BMP or TIFF file in base64.
+- `label`: class of the new images (by default drawn with the frequencies of the train split), or of the image to
+  reconstruct, which a conditional model requires and others reject.
+- `seed`: the same seed gives the same images; by default it is random. A reconstruction has one only with `refine`.
+- `refine`: use the version's refiner, which adds detail that the decoder omits; by default true for new images and
+  false for a reconstruction.
+The result is uint8 (images, H, W, C).
 """
 
 import base64
@@ -32,25 +34,25 @@ from torch import Tensor
 from medgen.errors import UserError
 from medgen.ingest.formats.images import decode
 from medgen.ingest.formats.raw import UnreadableImage
-from medgen.ingest.transforms import to_square
+from medgen.ingest.transforms import preprocess_image
 from medgen.models import bundle
 from medgen.priors import find_label, sample_images
 from medgen.priors.generator import load_generator
 
-# Of one call: what is read and made is held in memory.
-MAX_VALUES = 2**24  # numbers in the answer
+# Limits of one call, whose input and output are held in memory.
+MAX_VALUES = 2**24  # in the result
 MAX_ROWS = 1024
 MAX_FILE_BYTES = 32 * 2**20
-MAX_PIXELS = 40_000_000  # of a picture; the largest detectors have 30 million
-MAX_LABEL_LETTERS = 200
-MAX_SEED = 2**53 - 1  # what a JSON number, and a column with gaps, holds exactly
+MAX_PIXELS = 40_000_000  # of an image; the largest detectors have 30 million
+MAX_LABEL_CHARACTERS = 200
+MAX_SEED = 2**53 - 1  # the largest integer that JSON numbers and columns with missing values (float64) hold exactly
 
 
 class Generator(PythonModel):
-    """A model, its prior and its refiner as one callable."""
+    """A pyfunc of a model, its prior and its refiner."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Loads them from the version's own files."""
+        """Load the model, prior and refiner from the version's files."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, prior, refiner = (Path(context.artifacts[part]) for part in ("model", "prior", "refiner"))
         loaded = load_generator(model, prior, refiner, device)
@@ -63,7 +65,7 @@ class Generator(PythonModel):
         """Rows of n or image, label, seed and refine -> images uint8 (N, H, W, C), in the order of the rows.
 
         Raises:
-            MlflowException: a row is not to be answered, or all are too many; the scoring server answers 400 then.
+            MlflowException: a row is invalid, or too many images are requested; the scoring server responds with 400.
         """
         try:
             if not 1 <= len(model_input) <= MAX_ROWS:
@@ -72,28 +74,28 @@ class Generator(PythonModel):
             requests = [self._request({name: row[name] for name in row if _is_given(row[name])}) for row in rows]
             total = sum(request.get("n", 1) for request in requests)
             if total > self.max_images:
-                raise UserError(f"n: {total} images asked for; at most {self.max_images} at once")
-            answers = [self._reconstruct(**row) if "image" in row else self._generate(**row) for row in requests]
+                raise UserError(f"n: {total} images requested; at most {self.max_images} in one call")
+            images = [self._reconstruct(**row) if "image" in row else self._generate(**row) for row in requests]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-        pixels = (torch.cat(answers) * 255).round().to(torch.uint8)
+        pixels = (torch.cat(images) * 255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
 
     def _request(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row whose values are checked, all that can be before any image is made."""
+        """The validated values of a row; all rows are validated before any image is generated."""
         if ("n" in row) == ("image" in row):
             found = "both" if "n" in row else "neither"
             raise UserError(f"n, image: found {found} in a row; expected n for new images, or image to reconstruct")
-        label = _label(row["label"]) if row.get("label", "") != "" else None
+        label = _check_label(row["label"]) if row.get("label", "") != "" else None
         refine = self._refine(row["refine"]) if "refine" in row else "n" in row and self.refiner is not None
         if "seed" in row and "image" in row and not refine:
-            raise UserError("seed: found beside image, whose reconstruction draws nothing without refine; leave it out")
-        seed = _whole("seed", row["seed"], 0, MAX_SEED) if "seed" in row else secrets.randbelow(2**31)
+            raise UserError("seed: found with image, but only a refined reconstruction is random; leave it out")
+        seed = _check_integer("seed", row["seed"], 0, MAX_SEED) if "seed" in row else secrets.randbelow(2**31)
         if "image" in row:
             label_index = bundle.label_to_encode(self.model, self.info, label)
             return {"image": row["image"], "label": label_index, "seed": seed, "refine": refine}
         return {
-            "n": _whole("n", row["n"], 1, self.max_images),
+            "n": _check_integer("n", row["n"], 1, self.max_images),
             "label": None if label is None else find_label(label, self.info.classes, self.prior, self.model),
             "seed": seed,
             "refine": refine,
@@ -114,46 +116,46 @@ class Generator(PythonModel):
     @torch.no_grad()
     def _reconstruct(self, image: object, label: int | None, seed: int, refine: bool) -> Tensor:
         try:
-            pixels = decode(_file(image), self.info.preprocess, max_pixels=MAX_PIXELS).pixels
+            pixels = decode(_decode_base64(image), self.info.preprocess, max_pixels=MAX_PIXELS).pixels
         except UnreadableImage as error:
             raise UserError(f"image: not readable as an image: {error}") from None
         device = next(self.model.parameters()).device
-        original = torch.from_numpy(to_square(pixels, self.info.preprocess))[None].to(device).float() / 255.0
+        original = torch.from_numpy(preprocess_image(pixels, self.info.preprocess))[None].to(device).float() / 255.0
         labels = None if label is None else torch.tensor([label], device=device)
         result = self.model.reconstruct(original, labels).float()  # (1, C, H, W) in [0, 1]
         if refine and self.refiner is not None:
-            level = torch.zeros(1, device=device)  # no noise on the latent: it is the picture's own
+            level = torch.zeros(1, device=device)  # noise of the latent: it is encoded, not drawn from the prior
             result = self.refiner.refine(result, level, labels, torch.Generator().manual_seed(seed))
         return result.cpu()
 
 
 def _is_given(value: object) -> bool:
-    """False for what a table holds where a row has nothing in a column."""
+    """Return True if a cell has a value: tables represent missing values in several ways."""
     return not (value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)))
 
 
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    """A whole number; one among rows without it arrives as float. True, "3" and 1.5 are more likely mistakes."""
+def _check_integer(name: str, value: object, low: int, high: int) -> int:
+    """The value as an integer. Columns with missing values hold floats; True, "3" and 1.5 are rejected as mistakes."""
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and value == int(value):
         return int(value)
     raise UserError(f"{name}: found {reprlib.repr(value)}; expected a whole number from {low} to {high}")
 
 
-def _label(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > MAX_LABEL_LETTERS:
+def _check_label(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > MAX_LABEL_CHARACTERS:
         raise UserError(f"label: found {reprlib.repr(value)}; expected a class by name or index")
     return str(value)
 
 
-def _file(image: object) -> bytes:
+def _decode_base64(image: object) -> bytes:
     if not isinstance(image, str):
-        raise UserError(f"image: found {type(image).__name__}; expected the text of a file in base64")
+        raise UserError(f"image: found {type(image).__name__}; expected a file in base64 as text")
     if len(image) > MAX_FILE_BYTES * 4 // 3:
         raise UserError(f"image: more than {MAX_FILE_BYTES // 2**20} MiB")
     try:
         return base64.b64decode(image, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError(f"image: no base64 ({error}); expected a PNG, JPEG, BMP or TIFF file in it") from None
+        raise UserError(f"image: invalid base64 ({error}); expected a PNG, JPEG, BMP or TIFF file in base64") from None
 
 
 mlflow.models.set_model(Generator())

@@ -1,10 +1,10 @@
-"""MLflow pyfunc of a registered segmentation model; medgen/serving/pyfunc.py serves generative models.
+"""MLflow pyfunc of a registered segmentation model; see medgen/serving/pyfunc.py for generative models.
 
     segmenter = mlflow.pyfunc.load_model("models:/lung-masks@candidate")
     masks = segmenter.predict(images)
 
-Images are uint8 (N, H, W, C), C as the model was trained with, of any size; each goes through the preprocessing of the
-training. The answer is uint8 (N, S, S, 1), the class number of each pixel of that square.
+Images are uint8 (N, H, W, C) of any size; C is that of the training. Each gets the preprocessing of the training. The
+result is uint8 (N, S, S, 1), the class number of each pixel of the preprocessed image.
 """
 
 from pathlib import Path
@@ -15,18 +15,18 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from medgen.ingest.transforms import to_square
-from medgen.metrics.segmentation import decide
+from medgen.ingest.transforms import preprocess_image
+from medgen.metrics.segmentation import class_indices
 from medgen.models import bundle
 
 BATCH_SIZE = 32
 
 
 class Segmenter(PythonModel):
-    """A model that finds masks as a callable."""
+    """A pyfunc of a segmentation model."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Loads the model from the version's own files."""
+        """Load the model from the version's files."""
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.info = bundle.load(Path(context.artifacts["model"]), self.device)
 
@@ -35,19 +35,20 @@ class Segmenter(PythonModel):
         """Images uint8 (N, H, W, C) -> class numbers uint8 (N, S, S, 1).
 
         Raises:
-            MlflowException: the images have another shape; the scoring server answers 400 then.
+            MlflowException: the images have another shape or type; the scoring server responds with 400.
         """
         images, channels = np.asarray(model_input), self.info.image_shape[0]
         if images.ndim != 4 or images.shape[-1] != channels or images.dtype != np.uint8 or not images.size:
             raise MlflowException.invalid_parameter_value(
                 f"images: found {images.dtype} {images.shape}; expected uint8 (N, H, W, {channels})"
             )
-        pictures = images[..., 0] if channels == 1 else images
+        if channels == 1:
+            images = images[..., 0]
         masks = []
-        for start in range(0, len(pictures), BATCH_SIZE):
-            squares = [to_square(picture, self.info.preprocess) for picture in pictures[start : start + BATCH_SIZE]]
-            batch = torch.from_numpy(np.stack(squares)).to(self.device).float() / 255.0
-            masks.append(decide(self.model.predict(batch).reconstruction).to(torch.uint8).cpu())
+        for start in range(0, len(images), BATCH_SIZE):
+            inputs = [preprocess_image(image, self.info.preprocess) for image in images[start : start + BATCH_SIZE]]
+            batch = torch.from_numpy(np.stack(inputs)).to(self.device).float() / 255.0
+            masks.append(class_indices(self.model.predict(batch).prediction).to(torch.uint8).cpu())
         return torch.cat(masks)[..., None].numpy()
 
 

@@ -1,11 +1,11 @@
-"""A run's record: runs/<fingerprint>/history.jsonl is the truth, MLflow a mirror that may fail.
+"""Record runs in runs/<fingerprint>/history.jsonl and copy the records to MLflow.
 
     with Tracker.open(scratch, params.tracking, project, "spatial_vae") as tracker:
         tracker.params(params.model_dump())
         tracker.metrics({"train/loss": 0.31}, step=200)
 
-Training appends lines and never waits; a thread sends them to MLflow in order. What MLflow misses
-stays in the file until `medgen sync`.
+history.jsonl is authoritative. Training appends to it and never waits for MLflow: a thread sends the lines in order.
+`sync` sends what MLflow has not received.
 """
 
 import math
@@ -17,55 +17,57 @@ from types import TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from medgen.config import Project, Section, Tracking
+from medgen.console import say
 from medgen.errors import TrainingInterrupted, UserError
 from medgen.io import hash_file
 from medgen.tracking.history import HISTORY, LOCK, History, RunRecord, encode, history, read_run
 from medgen.tracking.lineage import lineage
-from medgen.tracking.mlflow_sync import Mirror, unreachable
-from medgen.tracking.naming import telling_tags
-from medgen.tracking.uploader import Worker
+from medgen.tracking.mlflow_descriptions import NOTE_TAG
+from medgen.tracking.mlflow_sync import MlflowSync, store_error
+from medgen.tracking.naming import difference_tags
+from medgen.tracking.uploader import Uploader
 
-PRIOR_ORIGIN = "prior.origin.json"  # of a run: what made its prior
-REFINER_ORIGIN = "refiner.origin.json"  # and its refiner
-LOCK_PATIENCE_SECONDS = 10.0  # lets a process that is ending end
+PRIOR_ORIGIN = "prior.origin.json"  # in a run's folder: provenance of its prior
+REFINER_ORIGIN = "refiner.origin.json"  # and of its refiner
+LOCK_TIMEOUT_SECONDS = 10.0  # enough for a process that is ending to release the lock
 
-RECORDS = ("*", "tune/*", "tune/*/trial_*/runs/*")  # in runs/: trainings, searches, and after them their trials
+# patterns in runs/; a search comes before its trials, whose MLflow runs need its run as their parent
+RECORDS = ("*", "tune/*", "tune/*/trial_*/runs/*")
 
 __all__ = [
     "PRIOR_ORIGIN",
     "REFINER_ORIGIN",
     "RunRecord",
-    "Synced",
+    "SyncResult",
     "Tracker",
     "flatten",
     "history",
     "lineage",
-    "mirror_run",
     "read_run",
     "sync",
+    "sync_run",
 ]
 
 
 class Tracker:
-    """Records one run. Opening the same folder again continues its record.
+    """Record of one run. Opening the same folder again continues it.
 
-    Repeats of what the file already holds (a resumed training says the same things again) are
-    dropped; a changed value is appended, and the last one counts.
+    A value that the file already holds, such as one that a resumed training records again, is dropped. A changed value
+    is appended and replaces the earlier one.
     """
 
     def __init__(self, scratch: Path, tracking: Tracking, project: Project, record: History, lock: FileLock) -> None:
         self._lock = lock
         self._scratch = scratch
-        self._among_runs = scratch.parent == project.runs  # not a search, a trained prior
+        self._is_training_run = scratch.parent == project.runs  # neither a search nor one of its trials
         self._history = record
         self._history.append("status", status="RUNNING")
         self._finished = False
-        self._worker = Worker(self._history, Mirror(scratch, tracking, project), tracking)
+        self._uploader = Uploader(self._history, MlflowSync(scratch, tracking, project), tracking)
         if tracking.enabled:
-            self._worker.start()
+            self._uploader.start()
 
     @classmethod
     def open(
@@ -77,19 +79,25 @@ class Tracker:
         identity: str | None = None,
         parent: str | None = None,
     ) -> Self:
-        """Starts or continues the record of the run whose folder is `scratch`.
+        """Start or continue the record of a run.
 
-        A new record takes `identity` (32 hexadecimal digits; None: its own), and may belong to the record `parent`.
+        Args:
+            scratch: folder of the run.
+            tracking: settings of MLflow.
+            project: the project that the run belongs to.
+            run_name: name of a new record.
+            identity: ID of a new record, 32 hexadecimal digits; None: a random one.
+            parent: ID of the record that a new one belongs to.
 
         Raises:
             UserError: another process is writing this run.
         """
         scratch.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(scratch / LOCK, timeout=LOCK_PATIENCE_SECONDS)
+        lock = FileLock(scratch / LOCK, timeout=LOCK_TIMEOUT_SECONDS)
         try:
             lock.acquire()
         except Timeout:
-            raise UserError(f"{scratch}: another process is writing this run; wait for it to end, or stop it") from None
+            raise UserError(f"{scratch}: another process is writing this run; wait until it ends, or stop it") from None
         try:
             record = History(scratch / HISTORY)
             record.start(run_name, identity, parent)
@@ -107,117 +115,117 @@ class Tracker:
         self.finish("FINISHED" if ended_well else "KILLED" if interrupted else "FAILED")
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Parameters; sections and mappings become dotted names, such as train.phases.0.epochs.
+        """Record parameters; sections and mappings become dotted names, such as train.phases.kl.epochs.
 
-        The first ones of a training also say what sets it apart from the training before.
+        The first parameters of a training run also set tags that name its differences from the run before it.
         """
         flat = flatten(values)
-        known = read_run(self._scratch)
-        if self._among_runs and known and not known.params:
-            self.tags(telling_tags(self._scratch, flat))
+        record = read_run(self._scratch)
+        if self._is_training_run and record and not record.params:
+            self.tags(difference_tags(self._scratch, flat))
         self._history.append("params", values=flat)
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Tags: text by name."""
+        """Record tags: name to text."""
         self._history.append("tags", values={name: str(value) for name, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers at a step. Infinite and NaN ones are kept here and not sent: MLflow gets the tag nonfinite_step."""
+        """Record metrics at a step. MLflow gets the tag nonfinite_step in place of values that are not finite."""
         plain = {name: float(value) for name, value in values.items()}
         self._history.append("metrics", step=step, values={name: encode(value) for name, value in plain.items()})
-        broken = sorted(name for name, value in plain.items() if not math.isfinite(value))
-        if broken and not self._history.knows(("tags", "nonfinite_step", None)):
-            self.tags({"nonfinite_step": str(step), "nonfinite_metrics": ", ".join(broken)})
+        nonfinite = sorted(name for name, value in plain.items() if not math.isfinite(value))
+        if nonfinite and not self._history.contains(("tags", "nonfinite_step", None)):
+            self.tags({"nonfinite_step": str(step), "nonfinite_metrics": ", ".join(nonfinite)})
 
     def image(self, key: str, path: Path, step: int) -> None:
-        """An image file as one step of the series `key`, shown in the page's image grid."""
+        """Record an image file as one step of the series `key`, which MLflow shows in its image grid."""
         self._history.append("image", key=key, step=step, path=self._relative(path), sha256=hash_file(path))
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A file, kept in `folder` of the run's artifacts."""
+        """Record a file, which MLflow keeps in `folder` of the run's artifacts."""
         key = f"{folder}/{path.name}" if folder else path.name
         self._history.append("artifact", key=key, folder=folder, path=self._relative(path), sha256=hash_file(path))
 
     def dataset(self, name: str, fingerprint: str, source: str, counts: Mapping[str, int]) -> None:
-        """The data the run works on; `counts` are images per split."""
+        """Record the dataset of the run; `counts` are the numbers of images in each split."""
         self._history.append("dataset", key=name, fingerprint=fingerprint, source=source, counts=dict(counts))
 
     def note(self, text: str) -> None:
-        """The run's description, in Markdown."""
-        self.tags({"mlflow.note.content": text})
+        """Record the run's description, in Markdown."""
+        self.tags({NOTE_TAG: text})
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Ends the record (FINISHED, FAILED or KILLED) and gives MLflow a bounded time to catch up."""
+        """End the record (FINISHED, FAILED or KILLED), after a bounded time for MLflow to receive the rest."""
         if self._finished:
             return
         self._finished = True
         self._history.append("status", status=status)
-        self._worker.stop()
+        self._uploader.stop()
         self._history.close()
         self._lock.release()
 
     def _relative(self, path: Path) -> str:
-        """Paths relative to the scratch folder survive a move of the project."""
+        """The path relative to the run's folder, which stays valid when the project is moved."""
         return Path(os.path.relpath(path, self._scratch)).as_posix()
 
 
 @dataclass(frozen=True)
-class Synced:
-    """What `sync` did: counts of runs and records."""
+class SyncResult:
+    """Counts of what `sync` did."""
 
-    num_runs: int = 0
-    num_sent: int = 0
-    num_refused: int = 0  # records MLflow does not accept, such as an image file that is gone
-    live: tuple[str, ...] = ()  # runs left to the process that is writing them
+    num_runs: int
+    num_sent: int  # records
+    live: tuple[str, ...]  # runs that another process is writing, which sends their records itself
 
 
-def sync(project: Project, tracking: Tracking) -> Synced:
-    """Sends what MLflow missed of every run, in order, each record once, and says so.
+def sync(project: Project, tracking: Tracking) -> SyncResult:
+    """Send the records that MLflow has not received, of every run in order, and print the counts.
 
     Raises:
         UserError: tracking is off, or the store does not answer.
     """
     if not tracking.enabled:
-        raise UserError("tracking.enabled: false, so there is no MLflow to send to; set it to true")
+        raise UserError("tracking.enabled: is false, so there is no MLflow store to send to; set it to true")
     num_sent = num_refused = 0
     live = []
     folders = [path.parent for pattern in RECORDS for path in sorted(project.runs.glob(f"{pattern}/{HISTORY}"))]
     for folder in folders:
         try:
-            mirror = mirror_run(folder, project, tracking, patience=0)
+            sent = sync_run(folder, project, tracking, timeout=0)
         except Timeout:
             live.append(folder.name)
             continue
-        num_sent += mirror.num_sent
-        num_refused += len(mirror.refused)
-    done = Synced(len(folders) - len(live), num_sent, num_refused, tuple(live))
+        num_sent += sent.num_sent
+        num_refused += len(sent.refused)
+    result = SyncResult(len(folders) - len(live), num_sent, tuple(live))
     refused = f", {num_refused} refused" if num_refused else ""
-    busy = f"; left to the processes writing them: {', '.join(live)}" if live else ""
-    Console(highlight=False).print(f"{num_sent} records of {done.num_runs} runs sent to MLflow{refused}{busy}")
-    return done
+    skipped = f"; skipped, as other processes are writing them: {', '.join(live)}" if live else ""
+    say(f"{num_sent} records of {result.num_runs} runs sent to MLflow{refused}{skipped}")
+    return result
 
 
-def mirror_run(scratch: Path, project: Project, tracking: Tracking, patience: float = LOCK_PATIENCE_SECONDS) -> Mirror:
-    """Sends what MLflow missed of one run; the result knows the MLflow run's id.
+def sync_run(scratch: Path, project: Project, tracking: Tracking, timeout: float = LOCK_TIMEOUT_SECONDS) -> MlflowSync:
+    """Send the records of one run that MLflow has not received; the result holds the ID of the MLflow run.
 
     Raises:
-        filelock.Timeout: another process is still writing the run after `patience` seconds.
+        filelock.Timeout: another process is still writing the run after `timeout` seconds.
         UserError: the store does not answer.
     """
-    mirror = Mirror(scratch, tracking, project)
-    with FileLock(scratch / LOCK, timeout=patience):
+    mlflow_sync = MlflowSync(scratch, tracking, project)
+    with FileLock(scratch / LOCK, timeout=timeout):
         try:
-            mirror.send()
+            mlflow_sync.send()
         except UserError:
             raise
-        except Exception as error:  # whatever a store or the network raises: the records stay where they are
-            left = f"{mirror.num_pending()} records of {scratch.name} wait: start the server, then run `medgen sync`"
-            raise unreachable(project, tracking, error, left) from error
-    return mirror
+        except Exception as error:  # stores and networks raise many kinds; the records stay in the file
+            pending = mlflow_sync.num_pending()
+            advice = f"{pending} records of {scratch.name} are not sent: start the server, then run `medgen sync`"
+            raise store_error(project, tracking, error, advice) from error
+    return mlflow_sync
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
-    """Sections and mappings within mappings as one, by dotted names such as train.phases.0.epochs."""
+    """Flatten nested sections, mappings and lists of mappings to dotted names such as train.phases.kl.epochs."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Section):

@@ -1,4 +1,4 @@
-"""Runs side by side, from their own records: no server is asked."""
+"""Compare runs from their history.jsonl; needs no server."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from medgen.config import Project
+from medgen.console import OUT, show
 from medgen.errors import UserError
 from medgen.tracking import RunRecord, read_run
 
@@ -19,19 +19,19 @@ NAME_WIDTH, RUN_WIDTH = 30, 16  # columns of the table, in characters
 
 @dataclass(frozen=True)
 class Row:
-    """One run as `compare` shows it."""
+    """One run of the comparison."""
 
     run: str  # its folder in runs/
     name: str
     status: str
     started: str  # local time, ISO 8601
     minutes: float  # from first to last record
-    params: dict[str, Any]  # those in which the runs differ
+    params: dict[str, Any]  # that differ between the runs
     metrics: dict[str, float]  # the last finite value of each
 
 
 def compare(project: Project, as_json: bool = False) -> list[Row]:
-    """Prints all runs side by side, oldest first: parameters that differ, last metrics.
+    """Print all runs side by side, oldest first: parameters that differ, last metrics.
 
     Raises:
         UserError: there is no run yet.
@@ -41,7 +41,7 @@ def compare(project: Project, as_json: bool = False) -> list[Row]:
     if not records:
         raise UserError(f"{project.runs}: no runs yet; run `medgen train` (or `dvc repro`) first")
     ordered = sorted(records.items(), key=lambda item: item[1].started)
-    differing = _differing([record.params for _, record in ordered])
+    differing = _find_differing([record.params for _, record in ordered])
     rows = [_row(name, record, differing) for name, record in ordered]
     if as_json:
         print(json.dumps([row.__dict__ for row in rows], indent=2))
@@ -65,16 +65,15 @@ def _row(run: str, record: RunRecord, differing: Sequence[str]) -> Row:
     )
 
 
-def _differing(params: Sequence[Mapping[str, Any]]) -> list[str]:
+def _find_differing(params: Sequence[Mapping[str, Any]]) -> list[str]:
     names = sorted({name for one in params for name in one})
     return [name for name in names if len({json.dumps(one.get(name)) for one in params}) > 1]
 
 
 def _print(rows: Sequence[Row], differing: Sequence[str]) -> None:
-    """As many runs beside each other as fit the terminal, then the next ones below."""
-    console = Console(highlight=False)
+    """Print tables, one below the other, with as many runs each as fit the width of the terminal."""
     metrics = sorted({name for row in rows for name in row.metrics})
-    per_table = max(1, (console.width - NAME_WIDTH) // (RUN_WIDTH + 3))
+    per_table = max(1, (OUT.width - NAME_WIDTH) // (RUN_WIDTH + 3))
     for first in range(0, len(rows), per_table):
         shown = rows[first : first + per_table]
         table = Table(min_width=NAME_WIDTH + len(shown) * RUN_WIDTH)
@@ -85,13 +84,13 @@ def _print(rows: Sequence[Row], differing: Sequence[str]) -> None:
         table.add_row("started", *(row.started[:16].replace("T", " ") for row in shown))
         table.add_row("minutes", *(str(row.minutes) for row in shown), end_section=True)
         for name in differing:
-            table.add_row(name, *(_text(row.params[name]) for row in shown), end_section=name == differing[-1])
+            table.add_row(name, *(_format(row.params[name]) for row in shown), end_section=name == differing[-1])
         for name in metrics:
-            table.add_row(name, *(_text(row.metrics.get(name)) for row in shown))
-        console.print(table)
+            table.add_row(name, *(_format(row.metrics.get(name)) for row in shown))
+        show(table)
 
 
-def _text(value: Any) -> str:
+def _format(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.5g}" if isinstance(value, float) else str(value)

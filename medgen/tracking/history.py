@@ -1,8 +1,7 @@
-"""runs/<fingerprint>/history.jsonl: one JSON line for one event, appended and never changed.
+"""Read and write runs/<fingerprint>/history.jsonl: one JSON line per event, appended and never changed.
 
-An event has a kind, a time and what was said: `values` by name (params, tags, metrics, system), or a
-`key` and its content (image, artifact, dataset, status, run). Two events of the same kind, name and
-step are one fact; the last one counts.
+An event has a kind, a time and either `values` by name (params, tags, metrics, system) or a `key` and its content
+(image, artifact, dataset, status, run). Of several values with the same kind, name and step the last one counts.
 """
 
 import json
@@ -18,21 +17,21 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 HISTORY = "history.jsonl"
-LOCK = "tracker.lock"  # held while a process writes or mirrors a run
+LOCK = "tracker.lock"  # held while a process writes a run or sends it to MLflow
 FSYNC_SECONDS = 1.0
 
 Event = dict[str, Any]  # {"kind": str, "time": seconds, ...}
-Identity = tuple[str, str, int | None]  # kind, name, step
+FactKey = tuple[str, str, int | None]  # kind, name, step
 
-_UNKNOWN = object()
+_MISSING = object()
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What history.jsonl says of a run."""
+    """The content of history.jsonl."""
 
     name: str
-    status: str  # RUNNING, FINISHED, FAILED, KILLED; INTERRUPTED: says RUNNING, and no process writes it
+    status: str  # RUNNING, FINISHED, FAILED, KILLED; INTERRUPTED: RUNNING in the file, but no process writes it
     started: float  # seconds since 1970
     updated: float
     params: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +40,7 @@ class RunRecord:
 
 
 def history(scratch: Path) -> list[dict[str, Any]]:
-    """Metrics of a run, one dict per step in order: {"step": 3, "train/loss": 0.1, ...}; empty without a record."""
+    """The metrics of a run, one dict per step in order: {"step": 3, "train/loss": 0.1, ...}; [] without a record."""
     steps: dict[int, dict[str, Any]] = {}
     for event, _ in read(scratch / HISTORY):
         if event["kind"] == "metrics":
@@ -51,7 +50,7 @@ def history(scratch: Path) -> list[dict[str, Any]]:
 
 
 def read_run(scratch: Path) -> RunRecord | None:
-    """All that is known of a run, or None where no record is."""
+    """The record of a run; None if there is none."""
     events = [event for event, _ in read(scratch / HISTORY)]
     if not events:
         return None
@@ -72,67 +71,69 @@ def read_run(scratch: Path) -> RunRecord | None:
 
 
 class History:
-    """history.jsonl open for appending by several threads."""
+    """history.jsonl, open for appending by several threads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[Identity, Any] = {}
+        self._facts: dict[FactKey, Any] = {}
         self._mutex = threading.Lock()
         self._synced = 0.0
         end = 0
         for event, end in read(path):  # noqa: B007  # the offset after the last whole event
-            self._known.update(facts(event))
+            self._facts.update(facts(event))
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._descriptor, end)  # a line torn by a kill or a power cut
+        os.ftruncate(self._descriptor, end)  # removes a line that a kill or a power cut left incomplete
 
     def start(self, run_name: str, identity: str | None = None, parent: str | None = None) -> None:
-        """Gives a new record its identity; a continued one keeps its own.
+        """Give a new record its ID and name; a continued one keeps its own.
 
-        `identity` is given where several machines write to the same MLflow run; `parent` is that of the record this
-        one belongs to.
+        Args:
+            run_name: name of the run.
+            identity: ID, if several machines write to the same MLflow run; None: a random one.
+            parent: ID of the record that this one belongs to.
         """
-        if not self.knows(("run", "", None)):
-            own: dict[str, Any] = {} if parent is None else {"parent": parent}
-            self.append("run", id=identity or os.urandom(16).hex(), name=run_name, **own)
+        if not self.contains(("run", "", None)):
+            parents: dict[str, Any] = {} if parent is None else {"parent": parent}
+            self.append("run", id=identity or os.urandom(16).hex(), name=run_name, **parents)
 
-    def knows(self, identity: Identity) -> bool:
-        """Whether anything was said of this kind, name and step."""
-        return identity in self._known
+    def contains(self, key: FactKey) -> bool:
+        """True if there is a value of this kind, name and step."""
+        return key in self._facts
 
     def last_step(self, kind: str) -> int:
-        """Highest step of a kind of event; -1 before the first."""
-        return max((step for known, _, step in self._known if known == kind and step is not None), default=-1)
+        """The highest step of a kind of event; -1 before the first."""
+        return max((step for each, _, step in self._facts if each == kind and step is not None), default=-1)
 
     def append(self, kind: str, *, key: str = "", step: int | None = None, **content: Any) -> None:
-        """Adds a line, less what is known already; nothing is written when all is."""
+        """Append an event without the values that the file already holds; append nothing if it holds all."""
         event: Event = {"kind": kind, "time": round(time.time(), 3), **content}
         if step is not None:
             event["step"] = step
         if "values" not in content:
             event["key"] = key
         with self._mutex:
-            news = {known: value for known, value in facts(event).items() if self._known.get(known, _UNKNOWN) != value}
-            if not news:
+            new = {fact: value for fact, value in facts(event).items() if self._facts.get(fact, _MISSING) != value}
+            if not new:
                 return
             if "values" in content:
-                event["values"] = {name: value for (_, name, _), value in news.items()}
+                event["values"] = {name: value for (_, name, _), value in new.items()}
             os.write(self._descriptor, (json.dumps(event, allow_nan=False) + "\n").encode())
-            self._known.update(news)
-            # The write alone outlives a killed process; the disk is asked only now and then.
+            self._facts.update(new)
+            # The write alone survives a killed process; fsync, which protects from power cuts, is slow.
             if time.monotonic() - self._synced >= FSYNC_SECONDS:
                 os.fsync(self._descriptor)
                 self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Sees the file to the disk."""
+        """Flush the file to the disk and close it."""
         with self._mutex:
             os.fsync(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
 
 
-def facts(event: Event) -> dict[Identity, Any]:
-    """What an event says, by identity: equal facts need no second line."""
+def facts(event: Event) -> dict[FactKey, Any]:
+    """The values of an event by kind, name and step."""
     kind, step = event["kind"], event.get("step")
     if "values" in event:
         return {(kind, name, step): value for name, value in event["values"].items()}
@@ -141,7 +142,7 @@ def facts(event: Event) -> dict[Identity, Any]:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
-    """Whole events from `offset` on, each with the offset after it."""
+    """Yield the complete events from `offset` on, each with the offset after it."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -152,18 +153,18 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
             offset += len(line)
             try:
                 event = json.loads(line)
-            except ValueError:  # a block the disk lost: the rest is still good
+            except ValueError:  # a damaged line; those after it are still valid
                 continue
             yield event, offset
 
 
 def encode(value: float) -> float | str:
-    """JSON has no inf and NaN; `float` reads these words back."""
+    """The value as JSON holds it: NaN and infinities as text, which `float` converts back."""
     return value if math.isfinite(value) else str(value)
 
 
 def is_live(scratch: Path) -> bool:
-    """Whether a process is writing this run."""
+    """True if a process is writing this run."""
     try:
         with FileLock(scratch / LOCK, timeout=0):
             return False

@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, data, parameters, device, versions."""
+"""The lineage of a result: commit, data, parameters, device, versions."""
 
 import importlib.metadata
 import json
@@ -14,11 +14,15 @@ from medgen.config import Project, Section
 
 
 def lineage(project: Project, *params: Section, device: str = "unknown", precision: str = "unknown") -> dict[str, str]:
-    """Where a result comes from, as tags; every key is always there, "unknown" where nothing is to be found.
+    """The lineage of a result as tags; every key is present, with the value "unknown" if it cannot be determined.
 
-    `params` are all of params.yaml or the sections that matter, `device` is torch's name of it
-    ("cuda:0"), `precision` "fp32" or "bf16". git.dirty leaves out what the pipeline itself writes
-    (dvc.lock, reports/).
+    Args:
+        project: the project; its git repository, dataset and .dvc file are read.
+        params: all of params.yaml, or the sections that determine the result.
+        device: PyTorch's name of the device, such as "cuda:0".
+        precision: "fp32" or "bf16".
+
+    git.dirty ignores the files that the pipeline itself writes (dvc.lock, reports/).
     """
     changes = _git(project.root, "status", "--porcelain", "--", ".", ":(exclude)dvc.lock", ":(exclude)reports")
     versions = {f"version.{name}": _version(name) for name in ("torch", "torchvision", "medgen", "dvc", "mlflow")}
@@ -38,7 +42,7 @@ def lineage(project: Project, *params: Section, device: str = "unknown", precisi
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints, or None where there is no git, no repository or no commit."""
+    """The output of a git command; None without git, repository or commit."""
     if shutil.which("git") is None:
         return None
     result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
@@ -53,7 +57,7 @@ def _dataset_fingerprint(path: Path) -> str:
 
 
 def _data_md5(root: Path) -> str:
-    """The hash DVC knows the raw data by: data.dvc, or the one .dvc file there is."""
+    """DVC's hash of the raw data, from data.dvc or else the first .dvc file."""
     found = [path for path in (root / "data.dvc", *sorted(root.glob("*.dvc"))) if path.is_file()]
     if not found:
         return "unknown"

@@ -1,8 +1,8 @@
-"""MLflow as a mirror of history.jsonl: the only place, with the registry, that imports it.
+"""Send history.jsonl to an MLflow run. Only this module and the registry import MLflow.
 
-Sending an event twice leaves MLflow as sending it once (equal metric points fall together, images
-and artifacts have names made from their content), so a process killed between sending and noting
-that it sent does no harm.
+Sending an event twice has the same result as sending it once: MLflow merges equal metric points, and the names of
+images and artifacts are derived from their content. So a process that is killed after it sends an event and before it
+saves the offset does no harm.
 """
 
 import getpass
@@ -24,35 +24,38 @@ from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.io import write_atomic
 from medgen.tracking.history import HISTORY, Event, read
-from medgen.tracking.mlflow_descriptions import EXPERIMENT, MARK, NOTE, is_ours, marked
+from medgen.tracking.mlflow_descriptions import EXPERIMENT_DESCRIPTION, HASH_TAG, NOTE_TAG, hash_tags, is_replaceable
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-MIRROR = "mirror.json"
+STATE_FILE = "mirror.json"  # in a run's folder: MLflow run and how much of history.jsonl it has received
 BATCHED = {"params", "tags", "metrics", "system"}
 BATCH_ENTITIES = 500
-REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow will never take this event: do not try again
-# What is said of the finished model, not of an epoch. The page draws bars, run beside run, of what it knows at step 0
-# only, and a dot on an axis of epochs of anything else.
-FINAL = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "prior/", "refiner/", "run/num_")
-NOT_LET_IN = {
-    "UNAUTHENTICATED": "asks who you are; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and run it again",
-    "PERMISSION_DENIED": "does not allow it: to this account, or under this name of the server (its --allowed-hosts)",
+REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow will never accept this event: do not send it again
+# Metrics of the finished model, not of an epoch: sent as step 0, because MLflow draws a bar chart of runs only for
+# metrics that have nothing but step 0.
+FINAL_PREFIXES = (
+    *("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/"),
+    *("prior/", "refiner/", "run/num_"),
+)
+ACCESS_ERRORS = {
+    "UNAUTHENTICATED": "requires a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and run it again",
+    "PERMISSION_DENIED": "denies access to this account, or to this host name of the server (its --allowed-hosts)",
 }
-MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow keeps
+MAX_PARAM, MAX_TAG = 6000, 8000  # characters that MLflow stores
 
 
-class Mirror:
-    """Sends history.jsonl to an MLflow run, from where the last sending ended."""
+class MlflowSync:
+    """Sends history.jsonl to an MLflow run, starting where the last call of `send` ended."""
 
     def __init__(self, scratch: Path, tracking: Tracking, project: Project) -> None:
         self._scratch = scratch
         self._tracking = tracking
         self._project = project
         self._client: MlflowClient | None = None
-        self._params: dict[str, str] = {}  # as MLflow has them: it never changes a param
+        self._params: dict[str, str] = {}  # those that MLflow has, which it never changes
         state = _read_state(scratch)
         self._store = f"{without_password(store_uri(project, tracking))} {tracking.experiment}"
         same_store = state.get("store") == self._store
@@ -60,50 +63,52 @@ class Mirror:
         self._offset: int = state.get("offset", 0) if same_store else 0
         self.num_sent = 0
         self.refused: list[str] = []
-        self.progress = time.monotonic()  # when something last went well
+        self.progress_time = time.monotonic()  # of the last successful call
 
     @property
     def is_connected(self) -> bool:
-        """Whether the store answered when last asked."""
+        """True if the store answered the last call."""
         return self._client is not None
 
     def num_pending(self) -> int:
-        """Events MLflow has not got yet."""
+        """The number of events that MLflow has not received."""
         return sum(1 for _ in read(self._scratch / HISTORY, self._offset))
 
     def send(self) -> None:
-        """Sends all that is new. Raises whatever the store or the network raises; nothing is lost then."""
+        """Send all new events.
+
+        Raises:
+            Exception: any error of the store or the network; the events that are not sent stay pending.
+        """
         start = next((event for event, _ in read(self._scratch / HISTORY) if event["kind"] == "run"), None)
         if start is None:
-            return  # killed before the record began
+            return  # the process was killed before the record began
         try:
             self._send_new(self._client or self._connect(start))
         except BaseException:
-            self._client = None  # the next sending looks anew for store, experiment and run
+            self._client = None  # the next call looks up store, experiment and run again
             raise
 
     def _send_new(self, client: "MlflowClient") -> None:
         batch: list[Event] = []
         size, end = 0, self._offset
         for event, after in read(self._scratch / HISTORY, self._offset):
-            if event["kind"] in BATCHED and size + len(event["values"]) <= BATCH_ENTITIES:
+            batched = event["kind"] in BATCHED
+            if not batched or size + len(event["values"]) > BATCH_ENTITIES:
+                self._send_batch(client, batch, end)
+                batch, size = [], 0
+            if batched:
                 batch.append(event)
                 size += len(event["values"])
-                end = after
-                continue
-            self._send_batch(client, batch, end)
-            batch, size = [], 0
-            if event["kind"] in BATCHED:
-                batch, size = [event], len(event["values"])
             else:
                 self._send_single(client, event)
-                self._note_sent(1, after)
+                self._record_sent(1, after)
             end = after
         self._send_batch(client, batch, end)
 
     def _connect(self, start: Event) -> "MlflowClient":
         load_mlflow(self._tracking)
-        self.progress = time.monotonic()
+        self.progress_time = time.monotonic()
         client, experiment = connect(self._project, self._tracking)
         run = self._find_run(client, experiment, start)
         if run.info.run_id != self.run_id:
@@ -113,11 +118,11 @@ class Mirror:
             client.restore_run(run.info.run_id)  # the user trains it again
         self._params = dict(run.data.params)
         self._client = client
-        self.progress = time.monotonic()
+        self.progress_time = time.monotonic()
         return client
 
     def _find_run(self, client: "MlflowClient", experiment: str, start: Event) -> "Run":
-        """The run noted in mirror.json, else one made by a process that died before noting it, else a new one."""
+        """The run that mirror.json names, else one that a process created before it was killed, else a new one."""
         from mlflow.exceptions import MlflowException
 
         if self.run_id is not None:
@@ -126,11 +131,11 @@ class Mirror:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        if (made := _search(client, experiment, start["id"])) is not None:
-            return made
+        if (found := _find_by_id(client, experiment, start["id"])) is not None:
+            return found
         tags = {"medgen.id": start["id"], "medgen.run": self._scratch.name, "mlflow.source.name": "medgen"}
-        tags |= {"mlflow.source.type": "LOCAL", "mlflow.user": user()}
-        if "parent" in start and (parent := _search(client, experiment, start["parent"])) is not None:
+        tags |= {"mlflow.source.type": "LOCAL", "mlflow.user": current_user()}
+        if "parent" in start and (parent := _find_by_id(client, experiment, start["parent"])) is not None:
             tags["mlflow.parentRunId"] = parent.info.run_id
         return client.create_run(experiment, int(start["time"] * 1000), tags, start["name"])
 
@@ -150,20 +155,19 @@ class Mirror:
                 tags |= {name: value[:MAX_TAG] for name, value in values.items()}
             else:
                 when, step = int(event["time"] * 1000), event["step"]
-                finite = {name: value for name, value in values.items() if not isinstance(value, str)}
-                metrics += [
-                    Metric(name, value, when, 0 if name.startswith(FINAL) else step) for name, value in finite.items()
-                ]
+                for name, value in values.items():
+                    if not isinstance(value, str):  # text is NaN or infinite
+                        metrics.append(Metric(name, value, when, 0 if name.startswith(FINAL_PREFIXES) else step))
         new = {name: value for name, value in params.items() if name not in self._params}
-        # A run trained on with other values (more epochs, say) keeps its first params and shows the new ones as tags.
+        # MLflow keeps the first params of a run that continues with other values, such as more epochs: tags show those.
         changed = {name: value for name, value in params.items() if self._params.get(name, value) != value}
         tags |= {f"changed.{name}": value[:MAX_TAG] for name, value in changed.items()}
         self._log(client, metrics, [Param(*item) for item in new.items()], [RunTag(*item) for item in tags.items()])
         self._params |= new
-        self._note_sent(len(events), end)
+        self._record_sent(len(events), end)
 
     def _log(self, client: "MlflowClient", metrics: list[Any], params: list[Any], tags: list[Any]) -> None:
-        """One request; if MLflow refuses it, one for each entity, to lose only what it does not take."""
+        """Send one request; if MLflow refuses it, send each entity alone, to lose only the refused ones."""
         from mlflow.exceptions import MlflowException
 
         assert self.run_id is not None
@@ -173,7 +177,7 @@ class Mirror:
             if error.error_code not in REFUSALS:
                 raise
             if len(metrics) + len(params) + len(tags) == 1:
-                self.refused.append(first_line(error))
+                self.refused.append(summarize_error(error))
                 return
             for metric in metrics:
                 self._log(client, [metric], [], [])
@@ -203,45 +207,44 @@ class Mirror:
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
-            self.refused.append(first_line(error))
+            self.refused.append(summarize_error(error))
 
     def _file(self, event: Event) -> Path:
         path = (self._scratch / str(event["path"])).resolve()
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: gone before MLflow had it")
+            raise FileNotFoundError(f"{path}: the file was removed before it was sent to MLflow")
         return path
 
-    def _note_sent(self, count: int, offset: int) -> None:
+    def _record_sent(self, count: int, offset: int) -> None:
         self.num_sent += count
         self._offset = offset
-        self.progress = time.monotonic()
+        self.progress_time = time.monotonic()
         self._save()
 
     def _save(self) -> None:
         state = {"store": self._store, "run_id": self.run_id, "offset": self._offset}
-        write_atomic(self._scratch / MIRROR, json.dumps(state).encode())
+        write_atomic(self._scratch / STATE_FILE, json.dumps(state).encode())
 
 
-def unreachable(project: Project, tracking: Tracking, error: Exception, consequence: str) -> UserError:
-    """The error for a store that does not answer, or lets nobody in without a word.
+def store_error(project: Project, tracking: Tracking, error: Exception, consequence: str) -> UserError:
+    """The error message for a store that does not answer or denies access.
 
     Args:
-        project: whose store.
-        tracking: where it is.
-        error: what MLflow or the network raised.
-        consequence: what was not done, and what to do.
+        project, tracking: they determine the store.
+        error: the error of MLflow or the network.
+        consequence: what was not done, and what to do next.
     """
     uri = without_password(store_uri(project, tracking))
-    refusal = NOT_LET_IN.get(getattr(error, "error_code", ""))
-    if refusal:
-        return UserError(f"tracking.uri: {uri} {refusal}")
-    return UserError(f"tracking.uri: {uri} does not answer ({first_line(error)}); {consequence}")
+    denial = ACCESS_ERRORS.get(getattr(error, "error_code", ""))
+    if denial:
+        return UserError(f"tracking.uri: {uri} {denial}")
+    return UserError(f"tracking.uri: {uri} does not answer ({summarize_error(error)}); {consequence}")
 
 
 def store_uri(project: Project, tracking: Tracking) -> str:
-    """The tracking store's URI; relative sqlite paths are in the project's folder.
+    """The URI of the tracking store; relative SQLite paths are relative to the project's folder.
 
-    MLFLOW_TRACKING_URI takes the place of tracking.uri where the params file leaves it at its default.
+    MLFLOW_TRACKING_URI replaces tracking.uri if that has its default value.
     """
     uri = tracking.uri
     if uri == Tracking().uri:
@@ -252,10 +255,10 @@ def store_uri(project: Project, tracking: Tracking) -> str:
 
 @contextmanager
 def mlflow_store(uri: str) -> Iterator[None]:
-    """Leads MLflow's own calls, those without a client, to this store within the block; then restores the former one.
+    """Send MLflow's calls without a client to this store within the block, then restore the former one.
 
-    `mlflow.set_tracking_uri` alone also sets MLFLOW_TRACKING_URI for good: the next project that this process records
-    would go to this store too.
+    `mlflow.set_tracking_uri` also sets MLFLOW_TRACKING_URI: without the restore, this process would record later
+    projects in this store too.
     """
     import mlflow
 
@@ -264,15 +267,15 @@ def mlflow_store(uri: str) -> Iterator[None]:
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None takes both back
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None resets both
 
 
 def load_mlflow(tracking: Tracking) -> None:
-    """Prepares MLflow for use: calls that end soon, no telemetry, no chatter. Call before importing it."""
+    """Configure MLflow: short timeouts, no telemetry, no log output. Call it before any import of MLflow."""
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, math.ceil(tracking.timeout_seconds)))
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"  # by default a dead server holds each call for 246 s
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"  # by default each call to a dead server takes 246 s
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["MLFLOW_UV_AUTO_DETECT"] = "false"  # else uv.lock is copied into each model
+    os.environ["MLFLOW_UV_AUTO_DETECT"] = "false"  # otherwise MLflow copies uv.lock into each model
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     import mlflow.tracking  # noqa: F401
@@ -282,7 +285,7 @@ def load_mlflow(tracking: Tracking) -> None:
 
 
 def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:
-    """A client and the experiment's id; makes the store and the experiment on first use.
+    """A client and the ID of the experiment; creates the store and the experiment on first use.
 
     Raises:
         mlflow.exceptions.MlflowException: the store does not answer.
@@ -296,14 +299,14 @@ def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, None)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # The client creates the tables; two processes that do so at once break each other and the database.
+    # The client creates the tables; if two processes do so at once, both fail and the database is broken.
     with FileLock(f"{path}.lock", timeout=120):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, (project.root / "mlartifacts").resolve().as_uri())
 
 
-def _search(client: "MlflowClient", experiment: str, identity: str) -> "Run | None":
-    """The run that a record of this identity was sent to."""
+def _find_by_id(client: "MlflowClient", experiment: str, identity: str) -> "Run | None":
+    """The run that a record of this ID was sent to."""
     found = client.search_runs([experiment], filter_string=f"tags.`medgen.id` = '{identity}'")
     return found[0] if found else None
 
@@ -322,7 +325,7 @@ def _log_dataset(client: "MlflowClient", run_id: str, event: Event) -> None:
 
 
 def _log_image(client: "MlflowClient", run_id: str, event: Event, path: Path) -> None:
-    """What `MlflowClient.log_image` does, with a name made from the content in place of a random one."""
+    """Do what `MlflowClient.log_image` does, with a name derived from the content instead of a random one."""
     from PIL import Image
 
     series = event["key"].replace("/", "~")
@@ -338,20 +341,24 @@ def _log_image(client: "MlflowClient", run_id: str, event: Event, path: Path) ->
 
 
 def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
-    """Id of the experiment, which is made, and described, where it is missing.
+    """The ID of the experiment, which is created with a description if it is missing.
 
-    Its artifact folder is fixed at that moment, and by default depends on the current directory. The description is
-    kept up to date as long as it is ours: not where a person changed it, nor on an experiment that others made.
+    Args:
+        client: of the store.
+        name: of the experiment.
+        artifacts: URI of the artifact folder of a new experiment; by default it depends on the current directory.
+
+    An old description is updated unless a person has edited it or has created the experiment.
     """
     from mlflow.exceptions import MlflowException
 
+    tags = {NOTE_TAG: EXPERIMENT_DESCRIPTION, **hash_tags(EXPERIMENT_DESCRIPTION)}
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            tags = {NOTE: EXPERIMENT, **marked(EXPERIMENT)}
             return client.create_experiment(name, artifact_location=artifacts, tags=tags)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process created it at the same time
                 raise
             found = client.get_experiment_by_name(name)
             assert found is not None
@@ -360,42 +367,43 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
             f"tracking.experiment: {name!r} was deleted in MLflow; "
             "choose another name, or restore it with `mlflow experiments restore`"
         )
-    if MARK in found.tags and found.tags.get(NOTE) != EXPERIMENT and is_ours(found.tags.get(NOTE), found.tags):
-        for key, value in {NOTE: EXPERIMENT, **marked(EXPERIMENT)}.items():
+    old = found.tags.get(NOTE_TAG)
+    if HASH_TAG in found.tags and old != EXPERIMENT_DESCRIPTION and is_replaceable(old, found.tags):
+        for key, value in tags.items():
             client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
 
 def _read_state(scratch: Path) -> dict[str, Any]:
     try:
-        state = json.loads((scratch / MIRROR).read_text(encoding="utf-8"))
+        state = json.loads((scratch / STATE_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return {}  # sending again from the start does no harm
+        return {}  # everything is sent again, which does no harm
     return state if isinstance(state, dict) else {}
 
 
 def sqlite_path(uri: str) -> str | None:
-    """The database file of a sqlite URI, None for other URIs."""
+    """The database file of an SQLite URI; None for other URIs."""
     return uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
 
 
 def without_password(uri: str) -> str:
-    """The URI as it may be shown and stored."""
+    """The URI without its password, for messages and files."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.password else uri
 
 
-def first_line(error: Exception) -> str:
-    """The gist of an error, for a line of its own."""
+def summarize_error(error: Exception) -> str:
+    """The first line of an error, shortened."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.rpartition("Caused by ")[2][:200]  # urllib3's own reason, without the tale around it
+    return text.rpartition("Caused by ")[2][:200]  # of urllib3's errors only the root cause
 
 
-def user() -> str:
-    """Who works here: the name given to an MLflow server that asks for one, or the account's."""
+def current_user() -> str:
+    """The user name for the MLflow server, or that of the account."""
     if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
         return name
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a user in a container may have no name
         return "unknown"

@@ -1,8 +1,7 @@
-"""One process or many: `torchrun --nproc-per-node 2 -m medgen train`, the same under Slurm."""
+"""Data parallel training with torchrun or Slurm: `torchrun --nproc-per-node 2 -m medgen train`."""
 
 import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgen.errors import UserError
+from medgen.machine import signal_handler
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers, and the device it works on."""
+    """This process among those that train, and its device."""
 
     rank: int
     size: int
@@ -24,11 +24,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """The one process that writes files, logs and prints."""
+        """True for the process that writes files, logs and prints."""
         return self.rank == 0
 
     def mean_of(self, values: dict[str, float]) -> dict[str, float]:
-        """Each value's mean over processes, which all hold the same names."""
+        """Mean of each value over processes, which all have the same names."""
         if self.size == 1:
             return values
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
@@ -36,48 +36,42 @@ class World:
         return dict(zip(values, (total / self.size).tolist(), strict=True))
 
     def any(self, flag: Tensor) -> Tensor:
-        """The largest of a flag over processes."""
+        """Maximum of a flag over processes."""
         if self.size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return flag
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Gives all processes the main one's values."""
+        """Send the main process's values to all processes."""
         for tensor in tensors if self.size > 1 else ():
             dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
-        """Waits for the others."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
 
 class StopRequest:
-    """Whether a signal asked this process to stop; it is noticed between two steps, so that nothing is left half done.
+    """A signal's request to stop, which the loop reads between two steps.
 
-    SIGTERM and SIGUSR1 come from a cluster that takes its machine back. Ctrl-C asks too; a second one stops at once.
+    Clusters send SIGTERM or SIGUSR1 before they take a machine back. Ctrl-C requests a stop too; a second one stops at
+    once.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None  # the one that asked
+        self.signal: int | None = None  # number of the signal
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes these signals instead of dying of them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python hands signals to the main thread alone
-            return
+        """Record these signals instead of ending the process."""
         numbers = [signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            numbers.append(signal.SIGINT)  # a shell's background job ignores Ctrl-C and goes on doing so
-        earlier = {number: signal.signal(number, self._note) for number in numbers}
-        try:
+            numbers.append(signal.SIGINT)  # a background job of a shell ignores Ctrl-C
+        with signal_handler(numbers, self._record):
             yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _note(self, number: int, _: object) -> None:
+    def _record(self, number: int, _: object) -> None:
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
@@ -85,14 +79,14 @@ class StopRequest:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Joins the process group that torchrun or Slurm announces in the environment.
+    """Join the process group that torchrun or Slurm describes in the environment.
 
     Args:
         device: "auto", "cpu" or "cuda".
     """
     size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     if size > 1 and "MASTER_ADDR" not in os.environ:
-        size = 1  # sbatch with several tasks, but not a training launched as such
+        size = 1  # a Slurm job with several tasks that was not launched as a distributed training
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) if size > 1 else 0
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) if size > 1 else 0
     chosen = pick_device(device, local)
@@ -107,13 +101,13 @@ def join(device: str) -> Iterator[World]:
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device asked for; "auto" takes the GPU where there is one.
+    """The requested device; "auto" is the GPU if there is one.
 
     Raises:
-        UserError: CUDA is asked for and torch sees none.
+        UserError: CUDA is requested and torch finds no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device: 'cuda' asked for, but torch sees no GPU; use 'auto', or run `medgen doctor`")
+        raise UserError("train.device: 'cuda', but torch finds no GPU; use 'auto', or run `medgen doctor`")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
@@ -121,7 +115,10 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 on GPUs that have it, float32 elsewhere: on CPUs autocast gained nothing (benchmarks/train.py)."""
+    """Data type of the forward pass; "auto" is bf16 on GPUs with it, and float32 elsewhere.
+
+    On CPUs autocast is no faster (benchmarks/train.py).
+    """
     if precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32

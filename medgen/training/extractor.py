@@ -1,4 +1,4 @@
-"""Trains the domain extractor on the train split: to tell classes (or quarter turns) and to see degradations.
+"""Stage `features`: train the domain extractor to classify images (or quarter turns) and to detect degradations.
 
 medgen features
 """
@@ -6,26 +6,31 @@ medgen features
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medgen.config import Features, Project, seed_of
+from medgen import source
+from medgen.config import Features, Phase, Project, Schedule, Train, fingerprint, seed_of
+from medgen.console import say, show, warn
 from medgen.data.store import Store, open_store
 from medgen.metrics.degradations import DEGRADATIONS, degrade
 from medgen.metrics.features import CLEAN, DomainExtractor, ExtractorSizes, save_extractor
-from medgen.training.distributed import pick_device
+from medgen.training.distributed import World, pick_device
 from medgen.training.loader import Batch, Loader
+from medgen.training.losses import Losses
+from medgen.training.parts import trained
 
 NUM_TURNS = 4
-MAX_SHIFT = 1 / 16  # of the image's side, either way
+# source files that decide the trained weights
+CODE = (*source.TRAINING, "nn/*.py", "metrics/features.py", "metrics/degradations.py", "training/extractor.py")
+MAX_SHIFT = 1 / 16  # fraction of the image's side, in either direction
 MAX_BRIGHTNESS = 0.1  # added to or taken from values in [0, 1]
-MAX_CONTRAST = 0.2  # share by which differences from the mean grow or shrink
-WEIGHT_DECAY = 1e-2
-WARMUP = 0.1  # share of the steps over which the learning rate rises
+MAX_CONTRAST = 0.2  # relative change of differences from the mean
 NORMAL_QUANTILE = 1.96  # of two-sided 95 %
 
 
@@ -43,7 +48,7 @@ class Validation:
         return sum(self.accuracy.values()) / len(self.accuracy) if self.accuracy else None
 
     def unrecognised_classes(self, names: Sequence[str]) -> list[str]:
-        """Those of the classes (or turns) whose accuracy is not clearly above guessing, or only a little above it.
+        """Classes (or turns) whose accuracy is not clearly above chance.
 
         It must exceed chance by 1.96 standard errors and by a quarter of the way to 1. A class without images fails.
         """
@@ -63,100 +68,164 @@ class Validation:
 
 
 def run(project: Project, *, features: Features) -> float | None:
-    """Trains the extractor and writes artifacts/features.
+    """Train the extractor and write artifacts/features.
 
     Returns:
-        Balanced accuracy on the validation split; None where that has no labelled image.
+        Balanced accuracy on the validation split; None if that has no labelled image.
 
     Raises:
         UserError: there is no store, or it is damaged.
+        NonFiniteError, TrainingInterrupted: as in `medgen train`.
     """
     store = open_store(project.dataset)
-    device = pick_device("auto")
-    by_class = len(store.classes) > 1
-    names = store.classes if by_class else [f"turned by {90 * count} degrees" for count in range(NUM_TURNS)]
-    sizes = ExtractorSizes(
-        image_channels=store.image_shape[0],
-        image_size=min(store.image_shape[1:]),
-        width=features.width,
-        num_outputs=len(names),
-    )
-    train = Loader(store.split("train"), features.batch_size, device, features.seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed_of(features.seed))
-        extractor = DomainExtractor(sizes).to(device)
-    extractor.quality.standardise(batch.image for batch in train.sequential())
-    fit(extractor, train, features, by_class)
-    extractor.eval()
-    generator = torch.Generator().manual_seed(seed_of(features.seed, 2))
-    extractor.standardise(
-        (batch.image for batch in train.sequential()),
-        (degraded(batch.image, position, generator) for position, batch in enumerate(train.sequential())),
-    )
-    found = Validation({}, {}, {})
-    if store.counts["val"]:
-        validation = Loader(store.split("val"), 2 * features.batch_size, device)
-        found = validate(extractor, validation, names, by_class, generator)
-    accuracy = found.balanced_accuracy
-    classes = found.unrecognised_classes(names)
-    degradations = found.unrecognised_degradations(store.counts["val"])
-    facts = {
-        "task": "classes" if by_class else "quarter turns",
-        "classes": list(store.classes),
-        "dataset": store.fingerprint,
-        "val_balanced_accuracy": None if accuracy is None else rounded(accuracy),
-        "val_accuracy": {name: rounded(value) for name, value in found.accuracy.items()},
-        "val_images": found.num_images,
-        "val_degradation_auc": {name: rounded(value) for name, value in found.degradation_auc.items()},
-        "unrecognised": {"classes": classes, "degradations": degradations},
-        "features": features.model_dump(mode="json"),
-    }
-    digest = save_extractor(project.features, extractor, facts)
-    report(store, by_class, found, digest)
-    warn(classes, degradations, len(names))
+    world = World(0, 1, pick_device("auto"))
+    task = ExtractorTask(store, features, world.device)
+    scratch = project.runs / "features" / fingerprint(store.fingerprint, features, source.fingerprint(*CODE))
+    with trained(task, world, scratch, project, "features") as state:
+        assert state is not None, "the extractor is trained in one process"
+        extractor = task.model.eval()
+        generator = torch.Generator().manual_seed(seed_of(features.seed, 2))
+        extractor.standardise(
+            (batch.image for batch in task.loader.sequential()),
+            (degraded(batch.image, position, generator) for position, batch in enumerate(task.loader.sequential())),
+        )
+        found = Validation({}, {}, {})
+        if store.counts["val"]:
+            found = validate(extractor, task.validation, task.names, task.by_class, generator)
+        accuracy = found.balanced_accuracy
+        classes = found.unrecognised_classes(task.names)
+        degradations = found.unrecognised_degradations(store.counts["val"])
+        facts = {
+            "task": "classes" if task.by_class else "quarter turns",
+            "classes": list(store.classes),
+            "dataset": store.fingerprint,
+            "val_balanced_accuracy": None if accuracy is None else rounded(accuracy),
+            "val_accuracy": {name: rounded(value) for name, value in found.accuracy.items()},
+            "val_images": found.num_images,
+            "val_degradation_auc": {name: rounded(value) for name, value in found.degradation_auc.items()},
+            "unrecognised": {"classes": classes, "degradations": degradations},
+            "features": features.model_dump(mode="json"),
+        }
+        digest = save_extractor(project.features, extractor, facts)
+    report(store, task.by_class, found, digest)
+    warn_of_unrecognised(classes, degradations, len(task.names))
     return accuracy
 
 
-def fit(extractor: DomainExtractor, train: Loader, features: Features, by_class: bool) -> None:
-    """Minimises two cross-entropies with AdamW; the learning rate rises briefly, then falls to 0 along a cosine.
+class Questions(NamedTuple):
+    """Input of a step, with the answers to learn."""
 
-    The class head sees clean images, as many of each class. Without classes it tells by how many quarter turns each
-    image was turned (Gidaris et al., Unsupervised representation learning by predicting image rotations, 2018).
-    The quality head sees each clean image and a degraded copy, and tells the kind of degradation or that there is none.
+    image: Tensor  # (B, C, H, W) augmented
+    target: Tensor  # (B,) class or number of quarter turns, -1 where unlabelled
+    mixed: Tensor  # (2 B, C, H, W) augmented images, then degraded copies
+    kinds: Tensor  # (2 B,) CLEAN or the kind of degradation
+
+
+class ExtractorTask:
+    """Train the domain extractor's two heads with cross-entropy.
+
+    The class head sees clean images, equally many of each class. Without classes it predicts by how many quarter turns
+    an image was rotated (Gidaris et al., Unsupervised representation learning by predicting image rotations, 2018).
+    The quality head sees each clean image and a degraded copy, and predicts the kind of degradation, or none.
     """
-    chances = sampling_weights(train.labels) if by_class else torch.ones(len(train.labels))
-    # A batch has as many clean images as degraded ones of all kinds together: every answer counts alike.
-    quality_weights = torch.ones(1 + len(DEGRADATIONS), device=train.device)
-    quality_weights[CLEAN] = 1 / len(DEGRADATIONS)
-    optimizer = torch.optim.AdamW(extractor.parameters(), lr=features.learning_rate, weight_decay=WEIGHT_DECAY)
-    num_steps = features.epochs * train.num_batches
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step / num_steps))
-    extractor.train()
-    for position in range(num_steps):
-        generator = torch.Generator().manual_seed(seed_of(features.seed, position, 1))
-        batch = train.gather(torch.multinomial(chances, train.batch_size, replacement=True, generator=generator))
-        image, target = augment(batch.image, generator), batch.label
-        damaged = degraded(image, position, generator)
-        kinds = torch.cat([torch.full((len(image),), CLEAN), degradation_labels(len(image), position)])
-        quality_loss = F.cross_entropy(
-            extractor.quality_logits(torch.cat([image, damaged])), kinds.to(image.device), quality_weights
+
+    def __init__(self, store: Store, features: Features, device: torch.device) -> None:
+        self.features = features
+        split, val = store.split("train"), store.split("val")
+        self.files = split.paths
+        self.loader = Loader(split, features.batch_size, device, features.seed)
+        self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
+        self.validation = Loader(val if len(val.images) else split, 2 * features.batch_size, device)
+        self.by_class = len(store.classes) > 1
+        turns = [f"turned by {90 * count} degrees" for count in range(NUM_TURNS)]
+        self.names = list(store.classes) if self.by_class else turns
+        sizes = ExtractorSizes(
+            image_channels=store.image_shape[0],
+            image_size=min(store.image_shape[1:]),
+            width=features.width,
+            num_outputs=len(self.names),
         )
-        if not by_class:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(features.seed))
+            self.model = DomainExtractor(sizes).to(device)
+        self.model.quality.standardise(batch.image for batch in self.loader.sequential())
+        labels = self.loader.labels
+        self.chances = sampling_weights(labels) if self.by_class else torch.ones(len(labels))
+        # A batch has as many clean images as degraded ones of all kinds together: every answer counts equally.
+        self.quality_weights = torch.ones(1 + len(DEGRADATIONS), device=device)
+        self.quality_weights[CLEAN] = 1 / len(DEGRADATIONS)
+
+    @property
+    def train(self) -> Train:
+        """One phase with a cosine schedule."""
+        features = self.features
+        phase = Phase(
+            name="extractor",
+            epochs=features.epochs,
+            learning_rate=features.learning_rate,
+            weight_decay=1e-2,
+            warmup_steps=max(1, features.epochs * self.num_batches // 10),
+            schedule=Schedule(name="cosine_restarts", period=features.epochs, min_factor=0.0),
+        )
+        return Train(
+            seed=features.seed,
+            batch_size=features.batch_size,
+            phases=(phase,),
+            clip_norm=10.0,
+            on_nonfinite="rollback",
+            compile="off",
+        )
+
+    def batch(self, position: int) -> Questions:
+        """Images drawn with replacement, augmented, with a degraded copy of each."""
+        generator = torch.Generator().manual_seed(seed_of(self.features.seed, position, 1))
+        batch = self.loader.gather(self._rows(generator))
+        image, target = augment(batch.image, generator), batch.label
+        mixed = torch.cat([image, degraded(image, position, generator)])
+        if not self.by_class:
             target = torch.randint(NUM_TURNS, (len(image),), generator=generator).to(image.device)
             image = torch.stack([turned(one[None], int(count))[0] for one, count in zip(image, target, strict=True)])
-        # A mean over the labelled images alone would be 0 / 0 in a batch that has none.
-        class_loss = F.cross_entropy(extractor.logits(image), target, ignore_index=-1, reduction="none").mean()
-        optimizer.zero_grad(set_to_none=True)
-        (class_loss + quality_loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimizer.step()
-        schedule.step()
+        return Questions(image, target, mixed, degradation_kinds(len(image), position).to(image.device))
 
+    def forward(self, network: nn.Module, batch: Questions) -> tuple[Tensor, Tensor]:
+        """Class scores and quality scores."""
+        return self.model.logits(batch.image), self.model.quality_logits(batch.mixed)
 
-def rate(progress: float) -> float:
-    """Factor on the learning rate after this share of the steps."""
-    if progress < WARMUP:
-        return 0.1 + 0.9 * progress / WARMUP
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))
+    def objective(self, output: tuple[Tensor, Tensor], batch: Questions, phase: Phase, epoch: float) -> Losses:
+        """Sum of the two cross-entropies."""
+        # the mean over the labelled images alone would be 0 / 0 in a batch without labels
+        class_loss = F.cross_entropy(output[0], batch.target, ignore_index=-1, reduction="none").mean()
+        quality_loss = F.cross_entropy(output[1], batch.kinds, self.quality_weights)
+        terms = {"class_loss": class_loss.detach(), "quality_loss": quality_loss.detach()}
+        return Losses(class_loss + quality_loss, terms)
+
+    @torch.no_grad()
+    def validate(self, phase: Phase) -> dict[str, float]:
+        """Class loss on the val split (on the train split if that is empty)."""
+        total = count = 0.0
+        for batch in self.validation.sequential():
+            for image, target in questions(batch, self.by_class):
+                total += float(F.cross_entropy(self.model.logits(image), target, ignore_index=-1, reduction="sum"))
+                count += int((target >= 0).sum())
+        loss = total / max(1.0, count)
+        return {"loss": loss, "objective": loss}
+
+    def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
+        """Nothing besides the losses."""
+        return {}
+
+    def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
+        """No figures."""
+        return {}
+
+    def inputs(self, position: int) -> tuple[Tensor, list[str]]:
+        """Images of the step at `position`, and their files."""
+        generator = torch.Generator().manual_seed(seed_of(self.features.seed, position, 1))
+        batch = self.loader.gather(self._rows(generator))
+        return batch.image, [self.files[row] for row in batch.index.tolist()]
+
+    def _rows(self, generator: torch.Generator) -> Tensor:
+        return torch.multinomial(self.chances, self.batch_size, replacement=True, generator=generator)
 
 
 def sampling_weights(labels: Tensor) -> Tensor:
@@ -170,12 +239,17 @@ def sampling_weights(labels: Tensor) -> Tensor:
 
 
 def degradation_labels(size: int, position: int) -> Tensor:
-    """The quality head's answers (size,) for the degraded images of batch `position`: kinds take turns."""
+    """Kinds of degradation (size,) in batch `position`: each in turn."""
     return 1 + (torch.arange(size) + position * size) % len(DEGRADATIONS)
 
 
+def degradation_kinds(size: int, position: int) -> Tensor:
+    """Targets (2 * size,) of the quality head: clean images, then the degraded copies of batch `position`."""
+    return torch.cat([torch.full((size,), CLEAN), degradation_labels(size, position)])
+
+
 def degraded(image: Tensor, position: int, generator: torch.Generator) -> Tensor:
-    """Copies (B, C, H, W) of batch `position`, degraded as `degradation_labels` says, each at a random severity."""
+    """Copies (B, C, H, W) of batch `position`, degraded by `degradation_labels`, each with a random severity."""
     labels = degradation_labels(len(image), position)
     copies = image.cpu().clone()
     for label, kind in enumerate(DEGRADATIONS, start=1):
@@ -186,9 +260,9 @@ def degraded(image: Tensor, position: int, generator: torch.Generator) -> Tensor
 
 
 def augment(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifts each image (B, C, H, W) and changes its brightness and contrast a little, at random.
+    """Shift each image (B, C, H, W) and change its brightness and contrast slightly, at random.
 
-    Whole pixels only, since interpolation blurs: the network must take an augmented image for a clean one.
+    Shifts are whole pixels, since interpolation blurs and an augmented image must count as clean.
     """
     size, side = len(image), image.shape[-1]
     most = max(1, round(MAX_SHIFT * side))
@@ -216,9 +290,9 @@ def turned(image: Tensor, count: int) -> Tensor:
 def validate(
     extractor: DomainExtractor, validation: Loader, names: Sequence[str], by_class: bool, generator: torch.Generator
 ) -> Validation:
-    """Accuracy for each class (or turn), and how well clean and degraded images are told apart.
+    """Accuracy for each class (or turn), and AUC of clean against degraded images.
 
-    Every image is degraded in every way at a random severity; images are ordered by the probability of "clean".
+    Every image is degraded in every way with a random severity; images are ranked by the probability of "clean".
     """
     correct, total = torch.zeros(2, len(names), dtype=torch.float64)
     damage: dict[str, list[Tensor]] = {kind: [] for kind in ("clean", *DEGRADATIONS)}
@@ -246,7 +320,7 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> float:
 
 
 def questions(batch: Batch, by_class: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and the answers to them: the labels, or each image in all four turns."""
+    """Images with their labels, or in all four turns with the number of turns."""
     if by_class:
         yield batch.image, batch.label
         return
@@ -260,12 +334,11 @@ def rounded(value: float) -> float:
 
 
 def report(store: Store, by_class: bool, found: Validation, digest: str) -> None:
-    """Prints the results on the validation split."""
-    subject = f"{len(store.classes)} classes" if by_class else "quarter turns (no classes to learn)"
+    """Print the results on the validation split."""
+    subject = f"{len(store.classes)} classes" if by_class else "quarter turns (the dataset has no classes)"
     accuracy = found.balanced_accuracy
     measured = "no validation image" if accuracy is None else f"balanced validation accuracy {accuracy:.3f}"
-    console = Console()
-    console.print(f"Domain extractor: {subject}, {measured}, weights {digest[:12]}", highlight=False, soft_wrap=True)
+    say(f"domain extractor: {subject}, {measured}, weights {digest[:12]}")
     if not found.degradation_auc:
         return
     shown = Table("class or degradation", "images", "accuracy", "AUC against clean")
@@ -273,20 +346,20 @@ def report(store: Store, by_class: bool, found: Validation, digest: str) -> None
         shown.add_row(name, f"{found.num_images[name]:,}", f"{value:.2f}", "")
     for name, value in found.degradation_auc.items():
         shown.add_row(name, f"{store.counts['val']:,}", "", f"{value:.2f}")
-    console.print(shown)
+    show(shown)
 
 
-def warn(classes: Sequence[str], degradations: Sequence[str], num_classes: int) -> None:
-    """Prints a warning for each class and degradation that the extractor does not recognise."""
+def warn_of_unrecognised(classes: Sequence[str], degradations: Sequence[str], num_classes: int) -> None:
+    """Print a warning for each class and degradation that the extractor does not recognise."""
     lines = [
-        f"warning: the domain extractor does not recognise {name}: its accuracy on validation images is not clearly "
-        f"above chance (1/{num_classes}). Raise features.epochs, or bring more images of it"
+        f"the domain extractor does not recognise {name}: its accuracy on validation images is not clearly "
+        f"above chance (1/{num_classes}). Raise features.epochs, or add images of it"
         for name in classes
     ]
     lines += [
-        f"warning: the domain extractor does not recognise {name}: its AUC on validation images is not clearly above "
+        f"the domain extractor does not recognise {name}: its AUC on validation images is not clearly above "
         "chance (0.5). Raise features.epochs"
         for name in degradations
     ]
     for line in lines:
-        Console(stderr=True, highlight=False).print(line, style="yellow", markup=False, soft_wrap=True)
+        warn(line)

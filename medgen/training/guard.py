@@ -1,12 +1,10 @@
-"""Non-finite losses and gradients: caught before the update, named, and written down.
+"""Detect non-finite losses and gradients before the update, and report on them.
 
-The check costs no wait for the device: a flag on the device latches at the first bad step and
-makes the fused optimizer skip that update and every later one, until the host reads the flag.
-The weights are then still those before the bad step, so its batch can be run again and looked at (averages kept in
-buffers, such as BatchNorm's, have moved on).
+The check does not wait for the device: a flag on the device latches at the first non-finite step and makes the fused
+optimizer skip that update and every later one, until the host reads the flag. The weights are then still those before
+the step, so that its batch can be run again and examined (averages in buffers, such as BatchNorm's, have changed).
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medgen.io import write_atomic
+from medgen.io import to_json, write_atomic
 
 
 class Guard:
-    """Latches the first non-finite step, over all processes.
+    """Flag of the first non-finite step, over all processes.
 
-    The host looks every `read_every` steps: each one on a CPU, where looking is free.
+    The host reads it every `read_every` steps: at each step on a CPU, where reading is free.
     """
 
     def __init__(self, device: torch.device, any_process: Callable[[Tensor], Tensor]) -> None:
@@ -30,7 +28,7 @@ class Guard:
         self.bad_position = torch.full((), -1, dtype=torch.int64, device=device)
 
     def check(self, total: Tensor, gradient_norm: Tensor, position: int) -> Tensor:
-        """Takes a step's loss and gradient norm; returns the flag that skips the update."""
+        """Return the flag that makes the optimizer skip a step with this loss and gradient norm."""
         finite = torch.isfinite(total.detach()) & torch.isfinite(gradient_norm)
         bad = self.any_process((~finite).float())
         self.bad_position = torch.where((bad > 0) & (self.flag == 0), position, self.bad_position)
@@ -38,20 +36,20 @@ class Guard:
         return self.flag
 
     def read(self, position: int, force: bool) -> int | None:
-        """The bad position if there is one and it is time to look; `force` looks now."""
+        """Position of the first non-finite step, if there is one and the host reads the flag now; `force` reads it."""
         if not force and position % self.read_every:
             return None
         bad = int(self.bad_position.item())
         return None if bad < 0 else bad
 
     def reset(self) -> None:
-        """After a rollback."""
+        """Clear the flag, after a rollback."""
         self.flag = torch.zeros_like(self.flag)
         self.bad_position = torch.full_like(self.bad_position, -1)
 
 
 def first_nonfinite(terms: Mapping[str, Tensor]) -> str:
-    """Name of the first loss term that is not finite; 'gradient' where all of them are."""
+    """Name of the first loss term that is not finite; 'gradient' if all are finite."""
     return next((name for name, term in terms.items() if not bool(torch.isfinite(term))), "gradient")
 
 
@@ -71,26 +69,23 @@ def write_forensics(
     facts: Mapping[str, object],
     terms: Mapping[str, Tensor],
     gradient_norms: Mapping[str, float | str],
-    given: Tensor,
+    images: Tensor,
     files: list[str],
 ) -> None:
-    """Writes what is known of a bad step as JSON.
-
-    Non-finite numbers are written as the strings "inf", "-inf" and "nan": JSON has no others.
-    """
+    """Write a report on a non-finite step as JSON, with non-finite values as the strings "inf", "-inf" and "nan"."""
     report: dict[str, Any] = {
         **facts,
         "terms": {name: _plain(term) for name, term in terms.items()},
         "gradient_norm_per_module": dict(gradient_norms),
         "input": {
-            "min": _plain(given.min()),
-            "max": _plain(given.max()),
-            "mean": _plain(given.mean()),
-            "num_nonfinite": int((~torch.isfinite(given)).sum()),
+            "min": _plain(images.min()),
+            "max": _plain(images.max()),
+            "mean": _plain(images.mean()),
+            "num_nonfinite": int((~torch.isfinite(images)).sum()),
         },
         "files": files,
     }
-    write_atomic(path, (json.dumps(report, indent=2) + "\n").encode())
+    write_atomic(path, to_json(report))
 
 
 def _plain(value: Tensor) -> float | str:

@@ -1,7 +1,6 @@
-"""Position -> Batch. The split lives in memory as uint8; no worker processes, nothing to save or resume.
+"""Batches of a split, which is kept in memory as uint8; no worker processes, no state to save.
 
-A training batch is a pure function of (seed, position, rank, world): position 17 is the same
-batch whether the run was killed before it or not.
+A training batch is a pure function of (seed, position, rank, world), so that a resumed run sees the same batches.
 """
 
 from collections.abc import Iterator
@@ -17,20 +16,19 @@ from medgen.data.store import Split
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one training or evaluation step, on the device they are used on."""
+    """Images of a training or evaluation step, on its device."""
 
     image: Tensor  # (B, C, H, W) float32 in [0, 1]
     label: Tensor  # (B,) int64
-    index: Tensor  # (B,) int64 on the CPU, row in the split, and so in its manifest
-    mask: Tensor | None = None  # (B, 1, H, W) float32: class numbers, 0 or 1 where there are two
+    index: Tensor  # (B,) int64 on the CPU: row in the split and in its manifest
+    mask: Tensor | None = None  # (B, 1, H, W) float32 class numbers, 0 or 1 in a binary mask
 
 
 class Loader:
-    """Serves a split as batches on `device`.
+    """Batches of a split on `device`.
 
-    The images stay on the device where they fit into a quarter of its free memory; else they stay
-    in main memory and each batch travels. `subset` serves only that many, spread over the split; `with_masks`
-    those that have a mask, together with it.
+    The images are kept on the device if they fit into a quarter of its free memory, and in main memory otherwise.
+    `subset` uses only that many images, spread over the split; `with_masks` only those with a mask, and adds it.
     """
 
     def __init__(
@@ -54,13 +52,15 @@ class Loader:
         masks = split.masks if with_masks else None  # (N, 1, H, W) uint8
         self.masks = None if masks is None else _resident(masks[self.rows], self.device)
         self.batch_size = min(batch_size, len(self.images))
-        self.num_batches = len(self.images) // self.batch_size  # the ragged rest differs every epoch
+        self.num_batches = (
+            len(self.images) // self.batch_size
+        )  # an epoch leaves out the incomplete last batch, of other images each time
         self.seed, self.rank, self.world = seed, rank, world
         self.horizontal_flip = horizontal_flip
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # epoch and its permutation
 
     def batch(self, position: int) -> Batch:
-        """Batch number `position` of an endless shuffled stream; this rank's share of it."""
+        """This rank's part of batch number `position`, in an order shuffled anew for each epoch."""
         epoch, step = divmod(position, self.num_batches)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
@@ -73,13 +73,15 @@ class Loader:
         return batch
 
     def sequential(self) -> Iterator[Batch]:
-        """The whole split in order, the last batch as ragged as it is."""
+        """The whole split in order; the last batch may be smaller."""
         for start in range(0, len(self.images), self.batch_size):
             yield self.gather(torch.arange(start, min(start + self.batch_size, len(self.images))))
 
     def gather(self, rows: Tensor) -> Batch:
-        """The images at these positions (B,), on the CPU, among those served."""
-        index = torch.from_numpy(self.rows)[rows]  # rows stay on the CPU: reading them back would wait for the device
+        """Images at these positions (B,), a tensor on the CPU, among those that the loader uses."""
+        index = torch.from_numpy(self.rows)[
+            rows
+        ]  # from rows on the CPU: reading them from the device would wait for it
         rows = rows.to(self.images.device, non_blocking=True)
         return Batch(
             image=self.images[rows].to(self.device).float().div_(255.0),

@@ -1,4 +1,4 @@
-"""The training loop: one for everything that learns by gradient, models and priors alike."""
+"""The training loop of every network: models, priors, refiner and domain extractor."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,136 +7,141 @@ import torch
 from medgen.config import Phase, seed_of
 from medgen.errors import NonFiniteError
 from medgen.tracking import Tracker
-from medgen.training import guard, optimizers
+from medgen.training import guard
+from medgen.training.optimizers import clip_gradients, set_rate
 from medgen.training.progress import Display
-from medgen.training.state import Job, Meter
+from medgen.training.state import Meter, TrainState
 
 AfterEpoch = Callable[[int, Mapping[str, float]], None]
 
 
-def train_to_end(job: Job, tracker: Tracker | None, after_epoch: AfterEpoch | None = None) -> None:
-    """Trains to the end of the last phase, from the checkpoint where there is one.
+def train_to_end(state: TrainState, tracker: Tracker | None, after_epoch: AfterEpoch | None = None) -> None:
+    """Train to the end of the last phase, from the checkpoint if there is one.
 
     Args:
-        job: what is trained.
+        state: what is trained.
         tracker: the run's record; None in processes other than the main one.
-        after_epoch: is given how many epochs are done and the last one's record; what it raises ends the training.
+        after_epoch: called with the number of epochs done and the metrics of the last; an exception ends the training.
 
     Raises:
         UserError: the checkpoint is damaged, or from a longer training.
-        NonFiniteError: a loss or gradient was not finite and the policy gives up.
-        TrainingInterrupted: SIGTERM or SIGUSR1 asked to stop; the checkpoint holds all that was done.
+        NonFiniteError: a loss or gradient was not finite, and `train.on_nonfinite` says to stop.
+        TrainingInterrupted: SIGTERM or SIGUSR1 asked to stop; the checkpoint holds everything done so far.
     """
-    job.resume()
-    with Display(job.epochs_done, job.total_epochs, job.world.is_main) as display:
-        while (phase := job.phase()) is not None:
-            if train_epoch(job, phase, display):
-                record = finish_epoch(job, phase, tracker, display)
+    state.resume()
+    with Display(state.epochs_done, state.total_epochs, state.world.is_main) as display:
+        while (phase := state.next_phase()) is not None:
+            if train_epoch(state, phase, display):
+                metrics = finish_epoch(state, phase, tracker, display)
                 if after_epoch:
-                    after_epoch(job.epochs_done, record)
+                    after_epoch(state.epochs_done, metrics)
 
 
-def train_epoch(job: Job, phase: Phase, display: Display) -> bool:
-    """The rest of the epoch; False where it was rolled back and has to be entered again."""
-    state, num_batches = job.state, job.task.num_batches
-    meter = Meter(state.sums)
-    job.network.train()
-    while state.step < num_batches:
-        torch.manual_seed(seed_of(job.train.seed, state.position, job.world.rank))
-        losses = job.task.losses(job.network, state.position, phase, job.epoch)
-        job.optimizer.zero_grad(set_to_none=True)
+def train_epoch(state: TrainState, phase: Phase, display: Display) -> bool:
+    """Train the rest of the epoch; return False after a rollback, when it has to be entered again."""
+    task, train, counters = state.task, state.train, state.counters
+    meter = Meter(counters.sums)
+    state.network.train()
+    while counters.step < task.num_batches:
+        torch.manual_seed(seed_of(train.seed, counters.position, state.world.rank))
+        batch = task.batch(counters.position)
+        output = task.forward(state.network, batch)
+        losses = task.objective(output, batch, phase, state.epoch_at(counters.step))
+        state.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        norm = optimizers.clip_gradients(job.network.parameters(), job.train.clip_norm)
-        skip = job.guard.check(losses.total, norm, state.position)
-        optimizers.set_rate(job.optimizer, job.rate(phase))
-        job.optimizer.found_inf = skip  # type: ignore[attr-defined]  # the fused step skips itself where it is 1
-        job.optimizer.step()
-        if job.average:
-            job.average.update(skip)
+        norm = clip_gradients(state.network.parameters(), train.clip_norm)
+        skip = state.guard.check(losses.total, norm, counters.position)
+        set_rate(state.optimizer, state.rate_at(counters.step, phase))
+        state.optimizer.found_inf = skip  # type: ignore[attr-defined]  # the fused step does nothing where it is 1
+        state.optimizer.step()
+        if state.average:
+            state.average.update(skip)
         meter.add({"loss": losses.total.detach(), **losses.terms, "gradient_norm": norm})
-        state.step += 1
-        state.position += 1
+        counters.step += 1
+        counters.position += 1
 
-        stop = job.stop_is_due()
-        save_now = stop or job.save_is_due()
-        bad = job.guard.read(state.position, force=save_now or state.step == num_batches)
+        stop = state.stop_is_due()
+        save_now = stop or state.save_is_due()
+        bad = state.guard.read(counters.position, force=save_now or counters.step == task.num_batches)
         if bad is not None:
-            recover(job, phase, bad)
+            recover(state, phase, bad)
             return False
         if save_now:
-            state.sums = job.world.mean_of(meter.sums())  # all processes will take up the main one's
-            job.save()
+            counters.sums = state.world.mean_of(meter.sums())  # every process resumes from the main one's
+            state.save()
         if stop:
-            raise job.interruption()
-        display.step(state.step / num_batches, job.task.batch_size, losses.terms)
-    state.sums = meter.sums()
+            raise state.interruption()
+        display.step(counters.step / task.num_batches, task.batch_size, losses.terms)
+    counters.sums = meter.sums()
     return True
 
 
-def finish_epoch(job: Job, phase: Phase, tracker: Tracker | None, display: Display) -> dict[str, float]:
-    """Validates, logs, draws, saves; returns the epoch's record."""
-    state = job.state
-    state.step -= 1  # the epoch's last step: at its end a schedule may already begin anew
-    used = {"learning_rate": job.rate(phase), **job.task.record(phase, job.epoch)}
-    state.step += 1
-    job.share_statistics()
-    with job.averaged_weights():
-        job.model.eval()
-        # one number for all processes: each steps its own plateau by it
-        validation = job.world.mean_of(job.task.validate(phase))
-        job.keep_best(validation["objective"])
-    record = {
-        **{f"train/{name}": total / state.step for name, total in job.world.mean_of(state.sums).items()},
+def finish_epoch(state: TrainState, phase: Phase, tracker: Tracker | None, display: Display) -> dict[str, float]:
+    """Validate, log, draw and save; return the epoch's metrics."""
+    task, world, counters = state.task, state.world, state.counters
+    last = counters.step - 1  # at the epoch's end a schedule may already start again
+    logged = {"learning_rate": state.rate_at(last, phase), **task.scalars(phase, state.epoch_at(last))}
+    state.share_statistics()
+    with state.averaged_weights():
+        state.model.eval()
+        # one value for all processes: each updates its own plateau with it
+        validation = world.mean_of(task.validate(phase))
+        state.keep_best(validation["objective"])
+    metrics = {
+        **{f"train/{name}": total / counters.step for name, total in world.mean_of(counters.sums).items()},
         **{f"val/{name}": value for name, value in validation.items()},
-        **{f"train/{name}": value for name, value in used.items()},
+        **{f"train/{name}": value for name, value in logged.items()},
     }
-    state.plateau.update(validation["objective"], phase.schedule)
-    state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
+    counters.plateau.update(validation["objective"], phase.schedule)
+    counters.epoch, counters.step, counters.sums = counters.epoch + 1, 0, {}
     if tracker:
-        tracker.metrics(record, step=job.epochs_done)
-        tracker.metrics({"run/images_per_second": display.images_per_second}, step=job.epochs_done)
-        if job.epochs_done in job.drawn_epochs:
-            with job.averaged_weights():
-                paths = job.task.draw(job.scratch, job.epochs_done)
+        epoch = state.epochs_done
+        tracker.metrics(metrics, step=epoch)
+        tracker.metrics({"run/images_per_second": display.images_per_second}, step=epoch)
+        if epoch in state.drawn_epochs:
+            with state.averaged_weights():
+                paths = task.draw(state.scratch, epoch)
             for name, path in paths.items():
-                tracker.image(name, path, step=job.epochs_done)
-        display.epoch(job.epochs_done, phase.name, record)
-    job.save()
-    return record
+                tracker.image(name, path, step=epoch)
+        display.epoch(epoch, phase.name, metrics)
+    state.save()
+    return metrics
 
 
-def recover(job: Job, phase: Phase, bad: int) -> None:
-    """Writes down what happened at position `bad`; then rolls back or stops, as train.on_nonfinite says."""
-    state, train = job.state, job.train
-    state.step -= state.position - bad
-    torch.manual_seed(seed_of(train.seed, bad, job.world.rank))
-    job.model.train()
-    # the guard skipped every update since: these are the weights that met the batch
-    losses = job.task.losses(job.model, bad, phase, job.epoch)
-    job.model.zero_grad(set_to_none=True)
+def recover(state: TrainState, phase: Phase, bad: int) -> None:
+    """Write a report on the non-finite step at position `bad`; then roll back or stop, as train.on_nonfinite says."""
+    task, train, counters = state.task, state.train, state.counters
+    step = counters.step - (counters.position - bad)
+    epoch = state.epoch_at(step)
+    torch.manual_seed(seed_of(train.seed, bad, state.world.rank))
+    state.model.train()
+    # the guard has skipped every update since: the weights are those before the bad step
+    batch = task.batch(bad)
+    losses = task.objective(task.forward(state.model, batch), batch, phase, epoch)
+    state.model.zero_grad(set_to_none=True)
     losses.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    norms = guard.gradient_norms(job.model)
+    norms = guard.gradient_norms(state.model)
     terms = {**losses.terms, "total": losses.total.detach()}
     term = guard.first_nonfinite(terms)
-    path = job.scratch / f"nonfinite_step_{bad}_rank_{job.world.rank}.json"
-    again = train.on_nonfinite == "rollback" and state.num_rollbacks < train.max_rollbacks
-    given, files = job.task.inputs(bad)
+    path = state.scratch / f"nonfinite_step_{bad}_rank_{state.world.rank}.json"
+    again = train.on_nonfinite == "rollback" and counters.num_rollbacks < train.max_rollbacks
+    images, files = task.inputs(bad)
     guard.write_forensics(
         path,
         facts={
             "step": bad,
             "phase": phase.name,
-            "epoch": bad // job.task.num_batches + 1,
+            "epoch": bad // task.num_batches + 1,
             "first_nonfinite": term,
-            # a GPU's compiled step may round otherwise than this plain repeat of it
+            # a compiled step on a GPU may round differently from this plain repetition
             "reproduced": any(isinstance(norm, str) for norm in norms.values()),
-            **job.task.record(phase, job.epoch),
-            "learning_rate": job.rate(phase),
-            "action": f"rollback {state.num_rollbacks + 1} of {train.max_rollbacks}" if again else "stop",
+            **task.scalars(phase, epoch),
+            "learning_rate": state.rate_at(step, phase),
+            "action": f"rollback {counters.num_rollbacks + 1} of {train.max_rollbacks}" if again else "stop",
         },
         terms=terms,
         gradient_norms=norms,
-        given=given,
+        images=images,
         files=files,
     )
     if not again:
@@ -148,4 +153,4 @@ def recover(job: Job, phase: Phase, bad: int) -> None:
             term=term,
             forensics=path,
         )
-    job.roll_back()
+    state.roll_back()

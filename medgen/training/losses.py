@@ -1,7 +1,7 @@
-"""Loss terms, and the objective that weighs them.
+"""Loss terms, and the objective that weights them.
 
-Every image term is a mean over pixels. KL is reported in nats per image and weighed as
-β·KL/(C·H·W), so that with a pixel mean of a log-likelihood β = 1 is the evidence lower bound.
+Every image term is a mean over pixels. KL is logged in nats per image and weighted as β·KL/(C·H·W), so that with the
+pixel mean of a log-likelihood β = 1 is the evidence lower bound.
 """
 
 import math
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from medgen.config import Beta, Loss, Weights
 from medgen.models.base import Latent, ModelOutput
 
-VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3: system C's choice
+VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3
 
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` carries the gradient; `terms` are detached, unweighted scalars for the log."""
+    """The loss with its gradient, and detached, unweighted scalars to log."""
 
     total: Tensor
     terms: dict[str, Tensor]
 
 
 class Objective(nn.Module):
-    """Weighs a model's output against the image. One for every model family.
+    """Weighted loss of a model's output, for every model family.
 
     Args:
-        loss: weights and conventions; a phase may bring other weights.
-        image_shape: (C, H, W), the size of the KL's share.
-        vgg16: file of torchvision's VGG16 weights, needed where the perceptual weight is not zero.
+        loss: weights and conventions; a phase may replace the weights.
+        image_shape: (C, H, W), for the normalisation of KL.
+        vgg16: file of torchvision's VGG16 weights, needed if the perceptual weight is not zero.
     """
 
     def __init__(self, loss: Loss, image_shape: tuple[int, int, int], vgg16: Path | None = None) -> None:
@@ -44,44 +44,44 @@ class Objective(nn.Module):
 
     def forward(self, output: ModelOutput, target: Tensor, weights: Weights, beta: float) -> Losses:
         """Total loss and its named terms; `target` is the batch's images (B, C, H, W) or masks (B, K, H, W)."""
-        image, latent = self.image_loss(output.reconstruction, target, weights), self.latent_loss(output, beta)
+        image, latent = self.image_loss(output.prediction, target, weights), self.latent_loss(output, beta)
         return Losses(image.total + latent.total, image.terms | latent.terms)
 
     def image_loss(self, reconstruction: Tensor, target: Tensor, weights: Weights) -> Losses:
-        """The terms that compare the model's output with `target`."""
+        """Terms that compare the model's output with `target`."""
         terms: dict[str, Tensor] = {}
         total = target.new_zeros(())
         for name, weight in weights.model_dump().items():
             if weight > 0:
                 term = self._image_term(name, reconstruction.float(), target)
-                # 1 - SSIM must not pass for SSIM
+                # not "ssim", since the term is 1 - SSIM
                 terms[f"{name}_loss" if name in ("ssim", "dice") else name] = term.detach()
                 total = total + weight * term
         return Losses(total, terms)
 
     def latent_loss(self, output: ModelOutput, beta: float) -> Losses:
-        """The terms of the latent: KL weighed by `beta`, commitment, codebook; 0 for a model without them."""
+        """Terms of the latent: KL weighted by `beta`, commitment, codebook; 0 for a model without them."""
         terms: dict[str, Tensor] = {}
-        total = output.reconstruction.new_zeros((), dtype=torch.float32)
+        total = output.prediction.new_zeros((), dtype=torch.float32)
         if output.latent is not None and output.latent.logvar is not None:
-            kl = kl_per_number(output.latent)
+            kl = kl_per_dim(output.latent)
             terms["kl"] = kl.flatten(1).sum(dim=1).mean().detach()
-            # β = 0 leaves KL out of the graph: 0 · inf would be NaN, and it is cheaper
+            # β = 0 leaves KL out of the graph: 0 · inf would be NaN
             if beta > 0:
                 total = total + self.kl_weight(beta, kl[0].numel()) * free_bits(kl, self.loss.free_bits)
         for name, term in output.terms.items():
             terms[name] = term.detach()
-            total = total + (self.loss.commitment if name == "commitment" else 1.0) * term
+            total = total + (self.loss.commitment_cost if name == "commitment" else 1.0) * term
         return Losses(total, terms)
 
     def kl_weight(self, beta: float, latent_numel: int) -> float:
-        """What KL in nats per image is multiplied by under `loss.kl_reduction`."""
+        """Factor of KL in nats per image, by `loss.kl_reduction`."""
         return {"elbo": beta / self.num_pixels, "sum": beta, "mean": beta / latent_numel}[self.loss.kl_reduction]
 
     def effective_beta(self, beta: float, latent_numel: int) -> float:
-        """β on the scale where 1 is the evidence lower bound, whatever `kl_reduction` says.
+        """β on the scale where 1 is the evidence lower bound, for any `kl_reduction`.
 
-        System A's 0.003 on a summed KL beside a pixel mean is 49 at 128 px on this scale.
+        A weight of 0.003 on a summed KL with a pixel mean is 49 at 128 px on this scale.
         """
         return self.kl_weight(beta, latent_numel) * self.num_pixels
 
@@ -97,26 +97,26 @@ def ssim_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
     """1 - SSIM (Wang et al. 2004), window 11 and σ 1.5, for images in [0, 1]."""
     from pytorch_msssim import ssim
 
-    # data_range defaults to 255 there, which is silently wrong on [0, 1]
+    # its default data_range, 255, would be wrong for [0, 1]
     return 1.0 - ssim(reconstruction, image, data_range=1.0)  # type: ignore[no-any-return]
 
 
 def sigma_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Negative log-likelihood a pixel, less a constant, under one Gaussian variance at its best value, the MSE.
+    """Negative log-likelihood per pixel, up to a constant, under a Gaussian with the optimal variance, the MSE.
 
-    σ-VAE (Rybkin et al. 2021, eq. 6): with β = 1 beside it the sum is an evidence lower bound, with no weight to tune.
+    σ-VAE (Rybkin et al. 2021, eq. 6): with β = 1 the sum is an evidence lower bound, without a weight to tune.
     """
-    return 0.5 * torch.log(F.mse_loss(reconstruction, image) + 1e-8)  # 1e-8: a perfect fit is not minus infinity
+    return 0.5 * torch.log(F.mse_loss(reconstruction, image) + 1e-8)  # 1e-8: finite for a perfect fit
 
 
 def dice_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
-    """1 - Dice of flattened tensors, smoothing 1e-5 (system D's); (B, K, H, W): mean over K."""
+    """1 - Dice over a batch of masks (B, K, H, W), with smoothing 1e-5, mean over K."""
     overlap, total = (part.sum(dim=(0, 2, 3)) for part in (probabilities * mask, probabilities + mask))
     return (1.0 - (2.0 * overlap + 1e-5) / (total + 1e-5)).mean()
 
 
 def dice_score(probabilities: Tensor, mask: Tensor) -> Tensor:
-    """Dice of a batch's decided masks, mean over K: (B, 1, H, W) cut at a half, (B, K, H, W) the likeliest class."""
+    """Dice of a batch's predicted masks, mean over K: threshold 0.5 if K = 1, else the most probable class."""
     if probabilities.shape[1] == 1:
         decided = probabilities > 0.5
     else:
@@ -124,7 +124,7 @@ def dice_score(probabilities: Tensor, mask: Tensor) -> Tensor:
     return 1.0 - dice_loss(decided.float(), mask)
 
 
-# bce: a sigmoid in float32 is exactly 1 from a logit of 17 on; a pixel so surely wrong has no gradient left
+# bce: a sigmoid in float32 is exactly 1 for logits above 17, where the gradient vanishes
 IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": F.l1_loss,
     "mse": F.mse_loss,
@@ -135,31 +135,31 @@ IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-# what validation tells beside the loss, by what the model is trained towards; higher is better but for l1
+# validation scores by the model's target; higher is better, except for l1
 SCORES: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "image": {"l1": F.l1_loss, "ssim": lambda result, image: 1.0 - ssim_loss(result, image)},
     "mask": {"dice": dice_score},
 }
 
 
-def kl_per_number(latent: Latent) -> Tensor:
-    """KL(q(z|x) ‖ N(0, I)) of every latent number, in nats: shape of the latent (Kingma & Welling 2014, B)."""
+def kl_per_dim(latent: Latent) -> Tensor:
+    """KL(q(z|x) ‖ N(0, I)) of each latent dimension, in nats: shape of the latent (Kingma & Welling 2014, B)."""
     assert latent.logvar is not None
     mean, logvar = latent.mean.float(), latent.logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
 def free_bits(kl: Tensor, nats: float) -> Tensor:
-    """Batch-mean KL, a scalar, with `nats` per latent channel free of cost (Kingma et al. 2016, eq. 15)."""
+    """Batch-mean KL, a scalar, with `nats` per latent channel without cost (Kingma et al. 2016, eq. 15)."""
     per_channel = kl.mean(dim=0).flatten(1).sum(dim=1) if kl.dim() > 2 else kl.mean(dim=0)
     return per_channel.clamp(min=nats).sum() if nats > 0 else per_channel.sum()
 
 
 def beta_at(beta: Beta, epoch: float) -> float:
-    """β at a point of its phase; `epoch` counts from 0 and has a fraction.
+    """β at `epoch` of its phase, counted from 0, with a fraction.
 
     Linear: start to end over `epochs`, then end. Cyclical (Fu et al. 2019): each cycle of `epochs`
-    rises linearly over its first half and stays for the second.
+    rises linearly in its first half and is constant in the second.
     """
     if beta.schedule == "constant":
         return beta.end
@@ -179,13 +179,13 @@ class PerceptualDistance(nn.Module):
         from torchvision.models import vgg16
 
         state = torch.load(weights, weights_only=True, map_location="cpu")
-        with torch.device("meta"):  # 130 million classifier weights that nobody needs are never made
+        with torch.device("meta"):  # without allocating the 130 million unused classifier weights
             layers = vgg16().features[: VGG16_LAYERS[-1] + 1]
         wanted = {name: state[f"features.{name}"] for name in layers.state_dict()}
         layers.load_state_dict(wanted, assign=True)
         for layer in layers:
             if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # the features before it are still needed
+                layer.inplace = False  # the features before it are used too
         self.layers = layers.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])

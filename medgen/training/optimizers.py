@@ -1,4 +1,4 @@
-"""Optimizers from a phase, learning-rate schedules as functions of progress, averaged weights."""
+"""Optimizers, learning-rate schedules as functions of progress, gradient clipping and averaged weights."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from medgen.config import Phase, Schedule
 
 
 def build_optimizer(phase: Phase, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The phase's optimizer, fused: its step skips itself where `found_inf` is 1 (see guard.py)."""
+    """The phase's optimizer, fused, so that its step does nothing if `found_inf` is 1 (see guard.py)."""
     rate, decay = phase.learning_rate, phase.weight_decay
     if phase.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, fused=True)
@@ -22,8 +22,8 @@ def build_optimizer(phase: Phase, parameters: Iterable[nn.Parameter]) -> torch.o
 def rate_factor(phase: Phase, epoch: float, step: int) -> float:
     """Factor of the phase's learning rate at `epoch` (with a fraction) and `step`, both from the phase's start.
 
-    Cosine annealing with warm restarts: Loshchilov & Hutter 2017. The plateau's factor is the
-    one thing that depends on results: see Plateau.
+    Warm-up, times cosine annealing with warm restarts (Loshchilov & Hutter 2017). The factor of the plateau schedule
+    depends on results: see `Plateau`.
     """
     warmup = min(1.0, (step + 1) / phase.warmup_steps) if phase.warmup_steps else 1.0
     schedule = phase.schedule
@@ -38,9 +38,9 @@ def rate_factor(phase: Phase, epoch: float, step: int) -> float:
 
 @dataclass
 class Plateau:
-    """Lowers the rate when the validation objective stops falling, as torch's ReduceLROnPlateau does.
+    """Lower the learning rate when the validation objective stops falling, as torch's ReduceLROnPlateau does.
 
-    Kept apart from the optimizer so that schedules multiply and the state is three numbers.
+    Its state is three numbers, separate from the optimizer.
     """
 
     best: float = math.inf
@@ -48,10 +48,10 @@ class Plateau:
     factor: float = 1.0
 
     def update(self, objective: float, schedule: Schedule) -> None:
-        """Takes an epoch's validation objective; better means by more than 0.01 %."""
+        """Update with an epoch's validation objective; lower by more than 0.01 % is better."""
         if schedule.name != "plateau":
             return
-        if objective + 1e-4 * abs(objective) < self.best:  # a likelihood may be below 0, where torch's rule is wrong
+        if objective + 1e-4 * abs(objective) < self.best:  # an objective may be negative, where torch's rule is wrong
             self.best, self.bad_epochs = objective, 0
             return
         self.bad_epochs += 1
@@ -61,15 +61,15 @@ class Plateau:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales the gradients to a total norm of at most `max_norm`; returns the norm before, a scalar.
+    """Scale the gradients to a total norm of at most `max_norm`; return the norm before, a scalar.
 
-    A non-finite norm leaves NaN gradients behind: the caller must not step on them.
+    A non-finite norm makes the gradients NaN: the caller must skip the step.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
@@ -78,10 +78,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's parameters, in step with skipped updates.
+    """Exponential moving average of a model's parameters, without skipped updates.
 
-    Buffers that are averages themselves (BatchNorm's statistics, a codebook's) are averaged alike: those of the live
-    weights would not fit the averaged ones.
+    Buffers such as BatchNorm's statistics or a codebook's are averaged too, since those of the live weights do not
+    match the averaged ones.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -91,27 +91,27 @@ class AveragedWeights:
         self.num_updates = 0
 
     def update(self, skipped: Tensor) -> None:
-        """After an optimizer step; `skipped` is 1 where that step was left out."""
+        """Update after an optimizer step; `skipped` is 1 if that step was skipped."""
         self.num_updates += 1
-        # a young average follows faster, else it would hold the random start for long
+        # a smaller decay at first, so that the random initial weights fade quickly
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         step = torch._foreach_sub([p.detach() for p in self.live], self.average)
         torch._foreach_mul_(step, (1.0 - decay) * (1.0 - skipped))
         torch._foreach_add_(self.average, step)
 
     def swap(self) -> None:
-        """Exchanges the averaged and the live weights; call again to change back."""
+        """Exchange the averaged and the live weights; a second call undoes it."""
         for average, live in zip(self.average, self.live, strict=True):
             kept = live.detach().clone()
             live.data.copy_(average)
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, object]:
-        """For the checkpoint."""
+        """State for the checkpoint."""
         return {"average": self.average, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         for average, saved in zip(self.average, state["average"], strict=True):  # type: ignore[call-overload]
             average.copy_(saved)
         self.num_updates = state["num_updates"]  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What a person sees while they wait: pictures counted, or a model's training, epoch by epoch."""
+"""Progress of a training on the terminal, epoch by epoch."""
 
 import time
 from types import TracebackType
@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from medgen.console import ERR
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCORES = ("val/ssim", "val/dice")  # of pictures, of masks
+SCORES = ("val/ssim", "val/dice")  # of images, of masks
 
 
 class Display:
-    """A training of `total_epochs`, `epochs_done` of them behind it: a bar at a terminal, a line an epoch elsewhere.
+    """Progress bar on a terminal; otherwise a line for an epoch.
 
     Both show loss terms and images per second; the bar also the time left.
     """
 
     def __init__(self, epochs_done: int, total_epochs: int, is_main: bool) -> None:
-        self.console = Console(quiet=not is_main)
+        self.console = Console(quiet=not is_main or ERR.quiet)
         self.total_epochs = total_epochs
         self.num_images = 0
         self.started = time.monotonic()
@@ -47,11 +49,11 @@ class Display:
 
     @property
     def images_per_second(self) -> float:
-        """Of this epoch so far."""
+        """Training images per second in this epoch."""
         return self.num_images / max(time.monotonic() - self.started, 1e-9)
 
     def step(self, epoch_fraction: float, num_images: int, terms: dict[str, "Tensor"]) -> None:
-        """After each step; draws at most four times a second, as reading the terms waits for the device."""
+        """Update after a step; the bar is drawn at most four times a second, as reading terms waits for the device."""
         self.num_images += num_images
         now = time.monotonic()
         if not self.console.is_terminal or now - self._drawn_at < 0.25:
@@ -62,7 +64,7 @@ class Display:
         self.progress.update(self.task, completed=self._epoch + epoch_fraction, terms=text)
 
     def epoch(self, epoch: int, phase: str, record: dict[str, float]) -> None:
-        """After each epoch; a line each where there is no terminal, at most fifty over the run."""
+        """Update after an epoch; without a terminal, print a line for at most fifty epochs of the run."""
         if not self.console.is_terminal and (
             epoch % max(1, self.total_epochs // 50) == 0 or epoch == self.total_epochs
         ):

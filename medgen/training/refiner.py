@@ -1,50 +1,48 @@
-"""Trains the refiner on the train split's images and their reconstructions, then fits its gain to the prior's samples.
+"""Stage `refiner`: train the refiner on reconstructions of the train split, then fit its gain on samples of the prior.
 
 medgen refiner
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from medgen import config
+from medgen import config, source
 from medgen.config import Phase, Project, Schedule, Tracking, Train, fingerprint, seed_of
+from medgen.console import say
 from medgen.data.store import Store, open_store
-from medgen.io import hash_file, write_atomic
 from medgen.metrics.spectrum import radial_index, radial_power
 from medgen.models import GenerativeModel, bundle
 from medgen.models.base import Decoder
-from medgen.models.bundle import BundleInfo
 from medgen.priors import Prior, load_prior, sample_images
-from medgen.priors.refiner import Refiner, load_refiner, save_none, save_refiner
-from medgen.reports.figures import write_curves, write_stacks
-from medgen.tracking import REFINER_ORIGIN, Tracker, history, lineage
-from medgen.training import checkpoint
+from medgen.priors.refiner import Refiner, load_refiner, save_disabled, save_refiner
+from medgen.reports.figures import write_stacks
+from medgen.tracking import REFINER_ORIGIN
 from medgen.training.distributed import World, join, pick_precision
 from medgen.training.loader import Loader
-from medgen.training.loop import train_to_end
 from medgen.training.losses import Losses
-from medgen.training.state import Job
+from medgen.training.parts import draw_losses, record, trained
 
 NUM_SHOWN = 8
 MIN_RESIDUAL = 1e-3  # a perfect decoder leaves nothing to scale
-NUM_GAIN_SAMPLES = 256  # that the gain is fitted to
-NUM_GAIN_IMAGES = 2048  # of the train split, at most
-MAX_GAIN = 1.25  # a larger one would make faults larger, too
+NUM_GAIN_SAMPLES = 256  # samples that the gain is fitted on
+NUM_GAIN_IMAGES = 2048  # train images that they are compared with, at most
+MAX_GAIN = 1.25  # a larger gain would also amplify artefacts
+MIN_RADIAL_POWER = 1e-12  # of a frequency in train images and samples: blank images have none
 MIN_POWER = 1e-3  # of the standardised residual at a frequency, whose mean power is 1
-# what decides the result of a training: a change there is a new one, not a resumed one
+# source files that decide the trained weights
 CODE = ("nn/*.py", "models/*.py", "priors/refiner.py", "training/refiner.py")
-SAMPLING = {"sampling_steps", "solver", "sampling_noise", "guidance"}  # the trained network does not depend on them
+# parameters that the trained network does not depend on
+SAMPLING = {"sampling_steps", "solver", "sampling_noise", "guidance"}
 
 
 def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Refiner | None:
-    """Trains the refiner, fits its gain, writes artifacts/refiner and records it in the model's run.
+    """Train the refiner, fit its gain, write artifacts/refiner and record it in the model's run.
 
-    None where `refiner.enabled` is false or the model finds masks: what is written then says so, as DVC wants the
-    folder.
+    Returns:
+        The refiner; None if `refiner.enabled` is false or for a segmentation model (refiner.json then says so).
 
     Raises:
         UserError: the store, the model or the prior is missing or damaged, or they do not belong together.
@@ -56,38 +54,32 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
         digest = bundle.digest(project.model)
         if not refiner.enabled or not isinstance(model, GenerativeModel):
             if world.is_main:
-                save_none(project.refiner, digest)
+                save_disabled(project.refiner, digest)
                 reason = "refiner.enabled is false" if not refiner.enabled else f"{info.model.name} finds masks"
-                Console(highlight=False).print(f"no refiner: {reason}", markup=False)
+                say(f"no refiner: {reason}")
             return None
         prior = load_prior(project.prior, digest, world.device)
         task = RefinerTask(model, store, refiner, world)
         plain = refiner.model_dump(mode="json", exclude=SAMPLING)
         scratch = project.runs / info.run / f"refiner_{fingerprint(digest, plain, code())}"
-        job = Job(task, world, task.train, scratch)
-        with job.stop.listening():
-            if not world.is_main:
-                train_to_end(job, None)
+        with trained(task, world, scratch, project, "refiner") as state:
+            if state is None:
                 return None
-            # a refiner's epochs are not its model's: they stay in this file
-            with Tracker.open(scratch, Tracking(enabled=False), project, "refiner") as tracker:
-                train_to_end(job, tracker)
-            with job.final_weights():
-                task.refiner.gain = fit_gain(task.refiner, model, prior, store)
-                save_refiner(project.refiner, task.refiner, digest)
-                figure = task.draw(scratch, job.total_epochs)["refined"]
-        records = history(scratch)
-        series = {key: [entry[key] for entry in records] for key in ("train/loss", "val/loss")}
-        write_curves(scratch / "refiner_loss.png", series, log=False, y_label="loss")
-        metrics = {"refiner/train_loss": records[-1]["train/loss"], "refiner/val_loss": job.state.best_objective}
-        record(project, info, refiner, tracking, metrics, [figure, scratch / "refiner_loss.png"])
-        values = ", ".join(f"{key.split('/')[1].replace('_', ' ')} {value:.4f}" for key, value in metrics.items())
-        Console(highlight=False).print(f"refiner: {values}", markup=False)
+            task.refiner.gain = fit_gain(task.refiner, model, prior, store)
+            save_refiner(project.refiner, task.refiner, digest)
+            figure = task.draw(scratch, state.total_epochs)["refined"]
+        curves = scratch / "refiner_loss.png"
+        losses = {"train loss": draw_losses(scratch, curves), "val loss": state.counters.best_objective}
+        metrics = {f"refiner/{name.replace(' ', '_')}": value for name, value in losses.items()}
+        description = project.refiner / "refiner.json"
+        record(project, info, tracking, refiner, description, metrics, [figure, curves], REFINER_ORIGIN)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        say(f"refiner: {values}")
         return load_refiner(project.refiner, digest, world.device)
 
 
 class RefinerTask:
-    """A refiner on the images of the train split, validated on those of the val split."""
+    """Train a refiner on the images of the train split and validate it on those of the val split."""
 
     def __init__(self, model: GenerativeModel, store: Store, params: config.Refiner, world: World) -> None:
         self.decoder, self.params, self.world, self.device = model, params, world, world.device
@@ -104,7 +96,7 @@ class RefinerTask:
         latent_scale = latent_deviation(model, Loader(split, params.batch_size, world.device))
         shape = store.image_shape
         flat = torch.ones(shape[0], shape[1], shape[2] // 2 + 1)
-        self.refiner = Refiner.start(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale)
+        self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale)
         loader = Loader(split, params.batch_size, world.device)
         self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(loader)
         self.refiner.network.to(world.device)
@@ -116,7 +108,7 @@ class RefinerTask:
 
     @property
     def train(self) -> Train:
-        """One phase along a cosine; keeps the averaged weights of the epoch with the lowest validation loss."""
+        """One phase with a cosine schedule; keep the averaged weights with the lowest validation loss."""
         params = self.params
         phase = Phase(
             name="refiner",
@@ -135,31 +127,39 @@ class RefinerTask:
             keep="best",
         )
 
-    def losses(self, network: nn.Module, position: int, phase: Phase, epoch: float) -> Losses:
-        """See `medgen.training.state.Task`."""
+    def batch(self, position: int) -> tuple[Any, ...]:
+        """Images, decoded noisy latents, noise levels, labels and the generator of the step's random draws."""
         batch = self.loader.batch(position)
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, position, self.world.rank, 1))
-        return Losses(total=self._loss(network, batch.image, batch.label, generator), terms={})
+        return batch.image, *self._decode_noised(batch.image, batch.label, generator), batch.label, generator
+
+    def forward(self, network: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+        """Loss of the refiner, in bf16 on devices that support it."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            return self.refiner.loss(network, *batch)
+
+    def objective(self, output: Tensor, batch: object, phase: Phase, epoch: float) -> Losses:
+        """The loss itself."""
+        return Losses(total=output, terms={})
 
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
-        """The loss on the val split (on the train split where it is empty), with the same draws each time.
-
-        It is the objective, too.
-        """
+        """Loss on the val split (on the train split if that is empty), with the same random draws each time."""
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, 2))
         total = 0.0
         for batch in self.validation.sequential():
-            total += len(batch.image) * float(self._loss(self.model, batch.image, batch.label, generator))
-        loss = total / len(self.validation.images)
-        return {"loss": loss, "objective": loss}
+            noised = self._decode_noised(batch.image, batch.label, generator)
+            loss = self.forward(self.model, (batch.image, *noised, batch.label, generator))
+            total += len(batch.image) * float(loss)
+        mean = total / len(self.validation.images)
+        return {"loss": mean, "objective": mean}
 
-    def record(self, phase: Phase, epoch: float) -> dict[str, float]:
+    def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
         """Nothing besides the loss."""
         return {}
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
-        """Validation images, their reconstructions, and those refined."""
+        """Write a figure of validation images, their reconstructions and the refined reconstructions."""
         path = folder / "samples" / f"epoch_{epoch:04d}.png"
         batch = self.validation.gather(torch.arange(min(NUM_SHOWN, len(self.validation.images))))
         with torch.no_grad():
@@ -172,14 +172,9 @@ class RefinerTask:
         return {"refined": path}
 
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
-        """The images of the step at `position`, and their files."""
+        """Images of the step at `position`, and their files."""
         batch = self.loader.batch(position)
         return batch.image, [self.files[row] for row in batch.index.tolist()]
-
-    def _loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        decoded, levels = self._decode_noised(images, labels, generator)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            return self.refiner.loss(network, images, decoded, levels, labels, generator)
 
     @torch.no_grad()
     def _decode_noised(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -193,15 +188,15 @@ class RefinerTask:
         return self.decoder.decode(self.refiner.noise_latents(value, levels, generator), labels).float(), levels
 
     def _residual_statistics(self, loader: Loader) -> tuple[Tensor, Tensor]:
-        """Root-mean-square residual (C,) of the split, with noise on the latents as in training, and its spectrum."""
+        """RMS residual (C,) of a split, with noise on the latents as in training, and its power spectrum."""
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, 4))
         variance = torch.zeros(self.refiner.image_shape[0], dtype=torch.float64)
         power = torch.zeros(self.refiner.spectrum.shape, dtype=torch.float64)
         for batch in loader.sequential():
             residual = batch.image - self._decode_noised(batch.image, batch.label, generator)[0]
-            share = len(residual) / len(loader.images)
-            variance += share * residual.double().square().mean((0, 2, 3)).cpu()
-            power += share * torch.fft.rfft2(residual, norm="ortho").abs().square().double().mean(0).cpu()
+            weight = len(residual) / len(loader.images)
+            variance += weight * residual.double().square().mean((0, 2, 3)).cpu()
+            power += weight * torch.fft.rfft2(residual, norm="ortho").abs().square().double().mean(0).cpu()
         variance = variance.clamp_min(MIN_RESIDUAL**2)
         spectrum = (power / variance[:, None, None]).clamp_min(MIN_POWER)
         return variance.sqrt().float(), spectrum.float()
@@ -210,14 +205,15 @@ class RefinerTask:
 def fit_gain(refiner: Refiner, decoder: Decoder, prior: Prior, store: Store) -> Tensor:
     """Gain (H, W // 2 + 1) that gives refined samples the train split's mean power at each radial frequency.
 
-    The mean, frequency 0, is left as it is; frequencies beyond Nyquist's, in the corners, have the gain at Nyquist's.
+    Frequency 0, the mean, keeps a gain of 1. Frequencies above the Nyquist frequency (in the corners) have its gain.
     """
     samples = sample_images(prior, decoder, NUM_GAIN_SAMPLES, None, seed_of(refiner.params.seed, 5), refiner=refiner)
     split = store.split("train")
     subset = NUM_GAIN_IMAGES if len(split.images) > NUM_GAIN_IMAGES else None
     loader = Loader(split, refiner.params.batch_size, torch.device("cpu"), subset=subset)
     real = torch.cat([radial_power(batch.image) for batch in loader.sequential()])
-    ratio = real.mean(0) / radial_power(samples).mean(0)
+    drawn = radial_power(samples)
+    ratio = real.mean(0).clamp_min(MIN_RADIAL_POWER) / drawn.mean(0).clamp_min(MIN_RADIAL_POWER)
     gains = torch.cat([torch.ones(1), ratio.sqrt().clamp(1.0 / MAX_GAIN, MAX_GAIN)])
     _, height, width = refiner.image_shape
     return gains[radial_index(height, width).clamp(max=len(gains) - 1)][:, : width // 2 + 1]
@@ -235,28 +231,5 @@ def latent_deviation(model: GenerativeModel, loader: Loader) -> Tensor:
 
 
 def code() -> str:
-    """Hash of the code that decides what a trained refiner becomes."""
-    return checkpoint.package_fingerprint(*checkpoint.TRAINING_CODE, *CODE)
-
-
-def record(
-    project: Project,
-    info: BundleInfo,
-    refiner: config.Refiner,
-    tracking: Tracking,
-    metrics: dict[str, float],
-    figures: list[Path],
-) -> None:
-    """Adds parameters, metrics, refiner.json and figures to the record of the run that trained the model."""
-    scratch = project.runs / info.run
-    with Tracker.open(scratch, tracking, project, info.model.name) as tracker:
-        records = history(scratch)
-        tracker.params({"refiner": refiner})
-        tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
-        for path in (project.refiner / "refiner.json", *figures):
-            tracker.artifact(path, "refiner")
-    origin = {
-        "sha256": hash_file(project.refiner / "refiner.json"),
-        "lineage": lineage(project, refiner),
-    }
-    write_atomic(scratch / REFINER_ORIGIN, f"{json.dumps(origin, indent=2)}\n".encode())
+    """Hash of the code that decides the trained weights of a refiner."""
+    return source.fingerprint(*source.TRAINING, *CODE)

@@ -1,4 +1,4 @@
-"""What a training leaves to look at: grids by epoch, curves, and the film of its progress."""
+"""Figures of a training: image grids by epoch, curves, and an animation of the samples."""
 
 import csv
 import io
@@ -11,28 +11,28 @@ import torch
 from medgen.config import Prior
 from medgen.io import write_atomic
 from medgen.models import GenerativeModel, ImageModel
-from medgen.priors import FITTED, sample_images
+from medgen.priors import ANALYTIC, sample_images
 from medgen.reports.figures import write_curves, write_gif, write_grid, write_pairs, write_stacks
 from medgen.training.loader import Loader
 
 NUM_RECONSTRUCTIONS = 8
 NUM_SAMPLES = 16
-MAX_LATENTS = 1024  # enough for a look; the prior stage fits on all of them
-LOSSES = ("mse", "bce", "dice_loss", "commitment", "codebook")  # drawn beside l1 where they are trained on
-ON_LOG_AXES = ("loss", "kl")  # besides linear ones
-CURVES = (  # figure, its axis, what it shows; KL is thousands of nats and has a figure of its own
+MAX_LATENTS = 1024  # enough for a preview; the prior stage uses all of them
+LOSSES = ("mse", "bce", "dice_loss", "commitment", "codebook")  # drawn with l1, if they are part of the objective
+ON_LOG_AXES = ("loss", "kl")  # drawn on logarithmic axes too
+CURVES = (  # figure, label of its axis, series; KL is thousands of nats, so it has its own figure
     ("loss", "loss", ("train/loss", "val/loss", "train/l1", "val/l1", *(f"train/{name}" for name in LOSSES))),
     ("kl", "nats per image", ("train/kl",)),
     ("codebook", "evenly used codes", ("val/codebook_perplexity",)),
     ("ssim", "SSIM", ("val/ssim",)),
-    ("ssim", "Dice", ("val/dice",)),  # DVC wants one file of scores, whatever the model is scored by
+    ("ssim", "Dice", ("val/dice",)),  # DVC expects the same file for all models
 )
 
 
 def draw_epoch(
     model: ImageModel, train: Loader, validation: Loader, scratch: Path, epoch: int, seed: int
 ) -> dict[str, Path]:
-    """Writes the grids of an epoch below `scratch`, samples/ and reconstructions/ or masks/; returns paths by name."""
+    """Write the grids of an epoch to samples/ and reconstructions/ or masks/ in `scratch`; return paths by name."""
     model.eval()
     if isinstance(model, GenerativeModel):
         return _draw_images(model, train, validation, scratch, epoch, seed)
@@ -41,13 +41,13 @@ def draw_epoch(
 
 @torch.no_grad()
 def _draw_masks(model: ImageModel, validation: Loader, scratch: Path, epoch: int) -> dict[str, Path]:
-    """Validation images over their masks and the likeliest classes the model finds."""
+    """Write validation images above their masks and the predicted masks."""
     batch = next(validation.sequential())
     image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
     assert batch.mask is not None
-    probabilities = model.predict(image, label).reconstruction.float().cpu()  # (B, K, H, W), K = 1 for 0 and 1
+    probabilities = model.predict(image, label).prediction.float().cpu()  # (B, K, H, W), K = 1 for binary masks
     num_classes = max(2, probabilities.shape[1])
-    # a mask of 0 and 1 is shown as unsure as it is
+    # of a binary mask the probability is drawn
     found = probabilities if num_classes == 2 else probabilities.argmax(dim=1, keepdim=True) / (num_classes - 1)
     mask = batch.mask[:NUM_RECONSTRUCTIONS].cpu() / (num_classes - 1)
     path = _grid(scratch, "masks", epoch)
@@ -59,10 +59,9 @@ def _draw_masks(model: ImageModel, validation: Loader, scratch: Path, epoch: int
 def _draw_images(
     model: GenerativeModel, train: Loader, validation: Loader, scratch: Path, epoch: int, seed: int
 ) -> dict[str, Path]:
-    """Samples and reconstructions.
+    """Write samples and reconstructions.
 
-    Samples come from a Gaussian fitted to train latents: N(0, I) would tell nothing of a model
-    whose β is still 0.
+    Samples come from a Gaussian fitted to train latents, since N(0, I) does not fit a model whose β is still 0.
     """
     paths = {name: _grid(scratch, name, epoch) for name in ("samples", "reconstructions")}
     batch = next(validation.sequential())
@@ -72,9 +71,9 @@ def _draw_images(
     batches = islice(train.sequential(), -(-MAX_LATENTS // train.batch_size))
     latents, labels = zip(*[(model.encode(b.image, b.label).mean.cpu(), b.label.cpu()) for b in batches], strict=True)
     known = torch.cat(labels)
-    # a model that looks at labels is given some, in the train split's mix
+    # a conditional model gets labels in the proportions of the train split
     num_classes = int(known.max()) + 1 if model.conditional else 0
-    prior = FITTED["gaussian"].fit(torch.cat(latents), known, num_classes, Prior())
+    prior = ANALYTIC["gaussian"].fit(torch.cat(latents), known, num_classes, Prior())
     write_grid(paths["samples"], sample_images(prior, model, NUM_SAMPLES, None, seed))
     return paths
 
@@ -82,9 +81,9 @@ def _draw_images(
 def write_report(
     reports: Path, scratch: Path, records: Sequence[Mapping[str, float]], drawn_epochs: Sequence[int]
 ) -> list[Path]:
-    """Writes curves.csv, curves and progress.gif from a run's records by epoch; returns their paths.
+    """Write curves.csv, curves and progress.gif from a run's records by epoch; return their paths.
 
-    Durations stay out: these files are the same for the same training.
+    The files hold no durations, so that the same training writes the same bytes.
     """
     figures = reports / "figures"
     names = sorted({name for record in records for name in record if name.startswith(("train/", "val/"))})
@@ -95,7 +94,7 @@ def write_report(
     write_atomic(reports / "curves.csv", table.getvalue().encode())
 
     for name in {name for name, _, _ in CURVES}:
-        (figures / f"{name}.png").unlink(missing_ok=True)  # an earlier model's KL is not this one's
+        (figures / f"{name}.png").unlink(missing_ok=True)  # remove the curves of an earlier model
     series = {name: [record.get(name, float("nan")) for record in records] for name in names}
     written = [reports / "curves.csv"]
     for name, label, shown in CURVES:
@@ -103,7 +102,7 @@ def write_report(
         if drawn := {key: series[key] for key in shown if key in series}:
             write_curves(path, drawn, log=name in ON_LOG_AXES, y_label=label)
             written.append(path)
-    # not all that lie there: an earlier, shorter run left its own last grid
+    # only the grids of this run: an earlier, shorter one has left its last grid
     grids = [_grid(scratch, name, epoch) for name in ("samples", "masks") for epoch in drawn_epochs]
     frames = [grid for grid in grids if grid.exists()]
     write_gif(figures / "progress.gif", frames, seconds_per_frame=0.5)

@@ -1,4 +1,4 @@
-"""A training's whole state: what is trained, where it stands; saved, resumed, rolled back."""
+"""Everything that a training holds between two steps: saved, resumed and rolled back as one."""
 
 import math
 import shutil
@@ -15,29 +15,43 @@ from torch import Tensor, nn
 
 from medgen.config import Phase, Train
 from medgen.errors import TrainingInterrupted, UserError
-from medgen.training import checkpoint, optimizers
+from medgen.training import checkpoint
 from medgen.training.distributed import StopRequest, World
 from medgen.training.guard import Guard
 from medgen.training.losses import Losses
+from medgen.training.optimizers import AveragedWeights, Plateau, build_optimizer, rate_factor
 
 
-class Task(Protocol):
-    """What is trained: a model, batches and a loss. Job and loop know no more of it.
+class TrainingTask(Protocol):
+    """A model, its batches and its objective.
 
-    All of it is a pure function of the step's position and of torch's global generator, which the loop seeds at each
-    step: a resumed training repeats what an uninterrupted one does.
+    Each method is a pure function of its arguments and of torch's global generator, which the loop seeds at each step,
+    so that a resumed training repeats an uninterrupted one.
     """
 
     num_batches: int  # steps in an epoch
     batch_size: int  # over all processes
 
     @property
-    def model(self) -> nn.Module:
-        """What learns, on the device it learns on."""
+    def train(self) -> Train:
+        """Phases, optimizer and policies."""
         ...
 
-    def losses(self, network: nn.Module, position: int, phase: Phase, epoch: float) -> Losses:
-        """The loss of the batch at `position`, which lies `epoch` epochs into its phase; `network` wraps the model."""
+    @property
+    def model(self) -> nn.Module:
+        """The network that is trained, on its device."""
+        ...
+
+    def batch(self, position: int) -> Any:
+        """Input of the step at `position`, counted from the start of the training."""
+        ...
+
+    def forward(self, network: nn.Module, batch: Any) -> Any:
+        """Output for a batch; `network` is the model, compiled or wrapped for data parallel training."""
+        ...
+
+    def objective(self, output: Any, batch: Any, phase: Phase, epoch: float) -> Losses:
+        """Loss of an output, `epoch` epochs (with a fraction) into the phase."""
         ...
 
     def validate(self, phase: Phase) -> dict[str, float]:
@@ -48,43 +62,43 @@ class Task(Protocol):
         """
         ...
 
-    def record(self, phase: Phase, epoch: float) -> dict[str, float]:
-        """What an epoch's record says besides losses and learning rate, such as β."""
+    def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
+        """Values to log besides losses and learning rate, such as β."""
         ...
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
-        """Writes pictures of how far it is below `folder`; returns their paths by name."""
+        """Write image grids of the epoch below `folder`; return their paths by name."""
         ...
 
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
-        """What the step at `position` was given, and the files it comes from."""
+        """Input tensor of the step at `position`, and the files it comes from."""
         ...
 
 
 @dataclass
-class State:
-    """Where the training is: with the tensors, all that a checkpoint holds."""
+class Counters:
+    """Progress of a training, without its tensors."""
 
     phase: int = 0
     epoch: int = 0  # within the phase
     step: int = 0  # within the epoch
-    position: int = 0  # steps since the start of the run
+    position: int = 0  # steps since the start of the training
     rate_scale: float = 1.0  # halved by every rollback
     num_rollbacks: int = 0
-    best_objective: float = math.inf  # of this phase's epochs, where train.keep asks for the best
-    plateau: optimizers.Plateau = field(default_factory=optimizers.Plateau)
-    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's terms
+    best_objective: float = math.inf  # lowest of this phase's epochs, if train.keep is "best"
+    plateau: Plateau = field(default_factory=Plateau)
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's logged scalars
 
 
 class Meter:
-    """Sums of an epoch's scalars, kept on the device: reading them there every step would cost a wait."""
+    """Sums of an epoch's scalars, kept on the device: reading them at each step would wait for it."""
 
     def __init__(self, sums: dict[str, float]) -> None:
         self.names = tuple(sums)
         self.total = torch.tensor(list(sums.values()), dtype=torch.float64) if sums else None
 
     def add(self, scalars: dict[str, Tensor]) -> None:
-        """Adds one step's scalars; their names are the same at every step of an epoch."""
+        """Add one step's scalars, whose names are the same at every step of an epoch."""
         self.names = tuple(scalars)
         values = torch.stack([scalar.double() for scalar in scalars.values()])
         self.total = values if self.total is None else self.total.to(values.device) + values
@@ -94,69 +108,75 @@ class Meter:
         return {} if self.total is None else dict(zip(self.names, self.total.tolist(), strict=True))
 
 
-class Job:
-    """A task with its optimizer and all else a training holds, resumed from `scratch` where that has a checkpoint."""
+class TrainState:
+    """Model, optimizer, averaged weights, best weights and counters of a task.
 
-    def __init__(self, task: Task, world: World, train: Train, scratch: Path) -> None:
-        self.task, self.world, self.train, self.scratch = task, world, train, scratch
+    Args:
+        task: what is trained.
+        world: this process among those that train.
+        scratch: folder of the checkpoint, which `resume` reads if there is one.
+    """
+
+    def __init__(self, task: TrainingTask, world: World, scratch: Path) -> None:
+        self.task, self.world, self.scratch, self.train = task, world, scratch, task.train
         self.model = task.model
         self.model.to(memory_format=torch.channels_last)
         self.network = self._wrap(self.model)
-        self.average = optimizers.AveragedWeights(self.model, train.ema_decay) if train.ema_decay else None
-        self.best: dict[str, Tensor] | None = None  # the weights of the epoch that `state.best_objective` is of
+        self.average = AveragedWeights(self.model, self.train.ema_decay) if self.train.ema_decay else None
+        self.best: dict[str, Tensor] | None = None  # weights of the epoch with `counters.best_objective`
         self.guard = Guard(world.device, world.any)
         self.stop = StopRequest()
-        self.state = State()
-        self.optimizer = optimizers.build_optimizer(train.phases[0], self.model.parameters())
+        self.counters = Counters()
+        self.optimizer = build_optimizer(self.train.phases[0], self.model.parameters())
         self._saved_at = time.monotonic()
 
     @property
     def total_epochs(self) -> int:
-        """Over all phases."""
+        """Number of epochs over all phases."""
         return sum(phase.epochs for phase in self.train.phases)
 
     @property
     def epochs_done(self) -> int:
-        """Over all phases, whole ones."""
-        return self.state.position // self.task.num_batches
-
-    @property
-    def epoch(self) -> float:
-        """Where the next step is, in epochs from the phase's start."""
-        return self.state.epoch + self.state.step / self.task.num_batches
+        """Number of whole epochs trained, over all phases."""
+        return self.counters.position // self.task.num_batches
 
     @property
     def drawn_epochs(self) -> list[int]:
-        """The epochs that leave pictures: the first, the last, and every so many."""
+        """Epochs with image grids: the first, the last, and every `train.sample_every`-th."""
         every = range(self.train.sample_every, self.total_epochs, self.train.sample_every)
         return sorted({1, *every, self.total_epochs})
 
-    def phase(self) -> Phase | None:
-        """The phase the next epoch belongs to; None at the end of the last.
+    def epoch_at(self, step: int) -> float:
+        """Epochs (with a fraction) from the start of the phase to a step of the current epoch."""
+        return self.counters.epoch + step / self.task.num_batches
 
-        A new phase has a new optimizer, a new plateau and a new best; weights and averages stay.
+    def rate_at(self, step: int, phase: Phase) -> float:
+        """Learning rate at a step of the current epoch."""
+        counters = self.counters
+        factor = rate_factor(phase, self.epoch_at(step), counters.epoch * self.task.num_batches + step)
+        return phase.learning_rate * factor * counters.plateau.factor * counters.rate_scale
+
+    def next_phase(self) -> Phase | None:
+        """Phase of the next epoch; None after the last.
+
+        A new phase starts with a new optimizer, plateau and best epoch; weights and averages continue.
         """
-        state, phases = self.state, self.train.phases
-        while state.phase < len(phases) and state.epoch >= phases[state.phase].epochs:
-            if state.phase == len(phases) - 1:
+        counters, phases = self.counters, self.train.phases
+        while counters.epoch >= phases[counters.phase].epochs:
+            if counters.phase == len(phases) - 1:
                 return None
-            state.phase, state.epoch, state.plateau = state.phase + 1, 0, optimizers.Plateau()
-            state.best_objective, self.best = math.inf, None
-            self.optimizer = optimizers.build_optimizer(phases[state.phase], self.model.parameters())
-        return phases[state.phase]
-
-    def rate(self, phase: Phase) -> float:
-        """Learning rate at the current step."""
-        factor = optimizers.rate_factor(phase, self.epoch, self.state.epoch * self.task.num_batches + self.state.step)
-        return phase.learning_rate * factor * self.state.plateau.factor * self.state.rate_scale
+            counters.phase, counters.epoch, counters.plateau = counters.phase + 1, 0, Plateau()
+            counters.best_objective, self.best = math.inf, None
+            self.optimizer = build_optimizer(phases[counters.phase], self.model.parameters())
+        return phases[counters.phase]
 
     def share_statistics(self) -> None:
-        """Gives all processes the main one's buffers, such as BatchNorm's, which follow each one's own batches."""
+        """Send the main process's buffers, such as BatchNorm's, to all processes: each has those of its own batches."""
         self.world.share([*self.model.buffers(), *(self.average.average if self.average else [])])
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The model with its averaged weights, where the run keeps them."""
+        """The model with its averaged weights, if the training keeps them."""
         if self.average:
             self.average.swap()
         try:
@@ -167,7 +187,7 @@ class Job:
 
     @contextmanager
     def final_weights(self) -> Iterator[None]:
-        """The model as it is exported: with the weights that train.keep asks for."""
+        """The model with the weights to export, as `train.keep` says."""
         if self.best is None:
             with self.averaged_weights():
                 yield
@@ -180,79 +200,82 @@ class Job:
             self.model.load_state_dict(live)
 
     def keep_best(self, objective: float) -> None:
-        """Keep the model's weights, which are the averaged ones now, if no epoch had a lower validation objective."""
-        if self.train.keep == "best" and objective < self.state.best_objective:
-            self.state.best_objective = objective
+        """Keep the model's present weights, the averaged ones, if no epoch had a lower validation objective."""
+        if self.train.keep == "best" and objective < self.counters.best_objective:
+            self.counters.best_objective = objective
             self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def save_is_due(self) -> bool:
-        """Whether the last checkpoint is old enough; only asked of a single process, whose clock is its own."""
+        """True if `train.checkpoint_seconds` have passed since the last save; in a single process only."""
         return self.world.size == 1 and time.monotonic() - self._saved_at > self.train.checkpoint_seconds
 
     def stop_is_due(self) -> bool:
-        """Whether a signal asked to stop, the same answer in all processes: one that stopped alone would leave the
-        others waiting. They agree as often as the guard looks, since this too waits for the device.
+        """True if a signal asked any process to stop.
+
+        All processes get the same answer, since one that stopped alone would leave the others waiting. They agree as
+        often as the guard reads its flag, because this waits for the device too.
         """
         asked = self.stop.signal is not None
         if self.world.size == 1:
             return asked
-        if self.state.position % self.guard.read_every:
+        if self.counters.position % self.guard.read_every:
             return False
         return bool(self.world.any(torch.tensor(float(asked), device=self.world.device)))
 
     def interruption(self) -> BaseException:
-        """What ends a training that was asked to stop and has saved: Ctrl-C is the interrupt it always was."""
+        """Exception that ends a training which was asked to stop: KeyboardInterrupt after Ctrl-C."""
         if self.stop.signal == signal.SIGINT:
             return KeyboardInterrupt()
         asked = "another process" if self.stop.signal is None else signal.Signals(self.stop.signal).name
         return TrainingInterrupted(
-            f"training stopped by {asked} after step {self.state.position} and saved; the same command goes on"
+            f"training stopped by {asked} after step {self.counters.position} and saved; run the same command to resume"
         )
 
     def save(self) -> None:
-        """Replaces the checkpoint."""
+        """Replace the checkpoint."""
         self._saved_at = time.monotonic()
         if self.world.is_main:
-            average = self.average.state_dict() if self.average else None
-            tensors: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            tensors |= {"average": average, "best": self.best}
-            checkpoint.save(self.scratch, {"state": asdict(self.state), **tensors})
+            tensors = {name: part.state_dict() for name, part in self._parts().items()}
+            checkpoint.save(self.scratch, {"counters": asdict(self.counters), "best": self.best, **tensors})
         self.world.barrier()
 
     def roll_back(self) -> None:
-        """Back to the last checkpoint with half the learning rate."""
-        rate_scale, num_rollbacks = self.state.rate_scale / 2, self.state.num_rollbacks + 1
+        """Return to the last checkpoint with half the learning rate."""
+        rate_scale, num_rollbacks = self.counters.rate_scale / 2, self.counters.num_rollbacks + 1
         self.resume()
-        self.state.rate_scale, self.state.num_rollbacks = rate_scale, num_rollbacks
+        self.counters.rate_scale, self.counters.num_rollbacks = rate_scale, num_rollbacks
         self.guard.reset()
         self.save()
 
     def resume(self) -> None:
-        """Takes up the checkpoint, or writes a first one: what a rollback in the first epoch goes back to.
+        """Load the checkpoint, or write a first one for a rollback in the first epoch.
 
         Raises:
-            UserError: the checkpoint is damaged, or has trained the last phase for longer than is asked now.
+            UserError: the checkpoint is damaged, or has trained the last phase for more epochs than `train` asks for.
         """
         saved = checkpoint.load(self.scratch)
         self.world.barrier()  # all have looked before the main process writes
         if saved is None:
             self.save()
             return
-        plain: dict[str, Any] = saved["state"]
-        self.state = State(**{**plain, "plateau": optimizers.Plateau(**plain["plateau"])})
-        phase = self.train.phases[self.state.phase]
-        if self.state.epoch > phase.epochs:
+        counters: dict[str, Any] = saved["counters"]
+        self.counters = Counters(**{**counters, "plateau": Plateau(**counters["plateau"])})
+        phase = self.train.phases[self.counters.phase]
+        if self.counters.epoch > phase.epochs:
             raise UserError(
-                f"{self.scratch}: has trained phase {phase.name!r} for {self.state.epoch} epochs, expected at most "
-                f"{phase.epochs} as train.phases now says; raise that, or remove the folder to train anew"
+                f"{self.scratch}: trained phase {phase.name!r} for {self.counters.epoch} epochs, expected at most "
+                f"{phase.epochs}, the phase's number of epochs; raise that, or remove the folder to train anew"
             )
-        self.optimizer = optimizers.build_optimizer(phase, self.model.parameters())
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.average:
-            self.average.load_state_dict(saved["average"])
         best = saved["best"]
         self.best = best and {name: tensor.to(self.world.device) for name, tensor in best.items()}
+        self.optimizer = build_optimizer(phase, self.model.parameters())
+        for name, part in self._parts().items():
+            part.load_state_dict(saved[name])
+
+    def _parts(self) -> dict[str, Any]:
+        """Parts with a state dict that a checkpoint holds, besides counters and best weights."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "average": self.average}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         can = self.world.device.type == "cuda" and bool(shutil.which("cc") or shutil.which("gcc"))

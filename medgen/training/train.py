@@ -1,10 +1,9 @@
-"""Training a model: phases as data, resumed by running the same command again.
+"""Stage `train`: train a model phase by phase, resumed by running the same command again.
 
 medgen train
 torchrun --nproc-per-node 2 -m medgen train
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medgen import source
 from medgen.config import Loss, Model, Phase, Project, Tracking, Train, Weights, fingerprint
 from medgen.data.store import open_store
 from medgen.datasets.weights import weights_path
 from medgen.errors import UserError
-from medgen.io import write_atomic
+from medgen.io import to_json, write_atomic
 from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model, bundle
 from medgen.models.base import ModelOutput
 from medgen.tracking import Tracker, history, lineage
-from medgen.training import checkpoint
 from medgen.training.distributed import World, join, pick_precision
 from medgen.training.loader import Batch, Loader
 from medgen.training.loop import AfterEpoch, train_to_end
 from medgen.training.losses import SCORES, Losses, Objective, beta_at
 from medgen.training.report import draw_epoch, write_report
-from medgen.training.state import Job
+from medgen.training.state import TrainState
 
-# what decides the result of a training: a change there is a new run, not a resumed one
+# source files that decide the trained weights: a change starts a new run instead of resuming
 CODE = ("nn/*.py", "models/*.py", "training/train.py")
 NOT_IN_FINGERPRINT = {"sample_every", "checkpoint_seconds", "on_nonfinite", "max_rollbacks", "device"}
 
@@ -44,31 +43,36 @@ def run(
     tracking: Tracking,
     after_epoch: AfterEpoch | None = None,
 ) -> Path:
-    """Trains to the end of the last phase, exports artifacts/model, returns the run's scratch folder.
+    """Train to the end of the last phase, export artifacts/model and return the run's folder.
 
-    What `after_epoch` raises ends the training (`medgen.training.loop.train_to_end`).
+    Args:
+        project: the project.
+        model: network and sizes.
+        loss: weights of the objective.
+        train: phases, optimizer and policies.
+        tracking: where the run is recorded.
+        after_epoch: see `medgen.training.loop.train_to_end`.
 
     Raises:
         UserError: the store, a parameter or the weights of the perceptual term are missing or wrong.
-        NonFiniteError: a loss or gradient was not finite and the policy gives up.
-        TrainingInterrupted: SIGTERM or SIGUSR1 asked to stop; the checkpoint holds all that was done.
+        NonFiniteError, TrainingInterrupted: see `medgen.training.loop.train_to_end`.
     """
     with join(train.device) as world:
         task = ModelTask(project, world, model, loss, train)
         name = run_fingerprint(task.store.fingerprint, model, loss, train)
-        job = Job(task, world, train, project.runs / name)
-        with job.stop.listening(), record(job, task, project, tracking) as tracker:
-            train_to_end(job, tracker, after_epoch)
+        state = TrainState(task, world, project.runs / name)
+        with state.stop.listening(), record(state, task, project, tracking) as tracker:
+            train_to_end(state, tracker, after_epoch)
             if tracker:
-                with job.final_weights():
+                with state.final_weights():
                     task.export(project.model, name)
-                for path in write_report(project.reports, job.scratch, history(job.scratch), job.drawn_epochs):
+                for path in write_report(project.reports, state.scratch, history(state.scratch), state.drawn_epochs):
                     tracker.artifact(path, "figures")
-        return job.scratch
+        return state.scratch
 
 
 class ModelTask:
-    """An image model on the train split, watched on the val split."""
+    """Train an image model on the train split and validate it on the val split."""
 
     def __init__(self, project: Project, world: World, model: Model, loss: Loss, train: Train) -> None:
         self.params, self.loss, self.train, self.device = model, loss, train, world.device
@@ -77,8 +81,8 @@ class ModelTask:
         self.train_files = train_split.paths
         if not len(val_split.images):
             raise UserError(
-                f"{project.dataset}: the val split is empty, and training is watched on it; "
-                "raise preprocess.val_fraction or bring more images"
+                f"{project.dataset}: the val split is empty, and training needs one for validation; "
+                "raise preprocess.val_fraction or add images"
             )
         torch.manual_seed(train.seed)
         self.mask_classes = self.store.preprocess.mask_classes
@@ -88,9 +92,9 @@ class ModelTask:
         self._check_weights()
         if with_masks and not (len(train_split.masked_rows) and len(val_split.masked_rows)):
             raise UserError(
-                f"model.name: {model.name} learns masks; {project.dataset} has {len(train_split.masked_rows)} in train "
-                f"and {len(val_split.masked_rows)} in val; expected masks beside the images (docs/data.md), or another "
-                "model"
+                f"model.name: {model.name} is trained on masks; {project.dataset} has {len(train_split.masked_rows)} "
+                f"in train and {len(val_split.masked_rows)} in val; expected masks with the images (docs/data.md), or "
+                "another model"
             )
         self.loader = Loader(
             train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
@@ -98,40 +102,48 @@ class ModelTask:
         )  # fmt: skip
         if self.loader.batch_size % world.size:
             raise UserError(
-                f"train.batch_size: {self.loader.batch_size} images a step ({train.batch_size} asked for, "
-                f"{len(self.loader.images)} to train on) are shared by {world.size} processes; expected a multiple of "
-                f"{world.size}; set train.batch_size or train.subset"
+                f"train.batch_size: {self.loader.batch_size} images a step (configured {train.batch_size}, "
+                f"{len(self.loader.images)} training images) for {world.size} processes; expected a multiple of "
+                f"{world.size}; change train.batch_size or train.subset"
             )
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         self.validation = Loader(val_split, 2 * train.batch_size, world.device, with_masks=with_masks)
         latent_shape = self.model.latent_shape if isinstance(self.model, GenerativeModel) else ()
         self.latent_numel = int(torch.Size(latent_shape).numel())
-        self.objective = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
+        self.criterion = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
         self.precision = pick_precision(train.precision, world.device)
 
-    def losses(self, network: nn.Module, position: int, phase: Phase, epoch: float) -> Losses:
-        """See `medgen.training.state.Task`."""
-        batch = self.loader.batch(position)
+    def batch(self, position: int) -> Batch:
+        """Images, labels and, for a segmentation model, masks."""
+        return self.loader.batch(position)
+
+    def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
+        """The network's output, in bf16 if the run uses it."""
         with self._autocast():
             output: ModelOutput = network(batch.image.contiguous(memory_format=torch.channels_last), batch.label)
-        losses: Losses = self.objective(output, self._target(batch), self._weights(phase), beta_at(phase.beta, epoch))
+        return output
+
+    def objective(self, output: ModelOutput, batch: Batch, phase: Phase, epoch: float) -> Losses:
+        """Weighted sum of the image and latent terms."""
+        beta = beta_at(phase.beta, epoch)
+        losses: Losses = self.criterion(output, self._target(batch), self._weights(phase), beta)
         return losses
 
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
-        """Means over the val split: `loss` (image terms), `objective` (with the latent's) and scores of the output.
+        """Means over the val split: `loss` (image terms), `objective` (with the latent's terms) and scores.
 
-        The objective has the phase's last β from its first epoch on. With a β that still rises it would be lowest for
-        the epoch that is regularised least.
+        The objective uses the phase's final β from its first epoch on: with a rising β it would be lowest for the epoch
+        that is regularised least.
         """
         scores = {name: 0.0 for name in ("loss", "objective", *SCORES[self.model.target])}
         codes: list[Tensor] = []
         for batch in self.validation.sequential():
             with self._autocast():
                 output = self.model.predict(batch.image, batch.label)
-            result, target, size = output.reconstruction.float(), self._target(batch), len(batch.image)
-            image_loss = self.objective.image_loss(result, target, self._weights(phase)).total
-            latent_loss = self.objective.latent_loss(output, phase.beta.end).total
+            result, target, size = output.prediction.float(), self._target(batch), len(batch.image)
+            image_loss = self.criterion.image_loss(result, target, self._weights(phase)).total
+            latent_loss = self.criterion.latent_loss(output, phase.beta.end).total
             scores["loss"] += size * float(image_loss)
             scores["objective"] += size * float(image_loss + latent_loss)
             for name, score in SCORES[self.model.target].items():
@@ -139,15 +151,15 @@ class ModelTask:
             if output.latent is not None and output.latent.codes is not None:
                 codes.append(output.latent.codes.cpu())
         means = {name: total / len(self.validation.images) for name, total in scores.items()}
-        return means | (codebook_use(torch.cat(codes), self.params.num_codes) if codes else {})
+        return means | (codebook_use(torch.cat(codes), self.params.num_embeddings) if codes else {})
 
-    def record(self, phase: Phase, epoch: float) -> dict[str, float]:
-        """β as it is given, and on the scale where 1 is the evidence lower bound."""
+    def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
+        """β as configured, and on the scale where 1 is the evidence lower bound."""
         beta = beta_at(phase.beta, epoch)
-        return {"beta": beta, "beta_effective": self.objective.effective_beta(beta, self.latent_numel)}
+        return {"beta": beta, "beta_effective": self.criterion.effective_beta(beta, self.latent_numel)}
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
-        """Grids of samples and reconstructions, or of masks."""
+        """Write grids of samples and reconstructions, or of masks."""
         return draw_epoch(self.model, self.loader, self.validation, folder, epoch, self.train.seed)
 
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
@@ -156,7 +168,7 @@ class ModelTask:
         return batch.image, [self.train_files[row] for row in batch.index.tolist()]
 
     def export(self, folder: Path, run: str) -> None:
-        """Writes the model as it is now to `folder`; `run` names the folder in runs/."""
+        """Write the model with its present weights to `folder`; `run` is the name of its folder in runs/."""
         info = bundle.BundleInfo(
             model=self.params,
             preprocess=self.store.preprocess,
@@ -169,7 +181,7 @@ class ModelTask:
         bundle.save(folder, self.model, info)
 
     def describe(self) -> str:
-        """The run in a few words of Markdown, for its page."""
+        """Short description of the run in Markdown, for MLflow."""
         channels, height, width = self.store.image_shape
         makes = f"masks of {self.mask_classes} classes"
         if isinstance(self.model, GenerativeModel):
@@ -183,13 +195,13 @@ class ModelTask:
         )
 
     def _target(self, batch: Batch) -> Tensor:
-        """What the network's output is compared with: the images (B, C, H, W), or the masks.
+        """Target of the output: the images (B, C, H, W), or the masks.
 
-        A mask of 0 and 1 is (B, 1, H, W), one of K classes (B, K, H, W): 1 in the channel of its class.
+        Binary masks are (B, 1, H, W), masks of K classes one-hot (B, K, H, W).
         """
         if self.model.target == "image":
             return batch.image
-        assert batch.mask is not None, "the loader brings masks for a model that learns them"
+        assert batch.mask is not None, "the loader adds masks for a segmentation model"
         if self.mask_classes == 2:
             return batch.mask
         one_hot = F.one_hot(batch.mask[:, 0].long(), self.mask_classes)  # (B, H, W, K)
@@ -207,12 +219,12 @@ class ModelTask:
         used = {name for each in weights for name, weight in each.model_dump().items() if weight > 0}
         if self.model.target == "mask" and (wrong := used & {"ssim", "perceptual", "sigma"}):
             raise UserError(
-                f"loss.weights: {', '.join(sorted(wrong))} compare pictures, and {self.params.name} learns masks; "
+                f"loss.weights: {', '.join(sorted(wrong))} compare images, and {self.params.name} is trained on masks; "
                 "expected bce, dice or both, such as {bce: 1.0, dice: 1.0}"
             )
         if self.model.target == "image" and "dice" in used:
             raise UserError(
-                f"loss.weights: dice compares masks, and {self.params.name} makes pictures; expected some of l1, mse, "
+                f"loss.weights: dice compares masks, and {self.params.name} generates images; expected l1, mse, "
                 "bce, ssim, sigma, perceptual"
             )
 
@@ -223,21 +235,21 @@ class ModelTask:
 
 
 @contextmanager
-def record(job: Job, task: ModelTask, project: Project, tracking: Tracking) -> Iterator[Tracker | None]:
-    """The run's log, opened with all that the run is made from; None in processes other than the main one."""
-    if not job.world.is_main:
+def record(state: TrainState, task: ModelTask, project: Project, tracking: Tracking) -> Iterator[Tracker | None]:
+    """Open the run's record with its parameters, lineage and dataset; None in processes other than the main one."""
+    if not state.world.is_main:
         yield None
         return
-    run = job.scratch.name
+    run = state.scratch.name
     run_name = f"{task.params.name}-{task.store.image_shape[1]}-{run[:6]}"
-    with Tracker.open(job.scratch, tracking, project, run_name) as tracker:
+    with Tracker.open(state.scratch, tracking, project, run_name) as tracker:
         sections = {"model": task.params, "loss": task.loss, "train": task.train}
         everything = {**sections, "preprocess": task.store.preprocess}
         tracker.params(everything)
         plain = {name: section.model_dump(mode="json") for name, section in everything.items()}
-        write_atomic(job.scratch / "params.json", f"{json.dumps(plain, indent=2)}\n".encode())
+        write_atomic(state.scratch / "params.json", to_json(plain))
         precision = "bf16" if task.precision == torch.bfloat16 else "fp32"
-        tracker.tags(lineage(project, *sections.values(), device=str(job.world.device), precision=precision))
+        tracker.tags(lineage(project, *sections.values(), device=str(state.world.device), precision=precision))
         tracker.tags({"medgen.run": run})
         tracker.note(task.describe())
         tracker.dataset(task.store.name, task.store.fingerprint, "artifacts/dataset", task.store.counts)
@@ -245,15 +257,15 @@ def record(job: Job, task: ModelTask, project: Project, tracking: Tracking) -> I
 
 
 def run_fingerprint(dataset: str, model: Model, loss: Loss, train: Train) -> str:
-    """Names a run by what decides its weights: data, model, loss, optimizer, order, code; not its length.
+    """Name of a run, from everything that decides its weights: data, model, loss, training and code.
 
-    The last phase may grow: its number of epochs is left out, so a longer run resumes a shorter one.
+    The number of epochs of the last phase is left out, so that a longer run resumes a shorter one.
     """
     plain = train.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
-    del plain["phases"][-1]["epochs"]
+    del plain["phases"][train.phases[-1].name]["epochs"]
     return fingerprint(dataset, model, loss, plain, code())
 
 
 def code() -> str:
-    """Hash of the code that decides what a trained model becomes."""
-    return checkpoint.package_fingerprint(*checkpoint.TRAINING_CODE, *CODE)
+    """Hash of the code that decides the trained weights."""
+    return source.fingerprint(*source.TRAINING, *CODE)

@@ -1,29 +1,28 @@
-"""The search for better parameters: trials in worker processes, evaluated on the val split.
+"""Search for better parameters: worker processes run trials, which are evaluated on the val split.
 
 medgen tune --trials 50 --workers 2
 medgen tune --trials 50 --confirm 3 --apply
 
-Data and extractor are made once. Run again, it goes on to the asked number of trials. `--confirm` trains the best of
-them in full and chooses among those; `--apply` writes the winner's values into params.yaml.
+`run` is the entry function. All trials share one dataset and one extractor. The same command, run again, continues up
+to the total number of trials. `--confirm` trains the best trials in full and chooses the winner among them; `--apply`
+writes its values into params.yaml.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from optuna.trial import FrozenTrial
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medgen.config import Params, Project, fingerprint, load, unknown_name
+from medgen.console import counting_bar, say, warn
 from medgen.data.store import Store, open_store
 from medgen.datasets.weights import checked_weights
 from medgen.errors import TrainingInterrupted, UserError
-from medgen.evaluation import evaluate
+from medgen.evaluation.context import MIN_IMAGES, find_local_network
 from medgen.ingest import preprocess
 from medgen.io import write_atomic
 from medgen.machine import gpus, num_threads
@@ -31,28 +30,19 @@ from medgen.metrics.features import load_extractor
 from medgen.models import MODELS
 from medgen.training import extractor, train
 from medgen.training.distributed import World
+from medgen.tune.figures import write_figures
 from medgen.tune.params_file import apply_best, write_best
-from medgen.tune.pictures import write_figures
-from medgen.tune.pool import Pool, heeding_sigterm, seats
-from medgen.tune.record import Sender, keep_record
+from medgen.tune.pool import WorkerPool, allocate_slots, interrupt_on_signals
 from medgen.tune.report import print_summary
-from medgen.tune.space import SECTIONS, build_space, check_weights, in_full, trial_params
-from medgen.tune.storage import lost
-from medgen.tune.study import Study, origin, ssim_of, study_name, trial_name
-from medgen.tune.worker import Search, Seat, objective_of, open_study, tidy
+from medgen.tune.space import SECTIONS, build_space, check_weight_files, full_params, trial_params
+from medgen.tune.storage import storage_errors
+from medgen.tune.study import Study, origin_number, ssim_of, study_name, trial_name
+from medgen.tune.tracking import TrackedStudy
+from medgen.tune.worker import Search, WorkerSlot, build_objective, cleanup
 
 POLL_SECONDS = 1.0
-RELIABLE_SAMPLES = 2000  # of one trial: with fewer, the ranking by MMD is rough
-SHAPING = ("data", "preprocess", "features", *SECTIONS)  # sections that shape a result
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A study and what works on it: the search, or its confirmation."""
-
-    search: Search
-    study: Study
-    sender: Sender
+RELIABLE_SAMPLES = 2000  # for each trial; with fewer the ranking by MMD is unreliable
+RESULT_SECTIONS = ("data", "preprocess", "features", *SECTIONS)  # sections that determine a result
 
 
 def run(
@@ -66,166 +56,156 @@ def run(
     confirm: int = 0,
     apply: bool = False,
 ) -> None:
-    """Searches until the study has `trials` trials; writes reports/tune/ with best.yaml, and the record of it.
+    """Search until the study has `trials` trials; write reports/tune/ with best.yaml, and the study's record.
 
     Args:
-        project: where to work.
-        params: the parameters that the search starts from.
-        file: where they come from; `apply` writes the best values into it.
+        project: the project.
+        params: parameters of trial 0, and of all trials where they are not searched.
+        file: params file that `params` come from.
         trials: total number of trials in the study.
-        workers: processes on this machine; None: one for each GPU, or one.
-        timeout: seconds after which no trial of the search begins; confirmations follow it.
-        confirm: number of the best trials that are trained in full, beside trial 0; the winner is one of them. 0: none,
-            and the best trial wins.
-        apply: writes the best values into `file`.
+        workers: number of processes on this machine; None: one for each GPU, or one.
+        timeout: seconds after which no trial of the search starts; confirmations have no timeout.
+        confirm: number of best trials that are trained in full, together with trial 0; one of them becomes the winner.
+            0: no confirmation; the best trial is the winner.
+        apply: write the winner's values into `file`.
 
     Raises:
-        UserError: data, space, objective or storage are wrong, or the last trials failed alike.
-        TrainingInterrupted: SIGTERM or SIGUSR1 asked to stop.
+        UserError: data, space, objective or storage are invalid, or the last trials failed for the same reason.
+        TrainingInterrupted: the process received SIGTERM or SIGUSR1.
     """
     if apply:
-        check_same(file, params)
-    console = Console(highlight=False)
+        check_params_unchanged(file, params)
     search = prepare(project, params, trials, timeout)
-    full = prepare(project, params, 0, None, confirms=True) if confirm else None
-    with reporting(project):  # best.yaml is made from it, whatever is edited meanwhile
+    full = prepare(project, params, 0, None, is_confirmation=True) if confirm else None
+    with lock_reports(project):  # best.yaml is made from this copy, so later edits of the file do not matter
         write_atomic(search.folder / file.name, file.read_bytes())
     devices = [] if params.train.device == "cpu" else gpus()
-    places = seats(workers or max(1, len(devices)), num_threads(), devices)
-    with lost(params.tune.storage):
-        stages = [open_stage(search)]
+    slots = allocate_slots(workers or max(1, len(devices)), num_threads(), devices)
+    with storage_errors(params.tune.storage):
+        stages = [TrackedStudy(search)]
         status = "FAILED"
         try:
-            with heeding_sigterm():
-                supervise(stages[0], places, console)
+            with interrupt_on_signals():
+                supervise(stages[0], slots)
                 if full is not None and stages[0].study.ranked():
-                    confirmation = open_stage(full)
+                    confirmation = TrackedStudy(full)
                     confirmation.study.enqueue_best(stages[0].study, confirm)
                     stages.append(confirmation)
-                    stages[0].sender.send_parent()  # MLflow shows the confirmation below it
-                    supervise(confirmation, places, console)
+                    stages[0].upload_parent()  # its MLflow run is the parent of the confirmation's
+                    supervise(confirmation, slots)
             status = "FINISHED"
         except (KeyboardInterrupt, TrainingInterrupted) as stop:
             status = "KILLED"
             if isinstance(stop, KeyboardInterrupt):
-                console.print("stopped; running trials are saved, the same command goes on")
+                say("search stopped; running trials are saved, run the same command again to continue")
             raise
         finally:
-            best = conclude(stages, status, file, console)
+            best = write_results(stages, status, file)
     if best is None:
         raise UserError("no trial can be recommended, for the reasons above; widen tune.space or fix what failed")
     if apply:
-        check_same(file, params)
+        check_params_unchanged(file, params)
         changed = apply_best(stages[-1].study, best, file)
-        console.print(f"{file}: {'now has the best values; next: dvc repro' if changed else 'has the best values'}")
+        say(f"{file}: {'now has the best values; next: dvc repro' if changed else 'has the best values'}")
 
 
-def check_same(file: Path, params: Params) -> None:
-    """Checks that the params file has the values that the search is run with.
+def check_params_unchanged(file: Path, params: Params) -> None:
+    """Check that the params file has the values of the search.
 
     Raises:
-        UserError: it has others, by --set or since it was edited.
+        UserError: it has others, because of --set or an edit.
     """
-    if any(getattr(load(file), name) != getattr(params, name) for name in SHAPING):
+    if any(getattr(load(file), name) != getattr(params, name) for name in RESULT_SECTIONS):
         raise UserError(
-            f"--apply: {file} has other values than the search was run with, by --set or an edit; write what you set "
-            "into the file and search again, or leave --apply out: reports/tune/best.yaml has the best values too"
+            f"--apply: {file} has other values than the search, because of --set or an edit; write the values of --set "
+            "into the file and search again, or omit --apply: reports/tune/best.yaml has the best values too"
         )
 
 
-def open_stage(search: Search) -> Stage:
-    """Opens the study in this process, with what sends its records to MLflow."""
-    study = open_study(search)
-    return Stage(search, study, Sender(search, study, search.params.tracking))
-
-
-def conclude(stages: Sequence[Stage], status: str, file: Path, console: Console) -> FrozenTrial | None:
-    """Prints and draws the results, writes best.yaml, ends the records; returns the winner of the last stage."""
+def write_results(stages: Sequence[TrackedStudy], status: str, file: Path) -> FrozenTrial | None:
+    """Print and draw the results, write best.yaml, end the records; returns the winner of the last stage."""
     first, last = stages[0], stages[-1]
     search, study, folder = first.search, first.study, first.search.project.reports / "tune"
     best = last.study.winner()
     print_summary(study, file, last.study if last is not first else None)
-    with reporting(search.project):
-        searched = None if best is None else study.trials[origin(best)]
+    with lock_reports(search.project):
+        searched = None if best is None else study.trials[origin_number(best)]
         files = write_figures(study, folder, searched)
         if best is not None:
             try:
                 files.append(write_best(last.study, best, search.folder / file.name, folder))
             except UserError as error:
-                console.print(f"no best.yaml: {error}", markup=False, soft_wrap=True)
-        keep_record(search, study, status, searched, files)
+                say(f"no best.yaml: {error}")
+        first.write_record(status, searched, files)
         if last is not first:
-            keep_record(last.search, last.study, status, best)
+            last.write_record(status, best)
     for stage in stages:
-        stage.sender.send_rest(console)
+        stage.upload_rest()
     if last is not first and best is not None:
         model = last.search.trial_folder(best.number) / "artifacts"
-        if model.exists():  # on this machine
-            console.print(f"its model, prior and refiner: {model}", markup=False, soft_wrap=True)
+        if model.exists():  # only if the trial ran on this machine
+            say(f"its model, prior and refiner: {model}")
     return best
 
 
-def reporting(project: Project) -> FileLock:
-    """A context in which no other search of the project writes what they share: reports/tune/, a study's files.
+def lock_reports(project: Project) -> FileLock:
+    """The lock of reports/tune/ and the studies' files, which all searches of the project write.
 
-    Not the lock of `prepare`, which may train an extractor: a search that was told to stop has seconds to conclude.
+    It is not the lock of `prepare`, which is held while an extractor is trained: a search that is asked to stop has
+    only seconds to write its results.
     """
     return FileLock(project.runs / "tune_reports.lock")
 
 
-def prepare(project: Project, params: Params, trials: int, timeout: float | None, confirms: bool = False) -> Search:
-    """Makes what all trials share where it is missing, and checks what would break every one.
+def prepare(
+    project: Project, params: Params, trials: int, timeout: float | None, is_confirmation: bool = False
+) -> Search:
+    """Create the dataset and the extractor if they are missing, and check what would make every trial fail.
 
     Args:
-        project, params, trials, timeout: as of `run`.
-        confirms: for trials in full, of a study of their own, that belongs to the search's.
+        project, params, trials, timeout: as in `run`.
+        is_confirmation: True for the study of trials in full that belongs to a search.
 
     Raises:
-        UserError: data, space, objective or weights are wrong, or there is nothing to confirm.
+        UserError: data, space, objective or weights are invalid, or there is nothing to confirm.
     """
     if params.model.name not in MODELS:
         raise unknown_name("model.name", params.model.name, MODELS)
     space = build_space(params)
-    check_weights(params, space)
+    check_weight_files(params, space)
     first = trial_params(params, {})
     project.runs.mkdir(parents=True, exist_ok=True)
     with FileLock(project.runs / "tune.lock"):
         store = prepare_store(project, params)
-        extractor = "" if MODELS[params.model.name].target == "mask" else prepare_extractor(project, params, store)
-    if store.counts["val"] < evaluate.MIN_IMAGES:
+        extractor_hash = "" if MODELS[params.model.name].target == "mask" else prepare_extractor(project, params, store)
+    if store.counts["val"] < MIN_IMAGES:
         raise UserError(
-            f"{project.dataset}: {store.counts['val']} images in the val split, which trials are evaluated on; "
-            f"expected at least {evaluate.MIN_IMAGES}; raise preprocess.val_fraction or bring more images"
+            f"{project.dataset}: {store.counts['val']} images in the val split, on which trials are evaluated; "
+            f"expected at least {MIN_IMAGES}; increase preprocess.val_fraction or add images"
         )
-    # reports what is wrong with model, loss or masks, which would break every trial
+    # raises an error for an invalid model or loss, or missing masks
     train.ModelTask(project, World(0, 1, torch.device("cpu")), first.model, first.loss, first.train)
-    objective = objective_of(project, params)
+    objective = build_objective(project, params)
     if any("inception" in key for key in objective.keys):
         checked_weights("inception")
-    evaluate.find_local_network(first.evaluate, project.root, torch.device("cpu"))
-    name = study_name(params, space, objective, store.fingerprint, extractor)
-    if confirms:
-        params = in_full(params)
-        name += f"-full-{fingerprint(study_name(params, space, objective, store.fingerprint, extractor))}"
+    find_local_network(first.evaluate, project.root, torch.device("cpu"))
+    name = study_name(params, space, objective, store.fingerprint, extractor_hash)
+    if is_confirmation:
+        params = full_params(params)
+        name += f"-full-{fingerprint(study_name(params, space, objective, store.fingerprint, extractor_hash))}"
     elif objective.keys[0].startswith("generation/") and params.tune.trial.num_generated < RELIABLE_SAMPLES:
-        warn_of_few_samples(params.tune.trial.num_generated)
+        warn(
+            f"tune.trial.num_generated is {params.tune.trial.num_generated}: with fewer than {RELIABLE_SAMPLES} "
+            "samples for each trial the ranking is unreliable"
+        )
     deadline = None if timeout is None else time.time() + timeout
-    search = Search(project, params, name, trials, datetime.now(), deadline, confirms)
+    search = Search(project, params, name, trials, datetime.now(), deadline, is_confirmation)
     search.folder.mkdir(parents=True, exist_ok=True)
     return search
 
 
-def warn_of_few_samples(count: int) -> None:
-    """Prints a warning that trials draw too few samples to be ranked reliably."""
-    warning = (
-        f"warning: tune.trial.num_generated is {count}: with fewer than {RELIABLE_SAMPLES} samples of each trial the "
-        "ranking is rough"
-    )
-    Console(stderr=True, highlight=False).print(warning, style="yellow", markup=False, soft_wrap=True)
-
-
 def prepare_store(project: Project, params: Params) -> Store:
-    """The store, made where there is none."""
+    """The dataset store, which is created if it is missing."""
     if not project.dataset.exists():
         preprocess.run(project, data=params.data, preprocess=params.preprocess)
     store = open_store(project.dataset)
@@ -238,52 +218,51 @@ def prepare_store(project: Project, params: Params) -> Store:
 
 
 def prepare_extractor(project: Project, params: Params, store: Store) -> str:
-    """Hash of the domain extractor, which is trained where there is none."""
+    """The hash of the domain extractor, which is trained if it is missing."""
     if not project.features.exists():
         extractor.run(project, features=params.features)
     return load_extractor(project.features, store.fingerprint)[1]
 
 
-def supervise(stage: Stage, places: Sequence[Seat], console: Console) -> None:
-    """Runs workers until none finds a trial to do; meanwhile sends their records to MLflow and prints the progress."""
-    search, study, sender = stage.search, stage.study, stage.sender
+def supervise(stage: TrackedStudy, slots: Sequence[WorkerSlot]) -> None:
+    """Run workers until no trial is left, and meanwhile send records to MLflow and print progress."""
+    search, study = stage.search, stage.study
     ended = {trial.number for trial in study.trials if trial.state.is_finished()}
     total = max(search.num_trials, len(study.trials))
-    console.print(f"study {study.name}: {', '.join(study.space)}", soft_wrap=True)
-    trials = "trials in full" if search.confirms else "trials"
-    console.print(f"{study.objective} of the val split; {len(ended)} of {total} {trials} are done", soft_wrap=True)
+    say(f"study {study.name}: {', '.join(study.space)}")
+    trials = "trials in full" if search.is_confirmation else "trials"
+    say(f"{study.objective} of the val split; {len(ended)} of {total} {trials} are done")
     if len(ended) == total:
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar, Pool(search, places) as pool:
-        task = bar.add_task("", total=total, completed=len(ended))
-        keep_record(search, study, "RUNNING")
-        sender.send_parent()
+    with counting_bar() as progress, WorkerPool(search, slots) as pool:
+        task = progress.add_task("", total=total, completed=len(ended))
+        stage.write_record("RUNNING")
+        stage.upload_parent()
         busy = True
         while busy:
-            busy = pool.tend(len(ended), POLL_SECONDS)
+            busy = pool.poll(len(ended), POLL_SECONDS)
             for trial in study.trials:
                 if trial.state.is_finished() and trial.number not in ended:
                     ended.add(trial.number)
-                    tidy(search, trial.number)  # its worker may have been killed before
-                    console.print(line_of(study, trial), markup=False, soft_wrap=True)
-            bar.update(task, completed=len(ended), description=state_of(study))
-            sender.send()
+                    cleanup(search, trial.number)  # its worker may have been killed before its own cleanup
+                    say(format_trial(study, trial))
+            progress.update(task, completed=len(ended), description=format_progress(study))
+            stage.upload()
 
 
-def line_of(study: Study, trial: FrozenTrial) -> str:
-    """One line: a trial's state and metrics, and the state of the search."""
+def format_trial(study: Study, trial: FrozenTrial) -> str:
+    """One line with a trial's state and metrics, and the progress of the search."""
     name = f"{trial_name(trial)} {trial.state.name.lower()}"
     if trial.user_attrs.get("reason"):
         return f"{name}: {trial.user_attrs['reason']}"
     scores = ", ".join(f"{label.rpartition('/')[2]} {value:.4g}" for label, value in study.scores(trial).items())
     floor = study.ssim_floor(study.trials)
     below = f" (below the SSIM floor of {floor:.4g})" if floor is not None and ssim_of(trial) < floor else ""
-    return f"{name}: {scores}{below}; {state_of(study)}"
+    return f"{name}: {scores}{below}; {format_progress(study)}"
 
 
-def state_of(study: Study) -> str:
-    """The best trial's objective, and the numbers of pruned and failed ones."""
+def format_progress(study: Study) -> str:
+    """The best trial with its value, and the numbers of pruned and failed trials."""
     best, counts = study.winner(), study.counts()
     shown = "none yet" if best is None else f"{best.values[-1]:.4g} ({trial_name(best)})"
     return f"best {shown}, {counts['pruned']} pruned, {counts['failed']} failed"

@@ -1,4 +1,4 @@
-"""The worker processes of one machine: started, seated on threads and GPUs, started again when killed, stopped."""
+"""Start, restart and stop the worker processes of one machine."""
 
 import multiprocessing
 import os
@@ -11,32 +11,33 @@ from types import TracebackType
 from typing import Self
 
 from medgen.errors import TrainingInterrupted, UserError
+from medgen.machine import signal_handler
 from medgen.tune.study import MAX_ATTEMPTS
-from medgen.tune.worker import Search, Seat, work
+from medgen.tune.worker import Search, WorkerSlot, run_worker
 
-MAX_DEATHS = MAX_ATTEMPTS + 1  # of one worker in a row, with no trial ended by anyone: it is not the trial
+MAX_DEATHS = MAX_ATTEMPTS + 1  # of one worker in a row while no trial ends: the trial is not the cause
 
 
-def seats(num_workers: int, num_threads: int, gpus: list[str]) -> list[Seat]:
-    """Shares a machine: threads evenly, so that workers do not fight for them, and GPUs in turn."""
+def allocate_slots(num_workers: int, num_threads: int, gpus: list[str]) -> list[WorkerSlot]:
+    """Divide the machine's threads evenly among workers, and assign its GPUs in turn."""
     threads = max(1, num_threads // num_workers)
-    return [Seat(n, threads, gpus[n % len(gpus)] if gpus else None) for n in range(num_workers)]
+    return [WorkerSlot(n, threads, gpus[n % len(gpus)] if gpus else None) for n in range(num_workers)]
 
 
-class Pool:
-    """Workers, as a context: leaving it stops those that still run, after the step they are in."""
+class WorkerPool:
+    """A context with one worker process for each slot; on leaving it, running workers stop after the current step."""
 
-    def __init__(self, search: Search, places: Sequence[Seat]) -> None:
+    def __init__(self, search: Search, slots: Sequence[WorkerSlot]) -> None:
         self._search = search
         self._spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA or OpenMP
-        self._workers: dict[Seat, BaseProcess] = {}
-        self._deaths = dict.fromkeys(places, 0)
-        self._ended = 0
+        self._workers: dict[WorkerSlot, BaseProcess] = {}
+        self._deaths = dict.fromkeys(slots, 0)
+        self._num_ended = 0
 
     def __enter__(self) -> Self:
         try:
-            for seat in self._deaths:
-                self._start(seat)
+            for slot in self._deaths:
+                self._start(slot)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -49,60 +50,63 @@ class Pool:
                 worker.terminate()
             for worker in started:
                 worker.join()
-        except BaseException:  # a second Ctrl-C does not wait
+        except BaseException:  # such as a second Ctrl-C
             for worker in started:
                 worker.kill()
             raise
 
-    def tend(self, num_ended: int, seconds: float) -> bool:
-        """Waits for a worker to end, `seconds` at most, and starts anew the killed; False when all are done.
+    def poll(self, num_ended: int, seconds: float) -> bool:
+        """Wait up to `seconds` for a worker to end, and restart killed workers.
 
         Args:
-            num_ended: trials that have ended in the study.
-            seconds: how long to wait.
+            num_ended: number of trials of the study that have ended.
+            seconds: maximum time to wait.
+
+        Returns:
+            False if all workers have ended.
 
         Raises:
-            UserError: a worker stopped with a message, or dies again and again.
+            UserError: a worker ended with an error message, or was killed repeatedly.
         """
         wait([worker.sentinel for worker in self._workers.values()], timeout=seconds)
-        if num_ended > self._ended:
-            self._ended, self._deaths = num_ended, dict.fromkeys(self._deaths, 0)
-        for seat, worker in list(self._workers.items()):
+        if num_ended > self._num_ended:
+            self._num_ended, self._deaths = num_ended, dict.fromkeys(self._deaths, 0)
+        for slot, worker in list(self._workers.items()):
             if worker.exitcode is None:
                 continue
-            del self._workers[seat]
+            del self._workers[slot]
             if worker.exitcode == UserError.exit_code:
-                raise UserError(self._last_words(seat))
+                raise UserError(self._last_log_line(slot))
             if worker.exitcode in (0, TrainingInterrupted.exit_code):
                 continue
-            self._deaths[seat] += 1
-            if self._deaths[seat] == MAX_DEATHS:
+            self._deaths[slot] += 1
+            if self._deaths[slot] == MAX_DEATHS:
                 raise UserError(
-                    f"worker {seat.number} died {MAX_DEATHS} times without ending a trial, last with exit code "
-                    f"{worker.exitcode}: {self._last_words(seat)}"
+                    f"worker {slot.number} died {MAX_DEATHS} times without ending a trial, last with exit code "
+                    f"{worker.exitcode}: {self._last_log_line(slot)}"
                 )
-            self._start(seat)
+            self._start(slot)
         return bool(self._workers)
 
-    def _start(self, seat: Seat) -> None:
-        variables = {"OMP_NUM_THREADS": str(seat.threads), "MKL_NUM_THREADS": str(seat.threads)}
-        if seat.gpu is not None:
-            variables["CUDA_VISIBLE_DEVICES"] = seat.gpu
-        worker = self._spawn.Process(target=work, args=(self._search, seat), name=f"worker {seat.number}")
-        self._workers[seat] = worker
-        with environment(variables), ignoring_ctrl_c():
+    def _start(self, slot: WorkerSlot) -> None:
+        variables = {"OMP_NUM_THREADS": str(slot.threads), "MKL_NUM_THREADS": str(slot.threads)}
+        if slot.gpu is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = slot.gpu
+        worker = self._spawn.Process(target=run_worker, args=(self._search, slot), name=f"worker {slot.number}")
+        self._workers[slot] = worker
+        with environment(variables), ignore_sigint():
             worker.start()
 
-    def _last_words(self, seat: Seat) -> str:
-        path = self._search.folder / f"worker_{seat.number}.log"
+    def _last_log_line(self, slot: WorkerSlot) -> str:
+        path = self._search.folder / f"worker_{slot.number}.log"
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        said = next((line for line in reversed(lines) if line.strip()), "it left no word")
-        return f"{said.removeprefix(f'worker {seat.number}: ')} (all of it: {path})"
+        last = next((line for line in reversed(lines) if line.strip()), "its log is empty")
+        return f"{last.removeprefix(f'worker {slot.number}: ')} (full log: {path})"
 
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """These variables in the environment of processes that are started meanwhile."""
+    """A context that sets environment variables for the processes that it starts."""
     earlier = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -116,27 +120,21 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def ignoring_ctrl_c() -> Iterator[None]:
-    """Processes that are started meanwhile never hear Ctrl-C, which a terminal sends to all: the parent decides."""
-    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+def ignore_sigint() -> Iterator[None]:
+    """A context whose processes ignore Ctrl-C, which a terminal sends to all: this process stops them itself."""
+    with signal_handler([signal.SIGINT], signal.SIG_IGN):
         yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if earlier is None else earlier)
 
 
 @contextmanager
-def heeding_sigterm() -> Iterator[None]:
-    """SIGTERM and SIGUSR1, from a cluster that takes its machine back, end the block as Ctrl-C does."""
+def interrupt_on_signals() -> Iterator[None]:
+    """A context in which SIGTERM and SIGUSR1, the signals of clusters, raise `TrainingInterrupted`."""
 
     def stop(number: int, _: object) -> None:
         raise TrainingInterrupted(
-            f"search stopped by {signal.Signals(number).name}; running trials are saved, the same command goes on"
+            f"search stopped by {signal.Signals(number).name}; running trials are saved, run the same command again to "
+            "continue"
         )
 
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with signal_handler([signal.SIGTERM, signal.SIGUSR1], stop):
         yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

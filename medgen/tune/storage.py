@@ -1,15 +1,15 @@
-"""Where studies are kept, and who may do what: a journal file, or PostgreSQL for many machines.
+"""Storage of studies and their locks: a journal file, or PostgreSQL for many machines.
 
-Locks come from the file system or from the database, and both give them back the moment their holder dies: there is no
-stale lock, no heartbeat and no clock.
+The file system and the database release a lock when its holder dies, so there are no stale locks, heartbeats or
+timeouts.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import optuna
 import sqlalchemy
@@ -20,11 +20,11 @@ from medgen.config import Project
 from medgen.errors import UserError
 
 POSTGRES = ("postgresql://", "postgresql+")
-# how soon the database notices a machine that is gone, and frees its locks: one minute of silence, then four questions
+# the database notices a machine that is gone, and releases its locks, after 60 s of silence and 4 probes, 15 s apart
 KEEPALIVE = "-c tcp_keepalives_idle=60 -c tcp_keepalives_interval=15 -c tcp_keepalives_count=4"
 
-FIRST = b'{"op_code":'  # what a journal begins with
-LOST = (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError)  # the database is out of reach
+JOURNAL_START = b'{"op_code":'  # first bytes of every journal
+STORAGE_ERRORS = (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError)  # database unreachable
 
 Release = Callable[[], object]
 
@@ -34,15 +34,15 @@ class Storage(Protocol):
 
     @property
     def optuna(self) -> optuna.storages.BaseStorage:
-        """What Optuna reads and writes."""
+        """The storage that Optuna reads and writes."""
         ...
 
     def try_lock(self, name: str) -> Release | None:
-        """Takes a lock and returns what gives it back; None where another process has it."""
+        """Take a lock without waiting; returns the function that releases it, or None if another process holds it."""
         ...
 
-    def turn(self) -> Any:
-        """A context that one process at a time is in."""
+    def lock(self) -> AbstractContextManager[None]:
+        """A context that only one process at a time can be in."""
         ...
 
 
@@ -50,19 +50,19 @@ def open_storage(project: Project, storage: str) -> Storage:
     """The storage that `tune.storage` names.
 
     Raises:
-        UserError: it is of no known kind, or does not answer.
+        UserError: it is of an unknown kind, or cannot be opened.
     """
     if storage.startswith(POSTGRES):
         try:
             return PostgresStorage(storage)
-        except LOST:
+        except STORAGE_ERRORS:
             raise
         except (ValueError, RuntimeError, sqlalchemy.exc.SQLAlchemyError) as error:
-            raise UserError(f"tune.storage: not a database that can keep studies: {_first_line(error)}") from None
+            raise UserError(f"tune.storage: this database cannot store studies: {_first_line(error)}") from None
     if "://" in storage:
         raise UserError(
             f"tune.storage: {storage.partition('://')[0]}:// is not supported; expected a journal file, such as "
-            "optuna.journal, or postgresql://user:password@host/database (SQLite breaks under parallel first use)"
+            "optuna.journal, or postgresql://user:password@host/database (SQLite fails if processes create it at once)"
         )
     try:
         return JournalStorage(project.root / storage)
@@ -71,16 +71,18 @@ def open_storage(project: Project, storage: str) -> Storage:
 
 
 class JournalStorage:
-    """One file that events are appended to."""
+    """A file that events are appended to."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         path.touch()
         with path.open("rb") as file:
-            head = file.read(len(FIRST))
-        if not FIRST.startswith(head):
-            raise UserError(f"tune.storage: {path} is another file; expected a new name, or a journal of Optuna's")
+            start = file.read(len(JOURNAL_START))
+        if not JOURNAL_START.startswith(start):
+            raise UserError(
+                f"tune.storage: {path} is not a journal of Optuna; expected the name of a new file or of a journal"
+            )
         backend = JournalFileBackend(str(path), JournalLock(path))  # type: ignore[arg-type]  # its base is private
         self.optuna = optuna.storages.JournalStorage(backend)
 
@@ -96,17 +98,17 @@ class JournalStorage:
         return lock.release
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """See `Storage`."""
         with FileLock(f"{self._path}.turn"):
             yield
 
 
 class JournalLock:
-    """The journal's lock. Optuna's own is a file that a killed process leaves behind, and waits half a minute for it.
+    """Lock of the journal. Optuna's own is a file that a killed process leaves behind, with a timeout of 30 s.
 
-    A line that a kill or a power cut tore is taken away before the next one is written behind it: the journal could
-    not be read from there on.
+    `acquire` removes a last line that a kill or a power cut left incomplete: with another line appended to it, the
+    journal could not be read any more.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,7 +116,7 @@ class JournalLock:
         self._lock = FileLock(f"{path}.flock")
 
     def acquire(self) -> bool:
-        """Waits for it."""
+        """Wait for the lock and take it."""
         self._lock.acquire()
         with self._path.open("rb+") as file:
             size = file.seek(0, os.SEEK_END)
@@ -127,16 +129,16 @@ class JournalLock:
         return True
 
     def release(self) -> None:
-        """Gives it back."""
+        """Release the lock."""
         self._lock.release()
 
 
 class PostgresStorage:
-    """A database that many machines reach."""
+    """A database for several machines."""
 
     def __init__(self, url: str) -> None:
         try:
-            # a lock belongs to its connection: none is shared, and closing it gives the lock back
+            # an advisory lock belongs to its connection: connections are not shared, and closing one releases its lock
             self._engine = sqlalchemy.create_engine(
                 url,
                 poolclass=sqlalchemy.pool.NullPool,
@@ -148,41 +150,40 @@ class PostgresStorage:
                 f"tune.storage: postgresql:// needs the driver {error.name}; run `uv sync --extra postgres`, or "
                 "`pip install medgen[postgres]`"
             ) from None
-        with self.turn():  # two processes that make the tables at once break each other
+        with self.lock():  # creating the tables fails if two processes do it at once
             self.optuna = optuna.storages.RDBStorage(url)
 
     def try_lock(self, name: str) -> Release | None:
         """See `Storage`."""
         connection = self._engine.connect()
-        taken = connection.execute(sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), {"key": _key(name)})
+        taken = connection.execute(sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), {"key": _lock_key(name)})
         if taken.scalar():
             return connection.close
         connection.close()
         return None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """See `Storage`."""
         with self._engine.connect() as connection:
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": _key("turn")})
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": _lock_key("turn")})
             yield
 
 
 @contextmanager
-def lost(storage: str) -> Iterator[None]:
-    """Says in a line that the database is out of reach.
+def storage_errors(storage: str) -> Iterator[None]:
+    """A context that reports an unreachable database in one line.
 
     Raises:
-        UserError: it did not answer within the block.
+        UserError: the database did not answer.
     """
     try:
         yield
-    except LOST as error:
-        reason = _first_line(error)
-        shown = sqlalchemy.make_url(storage).render_as_string(hide_password=True)
+    except STORAGE_ERRORS as error:
+        url = sqlalchemy.make_url(storage).render_as_string(hide_password=True)
         raise UserError(
-            f"tune.storage: {shown} does not answer ({reason}); start it, or mend the address; nothing is lost, the "
-            "same command goes on"
+            f"tune.storage: {url} does not answer ({_first_line(error)}); start the database or correct the address, "
+            "then run the same command again; no trial is lost"
         ) from None
 
 
@@ -191,6 +192,6 @@ def _first_line(error: Exception) -> str:
     return (str(getattr(cause, "orig", cause)).strip() or type(error).__name__).splitlines()[0]
 
 
-def _key(name: str) -> int:
-    """A signed 64-bit number for a name."""
+def _lock_key(name: str) -> int:
+    """The signed 64-bit number that stands for a name in PostgreSQL."""
     return int.from_bytes(hashlib.sha256(f"medgen {name}".encode()).digest()[:8], "big", signed=True)

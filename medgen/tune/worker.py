@@ -1,4 +1,4 @@
-"""One worker of a search: a process that claims trials, trains and evaluates them, and records the results."""
+"""A worker process of a search: claims trials, trains and evaluates them, and records the results."""
 
 import dataclasses
 import gc
@@ -33,44 +33,44 @@ from medgen.tracking import Tracker, history
 from medgen.training import checkpoint, prior, refiner, train
 from medgen.tune.objective import MMD, SSIM, Objective, choose_objective
 from medgen.tune.space import build_space, trial_params
-from medgen.tune.storage import LOST, lost, open_storage
-from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, Claim, Study, origin, packed, trial_name
+from medgen.tune.storage import STORAGE_ERRORS, open_storage, storage_errors
+from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, Claim, Study, discrepancy_to_dict, origin_number, trial_name
 
 WAIT_SECONDS = 1.0
-UNTRACKED = Tracking(enabled=False)  # a search has one process that writes to MLflow: the one that started the workers
-WATCHED = {"image": "val/ssim", "mask": "val/dice"}  # what the pruner compares; more is better
+NO_MLFLOW = Tracking(enabled=False)  # only the process that started the workers writes to MLflow
+PRUNING_METRICS = {"image": "val/ssim", "mask": "val/dice"}  # by the model's target; more is better
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
 
 
 @dataclass(frozen=True)
 class Search:
-    """What every process of a search knows."""
+    """The settings that all processes of a search share."""
 
     project: Project
     params: Params
-    study: str
-    num_trials: int  # that the study shall have
+    study: str  # its name
+    num_trials: int  # total number of trials in the study
     started: datetime
-    deadline: float | None  # seconds since 1970; no trial begins after it
-    confirms: bool = False  # trains the best trials of another study in full, and keeps their models
+    deadline: float | None  # seconds since 1970; no trial starts after it
+    is_confirmation: bool = False  # trains the best trials of another study in full, and keeps their models
 
     @property
     def folder(self) -> Path:
-        """Scratch of the study."""
+        """Working folder of the study."""
         return self.project.runs / "tune" / self.study
 
     def trial_folder(self, number: int) -> Path:
-        """Where a trial's model, prior, refiner, runs and reports stand."""
+        """Folder of a trial's model, prior, refiner, runs and reports."""
         return self.folder / f"trial_{number:04d}"
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A worker's place on the machine."""
+class WorkerSlot:
+    """A worker's share of the machine."""
 
     number: int
     threads: int
-    gpu: str | None  # as CUDA_VISIBLE_DEVICES takes it
+    gpu: str | None  # value of CUDA_VISIBLE_DEVICES
 
 
 @dataclass(frozen=True)
@@ -81,51 +81,49 @@ class Outcome:
     reason: str = ""
     values: list[float] | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    discrepancy: Mapping[str, Any] | None = None  # as of `medgen.tune.study.packed`, where the objective is the MMD
-    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # more tags
+    discrepancy: Mapping[str, Any] | None = None  # from `discrepancy_to_dict`, if the objective is the MMD
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_study(search: Search) -> Study:
-    """The study, in this process.
+    """Open the study in this process.
 
     Raises:
-        UserError: as `medgen.tune.run`.
+        UserError: as in `medgen.tune.run`.
     """
     params = search.params
-    space, objective = build_space(params), objective_of(search.project, params)
-    epochs = sum(phase.epochs for phase in trial_params(params, {}).train.phases)
-    storage = open_storage(search.project, params.tune.storage)
-    return Study(storage, search.study, params, space, objective, epochs)
+    space, objective = build_space(params), build_objective(search.project, params)
+    return Study(open_storage(search.project, params.tune.storage), search.study, params, space, objective)
 
 
-def objective_of(project: Project, params: Params) -> Objective:
-    """The objective of this model on this data."""
+def build_objective(project: Project, params: Params) -> Objective:
+    """The objective for this model and dataset."""
     side = min(open_store(project.dataset).image_shape[1:])
     return choose_objective(params.tune.objective, MODELS[params.model.name].target, side, params.evaluate)
 
 
-def work(search: Search, seat: Seat) -> None:
-    """The process: trial after trial until there is none; what it prints goes to the study's folder.
+def run_worker(search: Search, slot: WorkerSlot) -> None:
+    """Run trials until none is left, with all output in a log file in the study's folder.
 
-    SIGTERM stops it after the step it is in, and so does the end of the process that started it; its trial stays
-    running in the study, and whoever claims next takes it up from its checkpoint.
+    SIGTERM, or the end of the parent process, stops the worker after the current step. Its trial stays running in the
+    study; the next claim of it resumes from its checkpoint.
     """
-    log = (search.folder / f"worker_{seat.number}.log").open("a", encoding="utf-8")
+    log = (search.folder / f"worker_{slot.number}.log").open("a", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
-    signal.signal(signal.SIGTERM, stop)
-    threading.Thread(target=stop_with_parent, daemon=True).start()
-    torch.set_num_threads(seat.threads)
+    signal.signal(signal.SIGTERM, raise_interrupted)
+    threading.Thread(target=terminate_after_parent, daemon=True).start()
+    torch.set_num_threads(slot.threads)
     try:
-        with lost(search.params.tune.storage):
+        with storage_errors(search.params.tune.storage):
             run_trials(search)
     except (UserError, TrainingInterrupted) as error:
-        print(f"worker {seat.number}: {error}", file=sys.stderr, flush=True)
+        print(f"worker {slot.number}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 
 def run_trials(search: Search) -> None:
-    """All trials that are left for this worker."""
+    """Claim and run trials until none is left or the deadline has passed."""
     study = open_study(search)
     while search.deadline is None or time.time() < search.deadline:
         claim = study.claim(search.num_trials, search.started)
@@ -140,13 +138,13 @@ def run_trials(search: Search) -> None:
             claim.release()
 
 
-def stop(*_: object) -> NoReturn:
-    """Ends a worker that is between two trainings."""
+def raise_interrupted(*_: object) -> NoReturn:
+    """Handle SIGTERM between two trainings; during one, the training handles it."""
     raise TrainingInterrupted("asked to stop")
 
 
-def stop_with_parent() -> None:
-    """Asks this process to stop when the one that started it is gone."""
+def terminate_after_parent() -> None:
+    """Send SIGTERM to this process when its parent process has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -154,108 +152,112 @@ def stop_with_parent() -> None:
 
 
 def run_trial(search: Search, study: Study, claim: Claim) -> None:
-    """Runs all stages, evaluates on the val split, writes the record and ends the trial in the study."""
+    """Run all stages of a trial, evaluate it on the val split, write its record and end it in the study."""
     number, name = claim.trial.number, trial_name(claim.trial)
     project = dataclasses.replace(search.project, apart=search.trial_folder(number))
     print(f"{name}, attempt {claim.attempt}: {claim.values}", flush=True)
     scratch, started = project.runs / "not_begun", time.monotonic()
     try:
         params = trial_params(search.params, claim.values)
-        scratch = scratch_of(project, params)
-        with Tracker.open(scratch, UNTRACKED, project, name, parent=study.record) as tracker:
+        scratch = run_folder(project, params)
+        with Tracker.open(scratch, NO_MLFLOW, project, name, parent=study.record) as tracker:
             tracker.finish("RUNNING")
         if claim.attempt > MAX_ATTEMPTS:
-            reason = f"its worker was killed {MAX_ATTEMPTS} times without getting on; was there enough memory?"
+            reason = f"its worker was killed {MAX_ATTEMPTS} times without completing an epoch; was there enough memory?"
             outcome = Outcome(TrialState.FAIL, reason)
         else:
-            outcome = attempt(project, params, study, claim)
-    except TrainingInterrupted:  # asked to: no fault of the trial, which stays running and is taken up again
+            outcome = train_and_evaluate(project, params, study, claim)
+    except TrainingInterrupted:  # not an error of the trial: it stays running and is claimed again
         claim.trial.set_user_attr("attempts", claim.attempt - 1)
         raise
-    except LOST:  # no fault of the trial either, but nothing can be said
+    except STORAGE_ERRORS:  # the trial stays running too, but the storage cannot be written
         raise
     except NonFiniteError as error:
         reason = f"{error.term} not finite at step {error.step} (phase {error.phase})"
-        facts = {"nonfinite_step": str(error.step), "nonfinite_term": error.term}
-        outcome = Outcome(TrialState.PRUNED, reason, facts=facts)
+        tags = {"nonfinite_step": str(error.step), "nonfinite_term": error.term}
+        outcome = Outcome(TrialState.PRUNED, reason, tags=tags)
     except optuna.TrialPruned as pruned:
         outcome = Outcome(TrialState.PRUNED, str(pruned))
-    except Exception as error:  # whatever breaks one trial is written down, and the search goes on
+    except Exception as error:  # any error of one trial is recorded, and the search continues
         traceback.print_exc()
-        outcome = Outcome(TrialState.FAIL, describe(error))
+        outcome = Outcome(TrialState.FAIL, describe_error(error))
     print(f"{name}: {outcome.state.name.lower()} {outcome.reason}", flush=True)
-    record(project, scratch, study, claim, outcome)
+    write_trial_record(project, scratch, study, claim, outcome)
     claim.trial.set_user_attr("seconds", round(time.monotonic() - started, 2))
-    for key, value in {"reason": outcome.reason, **outcome.facts}.items():
+    end_trial(study, claim, outcome)
+    cleanup(search, number)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def end_trial(study: Study, claim: Claim, outcome: Outcome) -> None:
+    """Write the outcome into the study: user attributes, constraint, state and values."""
+    attributes = {"reason": outcome.reason, **outcome.tags, "metrics": dict(outcome.metrics)}
+    for key, value in attributes.items():
         if value:
             claim.trial.set_user_attr(key, value)
-    if outcome.metrics:
-        claim.trial.set_user_attr("metrics", dict(outcome.metrics))
     if outcome.discrepancy is not None:
         claim.trial.set_user_attr(DISCREPANCY, outcome.discrepancy)
     if study.objective.has_floor and outcome.state == TrialState.COMPLETE:
         own = outcome.metrics[SSIM]
         claim.trial.set_constraint(SSIM, (own if claim.ssim_floor is None else claim.ssim_floor) - own)
     study.tell(claim, outcome.state, outcome.values)
-    tidy(search, number)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
-def attempt(project: Project, params: Params, study: Study, claim: Claim) -> Outcome:
-    """The trial itself.
+def train_and_evaluate(project: Project, params: Params, study: Study, claim: Claim) -> Outcome:
+    """Run the stages of a trial and evaluate it.
 
     Raises:
-        NonFiniteError, optuna.TrialPruned: it is given up.
-        UserError: its parameters do not go together.
+        NonFiniteError, optuna.TrialPruned: the trial is stopped early.
+        UserError: the combination of parameters is invalid.
     """
     trial, objective = claim.trial, study.objective
-    watched = WATCHED[MODELS[params.model.name].target]
+    metric = PRUNING_METRICS[MODELS[params.model.name].target]
     last = sum(phase.epochs for phase in params.train.phases)
-    sign = 1.0 if objective.directions[0] == "maximize" else -1.0  # Optuna compares all values the study's way
+    sign = 1.0 if objective.directions[0] == "maximize" else -1.0  # Optuna compares in the direction of the objective
     first = study.trials[0].intermediate_values if trial.number > 0 and objective.has_floor else {}
 
     def after_epoch(epoch: int, values: Mapping[str, float]) -> None:
         if claim.attempt > 1:
-            trial.set_user_attr("attempts", 1)  # it got on
-        if objective.is_pareto or not math.isfinite(values[watched]):
-            return  # Optuna compares nothing where there are two objectives
-        # where SSIM is a floor and not the objective, more of it than params.yaml has does not count
-        trial.report(sign * min(values[watched], sign * first.get(epoch, sign * math.inf)), epoch)
+            trial.set_user_attr("attempts", 1)  # an epoch is completed
+        if objective.is_pareto or not math.isfinite(values[metric]):
+            return  # Optuna does not prune with two objectives
+        # if SSIM is only a lower limit, a trial with more of it than trial 0 is not better
+        trial.report(sign * min(values[metric], sign * first.get(epoch, sign * math.inf)), epoch)
         if epoch < last and trial.number > 0 and trial.should_prune():  # trial 0 is the reference
-            raise optuna.TrialPruned(f"{watched} {values[watched]:.4f} after epoch {epoch}: worse than other trials'")
+            raise optuna.TrialPruned(f"{metric} {values[metric]:.4f} after epoch {epoch}: worse than other trials'")
 
     sections = {"model": params.model, "loss": params.loss, "train": params.train}
-    train.run(project, **sections, tracking=UNTRACKED, after_epoch=after_epoch)  # type: ignore[arg-type]
-    prior.run(project, prior=params.prior, tracking=UNTRACKED)
-    refiner.run(project, refiner=params.refiner, tracking=UNTRACKED)
-    metrics = evaluate.judge_validation(project, evaluate=params.evaluate)
+    train.run(project, **sections, tracking=NO_MLFLOW, after_epoch=after_epoch)  # type: ignore[arg-type]
+    prior.run(project, prior=params.prior, tracking=NO_MLFLOW)
+    refiner.run(project, refiner=params.refiner, tracking=NO_MLFLOW)
+    metrics = evaluate.evaluate_validation(project, evaluate=params.evaluate)
     values = objective.values(metrics)
-    checked = dict(zip(objective.labels, values, strict=True))
-    checked |= {SSIM: metrics[SSIM]} if objective.has_floor else {}
-    if broken := [f"{name} is {value}" for name, value in checked.items() if not math.isfinite(value)]:
-        return Outcome(TrialState.PRUNED, f"the objective is not finite: {', '.join(broken)}")
+    required = dict(zip(objective.labels, values, strict=True))
+    required |= {SSIM: metrics[SSIM]} if objective.has_floor else {}
+    if nonfinite := [f"{name} is {value}" for name, value in required.items() if not math.isfinite(value)]:
+        return Outcome(TrialState.PRUNED, f"the objective is not finite: {', '.join(nonfinite)}")
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    compared = discrepancy_of(project) if objective.keys[-1] == MMD else None
-    return Outcome(TrialState.COMPLETE, values=values, metrics=finite, discrepancy=compared)
+    discrepancy = compute_discrepancy(project) if objective.keys[-1] == MMD else None
+    return Outcome(TrialState.COMPLETE, values=values, metrics=finite, discrepancy=discrepancy)
 
 
-def discrepancy_of(project: Project) -> dict[str, Any]:
-    """The parts of the evaluated model's MMD that comparing it with another takes."""
+def compute_discrepancy(project: Project) -> dict[str, Any]:
+    """The parts of the evaluated model's MMD that a comparison with another model needs."""
     data = load_evaluation(project.evaluation)
-    assert data.samples is not None and data.held_out is not None, "models that find masks have no MMD"
+    assert data.samples is not None and data.held_out is not None, "segmentation models have no MMD"
     patients = data.groups.tolist()
-    found = mmd(data.held_out.features, data.samples.features, data.info.bandwidth, patients)
-    return packed(found, patients)
+    discrepancy = mmd(data.held_out.features, data.samples.features, data.info.bandwidth, patients)
+    return discrepancy_to_dict(discrepancy, patients)
 
 
-def record(project: Project, scratch: Path, study: Study, claim: Claim, outcome: Outcome) -> None:
-    """Ends the trial's record: its state and reason, its metrics, its samples."""
-    with Tracker.open(scratch, UNTRACKED, project, trial_name(claim.trial), parent=study.record) as tracker:
-        tags = {"tune.study": study.name, "tune.trial": str(origin(claim.trial))}
+def write_trial_record(project: Project, scratch: Path, study: Study, claim: Claim, outcome: Outcome) -> None:
+    """End the trial's record with its state, reason, metrics and samples."""
+    with Tracker.open(scratch, NO_MLFLOW, project, trial_name(claim.trial), parent=study.record) as tracker:
+        tags = {"tune.study": study.name, "tune.trial": str(origin_number(claim.trial))}
         tags["tune.state"] = outcome.state.name.lower()
-        tracker.tags(tags | ({"tune.reason": outcome.reason} if outcome.reason else {}) | dict(outcome.facts))
+        tracker.tags(tags | ({"tune.reason": outcome.reason} if outcome.reason else {}) | dict(outcome.tags))
         records = history(scratch)
         step = records[-1]["step"] if records else 0
         tracker.metrics({f"val/{name}": value for name, value in outcome.metrics.items()}, step)
@@ -265,26 +267,26 @@ def record(project: Project, scratch: Path, study: Study, claim: Claim, outcome:
         tracker.finish(STATUS[outcome.state])
 
 
-def scratch_of(project: Project, params: Params) -> Path:
-    """Where `medgen.training.train` keeps the training of these parameters."""
+def run_folder(project: Project, params: Params) -> Path:
+    """The folder in which `medgen.training.train` keeps the training of these parameters."""
     dataset = open_store(project.dataset).fingerprint
     return project.runs / train.run_fingerprint(dataset, params.model, params.loss, params.train)
 
 
-def describe(error: Exception) -> str:
-    """One line that says why a trial failed."""
+def describe_error(error: Exception) -> str:
+    """The reason of a failed trial, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return f"out of memory: {text}"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def tidy(search: Search, number: int) -> None:
-    """Removes checkpoints of an ended trial, and its weights if it is no confirmation; record and images stay."""
+def cleanup(search: Search, number: int) -> None:
+    """Remove the checkpoints of an ended trial, and its weights unless it is a confirmation."""
     folder = search.trial_folder(number)
-    if not search.confirms:
+    if not search.is_confirmation:
         shutil.rmtree(folder / "artifacts", ignore_errors=True)
     for scratch in folder.glob("runs/*"):
         checkpoint.remove(scratch)
-        for later in (*scratch.glob("prior_*"), *scratch.glob("refiner_*")):
-            shutil.rmtree(later, ignore_errors=True)
+        for stage_folder in (*scratch.glob("prior_*"), *scratch.glob("refiner_*")):
+            shutil.rmtree(stage_folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A store gives back what was written, and a damaged one is refused by the name of the file."""
+"""The dataset store returns what was written; a damaged store is refused with the name of the damaged file."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ REJECTED = [("bad, very.png", "empty file")]
 
 
 def write(folder: Path, with_masks: bool = True) -> Path:
-    pictures = iter(range(len(IMAGES)))
+    positions = iter(range(len(IMAGES)))
     with StoreWriter(folder, (1, SIZE, SIZE), with_masks) as writer:
         for split, label in ROWS:
-            i = 0 if split is None else next(pictures)
+            i = 0 if split is None else next(positions)
             row = {"path": f"{i}.png", "index": "0", "sha256": hashlib.sha256(bytes([i])).hexdigest(),
                    "label": label, "patient": f"p{i}", "width": "20", "height": "30", "mode": "L",
                    "mask": "" if i else "m.png"}  # fmt: skip
@@ -31,7 +31,7 @@ def write(folder: Path, with_masks: bool = True) -> Path:
     return folder
 
 
-def test_what_is_written_comes_back(tmp_path: Path) -> None:
+def test_written_data_is_read_back(tmp_path: Path) -> None:
     store = open_store(write(tmp_path / "dataset"))
     assert store.classes == ("A", "B")
     assert store.image_shape == (1, SIZE, SIZE)
@@ -52,7 +52,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert (tmp_path / "dataset" / "rejected.csv").read_text() == '"path","reason"\n"bad, very.png","empty file"\n'
 
 
-def test_without_masks_there_are_none(tmp_path: Path) -> None:
+def test_a_dataset_without_masks_has_no_masks(tmp_path: Path) -> None:
     assert open_store(write(tmp_path / "dataset", with_masks=False)).split("train").masks is None
 
 
@@ -64,8 +64,8 @@ def test_the_same_content_gives_the_same_bytes_and_fingerprint(tmp_path: Path) -
     assert open_store(first).fingerprint != open_store(write(tmp_path / "c", with_masks=False)).fingerprint
 
 
-def test_plain_numpy_reads_the_arrays(tmp_path: Path) -> None:
-    """Nothing of ours is needed to read them, in one piece or mapped."""
+def test_numpy_reads_the_arrays(tmp_path: Path) -> None:
+    """The arrays can be read without medgen."""
     folder = write(tmp_path / "dataset")
     assert np.load(folder / "train" / "images.npy", allow_pickle=False).shape == (3, 1, SIZE, SIZE)
 
@@ -75,7 +75,7 @@ FILES = [f"{split}/{kind}.npy" for split in ("train", "val", "test") for kind in
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.csv", "rejected.csv"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "longer"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str, damage: str) -> None:
     folder = write(tmp_path / "dataset")
     path = folder / name
     data = bytearray(path.read_bytes())
@@ -98,7 +98,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
         ({"counts": {"train": 4, "val": 0, "test": 1}}, "images.npy: damaged"),
     ],
 )
-def test_a_wrong_description_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+def test_a_wrong_dataset_json_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
     folder = write(tmp_path / "dataset")
     path = folder / "dataset.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -107,19 +107,19 @@ def test_a_wrong_description_is_refused(tmp_path: Path, change: dict[str, object
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', "{"])
-def test_an_unreadable_description_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_unreadable_dataset_json_is_refused(tmp_path: Path, text: str) -> None:
     folder = write(tmp_path / "dataset")
     (folder / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json: damaged"):
         open_store(folder)
 
 
-def test_an_absent_store_says_what_to_run(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_store_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="medgen preprocess"):
         open_store(tmp_path / "absent")
 
 
-def test_an_unknown_split_lists_the_choices(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_split_lists_the_splits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train"):
         open_store(write(tmp_path / "dataset")).split("tests")
 
@@ -133,7 +133,7 @@ def test_a_failed_write_leaves_the_old_store(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
 
-def test_what_a_killed_run_left_is_no_hindrance(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / "dataset.building" / "train").mkdir(parents=True)
     (tmp_path / "dataset.old").mkdir()
     open_store(write(tmp_path / "dataset"))

@@ -1,4 +1,4 @@
-"""A web server on loopback that misbehaves as told."""
+"""A local web server that simulates faults."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,26 +7,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-Answer = Callable[[BaseHTTPRequestHandler], bool]  # whether it answered; else the file follows
+Answer = Callable[[BaseHTTPRequestHandler], bool]  # True: it sent a response; False: the server sends the file
 
 
 @dataclass
 class Server:
-    """Serves `files` by their name, or `content` under any; `answers` holds one behaviour per request to come."""
+    """Serves `files` by name, or `content` under any name; `answers` holds the faults of the next requests."""
 
     address: str = ""
-    content: bytes = bytes(range(256)) * 1200  # some 300 kB
+    content: bytes = bytes(range(256)) * 1200  # 307,200 bytes
     files: dict[str, bytes] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     ranges: list[str | None] = field(default_factory=list)  # the Range header of each request
-    honours_range: bool = True
+    supports_range: bool = True
 
     @property
     def url(self) -> str:
         return f"{self.address}/weights.bin"
 
     def drop_after(self, count: int) -> None:
-        """Next: announces all of the content, sends `count` bytes and hangs up."""
+        """For the next request, send `count` bytes of the content and close the connection."""
 
         def answer(handler: BaseHTTPRequestHandler) -> bool:
             content = self.find(handler.path) or b""
@@ -39,7 +39,7 @@ class Server:
         self.answers.append(answer)
 
     def refuse(self, code: int, retry_after: str | None = None, **headers: str) -> None:
-        """Next: that status and no content."""
+        """For the next request, send a status without content."""
 
         def answer(handler: BaseHTTPRequestHandler) -> bool:
             handler.send_response(code)
@@ -64,15 +64,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked = self.headers.get("Range")
-            state.ranges.append(asked)
+            requested = self.headers.get("Range")
+            state.ranges.append(requested)
             if state.answers and state.answers.pop(0)(self):
                 return
             content = state.find(self.path)
             if content is None:
                 self.send_error(404)
                 return
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and state.honours_range else 0
+            start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and state.supports_range else 0
             if start >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")

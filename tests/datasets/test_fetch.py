@@ -1,4 +1,4 @@
-"""Known datasets come from servers on loopback that misbehave, and are whole in the project or not there."""
+"""Tests of `medgen data fetch` with local servers that simulate faults: a project gets a complete dataset or none."""
 
 import gzip
 import hashlib
@@ -6,7 +6,6 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +17,19 @@ import pytest
 from medgen import config
 from medgen.config import Preprocess, Project
 from medgen.datasets import catalog
-from medgen.datasets import fetch as fetching
-from medgen.datasets.catalog import KNOWN, Kaggle, Torchvision, Web
+from medgen.datasets import fetch as fetch_module
+from medgen.datasets.catalog import Manual, Web, WebFile
 from medgen.errors import UserError
-from medgen.ingest.transforms import mask_to_square
+from medgen.ingest.dataset_scan import scan
+from medgen.ingest.transforms import resize_mask
 
 DATA, PREPROCESS = config.Data(), config.Preprocess()
+DATASETS = catalog.load()
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """An empty project; no cache, no credentials, no waiting, and disk enough."""
+    """An empty project, an empty cache, no credentials, no waits and a large disk."""
     monkeypatch.setenv("MEDGEN_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "home"))
@@ -41,15 +42,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 def fetch(project: Project, name: str) -> int:
-    return fetching.fetch(project, DATA, PREPROCESS, name)
+    return fetch_module.fetch(project, DATA, PREPROCESS, name)
 
 
-def know(monkeypatch: pytest.MonkeyPatch, name: str, source: Any) -> None:
-    """Lets a known dataset come from elsewhere."""
-    monkeypatch.setitem(catalog.KNOWN, name, replace(KNOWN[name], source=source, size=1000))
+def set_files(monkeypatch: pytest.MonkeyPatch, name: str, *files: WebFile) -> None:
+    """Replace the source of a dataset by other web files."""
+    source = Web(page="https://example.org", files=files)
+    monkeypatch.setitem(DATASETS, name, DATASETS[name].model_copy(update={"source": source, "size": 1000}))
 
 
-def files(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
@@ -80,7 +82,7 @@ def md5(content: bytes) -> str:
 
 
 def npz() -> bytes:
-    """A MedMNIST file of 6 pictures of noise."""
+    """A MedMNIST file of 6 images of noise."""
     noise = np.random.default_rng(0).integers(0, 256, (6, 28, 28), np.uint8)
     arrays = {}
     for split, count in (("train", 3), ("val", 1), ("test", 2)):
@@ -90,99 +92,94 @@ def npz() -> bytes:
     return buffer.getvalue()
 
 
-def serve_npz(server: Any, monkeypatch: pytest.MonkeyPatch, checksum: str | None = "right") -> bytes:
+def serve_npz(server: Any, monkeypatch: pytest.MonkeyPatch, checksum: str | None = None) -> bytes:
     content = npz()
     server.files["pneumoniamnist.npz"] = content
-    checksum = f"md5:{md5(content)}" if checksum == "right" else checksum
-    source = Web(
-        "https://example.org", ((f"{server.address}/records/1/files/pneumoniamnist.npz?download=1", checksum),)
-    )
-    know(monkeypatch, "pneumoniamnist", source)
+    url = f"{server.address}/records/1/files/pneumoniamnist.npz?download=1"
+    set_files(monkeypatch, "pneumoniamnist", WebFile(url=url, md5=checksum or md5(content)))
     return content
 
 
-@pytest.mark.parametrize("trouble", ["none", "drop", "429", "503", "drop twice"])
-def test_a_file_from_the_web_becomes_the_projects_data(
-    server: Any, project: Project, monkeypatch: pytest.MonkeyPatch, trouble: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("fault", ["none", "drop", "429", "503", "drop twice"])
+def test_web_file_becomes_the_projects_data(
+    server: Any, project: Project, monkeypatch: pytest.MonkeyPatch, fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = serve_npz(server, monkeypatch)
-    for _ in range({"drop": 1, "drop twice": 2}.get(trouble, 0)):
+    for _ in range({"drop": 1, "drop twice": 2}.get(fault, 0)):
         server.drop_after(len(content) // 2)
-    if trouble.isdigit():
-        server.refuse(int(trouble), retry_after="1")
+    if fault.isdigit():
+        server.refuse(int(fault), retry_after="1")
     assert fetch(project, "pneumoniamnist") == 6
     assert (project.root / "data" / "pneumoniamnist.npz").read_bytes() == content
-    said = capsys.readouterr().err
-    assert "CC BY 4.0" in said and "Yang et al." in said and "6 images" in said
+    output = capsys.readouterr().err
+    assert "CC BY 4.0" in output and "Yang et al." in output and "6 images" in output
     num_requests = len(server.ranges)
-    assert fetch(Project(project.root.parent), "pneumoniamnist") == 6  # a second project: from the cache
+    assert fetch(Project(project.root.parent), "pneumoniamnist") == 6  # the second project uses the cache
     assert len(server.ranges) == num_requests
 
 
 @pytest.mark.parametrize(
-    ("trouble", "words"),
+    ("fault", "words"),
     [
-        ("404", "not there (any more)"),
+        ("404", "not found"),
         ("403", "refused"),
-        ("wrong", "MD5 is"),
-        ("never", "goes on where this one stopped"),
+        ("wrong", "expected MD5"),
+        ("never", "to resume the download"),
     ],
 )
-def test_a_broken_download_never_looks_complete(
-    server: Any, project: Project, monkeypatch: pytest.MonkeyPatch, trouble: str, words: str
+def test_failed_download_leaves_no_complete_file(
+    server: Any, project: Project, monkeypatch: pytest.MonkeyPatch, fault: str, words: str
 ) -> None:
-    content = serve_npz(server, monkeypatch, "md5:" + "0" * 32 if trouble == "wrong" else "right")
-    if trouble.isdigit():
-        server.refuse(int(trouble))
-    for _ in range(4 if trouble == "never" else 0):
+    content = serve_npz(server, monkeypatch, "0" * 32 if fault == "wrong" else None)
+    if fault.isdigit():
+        server.refuse(int(fault))
+    for _ in range(4 if fault == "never" else 0):
         server.drop_after(100)
     with pytest.raises(UserError) as error:
         fetch(project, "pneumoniamnist")
     assert words in str(error.value)
-    assert files(project.root) == []
-    place = fetching.datasets_folder() / "pneumoniamnist"
-    assert not (place / "ready").exists()
-    assert not (place / "download" / "pneumoniamnist.npz").exists()
-    if trouble == "never":  # the same command goes on
+    assert files_in(project.root) == []
+    folder = fetch_module.datasets_folder() / "pneumoniamnist"
+    assert not (folder / "ready").exists()
+    assert not (folder / "download" / "pneumoniamnist.npz").exists()
+    if fault == "never":  # the same command resumes
         assert fetch(project, "pneumoniamnist") == 6
         assert server.ranges[-1] == "bytes=100-"
         assert (project.root / "data" / "pneumoniamnist.npz").read_bytes() == content
 
 
-def test_a_file_put_there_by_hand_is_taken_for_downloaded(
-    server: Any, project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_in_the_download_folder_is_used(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     content = serve_npz(server, monkeypatch)
-    place = fetching.datasets_folder() / "pneumoniamnist" / "download"
-    place.mkdir(parents=True)
-    (place / "pneumoniamnist.npz").write_bytes(content)
+    folder = fetch_module.datasets_folder() / "pneumoniamnist" / "download"
+    folder.mkdir(parents=True)
+    (folder / "pneumoniamnist.npz").write_bytes(content)
     assert fetch(project, "pneumoniamnist") == 6
     assert server.ranges == []
 
 
-def test_a_page_in_place_of_an_archive_is_refused(
+def test_html_page_instead_of_an_archive_is_refused(
     server: Any, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.files["master.zip"] = b"<html>log in to the hospital's network</html>"
-    know(monkeypatch, "openist", Web("https://example.org", ((f"{server.address}/master.zip", None),)))
-    with pytest.raises(UserError, match=r"master\.zip: a damaged or cut off archive.*Remove it"):
+    set_files(monkeypatch, "openist", WebFile(url=f"{server.address}/master.zip"))
+    with pytest.raises(UserError, match=r"master\.zip: damaged or incomplete.*Remove it"):
         fetch(project, "openist")
     assert "gives no checksum" in capsys.readouterr().err
-    assert files(project.root) == []
+    assert files_in(project.root) == []
 
 
-def test_data_that_dvc_does_not_keep_is_noticed_before_the_download(
+def test_untracked_data_is_found_before_the_download(
     server: Any, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve_npz(server, monkeypatch)
     (project.root / "data").mkdir()
     (project.root / "data" / "mine.png").write_bytes(png())
-    with pytest.raises(UserError, match="DVC does not keep"):
+    with pytest.raises(UserError, match="DVC does not track"):
         fetch(project, "pneumoniamnist")
     assert server.ranges == []
 
 
-def test_a_disk_too_small_is_noticed_before_the_download(
+def test_disk_space_is_checked_before_the_download(
     server: Any, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve_npz(server, monkeypatch)
@@ -192,36 +189,34 @@ def test_a_disk_too_small_is_noticed_before_the_download(
     assert server.ranges == []
 
 
-def test_a_cache_that_cannot_be_written_says_which(
+def test_cache_folder_that_cannot_be_written(
     server: Any, project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     serve_npz(server, monkeypatch)
-    (tmp_path / "datasets").write_bytes(b"a file in its place")
+    (tmp_path / "datasets").write_bytes(b"a file, not a folder")
     with pytest.raises(UserError, match=r"datasets.*MEDGEN_DATASETS"):
         fetch(project, "pneumoniamnist")
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, dataset in KNOWN.items() if isinstance(dataset.source, catalog.ByHand)]
-)
-def test_what_is_given_by_hand_says_where_and_what_next(project: Project, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, entry in DATASETS.items() if isinstance(entry.source, Manual)])
+def test_manual_download_is_explained(project: Project, name: str) -> None:
     with pytest.raises(UserError) as error:
         fetch(project, name)
-    place = fetching.datasets_folder() / name / "download"
-    for word in ("sites.wustl.edu/oasisbrains", str(place), f"medgen data fetch {name}", "medgen data import"):
+    folder = fetch_module.datasets_folder() / name / "download"
+    for word in ("sites.wustl.edu/oasisbrains", str(folder), f"medgen data fetch {name}", "medgen data import"):
         assert word in str(error.value)
     assert error.value.exit_code == 2
-    assert place.is_dir()  # the user can put the files there
+    assert folder.is_dir()  # the user can put the files there
 
 
 def put(name: str, **archives: bytes) -> None:
-    place = fetching.datasets_folder() / name / "download"
-    place.mkdir(parents=True)
+    folder = fetch_module.datasets_folder() / name / "download"
+    folder.mkdir(parents=True)
     for file, content in archives.items():
-        (place / file).write_bytes(content)
+        (folder / file).write_bytes(content)
 
 
-def test_oasis_slices_put_there_by_hand(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oasis_slices_in_the_download_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     root = "keras_png_slices_data/keras_png_slices"
     members = {}
     for split, case in (("train", 1), ("validate", 2), ("test", 3)):
@@ -229,10 +224,10 @@ def test_oasis_slices_put_there_by_hand(project: Project, monkeypatch: pytest.Mo
         members[f"{root}_seg_{split}/seg_00{case}_slice_0.nii.png"] = png(85)
     put("oasis-slices", **{"slices.zip": zip_of(**members)})
     assert fetch(project, "oasis-slices") == 3
-    assert not (fetching.datasets_folder() / "oasis-slices" / "download").exists()  # not kept twice
+    assert not (fetch_module.datasets_folder() / "oasis-slices" / "download").exists()  # its files are in ready/
 
 
-def test_oasis_volumes_are_one_for_each_session(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oasis_has_one_volume_per_session(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     session = "disc1/OAS1_0001_MR1/PROCESSED/MPRAGE/T88_111/OAS1_0001_MR1_mpr_n4_anon_111_t88"
     other = session.replace("0001", "0042").replace("disc1", "disc2")
     discs = {
@@ -242,26 +237,25 @@ def test_oasis_volumes_are_one_for_each_session(project: Project, monkeypatch: p
         for number, path in ((1, session), (2, other))
     }
     put("oasis1-volumes", **discs)
-    monkeypatch.setattr(fetching.import_data, "import_folder", lambda *words: len(files(words[-1])))
+    monkeypatch.setattr(fetch_module.import_data, "import_folder", lambda *words: len(files_in(words[-1])))
     assert fetch(project, "oasis1-volumes") == 4
-    ready = fetching.datasets_folder() / "oasis1-volumes" / "ready"
+    ready = fetch_module.datasets_folder() / "oasis1-volumes" / "ready"
     stems = [f"OAS1_{number}_MR1_mpr_n4_anon_111_t88_masked_gfc" for number in ("0001", "0042")]
-    assert files(ready) == [f"{stem}{end}" for stem in stems for end in (".hdr", ".img")]
+    assert files_in(ready) == [f"{stem}{end}" for stem in stems for end in (".hdr", ".img")]
 
 
-def test_montgomery_gets_its_labels_and_whole_masks(
+def test_montgomery_gets_labels_and_joined_masks(
     server: Any, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, right = np.zeros((20, 20), np.uint8), np.zeros((20, 20), np.uint8)
     left[:, 2:8], right[:, 12:18] = 255, 255
     members = {"__MACOSX/MontgomerySet/CXR_png/._MCUCXR_0001_0.png": b"x", "MontgomerySet/NLM.txt": b"x"}
-    for film in ("MCUCXR_0001_0.png", "MCUCXR_0104_1.png"):
-        members[f"MontgomerySet/CXR_png/{film}"] = png()
+    for image in ("MCUCXR_0001_0.png", "MCUCXR_0104_1.png"):
+        members[f"MontgomerySet/CXR_png/{image}"] = png()
         for side, mask in (("left", left), ("right", right)):
-            members[f"MontgomerySet/ManualMask/{side}Mask/{film}"] = bytes(cv2.imencode(".png", mask)[1])
+            members[f"MontgomerySet/ManualMask/{side}Mask/{image}"] = bytes(cv2.imencode(".png", mask)[1])
     server.files["NLM-MontgomeryCXRSet.zip"] = zip_of(**members)
-    source = Web("https://example.org", ((f"{server.address}/NLM-MontgomeryCXRSet.zip", None),))
-    know(monkeypatch, "montgomery", source)
+    set_files(monkeypatch, "montgomery", WebFile(url=f"{server.address}/NLM-MontgomeryCXRSet.zip"))
     assert fetch(project, "montgomery") == 2
     data = project.root / "data"
     assert (data / "manifest.csv").read_text().splitlines()[1:] == [
@@ -272,46 +266,59 @@ def test_montgomery_gets_its_labels_and_whole_masks(
     np.testing.assert_array_equal(mask, left | right)
 
 
-def test_openist_is_its_films_without_the_tools(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openist_keeps_only_images_with_masks(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     root = "OpenIST-master/Datasets/Chest_x-ray"
     members = {f"{root}/1-2-500.png": png(), f"{root}/1-2-500@.png": png(255), "OpenIST-master/docs/logo.png": png()}
     server.files["master.zip"] = zip_of(**members)
-    know(monkeypatch, "openist", Web("https://example.org", ((f"{server.address}/master.zip", None),)))
+    set_files(monkeypatch, "openist", WebFile(url=f"{server.address}/master.zip"))
     assert fetch(project, "openist") == 1
-    assert files(project.root / "data") == ["1-2-500.png", "1-2-500@.png"]
+    assert files_in(project.root / "data") == ["1-2-500.png", "1-2-500@.png"]
 
 
-def test_mnist_comes_from_torchvisions_mirrors(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import MNIST
-
-    for prefix, count in (("train", 3), ("t10k", 2)):
-        pictures = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28)) + bytes(range(256)) * 12
-        labels = b"\0\0\x08\x01" + count.to_bytes(4, "big") + bytes(range(count))
-        server.files[f"{prefix}-images-idx3-ubyte.gz"] = gzip.compress(pictures[: 16 + count * 784])
-        server.files[f"{prefix}-labels-idx1-ubyte.gz"] = gzip.compress(labels)
-    monkeypatch.setattr(MNIST, "mirrors", [f"{server.address}/gone-", f"{server.address}/"])
-    monkeypatch.setattr(MNIST, "resources", [(name, md5(content)) for name, content in server.files.items()])
-    assert fetch(project, "mnist") == 5
-    assert files(project.root / "data") == sorted(server.files)
-
-
-def test_cifar10_is_unpacked_and_its_pickles_are_not_loaded(
+def test_mnist_comes_from_the_first_mirror_that_has_it(
     server: Any, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchvision.datasets import CIFAR10
+    for prefix, count in (("train", 3), ("t10k", 2)):
+        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        labels = b"\0\0\x08\x01" + count.to_bytes(4, "big") + bytes(range(count))
+        server.files[f"{prefix}-images-idx3-ubyte.gz"] = gzip.compress(header + (bytes(range(256)) * 12)[: count * 784])
+        server.files[f"{prefix}-labels-idx1-ubyte.gz"] = gzip.compress(labels)
+    files = [
+        WebFile(url=f"http://127.0.0.1:1/{name}", mirrors=(f"{server.address}/{name}",), md5=md5(content))
+        for name, content in server.files.items()
+    ]
+    set_files(monkeypatch, "mnist", *files)
+    assert fetch(project, "mnist") == 5
+    assert files_in(project.root / "data") == sorted(server.files)
 
-    content = tgz_of(**{"cifar-10-batches-py/data_batch_1": b"cos\nsystem\n(S'touch /tmp/run'\ntR."})
-    server.files["cifar-10-python.tar.gz"] = content
-    monkeypatch.setattr(CIFAR10, "url", f"{server.address}/cifar-10-python.tar.gz")
-    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(content))
-    monkeypatch.setattr("pickle.load", None)
-    monkeypatch.setattr(fetching.import_data, "import_folder", lambda *words: len(files(words[-1])))
-    assert fetch(project, "cifar10") == 1
+
+def test_cifar10_keeps_its_batches_and_class_names(
+    server: Any, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = np.random.default_rng(0).integers(0, 256, 3072, np.uint8).tobytes()
+    members = {
+        "data_batch_1.bin": bytes([3]) + row + bytes([0]) + row,
+        "test_batch.bin": bytes([9]) + row,
+        "batches.meta.txt": "\n".join(DATASETS["cifar10"].classes).encode() + b"\n\n",
+    }
+    content = tgz_of(
+        **{f"cifar-10-batches-bin/{name}": member for name, member in members.items()},
+        **{"cifar-10-batches-bin/readme.html": b"<html></html>"},
+    )
+    server.files["cifar-10-binary.tar.gz"] = content
+    set_files(monkeypatch, "cifar10", WebFile(url=f"{server.address}/cifar-10-binary.tar.gz", md5=md5(content)))
+    assert fetch(project, "cifar10") == 3
+    data = project.root / "data" / "cifar-10-batches-bin"
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == members
+    records = scan(project.root / "data", DATA, PREPROCESS).records
+    assert [(record.label, record.split) for record in records] == [
+        ("cat", "train"),
+        ("airplane", "train"),
+        ("truck", "test"),
+    ]
 
 
-def test_pets_get_breed_split_and_outline(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import OxfordIIITPet
-
+def test_pets_get_breed_split_and_mask(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     trimap = np.full((20, 20), 2, np.uint8)
     trimap[5:15, 5:15], trimap[7:13, 7:13] = 3, 1
     mask = bytes(cv2.imencode(".png", trimap)[1])
@@ -325,8 +332,9 @@ def test_pets_get_breed_split_and_outline(server: Any, project: Project, monkeyp
         **{"annotations/trimaps/._pug_2.png": b"x", "annotations/test.txt": b"pug_3 2 2 1\n"},
         **{"annotations/trainval.txt": b"pug_2 2 2 1\nMaine_Coon_1 1 1 1\n"},
     )
-    resources = [(f"{server.address}/{name}", md5(content)) for name, content in server.files.items()]
-    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", resources)
+    served = server.files.items()
+    web_files = [WebFile(url=f"{server.address}/{name}", md5=md5(content)) for name, content in served]
+    set_files(monkeypatch, "oxford-pet", *web_files)
     assert fetch(project, "oxford-pet") == 3
     data = project.root / "data"
     assert (data / "manifest.csv").read_text().splitlines()[1:] == [
@@ -334,57 +342,48 @@ def test_pets_get_breed_split_and_outline(server: Any, project: Project, monkeyp
         "images/pug_2.jpg,pug,,train",
         "images/pug_3.jpg,pug,,test",
     ]
-    outline = cv2.imread(str(data / "masks" / "pug_2.png"), cv2.IMREAD_GRAYSCALE)
-    assert [np.count_nonzero(outline == grey) for grey in (0, 127, 255)] == [300, 64, 36]
-    on_or_off = mask_to_square(outline, Preprocess(image_size=20))
-    three = mask_to_square(outline, Preprocess(image_size=20, mask_values=(0, 127, 255)))
-    assert np.bincount(on_or_off.ravel()).tolist() == [364, 36]
-    assert np.bincount(three.ravel()).tolist() == [300, 64, 36]
-
-
-def test_torchvision_still_says_where_its_datasets_are() -> None:
-    for dataset in KNOWN.values():
-        if isinstance(dataset.source, Torchvision):
-            for urls, name, checksum in fetching._mirrors(dataset.source):
-                assert all(url.startswith("http") and url.endswith(name) for url in urls)
-                assert checksum is not None and len(checksum) == 36
+    written = cv2.imread(str(data / "masks" / "pug_2.png"), cv2.IMREAD_GRAYSCALE)
+    assert [np.count_nonzero(written == grey) for grey in (0, 127, 255)] == [300, 64, 36]
+    two_classes = resize_mask(written, Preprocess(image_size=20))
+    three_classes = resize_mask(written, Preprocess(image_size=20, mask_values=(0, 127, 255)))
+    assert np.bincount(two_classes.ravel()).tolist() == [364, 36]
+    assert np.bincount(three_classes.ravel()).tolist() == [300, 64, 36]
 
 
 @pytest.fixture
 def kaggle(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Kaggle's interface on loopback; each call fetches the Kermany films, of which its zip has two copies."""
+    """Fetch a dataset from a local server with Kaggle's interface; its zip holds two copies of each image."""
     from kagglesdk import kaggle_env
 
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.LOCAL, server.address)
-    monkeypatch.setitem(catalog.KNOWN, "chest-xray-pneumonia", replace(KNOWN["chest-xray-pneumonia"], size=1000))
-    films = ("train/NORMAL/IM-0115-0001.png", "test/PNEUMONIA/person1_virus_6.png")
+    entry = DATASETS["chest-xray-pneumonia"].model_copy(update={"size": 1000})
+    monkeypatch.setitem(DATASETS, "chest-xray-pneumonia", entry)
+    images = ("train/NORMAL/IM-0115-0001.png", "test/PNEUMONIA/person1_virus_6.png")
     members = {
-        f"{top}/{film}": png(n) for n, film in enumerate(films) for top in ("chest_xray", "chest_xray/chest_xray")
+        f"{top}/{image}": png(n) for n, image in enumerate(images) for top in ("chest_xray", "chest_xray/chest_xray")
     }
     server.files["DownloadDataset"] = zip_of(**members, **{"chest_xray/chest_xray/.DS_Store": bytes(3_000_000)})
     return lambda: fetch(project, "chest-xray-pneumonia")
 
 
-@pytest.mark.parametrize("trouble", ["none", "drop", "429"])
-def test_kaggle_comes_through_kagglehub(
-    server: Any, project: Project, kaggle: Callable[[], int], trouble: str, tmp_path: Path
+@pytest.mark.parametrize("fault", ["none", "drop", "429"])
+def test_kaggle_dataset_is_resumed_by_kagglehub(
+    server: Any, project: Project, kaggle: Callable[[], int], fault: str, tmp_path: Path
 ) -> None:
-    if trouble == "drop":
+    if fault == "drop":
         server.drop_after(2_500_000)
-    if trouble == "429":
+    if fault == "429":
         server.refuse(429)
     assert kaggle() == 2
-    assert files(project.root / "data") == ["test/PNEUMONIA/person1_virus_6.png", "train/NORMAL/IM-0115-0001.png"]
-    assert (fetching.datasets_folder() / "chest-xray-pneumonia" / "kagglehub").is_dir()
-    if trouble == "drop":
-        assert server.ranges[-1] == f"bytes={2 << 20}-"  # it went on after its last whole chunk
+    assert files_in(project.root / "data") == ["test/PNEUMONIA/person1_virus_6.png", "train/NORMAL/IM-0115-0001.png"]
+    assert (fetch_module.datasets_folder() / "chest-xray-pneumonia" / "kagglehub").is_dir()
+    if fault == "drop":
+        assert server.ranges[-1] == f"bytes={2 << 20}-"  # after the last complete chunk
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_kaggle_refuses_and_the_user_knows_what_to_do(
-    server: Any, project: Project, kaggle: Callable[[], int], status: int
-) -> None:
+def test_kaggle_refusal_is_explained(server: Any, project: Project, kaggle: Callable[[], int], status: int) -> None:
     server.refuse(status)
     with pytest.raises(UserError) as error:
         kaggle()
@@ -393,10 +392,10 @@ def test_kaggle_refuses_and_the_user_knows_what_to_do(
     words += ["access_token", "Sign in"] if status in (401, 403) else []
     for word in words:
         assert word in str(error.value)
-    assert files(project.root) == []
+    assert files_in(project.root) == []
 
 
-def test_kaggle_offline_is_one_message(kaggle: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kaggle_offline(kaggle: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
     from kagglesdk import kaggle_env
 
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.LOCAL, "http://127.0.0.1:1")
@@ -404,20 +403,19 @@ def test_kaggle_offline_is_one_message(kaggle: Callable[[], int], monkeypatch: p
         kaggle()
 
 
-def test_damage_on_the_way_from_kaggle_is_not_kept(
+def test_damaged_kaggle_download_is_replaced(
     server: Any, project: Project, kaggle: Callable[[], int], tmp_path: Path
 ) -> None:
-    whole = server.files["DownloadDataset"]
+    complete = server.files["DownloadDataset"]
     server.files["DownloadDataset"] = b"<html>log in</html>"
     with pytest.raises(UserError, match="Run the command again"):
         kaggle()
-    assert files(project.root) == []
-    server.files["DownloadDataset"] = whole
+    assert files_in(project.root) == []
+    server.files["DownloadDataset"] = complete
     assert kaggle() == 2
 
 
-def test_a_kaggle_zip_from_a_browser_serves_too(server: Any, project: Project, kaggle: Callable[[], int]) -> None:
+def test_kaggle_zip_from_a_browser_is_used(server: Any, project: Project, kaggle: Callable[[], int]) -> None:
     put("chest-xray-pneumonia", **{"archive.zip": server.files["DownloadDataset"]})
     assert kaggle() == 2
     assert server.ranges == []
-    assert isinstance(KNOWN["chest-xray-pneumonia"].source, Kaggle)

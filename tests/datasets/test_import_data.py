@@ -1,4 +1,4 @@
-"""A folder becomes the project's dataset, whole or not at all, and what was there can come back."""
+"""Tests of the import: the project gets the complete dataset or keeps the old one, which DVC can restore."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from medgen import config
 from medgen.config import Project
 from medgen.datasets.import_data import import_folder
 from medgen.errors import UserError
-from medgen.ingest.dataset_scan import Record, scan
+from medgen.ingest.dataset_scan import ImageRecord, scan
 from medgen.ingest.patients import write_salt
 
 DATA, PREPROCESS = config.Data(), config.Preprocess()
@@ -34,7 +34,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def records(folder: Path) -> list[Record]:
+def records(folder: Path) -> list[ImageRecord]:
     return scan(folder, DATA, PREPROCESS).records
 
 
@@ -45,7 +45,7 @@ def dvc(root: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A project with git and DVC whose data is tracked, and a stage that lists it."""
+    """A project with git and DVC that tracks its data, and a stage that lists the data."""
     root = tmp_path / "project"
     make(root / "data", "A/old.png")
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
@@ -60,9 +60,7 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def test_pictures_masks_and_manifest_are_copied_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_images_and_masks_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make(tmp_path / "source", "train/images/A/person1_1.png", "train/images/A/person1_2.png",
                   "test/images/B/2.png", "train/masks/A/person1_1.png")  # fmt: skip
     junk = {".DS_Store": b"x", "notes.txt": b"x"}
@@ -72,61 +70,60 @@ def test_pictures_masks_and_manifest_are_copied_and_nothing_else(
     assert import_folder(project, DATA, PREPROCESS, source) == 3
     assert files(tmp_path / "project" / "data") == {k: v for k, v in files(source).items() if k not in junk}
     assert records(tmp_path / "project" / "data") == records(source)
-    said = capsys.readouterr().err
+    summary = capsys.readouterr().err
     for part in ("3 images of 2 patients", "A 2, B 1", "test 1, train 2", "masks:   1", "dvc add data"):
-        assert part in said
+        assert part in summary
 
 
-def test_a_manifest_comes_along(tmp_path: Path) -> None:
+def test_manifest_is_copied(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "1.png", "2.png", "3.png")
     (source / "manifest.csv").write_text("path,label\n1.png,A\n2.png,B\nabsent.png,B\n")
     assert import_folder(Project(tmp_path / "project"), DATA, PREPROCESS, source) == 3
     assert set(files(tmp_path / "project" / "data")) == {"1.png", "2.png", "manifest.csv"}
 
 
-def test_copies_are_files_of_their_own(tmp_path: Path) -> None:
-    """DVC makes what it keeps read-only: a hard link would do that to the user's own file."""
+def test_files_are_copied_not_linked(tmp_path: Path) -> None:
+    """DVC makes tracked files read-only, and a hard link would pass that on to the original."""
     source = make(tmp_path / "source", "A/1.png")
     import_folder(Project(tmp_path / "project"), DATA, PREPROCESS, source)
     assert (tmp_path / "project" / "data" / "A" / "1.png").stat().st_ino != (source / "A" / "1.png").stat().st_ino
 
 
-def test_files_that_dvc_does_not_keep_are_not_removed(tmp_path: Path) -> None:
+def test_untracked_files_are_not_deleted(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     before = files(make(project.root / "data", "A/mine.png"))
-    with pytest.raises(UserError, match=r"holds files that DVC does not keep.*dvc add data"):
+    with pytest.raises(UserError, match=r"contains files that DVC does not track.*dvc add data"):
         import_folder(project, DATA, PREPROCESS, make(tmp_path / "source", "B/1.png"))
     assert files(project.root / "data") == before
 
 
-def test_importing_the_data_folder_itself_is_refused(tmp_path: Path) -> None:
+def test_import_of_the_data_folder_itself_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "data", "A/1.png")
-    with pytest.raises(UserError, match="the project's data already"):
+    with pytest.raises(UserError, match="already the project's data folder"):
         import_folder(Project(tmp_path), DATA, PREPROCESS, tmp_path / "data")
 
 
-def test_an_import_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_import_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, project = make(tmp_path / "source", "A/1.png", "A/2.png"), Project(tmp_path / "project")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", full)
-    with pytest.raises(UserError, match=r"No space left on device.*what was in data/ is as before"):
+    with pytest.raises(UserError, match=r"No space left on device.*data/ is unchanged"):
         import_folder(project, DATA, PREPROCESS, source)
     assert files(project.root) == {}
 
 
-def test_what_is_left_behind_is_counted_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_files_are_counted_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make(tmp_path / "source", "A/1.png")
     for name in ("a.txt", "b.txt", "A/.DS_Store"):
         (source / name).write_text("x")
     import_folder(Project(tmp_path / "project"), DATA, PREPROCESS, source)
-    assert re.search(r"left: +3 files: 2 × .*; 1 × ", capsys.readouterr().err)
+    assert re.search(r"skipped: +3 files: 2 × .*; 1 × ", capsys.readouterr().err)
 
 
-def test_files_that_belong_to_a_picture_come_along(tmp_path: Path) -> None:
-    """A file of digits is nothing without its labels."""
+def test_companion_files_are_copied(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "t10k-images-idx3-ubyte").write_bytes(
@@ -139,36 +136,36 @@ def test_files_that_belong_to_a_picture_come_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "gztar"])
-def test_an_archive_is_taken_like_its_folder(tmp_path: Path, kind: str) -> None:
+def test_archive_is_imported_like_its_folder(tmp_path: Path, kind: str) -> None:
     source = make(tmp_path / "source", "train/A/1.png", "test/B/2.png")
     archive = Path(shutil.make_archive(str(tmp_path / "download"), kind, source))
     project = Project(tmp_path / "project")
     assert import_folder(project, DATA, PREPROCESS, archive) == 2
     assert files(project.root / "data") == files(source)
-    assert list(project.runs.iterdir()) == []  # no scratch is left
+    assert list(project.runs.iterdir()) == []  # no temporary folder remains
     assert archive.is_file()
 
 
-def test_an_archive_that_leads_outside_leaves_all_as_it_was(tmp_path: Path) -> None:
+def test_unsafe_archive_changes_nothing(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as file:
         file.writestr("A/1.png", b"x")
         file.writestr("../../escaped.png", b"x")
-    with pytest.raises(UserError, match=r"leads out of the folder"):
+    with pytest.raises(UserError, match="path outside the folder"):
         import_folder(project, DATA, PREPROCESS, tmp_path / "evil.zip")
     assert list(files(tmp_path)) == ["evil.zip"]
 
 
-def test_a_file_that_is_no_archive_says_what_to_name(tmp_path: Path) -> None:
+def test_single_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a\.png: neither a folder nor a zip"):
+    with pytest.raises(UserError, match=r"a\.png: expected a folder, or a zip"):
         import_folder(Project(tmp_path / "project"), DATA, PREPROCESS, tmp_path / "a.png")
 
 
-def test_dicom_files_get_a_salt_of_their_own(tmp_path: Path) -> None:
-    """Without one, whoever knows how a hospital numbers its patients could try them all."""
+def test_dicom_dataset_gets_its_own_salt(tmp_path: Path) -> None:
+    """Without a salt, a search over all patient numbers of a hospital would find the pseudonyms."""
     source = make(tmp_path / "source", "A/1.png")
-    (source / "A" / "scan.dcm").write_bytes(bytes(128) + b"DICM")  # what it holds does not matter here
+    (source / "A" / "scan.dcm").write_bytes(bytes(128) + b"DICM")  # the import does not read the rest
     salts = set()
     for name in ("one", "other"):
         import_folder(Project(tmp_path / name), DATA, PREPROCESS, source)
@@ -176,20 +173,22 @@ def test_dicom_files_get_a_salt_of_their_own(tmp_path: Path) -> None:
     assert len(salts) == 2
 
 
-def test_pictures_get_no_salt_and_an_old_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_salt_is_kept_and_png_files_get_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, project = make(tmp_path / "source", "A/person1_1.png"), Project(tmp_path / "project")
     import_folder(project, DATA, PREPROCESS, source)
     assert not (project.root / "data" / ".salt").exists()
     write_salt(project.root / "data")
     before = records(project.root / "data")
-    monkeypatch.setattr("medgen.datasets.import_data.require_replaceable", lambda *_: None)  # as if DVC kept it
+    monkeypatch.setattr(
+        "medgen.datasets.import_data.require_replaceable", lambda *_: None
+    )  # as if DVC tracked the data
     import_folder(project, DATA, PREPROCESS, source)
     assert records(project.root / "data") == before != records(source)
 
 
 @pytest.mark.slow
 def test_import_then_repro(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The newcomer's two commands; then the way back, and no way over work that DVC does not keep."""
+    """Import and repro, refusal to delete an untracked file, then restore the earlier data."""
     dvc(repository, "repro")
     assert (repository / "artifacts" / "list").read_text() == "A\n"
     old = (repository / "data.dvc").read_text()
@@ -202,17 +201,17 @@ def test_import_then_repro(repository: Path, tmp_path: Path, capsys: pytest.Capt
     assert (repository / "artifacts" / "list").read_text() == "B\nC\n"
 
     make(repository / "data", "B/unsaved.png")
-    with pytest.raises(UserError, match="DVC does not keep"):
+    with pytest.raises(UserError, match="DVC does not track"):
         import_folder(Project(repository), DATA, PREPROCESS, source)
     (repository / "data" / "B" / "unsaved.png").unlink()
 
     (repository / "data.dvc").write_text(old)
     dvc(repository, "checkout", "-q", "--force", "data.dvc")
     assert list(files(repository / "data")) == ["A/old.png"]
-    assert (source / "B" / "1.png").stat().st_mode & 0o200  # the user's own files stay writable
+    assert (source / "B" / "1.png").stat().st_mode & 0o200  # the original files stay writable
 
 
-def test_real_images_keep_their_masks_and_patients(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+def test_real_images_keep_masks_and_patients(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     source = shared_data("lungmask")
     assert import_folder(Project(tmp_path), DATA, PREPROCESS, source) == 219
     assert records(tmp_path / "data") == records(source)

@@ -1,4 +1,4 @@
-"""What a user is promised of artifacts/evaluation: the values come back exactly or not at all, and name nobody."""
+"""artifacts/evaluation: exact values, errors for damaged files, no patient identifiers."""
 
 import dataclasses
 import hashlib
@@ -14,17 +14,16 @@ import torch
 from medgen.errors import UserError
 from medgen.evaluation.data import (
     DESCRIPTION,
-    TENSORS,
     EvaluationData,
     EvaluationInfo,
-    group_numbers,
     load_evaluation,
     save_evaluation,
 )
 from medgen.metrics.comparison import ImageSet
+from medgen.metrics.intervals import group_indices
 
 PATIENTS = ["Miller", "Miller", "Jones", "Miller", "Brown"]
-GROUPS = group_numbers(PATIENTS, 5)
+GROUPS = group_indices(5, PATIENTS)
 IMAGES = EvaluationData(
     EvaluationInfo("ba9876543210", "e" * 64, "test", 3, 7, 2.5),
     torch.rand(5),
@@ -45,22 +44,22 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("data", [IMAGES, MASKS], ids=["images", "masks"])
-def test_values_come_back_exactly(data: EvaluationData, tmp_path: Path) -> None:
+def test_values_are_loaded_exactly(data: EvaluationData, tmp_path: Path) -> None:
     digest = save_evaluation(tmp_path / "evaluation", data)
     found = load_evaluation(tmp_path / "evaluation")
     assert same(data, found)
     assert found.digest == digest == save_evaluation(tmp_path / "again", data)
 
 
-def test_no_identifier_of_a_patient_is_kept(tmp_path: Path) -> None:
+def test_no_patient_identifier_is_saved(tmp_path: Path) -> None:
     save_evaluation(tmp_path, IMAGES)
-    kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    assert not any(name.encode() in kept for name in PATIENTS)
+    saved = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert not any(name.encode() in saved for name in PATIENTS)
     assert load_evaluation(tmp_path).groups.tolist() == [0, 0, 1, 0, 2]
-    assert group_numbers(None, 3).tolist() == [0, 1, 2]  # no patients known: each image by itself
+    assert group_indices(3, None).tolist() == [0, 1, 2]  # without patients each image is a group
 
 
-def test_a_masks_evaluation_takes_the_place_of_an_images_one(tmp_path: Path) -> None:
+def test_an_evaluation_of_masks_replaces_one_of_images(tmp_path: Path) -> None:
     save_evaluation(tmp_path, IMAGES)
     save_evaluation(tmp_path, MASKS)
     assert load_evaluation(tmp_path).samples is None
@@ -73,24 +72,27 @@ def change(folder: Path, **values: object) -> None:
 
 def drop_a_tensor(folder: Path) -> None:
     content = safetensors.torch.save({"similarity": torch.rand(5)})
-    (folder / TENSORS).write_bytes(content)
+    (folder / "evaluation.safetensors").write_bytes(content)
     change(folder, sha256=hashlib.sha256(content).hexdigest())
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "no evaluation here; run `medgen eval"),
-    "no tensors": (lambda folder: (folder / TENSORS).unlink(), f"{TENSORS}: no evaluation here"),
-    "a byte more": (lambda folder: (folder / TENSORS).open("ab").write(b"0"), "damaged or of another medgen"),
-    "another schema": (lambda folder: change(folder, schema=2), "damaged or of another medgen"),
-    "torn": (lambda folder: (folder / DESCRIPTION).write_text('{"sch'), f"{DESCRIPTION}: not an evaluation's"),
-    "a list": (lambda folder: (folder / DESCRIPTION).write_text("[]"), f"{DESCRIPTION}: not an evaluation's"),
-    "no settings": (lambda folder: change(folder, info={"dataset": 3}), f"{DESCRIPTION}: not an evaluation's"),
-    "a tensor is missing": (drop_a_tensor, f"{DESCRIPTION}: not an evaluation's"),
+    "no folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "not found; run `medgen eval"),
+    "no tensors": (lambda folder: (folder / "evaluation.safetensors").unlink(), "evaluation.safetensors: not found"),
+    "a byte more": (
+        lambda folder: (folder / "evaluation.safetensors").open("ab").write(b"0"),
+        "evaluation.safetensors: damaged",
+    ),
+    "another schema": (lambda folder: change(folder, schema=2), "found schema 2, expected 1"),
+    "torn": (lambda folder: (folder / DESCRIPTION).write_text('{"sch'), f"{DESCRIPTION}: not readable as JSON"),
+    "a list": (lambda folder: (folder / DESCRIPTION).write_text("[]"), f"{DESCRIPTION}: expected a JSON object"),
+    "no settings": (lambda folder: change(folder, info={"dataset": 3}), f"{DESCRIPTION}: incomplete or damaged"),
+    "a tensor is missing": (drop_a_tensor, f"{DESCRIPTION}: incomplete or damaged"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named(case: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(case: str, tmp_path: Path) -> None:
     damage, message = DAMAGE[case]
     save_evaluation(tmp_path, IMAGES)
     damage(tmp_path)
@@ -102,7 +104,7 @@ def test_damage_is_named(case: str, tmp_path: Path) -> None:
     ("change", "comparable"),
     [
         ({}, True),
-        ({"bandwidth": 2.5000002}, True),  # computed on another machine
+        ({"bandwidth": 2.5000002}, True),  # rounded differently on another machine
         ({"dataset": "0"}, False),
         ({"extractor": "0"}, False),
         ({"split": "val"}, False),

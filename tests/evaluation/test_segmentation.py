@@ -1,4 +1,4 @@
-"""A model that finds masks, from pictures to a registered version: the same stages, its own numbers and pictures."""
+"""A model that predicts masks, from files to a registered version."""
 
 import csv
 import dataclasses
@@ -18,7 +18,7 @@ from medgen.config import Data, Evaluate, Loss, Model, Params, Phase, Preprocess
 from medgen.data.store import Split, Store, open_store
 from medgen.errors import UserError
 from medgen.evaluation import evaluate
-from medgen.evaluation.segmentation import findings, judge
+from medgen.evaluation.segmentation import evaluate_masks
 from medgen.ingest import preprocess
 from medgen.models import bundle
 from medgen.models.base import ModelOutput
@@ -37,7 +37,7 @@ GREYS = (0, 100, 200)
 
 
 def draw_shapes(folder: Path, num_images: int = 40) -> None:
-    """A bright block and a brighter disc on noise, and masks of both; the last two pictures have none."""
+    """Write images of a bright block and a brighter disc on noise, and masks of both; the last two images have none."""
     generator = np.random.default_rng(0)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
@@ -46,15 +46,15 @@ def draw_shapes(folder: Path, num_images: int = 40) -> None:
         left, top = (int(at) for at in generator.integers(1, 8, 2))
         mask[top : top + 9, left : left + 12] = GREYS[1]
         cv2.circle(mask, (20 + left // 2, 22), 5, GREYS[2], -1)
-        picture = (mask + generator.integers(0, 55, mask.shape)).astype(np.uint8)
-        cv2.imwrite(str(folder / "images" / f"{number:02d}.png"), picture)
+        image = (mask + generator.integers(0, 55, mask.shape)).astype(np.uint8)
+        cv2.imwrite(str(folder / "images" / f"{number:02d}.png"), image)
         if number < num_images - 2:
             cv2.imwrite(str(folder / "masks" / f"{number:02d}.png"), mask)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, float]]:
-    """A project after all stages, on masks of two classes and of three, and its metrics."""
+    """A project after all stages, with masks of two and of three classes, and its metrics."""
     project = Project(tmp_path_factory.mktemp(f"masks{request.param}"))
     draw_shapes(project.root / "data")
     values = GREYS if request.param == 3 else None
@@ -69,14 +69,14 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return project, evaluate.run(project, evaluate=Evaluate(batch_size=5), tracking=OFF)
 
 
-def test_metrics_are_scikit_learns_over_the_test_images_with_a_mask(done: tuple[Project, dict[str, float]]) -> None:
+def test_metrics_agree_with_scikit_learn_over_test_images_with_a_mask(done: tuple[Project, dict[str, float]]) -> None:
     project, metrics = done
     store, (model, info) = open_store(project.dataset), bundle.load(project.model)
     classes, split = info.preprocess.mask_classes, store.split("test")
     rows = [i for i, row in enumerate(split.rows()) if row["mask"]]
     assert split.masks is not None and set(np.unique(split.masks)) == set(range(classes))
     with torch.no_grad():
-        found = model.predict(torch.from_numpy(split.images[rows]).float() / 255).reconstruction
+        found = model.predict(torch.from_numpy(split.images[rows]).float() / 255).prediction
     found = found.argmax(1) if classes > 2 else found[:, 0] > 0.5
     for name, score in (("dice", f1_score), ("iou", jaccard_score)):
         pairs = zip(split.masks[rows, 0], found.numpy().astype(int), strict=True)
@@ -90,7 +90,7 @@ def test_metrics_are_scikit_learns_over_the_test_images_with_a_mask(done: tuple[
     assert total == 38 and sum(store.counts.values()) == 40
 
 
-def test_what_dvc_declares_is_there(done: tuple[Project, dict[str, float]], root: Path) -> None:
+def test_all_outputs_in_dvc_yaml_exist(done: tuple[Project, dict[str, float]], root: Path) -> None:
     from ruamel.yaml import YAML
 
     project, metrics = done
@@ -112,7 +112,7 @@ def test_what_dvc_declares_is_there(done: tuple[Project, dict[str, float]], root
         assert {plot["x"], *plot["y"]["reports/curves.csv"]} <= columns
 
 
-def test_it_learns_and_is_recorded(done: tuple[Project, dict[str, float]]) -> None:
+def test_the_loss_falls_and_results_are_recorded(done: tuple[Project, dict[str, float]]) -> None:
     project, metrics = done
     records = history(next(project.runs.glob("*/")))
     assert records[1]["train/loss"] < records[0]["train/loss"]
@@ -124,16 +124,16 @@ def test_it_learns_and_is_recorded(done: tuple[Project, dict[str, float]]) -> No
 
 
 class OnePixel(UNet):
-    """Finds one pixel in every image."""
+    """Predicts one pixel in every image."""
 
     def predict(self, image: torch.Tensor, label: torch.Tensor | None = None) -> ModelOutput:
         found = torch.zeros(len(image), 1, 32, 32)
         found[:, :, 0, 0] = 1.0
-        return ModelOutput(reconstruction=found, latent=None)
+        return ModelOutput(prediction=found, latent=None)
 
 
-class TrueBut(UNet):
-    """Finds the true masks, without the classes that are left out."""
+class TrueMasks(UNet):
+    """Predicts the true masks without some classes."""
 
     true: torch.Tensor
     left_out: tuple[int, ...]
@@ -147,23 +147,21 @@ class TrueBut(UNet):
 
 @pytest.mark.parametrize("done", [3], indirect=True)
 @pytest.mark.parametrize(("left_out", "expected"), [((), 1.0), ((2,), 0.5), ((1, 2), 0.0)])
-def test_the_background_counts_for_nothing(
+def test_the_background_is_not_counted(
     done: tuple[Project, dict[str, float]], left_out: tuple[int, ...], expected: float
 ) -> None:
     store = open_store(done[0].dataset)
-    split, model = store.split("test"), TrueBut(UNET, (1, 32, 32), 0, 3)
+    split, model = store.split("test"), TrueMasks(UNET, (1, 32, 32), 0, 3)
     assert split.masks is not None
     model.true, model.left_out = torch.from_numpy(split.masks[split.masked_rows][:, 0]).long(), left_out
-    found = judge(store, model, torch.device("cpu"), 5)
+    found = evaluate_masks(store, model, 5)
     assert found.metrics["segmentation/dice_foreground"] == pytest.approx(expected)
     assert found.metrics["segmentation/iou_foreground"] == pytest.approx(expected)
     torch.testing.assert_close(found.dice, torch.full_like(found.dice, expected))
 
 
 @pytest.mark.parametrize("done", [2], indirect=True)
-def test_empty_masks_are_refused_whatever_is_found_in_them(
-    done: tuple[Project, dict[str, float]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_masks_are_an_error(done: tuple[Project, dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> None:
     def emptied(store: Store, name: str) -> Split:
         part = split(store, name)
         return part if part.masks is None else dataclasses.replace(part, masks=np.zeros_like(part.masks))
@@ -171,11 +169,11 @@ def test_empty_masks_are_refused_whatever_is_found_in_them(
     split = Store.split
     monkeypatch.setattr(Store, "split", emptied)
     store, model = open_store(done[0].dataset), OnePixel(UNET, (1, 32, 32), 0)
-    with pytest.raises(UserError, match="every mask of the test split is empty, expected"):
-        judge(store, model, torch.device("cpu"), 5)
+    with pytest.raises(UserError, match="all masks of the test split are empty, expected"):
+        evaluate_masks(store, model, 5)
 
 
-def test_what_needs_a_latent_is_refused(done: tuple[Project, dict[str, float]], tmp_path: Path) -> None:
+def test_commands_that_need_a_latent_are_errors(done: tuple[Project, dict[str, float]], tmp_path: Path) -> None:
     project, _ = done
     for call in (
         lambda: generate.run(project, n=2, label=None, seed=0, model=None, out=tmp_path),
@@ -183,13 +181,13 @@ def test_what_needs_a_latent_is_refused(done: tuple[Project, dict[str, float]], 
         lambda: generate.traverse(project, label=None, model=None, out=tmp_path),
         lambda: generate.reconstruct(project, files=[], label=None, model=None, out=tmp_path),
     ):
-        with pytest.raises(UserError, match=r"model\.json: model\.name unet finds masks.*a model with a latent"):
+        with pytest.raises(UserError, match=r"model\.json: model\.name unet predicts masks.*that generates images"):
             call()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("done", [3], indirect=True)
-def test_a_registered_version_finds_the_same_masks(
+def test_a_registered_version_predicts_the_same_masks(
     done: tuple[Project, dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
@@ -197,15 +195,15 @@ def test_a_registered_version_finds_the_same_masks(
     project, _ = done
     address = f"sqlite:///{project.root}/mlflow.db"
     mlflow.set_tracking_uri(address)
-    # an earlier test may have left its own project's here
+    # an earlier test may have set it to its own project
     monkeypatch.setattr("mlflow.tracking._model_registry.utils._registry_uri", address)
-    version = registry.run(project, params=Params())
+    version = registry.register(project, params=Params())
     segmenter: Any = mlflow.pyfunc.load_model(version.uri)
-    picture = cv2.imread(str(project.root / "data" / "images" / "03.png"), cv2.IMREAD_GRAYSCALE)
-    masks = segmenter.predict(picture[None, :, :, None])
+    image = cv2.imread(str(project.root / "data" / "images" / "03.png"), cv2.IMREAD_GRAYSCALE)
+    masks = segmenter.predict(image[None, :, :, None])
     model, _ = bundle.load(project.model)
     with torch.no_grad():
-        expected = model.predict(torch.from_numpy(picture)[None, None].float() / 255).reconstruction.argmax(1)
+        expected = model.predict(torch.from_numpy(image)[None, None].float() / 255).prediction.argmax(1)
     assert masks.dtype == np.uint8
     np.testing.assert_array_equal(masks[..., 0], expected.numpy())
     large = np.full((2, 50, 70, 1), 9, np.uint8)
@@ -217,7 +215,7 @@ def test_a_registered_version_finds_the_same_masks(
 @pytest.mark.parametrize(
     ("loss", "message"), [(Loss(), r"loss\.weights: ssim.*bce"), (Loss(weights=Weights(perceptual=1.0)), "perceptual")]
 )
-def test_losses_of_pictures_are_refused(
+def test_losses_of_images_are_errors(
     done: tuple[Project, dict[str, float]], loss: Loss, message: str, tmp_path: Path
 ) -> None:
     shutil.copytree(done[0].dataset, tmp_path / "artifacts" / "dataset")
@@ -225,22 +223,15 @@ def test_losses_of_pictures_are_refused(
         train.run(Project(tmp_path), model=UNET, loss=loss, train=TRAIN, tracking=OFF)
 
 
-def test_data_without_masks_is_refused(tmp_path: Path) -> None:
+def test_data_without_masks_are_an_error(tmp_path: Path) -> None:
     draw_shapes(tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "masks")
     preprocess.run(Project(tmp_path), data=Data(), preprocess=Preprocess(image_size=32, clahe_clip=0))
-    with pytest.raises(UserError, match=r"model\.name: unet learns masks.* 0 in train and 0 in val"):
+    with pytest.raises(UserError, match=r"model\.name: unet is trained on masks.* 0 in train and 0 in val"):
         train.run(Project(tmp_path), model=UNET, loss=BOTH, train=TRAIN, tracking=OFF)
 
 
-def test_findings_follow_the_numbers() -> None:
-    good = {"segmentation/dice_foreground": 0.9, "segmentation/dice_foreground_mean_mask": 0.7}
-    assert "better than" in findings(good)[0] and len(findings(good)) == 1
-    assert "does not use" in findings(good | {"segmentation/dice_foreground": 0.6})[0]
-    assert "Class 2" in findings(good | {"segmentation/dice_1": 0.95, "segmentation/dice_2": 0.5})[1]
-
-
-def test_recipes_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_recipes_run_in_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     ran: list[tuple[str, str]] = []
 
     def stage(project: Project, name: str, stage: str, overrides: Any) -> None:
@@ -270,7 +261,7 @@ def test_recipes_run_one_after_another(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
-def test_a_failed_stage_ends_it_with_its_name(tmp_path: Path, capfd: Any) -> None:
+def test_a_failed_stage_is_an_error_that_names_it(tmp_path: Path, capfd: Any) -> None:
     with pytest.raises(
         UserError, match="recipe unet-maxpool-transposed-bce: `medgen preprocess` ended with exit code 2"
     ):

@@ -1,6 +1,5 @@
-"""preprocess turns any folder into the store: the same bytes for any number of threads, and never in silence."""
+"""preprocess converts a folder to the dataset store, with the same bytes for any number of threads."""
 
-import csv
 import os
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from medgen import config
 from medgen.config import Project
 from medgen.data import store
 from medgen.errors import UserError
-from medgen.ingest.patients import pseudonym, salt_of
+from medgen.ingest.patients import pseudonymize, read_salt
 from medgen.ingest.preprocess import run
 from medgen.io import hash_file
 
@@ -23,7 +22,7 @@ SMALL = config.Preprocess(image_size=16)
 
 
 def make(folder: Path, num_patients: int = 20) -> Path:
-    """Class folders of small pictures of two classes, patients by name, of several kinds."""
+    """Class folders of small images of two classes in several formats, with patients in the file names."""
     generator = np.random.default_rng(0)
     for number in range(num_patients):
         for image in range(2):
@@ -39,7 +38,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_one_thread_and_many_give_the_same_bytes(tmp_path: Path) -> None:
+def rejected_files(dataset: store.Store) -> dict[str, str]:
+    rows = store.read_csv(dataset.folder / "rejected.csv", store.REJECTED_COLUMNS)
+    return {row["path"]: row["reason"] for row in rows}
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     for threads in (1, 7):
         make(tmp_path / str(threads) / "data")
         (tmp_path / str(threads) / "data" / "A" / "person99_0.png").write_bytes(b"broken")
@@ -48,8 +52,8 @@ def test_one_thread_and_many_give_the_same_bytes(tmp_path: Path) -> None:
     assert one == many
 
 
-def test_rows_are_their_files(tmp_path: Path) -> None:
-    """Each array row, recomputed by hand from the file that the manifest names."""
+def test_rows_match_their_files(tmp_path: Path) -> None:
+    """Each array row equals the one computed here from the file in the manifest."""
     make(tmp_path / "data")
     dataset = run(Project(tmp_path), data=config.Data(), preprocess=config.Preprocess(image_size=16, fit="squash"))
     assert dataset.classes == ("A", "B")
@@ -61,13 +65,13 @@ def test_rows_are_their_files(tmp_path: Path) -> None:
             expected = cv2.resize(cv2.createCLAHE(2.0, (8, 8)).apply(grey), (16, 16), interpolation=cv2.INTER_AREA)
             assert (image[0] == expected).all(), row["path"]
             assert dataset.classes[label] == row["label"] == row["path"][0]
-            assert row["patient"] == pseudonym(salt_of(tmp_path / "data"), Path(row["path"]).name.split("_")[0])
+            assert row["patient"] == pseudonymize(read_salt(tmp_path / "data"), Path(row["path"]).name.split("_")[0])
             assert row["index"] == "0"
             assert (row["width"], row["height"]) == (str(grey.shape[1]), str(grey.shape[0]))
             assert row["sha256"] == hash_file(tmp_path / "data" / row["path"])
 
 
-def test_masks_lie_as_their_images(tmp_path: Path) -> None:
+def test_masks_are_aligned_with_their_images(tmp_path: Path) -> None:
     for kind in ("images", "masks"):
         (tmp_path / "data" / kind).mkdir(parents=True)
     half = np.zeros((20, 40), np.uint8)
@@ -79,30 +83,28 @@ def test_masks_lie_as_their_images(tmp_path: Path) -> None:
     Image.fromarray(half.T).save(tmp_path / "data" / "images" / "tall.png")
     Image.fromarray(half).save(tmp_path / "data" / "masks" / "tall.png")
     options = config.Preprocess(image_size=16, clahe_clip=0, max_rejected=0.5, val_fraction=0, test_fraction=0)
-    train = run(Project(tmp_path), data=config.Data(), preprocess=options).split("train")
+    dataset = run(Project(tmp_path), data=config.Data(), preprocess=options)
+    train = dataset.split("train")
     assert train.masks is not None
     for image, mask, row in zip(train.images, train.masks, train.rows(), strict=True):
         assert (mask == (image > 127 if row["mask"] else 0)).all()
         assert bool(row["mask"]) is (row["path"] != "images/0.png")
-    rejected = list(store.read_csv(tmp_path / "artifacts" / "dataset" / "rejected.csv", store.REJECTED_COLUMNS))
-    assert [row["path"] for row in rejected] == ["images/tall.png"]
-    assert "40 x 20" in rejected[0]["reason"]
+    assert rejected_files(dataset) == {"images/tall.png": "mask masks/tall.png is 40 x 20, the image 20 x 40"}
 
 
-def test_a_bad_file_is_listed_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_file_is_listed_and_the_run_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "data")
     (tmp_path / "data" / "A" / "lfs.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     dataset = run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
     assert sum(dataset.counts.values()) == 40
-    with (dataset.folder / "rejected.csv").open() as stream:
-        assert [(row["path"], "Git LFS" in row["reason"]) for row in csv.DictReader(stream)] == [("A/lfs.png", True)]
-    said = capsys.readouterr().err
-    assert "rejected 1" in said
-    assert "rejected.csv" in said
-    assert f"train {dataset.counts['train']} (A " in said
+    assert {path: "Git LFS" in reason for path, reason in rejected_files(dataset).items()} == {"A/lfs.png": True}
+    output = capsys.readouterr().err
+    assert "rejected 1" in output
+    assert "rejected.csv" in output
+    assert f"train {dataset.counts['train']} (A " in output
 
 
-def test_too_many_bad_files_stop_the_run(tmp_path: Path) -> None:
+def test_too_many_unreadable_files_stop_the_run(tmp_path: Path) -> None:
     make(tmp_path / "data")
     project = Project(tmp_path)
     before = run(project, data=config.Data(), preprocess=SMALL).fingerprint
@@ -112,7 +114,7 @@ def test_too_many_bad_files_stop_the_run(tmp_path: Path) -> None:
         run(project, data=config.Data(), preprocess=SMALL)
     assert str(project.runs / "rejected.csv") in str(caught.value)
     assert (project.runs / "rejected.csv").read_text().count("empty file") == 5
-    assert store.open_store(project.dataset).fingerprint == before  # the old dataset stands
+    assert store.open_store(project.dataset).fingerprint == before  # the old dataset is unchanged
     run(project, data=config.Data(), preprocess=SMALL.model_copy(update={"max_rejected": 0.2}))
 
 
@@ -121,23 +123,22 @@ def test_a_listed_file_that_is_missing_is_rejected(tmp_path: Path) -> None:
     paths = sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.*"))
     (tmp_path / "data" / "manifest.csv").write_text("\n".join(["path", *paths, "A/absent.png"]))
     dataset = run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
-    rejected = list(store.read_csv(dataset.folder / "rejected.csv", store.REJECTED_COLUMNS))
-    assert rejected == [{"path": "A/absent.png", "reason": "No such file or directory"}]
+    assert rejected_files(dataset) == {"A/absent.png": "No such file or directory"}
 
 
-def test_nothing_changed_means_nothing_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_dataset_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "data")
     project = Project(tmp_path)
     first = run(project, data=config.Data(), preprocess=SMALL)
     before = (project.dataset / "dataset.json").stat().st_ino
     with monkeypatch.context() as patch:
-        patch.setattr("medgen.ingest.reading.open_file", lambda *_: pytest.fail("read"))
+        patch.setattr("medgen.ingest.reading.open_file", lambda *_: pytest.fail("a file was read"))
         assert run(project, data=config.Data(), preprocess=SMALL) == first
     assert (project.dataset / "dataset.json").stat().st_ino == before
 
 
 @pytest.mark.parametrize("change", ["pixels", "label", "patient", "settings", "damage", "new file"])
-def test_any_change_makes_it_anew(tmp_path: Path, change: str) -> None:
+def test_any_change_rebuilds_the_dataset(tmp_path: Path, change: str) -> None:
     project, data, options = Project(tmp_path), config.Data(), SMALL
     folder = make(tmp_path / "data")
     first = run(project, data=data, preprocess=options)
@@ -145,7 +146,7 @@ def test_any_change_makes_it_anew(tmp_path: Path, change: str) -> None:
     if change == "pixels":
         stat = path.stat()
         Image.fromarray(np.full((21, 30), 50, np.uint8)).save(path)
-        with path.open("ab") as file:  # same size and time: the content alone tells
+        with path.open("ab") as file:  # same size and time: only the content differs
             file.write(b"\0" * (stat.st_size - path.stat().st_size))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert path.stat().st_size == stat.st_size
@@ -165,30 +166,30 @@ def test_any_change_makes_it_anew(tmp_path: Path, change: str) -> None:
     store.open_store(project.dataset)
 
 
-def test_no_training_images_is_said(tmp_path: Path) -> None:
+def test_a_dataset_without_training_images_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "data" / "test")
     with pytest.raises(UserError, match="no training images"):
         run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
 
 
-def test_own_splits_take_the_place_of_given_ones(tmp_path: Path) -> None:
+def test_own_splits_replace_given_ones(tmp_path: Path) -> None:
     make(tmp_path / "data" / "test")
     dataset = run(Project(tmp_path), data=config.Data(splits="own"), preprocess=SMALL)
     assert all(dataset.counts[name] > 0 for name in store.SPLITS)
     assert dataset.classes == ("A", "B")
 
 
-def test_a_split_that_parts_a_patient_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leaks_between_given_splits_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "data" / "train")
     make(tmp_path / "data" / "test", num_patients=3)
     run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
-    said = capsys.readouterr().err
-    assert "3 patients stand in several splits, such as test/A/person1_0.jpg's" in said
-    assert "6 exact duplicates across splits" in said
+    output = capsys.readouterr().err
+    assert "patients in several splits: 3, for example test/A/person1_0.jpg's" in output
+    assert "exact duplicates across splits: 6" in output
 
 
-def picture(path: Path, number: int, **options: object) -> Path:
-    """The same smooth picture for the same number, unlike that of any other."""
+def save_image(path: Path, number: int, **options: object) -> Path:
+    """Save a smooth random image that depends on the number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(number).normal(128, 900, (96, 96))
     smooth = cv2.GaussianBlur(noise, (0, 0), 8).clip(0, 255).astype(np.uint8)
@@ -198,100 +199,100 @@ def picture(path: Path, number: int, **options: object) -> Path:
 
 @pytest.fixture
 def leaky(tmp_path: Path) -> Project:
-    """Given splits with a patient, a copy and a re-encoded copy on both sides, and one picture under two labels."""
+    """Given splits that share a patient, a copy and a re-encoded copy; and one image with two labels."""
     folder = tmp_path / "data"
     for number in range(12):
-        picture(folder / ("test" if number < 4 else "train") / "AB"[number % 2] / f"person{number}_0.png", number)
-    picture(folder / "train" / "A" / "person0_1.png", 100)  # person0 is in test
-    picture(folder / "train" / "B" / "copy.png", 1)  # of test/B/person1_0.png
-    picture(folder / "train" / "A" / "like.jpg", 2, quality=60)  # of test/A/person2_0.png
-    picture(folder / "train" / "B" / "other.png", 4)  # of train/A/person4_0.png
+        save_image(folder / ("test" if number < 4 else "train") / "AB"[number % 2] / f"person{number}_0.png", number)
+    save_image(folder / "train" / "A" / "person0_1.png", 100)  # person0 is in test
+    save_image(folder / "train" / "B" / "copy.png", 1)  # of test/B/person1_0.png
+    save_image(folder / "train" / "A" / "like.jpg", 2, quality=60)  # of test/A/person2_0.png
+    save_image(folder / "train" / "B" / "other.png", 4)  # of train/A/person4_0.png
     return Project(tmp_path)
 
 
-def places(dataset: store.Store) -> dict[str, str]:
+def splits_by_path(dataset: store.Store) -> dict[str, str]:
     return {row["path"]: name for name in store.SPLITS for row in dataset.split(name).rows()}
 
 
 NO_VAL = config.Preprocess(image_size=16, val_fraction=0.0)
 
 
-def test_leaks_are_said_and_kept(leaky: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    found = places(run(leaky, data=config.Data(), preprocess=NO_VAL))
+def test_leaks_are_reported_and_kept(leaky: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    found = splits_by_path(run(leaky, data=config.Data(), preprocess=NO_VAL))
     assert all(path.startswith(name) for path, name in found.items())
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for line in (
-        "1 patients stand in several splits",
-        "1 exact duplicates across splits, such as test/B/person1_0.png and train/B/copy.png",
-        "1 exact duplicates within a split",
-        "1 near-duplicates across splits, such as test/A/person2_0.png and train/A/like.jpg",
-        "1 pictures under several labels, such as train/A/person4_0.png and train/B/other.png (A and B)",
+        "patients in several splits: 1",
+        "exact duplicates across splits: 1, for example test/B/person1_0.png and train/B/copy.png",
+        "exact duplicates within a split: 1",
+        "near-duplicates across splits: 1, for example test/A/person2_0.png and train/A/like.jpg",
+        "images with several labels: 1, for example train/A/person4_0.png and train/B/other.png (A and B)",
     ):
-        assert line in said
+        assert line in output
 
 
-def test_leaks_are_moved_to_the_side_that_judges(leaky: Project) -> None:
-    found = places(run(leaky, data=config.Data(leaks="move"), preprocess=NO_VAL))
+def test_leaks_are_moved_to_the_test_split(leaky: Project) -> None:
+    found = splits_by_path(run(leaky, data=config.Data(leaks="move"), preprocess=NO_VAL))
     moved = {path for path, name in found.items() if not path.startswith(name)}
     assert moved == {"train/A/person0_1.png", "train/B/copy.png", "train/A/like.jpg"}
     assert {found[path] for path in moved} == {"test"}
 
 
-def test_leaks_can_stop_the_run(leaky: Project) -> None:
-    with pytest.raises(UserError, match=r"data\.leaks is error: patient [0-9a-f]{16}.*3 such in all.*data audit"):
-        run(leaky, data=config.Data(leaks="error"), preprocess=NO_VAL)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("leaks", r"data\.leaks is error: patient [0-9a-f]{16}.*found 3 leaks.*data audit"),
+        ("duplicates", r"data\.duplicates is error: 2 images.*person1_0.png and train/B/copy.png"),
+    ],
+)
+def test_leaks_and_duplicates_can_stop_the_run(leaky: Project, setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(leaky, data=config.Data.model_validate({setting: "error"}), preprocess=NO_VAL)
     assert not leaky.dataset.exists()
 
 
 def test_duplicates_are_dropped_with_their_reason(leaky: Project) -> None:
     dataset = run(leaky, data=config.Data(duplicates="drop"), preprocess=NO_VAL)
-    rejected = {
-        row["path"]: row["reason"] for row in store.read_csv(dataset.folder / "rejected.csv", ("path", "reason"))
-    }
+    rejected = rejected_files(dataset)
     assert rejected == {
         "train/B/copy.png": "a duplicate of test/B/person1_0.png",
-        "train/A/person4_0.png": "one picture under the labels A, B",
-        "train/B/other.png": "one picture under the labels A, B",
+        "train/A/person4_0.png": "one image under the labels A, B",
+        "train/B/other.png": "one image under the labels A, B",
     }
-    assert not rejected.keys() & places(dataset).keys()
+    assert not rejected.keys() & splits_by_path(dataset).keys()
     assert sum(dataset.counts.values()) == 16 - 3
 
 
-def test_duplicates_can_stop_the_run(leaky: Project) -> None:
-    with pytest.raises(UserError, match=r"data\.duplicates is error: 2 pictures.*person1_0.png and train/B/copy.png"):
-        run(leaky, data=config.Data(duplicates="error"), preprocess=NO_VAL)
-
-
-@pytest.mark.parametrize(("leaks", "place"), [("move", "val"), ("warn", "train")])
-def test_a_dropped_copy_still_says_who_belongs_together(
-    tmp_path: Path, leaks: str, place: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("leaks", "split"), [("move", "val"), ("warn", "train")])
+def test_a_dropped_copy_still_links_other_images(
+    tmp_path: Path, leaks: str, split: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """near.jpg is like aaa.png, which is dropped for its copy in val: so it leaks into val."""
+    """near.jpg resembles aaa.png, which is dropped because of its copy in val: near.jpg leaks into val."""
     folder = tmp_path / "data"
     for number in range(4):
-        picture(folder / "train" / "A" / f"other{number}.png", 10 + number)
-    picture(folder / "train" / "A" / "aaa.png", 1)
-    picture(folder / "val" / "A" / "zzz.png", 1)
-    picture(folder / "train" / "A" / "near.jpg", 1, quality=70)
+        save_image(folder / "train" / "A" / f"other{number}.png", 10 + number)
+    save_image(folder / "train" / "A" / "aaa.png", 1)
+    save_image(folder / "val" / "A" / "zzz.png", 1)
+    save_image(folder / "train" / "A" / "near.jpg", 1, quality=70)
     options = config.Preprocess(image_size=16, test_fraction=0.0)
-    found = places(run(Project(tmp_path), data=config.Data(duplicates="drop", leaks=leaks), preprocess=options))
+    found = splits_by_path(run(Project(tmp_path), data=config.Data(duplicates="drop", leaks=leaks), preprocess=options))
     assert "train/A/aaa.png" not in found
-    assert found["train/A/near.jpg"] == place
-    assert ("1 near-duplicates across splits" in capsys.readouterr().err) is (leaks == "warn")
+    assert found["train/A/near.jpg"] == split
+    assert ("near-duplicates across splits: 1" in capsys.readouterr().err) is (leaks == "warn")
     with pytest.raises(UserError, match=r"data\.leaks is error"):
         run(Project(tmp_path), data=config.Data(duplicates="drop", leaks="error"), preprocess=options)
 
 
-def test_an_unlabelled_copy_contradicts_nobody(tmp_path: Path) -> None:
+def test_an_unlabelled_copy_is_no_label_conflict(tmp_path: Path) -> None:
     for number in range(4):
-        picture(tmp_path / "data" / "train" / "AB"[number % 2] / f"{number}.png", number)
-    picture(tmp_path / "data" / "train" / "copy.png", 0)
-    found = places(run(Project(tmp_path), data=config.Data(duplicates="drop"), preprocess=NO_VAL))
+        save_image(tmp_path / "data" / "train" / "AB"[number % 2] / f"{number}.png", number)
+    save_image(tmp_path / "data" / "train" / "copy.png", 0)
+    found = splits_by_path(run(Project(tmp_path), data=config.Data(duplicates="drop"), preprocess=NO_VAL))
     assert "train/copy.png" not in found
     assert "train/A/0.png" in found
 
 
-def test_the_store_holds_just_these_files(tmp_path: Path) -> None:
+def test_the_store_has_no_other_files(tmp_path: Path) -> None:
     make(tmp_path / "data")
     run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
     arrays = {f"{split}/{kind}.npy" for split in store.SPLITS for kind in ("images", "labels")}
@@ -301,59 +302,57 @@ def test_the_store_holds_just_these_files(tmp_path: Path) -> None:
     assert not content(tmp_path / "runs")
 
 
-def test_names_of_any_kind_come_back(tmp_path: Path) -> None:
+def test_unusual_file_names_are_kept(tmp_path: Path) -> None:
     names = {"line\nbreak.png", "carriage\rreturn.png", 'quo"te, comma.png', "Röntgen 胸部.png", "\x1b[31mred.png"}
     for number, name in enumerate(sorted(names)):
-        picture(tmp_path / "data" / name, number)
+        save_image(tmp_path / "data" / name, number)
     (tmp_path / "data" / "bro\rken.png").write_bytes(b"")
     options = config.Preprocess(image_size=16, max_rejected=0.5)
     dataset = run(Project(tmp_path), data=config.Data(), preprocess=options)
-    assert set(places(dataset)) == names
-    rejected = list(store.read_csv(dataset.folder / "rejected.csv", store.REJECTED_COLUMNS))
-    assert rejected == [{"path": "bro\rken.png", "reason": "empty file"}]
+    assert set(splits_by_path(dataset)) == names
+    assert rejected_files(dataset) == {"bro\rken.png": "empty file"}
 
 
-def test_a_split_without_images_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_split_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(6):
-        picture(tmp_path / "data" / f"person1_{number}.png", number)
+        save_image(tmp_path / "data" / f"person1_{number}.png", number)
     run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
-    assert "no images in val and test: too few patients, or all of them one (see data.patient_pattern)" in (
+    assert "no images in val and test: there are too few patients (see data.patient_pattern)" in (
         capsys.readouterr().err
     )
 
 
-def test_nothing_left_says_why(tmp_path: Path) -> None:
-    picture(tmp_path / "data" / "A" / "1.png", 0)
-    picture(tmp_path / "data" / "B" / "1.png", 0)
-    with pytest.raises(UserError, match="none of 2 pictures is left; 2 x one picture under the labels A, B"):
+def test_the_error_for_an_empty_dataset_gives_the_reason(tmp_path: Path) -> None:
+    save_image(tmp_path / "data" / "A" / "1.png", 0)
+    save_image(tmp_path / "data" / "B" / "1.png", 0)
+    reason = "all 2 images were rejected, 2 of them for this reason: one image under the labels A, B"
+    with pytest.raises(UserError, match=reason):
         run(Project(tmp_path), data=config.Data(duplicates="drop"), preprocess=SMALL)
 
 
-@pytest.mark.parametrize("trouble", ["no folder", "full"])
-def test_a_disk_that_takes_nothing_is_one_message(
-    tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("problem", ["no folder", "full"])
+def test_a_full_or_unwritable_disk_is_reported(tmp_path: Path, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "data")
-    if trouble == "no folder":
+    if problem == "no folder":
         (tmp_path / "artifacts").write_text("a file")
     else:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"artifacts/dataset: .*[Mm]ake room"):
+    with pytest.raises(UserError, match=r"artifacts/dataset: .*Free disk space"):
         run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
 
 
-def test_copies_are_never_parted_by_our_own_cut(tmp_path: Path) -> None:
+def test_near_duplicates_are_in_one_split(tmp_path: Path) -> None:
     for number in range(30):
-        picture(tmp_path / "data" / f"a{number}.png", number)
-        picture(tmp_path / "data" / f"b{number}.jpg", number, quality=70)
+        save_image(tmp_path / "data" / f"a{number}.png", number)
+        save_image(tmp_path / "data" / f"b{number}.jpg", number, quality=70)
     for seed in range(3):
         options = config.Preprocess(image_size=16, val_fraction=0.2, test_fraction=0.3, seed=seed)
-        found = places(run(Project(tmp_path), data=config.Data(leaks="error"), preprocess=options))
+        found = splits_by_path(run(Project(tmp_path), data=config.Data(leaks="error"), preprocess=options))
         assert all(found[f"a{number}.png"] == found[f"b{number}.jpg"] for number in range(30))
 
 
-def test_colour_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_colour_is_kept_with_three_channels(tmp_path: Path) -> None:
     red = np.zeros((40, 40, 3), np.uint8)
     red[:, 20:] = (200, 30, 30)
     for number in range(6):
@@ -366,7 +365,7 @@ def test_colour_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
     assert left.max() < 10 and right[0] > 190 and right[1:].max() < 50
 
 
-def test_files_of_many_pictures_fill_the_store_in_order(tmp_path: Path) -> None:
+def test_images_of_one_file_are_stored_in_order(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (80, 16, 16), np.uint8)
     (tmp_path / "data").mkdir()
     arrays = {"train_images": images[:60], "test_images": images[60:]}
@@ -385,17 +384,16 @@ def test_files_of_many_pictures_fill_the_store_in_order(tmp_path: Path) -> None:
     assert [row["label"] for row in test.rows()] == [str(index % 3) for index in range(20)]
 
 
-def test_files_that_are_no_pictures_are_listed_and_do_not_count(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_listed_and_not_counted_as_unreadable(tmp_path: Path) -> None:
     make(tmp_path / "data")
     for name, content in {"notes.txt": b"hello", ".DS_Store": b"\0\0\0\1Bud1", "A/list.csv": b"a,b\n"}.items():
         (tmp_path / "data" / name).write_bytes(content)
     dataset = run(Project(tmp_path), data=config.Data(), preprocess=SMALL.model_copy(update={"max_rejected": 0.0}))
-    rejected = {row["path"] for row in store.read_csv(dataset.folder / "rejected.csv", store.REJECTED_COLUMNS)}
-    assert rejected == {"notes.txt", ".DS_Store", "A/list.csv"}
+    assert rejected_files(dataset).keys() == {"notes.txt", ".DS_Store", "A/list.csv"}
     assert sum(dataset.counts.values()) == 40
 
 
-def test_reduced_decode_changes_little(tmp_path: Path) -> None:
+def test_reduced_decode_changes_images_little(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     smooth = cv2.GaussianBlur(np.random.default_rng(0).normal(128, 600, (1400, 1300)), (0, 0), 20)
     Image.fromarray(smooth.clip(0, 255).astype(np.uint8)).save(tmp_path / "data" / "large.jpg", quality=90)
@@ -432,4 +430,4 @@ def test_real_lung_masks(shared_data: Callable[[str], Path], tmp_path: Path) -> 
     for image, mask in zip(train.images[:, 0], train.masks[:, 0], strict=True):
         rim = cv2.dilate(mask, np.ones((9, 9), np.uint8)) - mask
         darker += int(image[mask > 0].mean() < image[rim > 0].mean())
-    assert darker > 0.95 * len(train.images)  # lungs are darker than what is round them
+    assert darker > 0.95 * len(train.images)  # lungs are darker than their surroundings

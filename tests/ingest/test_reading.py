@@ -1,4 +1,4 @@
-"""Reading gives each record its outcome, in order, in bounded memory, and leaves nothing open."""
+"""Reading: one result per record, in order, in bounded memory; all files are closed."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,21 +12,21 @@ from PIL import Image
 
 from medgen.config import Data, Preprocess
 from medgen.ingest import dataset_scan, reading
-from medgen.ingest.dataset_scan import Record
+from medgen.ingest.dataset_scan import ImageRecord
 from medgen.ingest.formats.raw import RawImage, UnreadableImage
-from medgen.ingest.reading import Read, hash_sources, read_all
+from medgen.ingest.reading import ReadResult, hash_sources, read_images
 
 PREPROCESS = Preprocess(image_size=16)
 
 
-def write(folder: Path, count: int) -> list[Record]:
+def write(folder: Path, count: int) -> list[ImageRecord]:
     folder.mkdir(exist_ok=True)
     for number in range(count):
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(folder / f"{number:03}.png")
     return dataset_scan.scan(folder, Data(), PREPROCESS).records
 
 
-def first_pixel(_record: Record, raw: RawImage, _mask: RawImage | None) -> int:
+def first_pixel(_record: ImageRecord, raw: RawImage, _mask: RawImage | None) -> int:
     return int(raw.pixels.flat[0])
 
 
@@ -36,59 +36,59 @@ def write_volume(path: Path, voxels: np.ndarray) -> None:
     nibabel.save(image, path)
 
 
-def read_folder(folder: Path, preprocess: Preprocess = PREPROCESS) -> dict[str, Read[int]]:
+def read_folder(folder: Path, preprocess: Preprocess = PREPROCESS) -> dict[str, ReadResult[int]]:
     records = dataset_scan.scan(folder, Data(), preprocess).records
-    return {read.record.name: read for read in read_all(folder, records, preprocess, first_pixel)}
+    return {result.record.name: result for result in read_images(folder, records, preprocess, first_pixel)}
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
-def test_outcomes_come_in_the_order_of_records(tmp_path: Path, num_threads: int) -> None:
+def test_results_are_in_the_order_of_records(tmp_path: Path, num_threads: int) -> None:
     records = write(tmp_path / "data", 200)
-    reads = list(read_all(tmp_path / "data", records, PREPROCESS, first_pixel, num_threads))
-    assert [read.record for read in reads] == records
-    assert [read.value for read in reads] == list(range(200))
+    results = list(read_images(tmp_path / "data", records, PREPROCESS, first_pixel, num_threads))
+    assert [result.record for result in results] == records
+    assert [result.value for result in results] == list(range(200))
 
 
-def test_only_so_many_pictures_wait(tmp_path: Path) -> None:
+def test_the_number_of_pending_images_is_bounded(tmp_path: Path) -> None:
     records, most, running = write(tmp_path / "data", 250), 0, 0
     lock = threading.Lock()
 
-    def use(_record: Record, _raw: RawImage, _mask: RawImage | None) -> None:
+    def transform(_record: ImageRecord, _raw: RawImage, _mask: RawImage | None) -> None:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
 
-    for _ in read_all(tmp_path / "data", records, PREPROCESS, use):
+    for _ in read_images(tmp_path / "data", records, PREPROCESS, transform):
         with lock:
             running -= 1
-    assert most <= reading._AHEAD + 1
+    assert most <= reading._MAX_PENDING + 1
 
 
-def test_what_use_raises_surfaces_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_an_exception_of_the_transform_is_raised_and_threads_end(tmp_path: Path) -> None:
     records = write(tmp_path / "data", 50)
     threads, own = threading.active_count(), cv2.getNumThreads()
 
-    def use(record: Record, _raw: RawImage, _mask: RawImage | None) -> None:
+    def transform(record: ImageRecord, _raw: RawImage, _mask: RawImage | None) -> None:
         raise KeyError(record.path)
 
     with pytest.raises(KeyError, match=r"000\.png"):
-        list(read_all(tmp_path / "data", records, PREPROCESS, use))
+        list(read_images(tmp_path / "data", records, PREPROCESS, transform))
     assert threading.active_count() == threads
     assert cv2.getNumThreads() == own
 
 
-def test_a_caller_that_stops_early_leaves_nothing_running(tmp_path: Path) -> None:
+def test_threads_end_if_the_caller_stops_early(tmp_path: Path) -> None:
     records = write(tmp_path / "data", 50)
     threads = threading.active_count()
-    reads = read_all(tmp_path / "data", records, PREPROCESS, first_pixel)
-    assert next(reads).value == 0
-    assert isinstance(reads, Iterator)
-    reads.close()  # type: ignore[attr-defined]
+    results = read_images(tmp_path / "data", records, PREPROCESS, first_pixel)
+    assert next(results).value == 0
+    assert isinstance(results, Iterator)
+    results.close()  # type: ignore[attr-defined]
     assert threading.active_count() == threads
 
 
-def test_each_file_is_opened_once_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_opened_and_closed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "set.npz", train_images=np.arange(100 * 64, dtype=np.uint16).reshape(100, 8, 8))
     opened: list[object] = []
     closed: list[object] = []
@@ -113,7 +113,7 @@ def test_each_file_is_opened_once_and_closed(tmp_path: Path, monkeypatch: pytest
     assert closed == opened
 
 
-def test_a_file_that_cannot_be_opened_gives_its_reason_for_each_picture(
+def test_the_reason_of_an_unreadable_file_applies_to_all_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez(tmp_path / "set.npz", train_images=np.zeros((70, 8, 8), np.uint8))
@@ -122,29 +122,29 @@ def test_a_file_that_cannot_be_opened_gives_its_reason_for_each_picture(
         raise UnreadableImage("it is gone")
 
     monkeypatch.setattr(reading, "open_file", refuse)
-    assert {read.reason for read in read_folder(tmp_path).values()} == {"it is gone"}
+    assert {result.reason for result in read_folder(tmp_path).values()} == {"it is gone"}
 
 
-def test_a_file_beyond_any_size_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_impossible_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = write(tmp_path / "data", 1)
     monkeypatch.setattr(reading, "_MAX_FILE_BYTES", 10)
-    (read,) = read_all(tmp_path / "data", records, PREPROCESS, first_pixel)
-    assert "more than any image file" in read.reason
-    assert read.source == ""
+    (result,) = read_images(tmp_path / "data", records, PREPROCESS, first_pixel)
+    assert "more than any image file" in result.reason
+    assert result.source == ""
 
 
-def test_the_voxels_of_a_header_are_part_of_it(tmp_path: Path) -> None:
-    """Analyze headers of one study are alike to the byte: what differs is in the .img."""
+def test_the_voxel_file_of_a_header_is_part_of_its_hash(tmp_path: Path) -> None:
+    """Analyze headers of one study can have the same bytes; only their .img files differ."""
     generator = np.random.default_rng(0)
     for name in "ab":
         write_volume(tmp_path / f"{name}.hdr", generator.integers(0, 255, (12, 12, 3)).astype(np.int16))
     assert (tmp_path / "a.hdr").read_bytes() == (tmp_path / "b.hdr").read_bytes()
     one_slice = Preprocess(image_size=16, volume={"step": 100, "min_foreground": 0})  # type: ignore[arg-type]
-    reads = read_folder(tmp_path, one_slice)
-    assert reads["a.hdr"].sha256 != reads["b.hdr"].sha256
-    records = [read.record for read in reads.values()]
+    results = read_folder(tmp_path, one_slice)
+    assert results["a.hdr"].sha256 != results["b.hdr"].sha256
+    records = [result.record for result in results.values()]
     before = list(hash_sources(tmp_path, records, one_slice))
-    assert before == [read.source for read in reads.values()]
+    assert before == [result.source for result in results.values()]
     content = bytearray((tmp_path / "b.img").read_bytes())
     content[5] ^= 1
     (tmp_path / "b.img").write_bytes(content)
@@ -153,18 +153,18 @@ def test_the_voxels_of_a_header_are_part_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_a_mask_of_other_slices_is_refused(tmp_path: Path, depth: int) -> None:
+def test_a_mask_with_another_number_of_slices_is_refused(tmp_path: Path, depth: int) -> None:
     generator = np.random.default_rng(0)
     write_volume(tmp_path / "images" / "v.nii", generator.integers(1, 255, (16, 16, 16)).astype(np.uint8))
     write_volume(tmp_path / "masks" / "v.nii", np.ones((16, 16, depth), np.uint8))
-    reads = read_folder(tmp_path)
-    assert len(reads) == 16
-    reasons = {read.reason for read in reads.values()}
+    results = read_folder(tmp_path)
+    assert len(results) == 16
+    reasons = {result.reason for result in results.values()}
     assert reasons == ({""} if depth == 16 else {"mask masks/v.nii: 8 slices, and the image has 16"})
 
 
-def test_one_picture_is_no_mask_of_a_volume(tmp_path: Path) -> None:
+def test_a_single_image_is_no_mask_of_a_volume(tmp_path: Path) -> None:
     write_volume(tmp_path / "scan.nii", np.random.default_rng(0).integers(1, 255, (16, 16, 5)).astype(np.uint8))
     Image.fromarray(np.full((16, 16), 255, np.uint8)).save(tmp_path / "scan_mask.png")
-    reasons = {read.reason for read in read_folder(tmp_path).values()}
+    reasons = {result.reason for result in read_folder(tmp_path).values()}
     assert reasons == {"mask scan_mask.png: 1 slices, and the image has 5"}

@@ -1,4 +1,4 @@
-"""Squares: contrast before size, black borders, masks that lie as their images; in grey and in colour."""
+"""Image transforms: CLAHE before the resize, black borders, masks aligned with their images, grey and RGB."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ import pytest
 
 from medgen.config import Preprocess
 from medgen.ingest.formats.raw import UnreadableImage
-from medgen.ingest.transforms import mask_to_square, to_square
+from medgen.ingest.transforms import preprocess_image, resize_mask
 
 
 def settings(
@@ -17,21 +17,21 @@ def settings(
     return Preprocess(image_size=image_size, fit=fit, clahe_clip=clip, channels=channels)  # type: ignore[arg-type]
 
 
-def test_square_is_clahe_then_area_resize() -> None:
-    picture = np.asarray(np.random.default_rng(0).integers(0, 255, (96, 96)), np.uint8)
-    equalised = cv2.createCLAHE(2.0, (8, 8)).apply(picture)
-    expected = equalised.reshape(32, 3, 32, 3).mean(axis=(1, 3))  # what area resampling means
-    found = to_square(picture, settings(32, "squash", 2.0))[0]
+def test_clahe_is_applied_before_the_area_resize() -> None:
+    image = np.asarray(np.random.default_rng(0).integers(0, 255, (96, 96)), np.uint8)
+    equalised = cv2.createCLAHE(2.0, (8, 8)).apply(image)
+    expected = equalised.reshape(32, 3, 32, 3).mean(axis=(1, 3))  # the definition of area resampling
+    found = preprocess_image(image, settings(32, "squash", 2.0))[0]
     assert found.dtype == np.uint8
     assert np.abs(found - expected).max() <= 0.5 + 1e-9
 
 
-def test_pad_keeps_the_aspect_between_black_borders() -> None:
-    square = to_square(np.full((40, 80), 200, np.uint8), settings(32, "pad", 0.0))[0]
+def test_pad_keeps_the_aspect_ratio_and_adds_black_borders() -> None:
+    square = preprocess_image(np.full((40, 80), 200, np.uint8), settings(32, "pad", 0.0))[0]
     assert (square[:8] == 0).all()
     assert (square[-8:] == 0).all()
     assert (square[8:24] == 200).all()
-    assert (to_square(np.full((40, 80), 200, np.uint8), settings(32, "squash", 0.0))[0] == 200).all()
+    assert (preprocess_image(np.full((40, 80), 200, np.uint8), settings(32, "squash", 0.0))[0] == 200).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (7, 5), (2, 2)])
@@ -42,32 +42,32 @@ def test_any_shape_becomes_a_square(
     shape: tuple[int, int], fit: Literal["pad", "squash"], dtype: type, channels: int
 ) -> None:
     for pixels in (np.full(shape, 100, dtype), np.full((*shape, 3), 100, dtype)):
-        square = to_square(pixels, settings(16, fit, channels=channels))
+        square = preprocess_image(pixels, settings(16, fit, channels=channels))
         assert square.shape == (channels, 16, 16)
         assert square.dtype == np.uint8
         assert square.flags.c_contiguous and square.flags.writeable
 
 
-def test_16_bit_pictures_use_their_whole_range() -> None:
+def test_16_bit_images_are_scaled_to_8_bits() -> None:
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    assert np.abs(to_square(ramp, settings(64, "pad", 0.0))[0] - ramp / 257).max() <= 0.5 + 1e-6
+    assert np.abs(preprocess_image(ramp, settings(64, "pad", 0.0))[0] - ramp / 257).max() <= 0.5 + 1e-6
 
 
-def test_clahe_means_the_same_at_16_bits_as_at_8() -> None:
-    """A contrast limit counts pixels a bin; with 65,536 bins it would be no limit and amplify noise."""
+def test_clahe_has_the_same_effect_at_16_bits_as_at_8() -> None:
+    """The contrast limit is in pixels per bin; with 65,536 bins it would not limit anything and amplify noise."""
     generator = np.random.default_rng(0)
     smooth = cv2.GaussianBlur(generator.normal(0.5, 3.0, (512, 512)), (0, 0), 20).clip(0, 1)
     noisy = (smooth * 60000 + generator.normal(0, 200, smooth.shape)).clip(0, 65535).astype(np.uint16)
-    at_16 = to_square(noisy, settings(64, "pad", 2.0))[0].astype(float)
-    at_8 = to_square((noisy >> 8).astype(np.uint8), settings(64))[0]
+    at_16 = preprocess_image(noisy, settings(64, "pad", 2.0))[0].astype(float)
+    at_8 = preprocess_image((noisy >> 8).astype(np.uint8), settings(64))[0]
     assert np.abs(at_16 - at_8).mean() < 3.0
 
 
 @pytest.mark.parametrize(("dtype", "bright"), [(np.uint8, 1), (np.uint8, 255), (np.uint16, 1), (np.uint16, 65535)])
-def test_masks_are_0_and_1_and_lie_as_their_image(dtype: type, bright: int) -> None:
+def test_binary_masks_are_0_and_1_and_aligned_with_their_image(dtype: type, bright: int) -> None:
     mask = np.zeros((40, 80), dtype)
     mask[:, 40:] = bright
-    square = mask_to_square(mask, settings(32, channels=3))
+    square = resize_mask(mask, settings(32, channels=3))
     assert square.shape == (1, 32, 32)
     expected = np.zeros((32, 32), np.uint8)
     expected[8:24, 16:] = 1
@@ -75,14 +75,14 @@ def test_masks_are_0_and_1_and_lie_as_their_image(dtype: type, bright: int) -> N
 
 
 @pytest.mark.parametrize(("dtype", "values"), [(np.uint8, (0, 127, 128, 255)), (np.uint16, (0, 32767, 32768, 65535))])
-def test_smoothed_masks_are_cut_at_the_middle(dtype: type, values: tuple[int, ...]) -> None:
+def test_smoothed_masks_are_thresholded_at_the_middle(dtype: type, values: tuple[int, ...]) -> None:
     mask = np.repeat(np.array([values] * 16, dtype), 4, axis=1)
-    assert (mask_to_square(mask, settings(16)) == np.repeat([0, 0, 1, 1], 4)).all()
+    assert (resize_mask(mask, settings(16)) == np.repeat([0, 0, 1, 1], 4)).all()
 
 
-def test_a_mask_of_class_numbers_is_refused() -> None:
+def test_a_mask_of_more_classes_is_refused_without_mask_values() -> None:
     with pytest.raises(UnreadableImage, match="reach 3"):
-        mask_to_square(np.array([[0, 1, 2, 3]], np.uint8), settings(16))
+        resize_mask(np.array([[0, 1, 2, 3]], np.uint8), settings(16))
 
 
 # colour
@@ -93,68 +93,68 @@ COLOURS = np.rint(TINTS + LIGHT[:, :, None]).astype(np.uint8)
 
 
 @pytest.mark.parametrize("scale", [1, 257], ids=["8 bits", "16 bits"])
-def test_clahe_changes_the_light_of_colours_and_not_their_hue(scale: int) -> None:
+def test_clahe_changes_the_luma_of_colours_and_not_their_hue(scale: int) -> None:
     pixels = COLOURS.astype(np.uint16) * scale if scale > 1 else COLOURS
-    plain = to_square(pixels, settings(64, clip=0.0, channels=3)).astype(float)
+    plain = preprocess_image(pixels, settings(64, clip=0.0, channels=3)).astype(float)
     assert np.abs(plain - COLOURS.transpose(2, 0, 1)).max() <= 0.5
-    square = to_square(pixels, settings(64, channels=3)).astype(float)
-    luma, before = (np.tensordot([0.299, 0.587, 0.114], picture, 1) for picture in (square, plain))
+    square = preprocess_image(pixels, settings(64, channels=3)).astype(float)
+    luma, before = (np.tensordot([0.299, 0.587, 0.114], image, 1) for image in (square, plain))
     assert luma.std() > 1.2 * before.std()
-    for channel in (0, 2):  # red and blue keep their distance from the luma, which is what chroma is
+    for channel in (0, 2):  # the chroma, red or blue minus luma, is unchanged
         assert np.abs((square[channel] - luma) - (plain[channel] - before)).max() <= 2.0
-    grey = to_square(np.rint(before).astype(np.uint8), settings(64))[0]
-    if scale == 1:  # the luma is equalised as the same grey picture is
+    grey = preprocess_image(np.rint(before).astype(np.uint8), settings(64))[0]
+    if scale == 1:  # the luma is equalised like the same grey image
         assert np.abs(luma - grey).mean() <= 1.5
 
 
-def test_grey_pictures_fill_three_equal_channels() -> None:
+def test_grey_images_become_three_equal_channels() -> None:
     grey = np.asarray(np.random.default_rng(0).integers(0, 255, (50, 96)), np.uint8)
-    square = to_square(grey, settings(32, channels=3))
-    assert (square == to_square(grey, settings(32))).all()
-    as_colour = to_square(np.dstack([grey] * 3), settings(32, channels=3))
+    square = preprocess_image(grey, settings(32, channels=3))
+    assert (square == preprocess_image(grey, settings(32))).all()
+    as_colour = preprocess_image(np.dstack([grey] * 3), settings(32, channels=3))
     assert np.abs(as_colour.astype(int) - square).max() <= 1
 
 
-def test_colour_becomes_luma_where_grey_is_wanted() -> None:
+def test_colour_becomes_luma_for_one_channel() -> None:
     grey = np.rint(COLOURS @ [0.299, 0.587, 0.114]).astype(np.uint8)
-    square, expected = (to_square(pixels, settings(64, clip=0.0)).astype(int) for pixels in (COLOURS, grey))
+    square, expected = (preprocess_image(pixels, settings(64, clip=0.0)).astype(int) for pixels in (COLOURS, grey))
     assert np.abs(square - expected).max() <= 1
 
 
-def test_borders_of_colour_are_black() -> None:
-    square = to_square(np.full((40, 80, 3), (200, 100, 50), np.uint8), settings(32, "pad", 0.0, channels=3))
+def test_borders_of_colour_images_are_black() -> None:
+    square = preprocess_image(np.full((40, 80, 3), (200, 100, 50), np.uint8), settings(32, "pad", 0.0, channels=3))
     assert (square[:, :8] == 0).all()
     assert (square[:, 8:24] == np.array([200, 100, 50])[:, None, None]).all()
 
 
-# masks of more classes
+# masks with mask_values
 
 
 @pytest.mark.parametrize(
     ("dtype", "values"),
     [(np.uint8, (0, 85, 170, 255)), (np.uint8, (2, 1, 3, 0)), (np.uint16, (0, 9, 700, 65535))],
 )
-def test_classes_are_numbered_by_their_values_whatever_a_picture_holds(dtype: type, values: tuple[int, ...]) -> None:
+def test_class_numbers_depend_only_on_mask_values(dtype: type, values: tuple[int, ...]) -> None:
     options = Preprocess(image_size=32, mask_values=values)
     assert options.mask_classes == 4
     mask = np.repeat(np.array([values] * 64, dtype), 16, axis=1)
-    assert (mask_to_square(mask, options)[0] == np.repeat(range(4), 8)).all()
+    assert (resize_mask(mask, options)[0] == np.repeat(range(4), 8)).all()
     for number, value in enumerate(values):
-        assert (mask_to_square(np.full((40, 40), value, dtype), options) == number).all()
+        assert (resize_mask(np.full((40, 40), value, dtype), options) == number).all()
 
 
-def test_the_commonest_class_under_a_pixel_wins_and_none_is_between() -> None:
+def test_a_pixel_has_the_most_common_class_of_its_area() -> None:
     mask = np.random.default_rng(0).integers(0, 3, (96, 96)).astype(np.uint8)
     blocks = mask.reshape(32, 3, 32, 3).transpose(0, 2, 1, 3).reshape(32, 32, 9)
     expected = np.apply_along_axis(lambda block: np.bincount(block, minlength=3).argmax(), 2, blocks)
-    assert (mask_to_square(mask, Preprocess(image_size=32, mask_values=(0, 1, 2)))[0] == expected).all()
+    assert (resize_mask(mask, Preprocess(image_size=32, mask_values=(0, 1, 2)))[0] == expected).all()
 
 
-def test_borders_are_of_the_first_class() -> None:
-    square = mask_to_square(np.full((40, 80), 3, np.uint8), Preprocess(image_size=32, mask_values=(2, 1, 3)))[0]
+def test_borders_have_the_first_class() -> None:
+    square = resize_mask(np.full((40, 80), 3, np.uint8), Preprocess(image_size=32, mask_values=(2, 1, 3)))[0]
     assert (square[8:24] == 2).all() and (square[:8] == 0).all()
 
 
-def test_a_value_of_no_class_is_named() -> None:
+def test_an_unknown_mask_value_is_refused() -> None:
     with pytest.raises(UnreadableImage, match=r"mask values 84, 90; expected .* \[0, 85, 170, 255\]"):
-        mask_to_square(np.array([[0, 84, 90]], np.uint8), Preprocess(image_size=16, mask_values=(0, 85, 170, 255)))
+        resize_mask(np.array([[0, 84, 90]], np.uint8), Preprocess(image_size=16, mask_values=(0, 85, 170, 255)))

@@ -1,4 +1,4 @@
-"""Images with a known spectrum, for the measures of sharpness and realism."""
+"""Images with a known spectrum, for metrics of sharpness and realism."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @pytest.fixture
 def textured() -> Callable[..., Tensor]:
-    """Draws images whose power falls with the frequency, as that of radiographs does, and degrades them."""
+    """Function that draws images whose power falls with frequency, as in radiographs, and degrades them."""
 
     def draw(
         count: int = 20, size: int = 64, seed: int = 0, blur: float = 0.0, noise: float = 0.0, contrast: float = 1.0

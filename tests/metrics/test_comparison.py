@@ -1,4 +1,4 @@
-"""Comparison of two models by permutation: exact under the null, and each statistic equal to its definition."""
+"""Permutation tests of two models: exact under the null hypothesis, each statistic equal to its definition."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def swapped(one: ImageSet, other: ImageSet, signs: torch.Tensor) -> ImageSet:
 
 def recall(real: ImageSet, samples: ImageSet) -> float:
     among = torch.cdist(samples.features, samples.features)
-    radii = among.kthvalue(4, dim=1).values  # the first is the sample itself
+    radii = among.kthvalue(4, dim=1).values  # the nearest is the sample itself
     return float((torch.cdist(real.features, samples.features) <= radii).any(1).double().mean())
 
 
@@ -48,7 +48,7 @@ DEFINITIONS: dict[str, Callable[[ImageSet, ImageSet], float]] = {
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_differences_after_swaps_are_those_of_the_swapped_sets(name: str) -> None:
+def test_differences_after_swaps_equal_those_of_swapped_sets(name: str) -> None:
     one, other, real = image_set(80, 1, 0.2), image_set(80, 2, scale=0.8), image_set(60, 99)
     statistic = {
         "mmd": lambda: comparison._MMD(one, other, real, 3.4, PATIENTS),
@@ -61,11 +61,11 @@ def test_differences_after_swaps_are_those_of_the_swapped_sets(name: str) -> Non
     measure = DEFINITIONS[name]
     expected = [measure(real, swapped(one, other, row)) - measure(real, swapped(other, one, row)) for row in signs]
     assert statistic.differences(signs, torch.arange(60)).tolist() == pytest.approx(expected, abs=2e-6)
-    assert statistic.both() == pytest.approx((measure(real, one), measure(real, other)), abs=2e-6)
+    assert statistic.observed() == pytest.approx((measure(real, one), measure(real, other)), abs=2e-6)
 
 
-def test_equal_models_are_refused_in_about_5_percent() -> None:
-    refused = [
+def test_equal_models_are_rejected_in_about_5_percent() -> None:
+    rejected = [
         min(
             one.p
             for one in compare(
@@ -75,11 +75,11 @@ def test_equal_models_are_refused_in_about_5_percent() -> None:
         < 0.05
         for t in range(100)
     ]
-    assert np.mean(refused) <= 0.09
+    assert np.mean(rejected) <= 0.09
 
 
 @pytest.mark.parametrize(
-    ("worse", "seen_by"),
+    ("worse", "detected_by"),
     [
         ({"shift": 0.4}, {"mmd", "c2st"}),
         ({"power": 0.7}, {"spectrum"}),
@@ -87,22 +87,22 @@ def test_equal_models_are_refused_in_about_5_percent() -> None:
     ],
     ids=["shifted", "blurred", "collapsed"],
 )
-def test_a_worse_model_is_found_by_what_should_see_it(worse: dict[str, float], seen_by: set[str]) -> None:
+def test_a_worse_model_is_detected_by_the_expected_statistics(worse: dict[str, float], detected_by: set[str]) -> None:
     good, bad = image_set(400, 1), image_set(400, 2, **worse)
     tests = found(bad, good)
-    assert seen_by <= {name for name, one in tests.items() if one.p < 0.05}
-    assert all(tests[name].difference > tests[name].detectable > 0 for name in seen_by)
-    assert min(one.p for one in found(good, bad).values()) > 0.3  # the better one is not refused
+    assert detected_by <= {name for name, one in tests.items() if one.p < 0.05}
+    assert all(tests[name].difference > tests[name].detectable > 0 for name in detected_by)
+    assert min(one.p for one in found(good, bad).values()) > 0.3  # the better model is not rejected
 
 
 def test_recall_alone_prefers_samples_that_spread_too_far() -> None:
-    """The flaw of the measure that the gate on recall has to know: balls around far samples are large."""
+    """A known flaw that the gate on recall considers: balls around outlying samples are large."""
     tests = found(image_set(400, 1), image_set(400, 2, scale=1.5))
     assert tests["recall"].p < 0.05
     assert tests["mmd"].high < 0.0
 
 
-def test_pairs_that_share_their_noise_tell_more() -> None:
+def test_pairs_with_common_noise_have_more_power() -> None:
     good, other = image_set(300, 1), image_set(300, 2)
     near = ImageSet(good.features + 0.1, good.power)
     far = ImageSet(other.features + 0.1, other.power)
@@ -113,10 +113,10 @@ def test_pairs_that_share_their_noise_tell_more() -> None:
     ("values", "corrected"),
     [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5, 0.9], [1.0, 1.0]), ([0.02], [0.02])],
 )
-def test_holm_is_the_papers_example(values: list[float], corrected: list[float]) -> None:
+def test_holm_corrects_p_values_as_in_the_paper(values: list[float], corrected: list[float]) -> None:
     assert holm(values) == pytest.approx(corrected)
 
 
-def test_different_numbers_of_samples_are_refused() -> None:
+def test_different_numbers_of_samples_are_an_error() -> None:
     with pytest.raises(ValueError, match="as many samples of each model"):
         compare(image_set(10, 0), image_set(11, 1), image_set(12, 2), 3.4)

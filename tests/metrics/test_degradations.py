@@ -1,4 +1,4 @@
-"""Degradations: each grows with its severity, starts hardly visible and follows its definition."""
+"""Degradations: each grows with severity, starts hardly visible and follows its definition."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from medgen.metrics.degradations import DEGRADATIONS, degrade
 
 
 def images(channels: int = 1, side: int = 48) -> torch.Tensor:
-    """Smooth structures with sharp edges and some grain."""
+    """Smooth structures with sharp edges and some noise."""
     random = torch.rand(4, channels, side, side, generator=torch.Generator().manual_seed(0))
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return 0.3 + 0.3 * ((rows // 7 + columns // 5) % 2) + 0.1 * random
@@ -17,7 +17,7 @@ def images(channels: int = 1, side: int = 48) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", DEGRADATIONS)
 @pytest.mark.parametrize(("channels", "side"), [(1, 32), (3, 48)])
-def test_damage_grows_with_severity_and_repeats(kind: str, channels: int, side: int) -> None:
+def test_errors_grow_with_severity_and_are_reproducible(kind: str, channels: int, side: int) -> None:
     clean = images(channels, side)
     before = clean.clone()
     errors = []
@@ -42,7 +42,7 @@ def test_blur_is_a_gaussian_blur_of_known_sigma(severity: float) -> None:
     assert np.abs(found.numpy() - expected).max() < 5e-3
 
 
-def test_ringing_removes_the_high_frequencies_alone() -> None:
+def test_ringing_removes_only_high_frequencies() -> None:
     side = 64
     position = torch.arange(side) / side
     waves = [0.5 + 0.2 * torch.cos(2 * torch.pi * cycles * position).expand(1, 1, side, side) for cycles in (4, 24)]
@@ -58,7 +58,7 @@ def test_smoothing_is_local() -> None:
     assert 0.01 < changed.float().mean() < 0.6
 
 
-def test_severities_differ_from_image_to_image() -> None:
+def test_severities_differ_between_images() -> None:
     clean = images()[:1].repeat(20, 1, 1, 1)
     errors = (degrade(clean, "blur", torch.Generator().manual_seed(0)) - clean).square().mean(dim=(1, 2, 3))
     assert errors.max() > 4 * errors.min()

@@ -1,4 +1,4 @@
-"""The extractor: any image size, features of one image alone, files that are checked when read."""
+"""The domain extractor: any image size, no dependence on the batch, checked files."""
 
 import hashlib
 import json
@@ -30,14 +30,14 @@ def test_every_size_gives_128_features(trained_at: int, size: int, channels: int
 
 
 @torch.no_grad()
-def test_features_are_of_the_image_not_of_its_batch() -> None:
+def test_features_do_not_depend_on_the_batch() -> None:
     images = torch.rand(5, 1, 32, 32)
     network = extractor()
     torch.testing.assert_close(network(images)[3:4], network(images[3:4]))
 
 
 @torch.no_grad()
-def test_standardised_over_the_images_given() -> None:
+def test_features_are_standardised_over_the_given_images() -> None:
     network = extractor()
     batches = [torch.rand(count, 1, 32, 32) * torch.rand(count, 1, 1, 1) for count in (40, 7)]
     network.standardise(batches, [batch + 1e-3 for batch in batches])
@@ -48,7 +48,7 @@ def test_standardised_over_the_images_given() -> None:
 
 
 @torch.no_grad()
-def test_degraded_images_do_not_move_a_feature_far() -> None:
+def test_degradations_shift_features_by_a_limited_amount() -> None:
     network = extractor()
     images = 0.5 + 0.01 * torch.rand(40, 1, 32, 32)
     far = torch.rand(40, 1, 32, 32)
@@ -56,14 +56,14 @@ def test_degraded_images_do_not_move_a_feature_far() -> None:
     assert network(far).square().mean(0).sqrt().max() < 2.001
 
 
-def test_the_cosine_transform_is_opencvs() -> None:
+def test_the_cosine_transform_agrees_with_opencv() -> None:
     block = torch.rand(8, 8)
     found = torch.einsum("kij,ij->k", cosine_basis(8)[:, 0], block).reshape(8, 8)
     torch.testing.assert_close(found, torch.from_numpy(cv2.dct(block.numpy())))
 
 
 @torch.no_grad()
-def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+def test_a_saved_extractor_loads_unchanged(tmp_path: Path) -> None:
     network = extractor(channels=3)
     network.standardise([torch.rand(8, 3, 32, 32)], [torch.rand(8, 3, 32, 32)])
     digest = save_extractor(tmp_path / "features", network, {"task": "classes"})
@@ -83,7 +83,7 @@ def damage_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
 
-def age(folder: Path) -> None:
+def set_old_schema(folder: Path) -> None:
     path = folder / "extractor.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
 
@@ -101,14 +101,14 @@ def change_sizes(folder: Path) -> None:
         (lambda folder: (folder / "extractor.json").unlink(), r"extractor\.json: not found.*medgen features"),
         (lambda folder: (folder / "extractor.safetensors").unlink(), r"extractor\.safetensors: not found"),
         (lambda folder: (folder / "extractor.json").write_text("{"), "not readable as JSON"),
-        (lambda folder: (folder / "extractor.json").write_text("[]"), "schema"),
-        (age, r"expected an extractor of schema 2; run `medgen features` again"),
+        (lambda folder: (folder / "extractor.json").write_text("[]"), "expected a JSON object"),
+        (set_old_schema, r"expected an extractor of schema 2; run `medgen features` again"),
         (damage_weights, r"extractor\.safetensors: damaged"),
-        (change_sizes, "does not describe"),
+        (change_sizes, "incomplete or damaged"),
     ],
     ids=["no description", "no weights", "no JSON", "no schema", "an older schema", "other weights", "other sizes"],
 )
-def test_a_damaged_extractor_is_refused_by_name(damage: object, message: str, tmp_path: Path) -> None:
+def test_a_damaged_extractor_is_an_error_that_names_the_file(damage: object, message: str, tmp_path: Path) -> None:
     save_extractor(tmp_path, extractor(), {})
     damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Inception Score against its formula done slowly, and a network from a file that is not trusted."""
+"""Inception Score against its formula, and loading of the network from an untrusted file."""
 
 import io
 import os
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from medgen.errors import UserError
-from medgen.metrics.inception import NUM_CLASSES, NUM_FEATURES, Inception, inception_score, load_inception, to_bytes
+from medgen.metrics.inception import NUM_CLASSES, NUM_FEATURES, Inception, inception_score, load_inception, to_uint8_rgb
 
 
 class Small(nn.Module):
-    """Stands in for the network: 8 features and 5 logits of the bytes."""
+    """Replaces the network: 8 features and 5 logits of the bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def slow_inception_score(parts: list[Tensor]) -> float:
     return float(sum(scores) / len(scores))
 
 
-def test_inception_score_is_the_papers_formula() -> None:
+def test_inception_score_agrees_with_the_formula() -> None:
     logits = 3 * normal(40, 6)
     torch.manual_seed(7)
     parts = list(logits[torch.randperm(40)].chunk(10))
@@ -57,13 +57,13 @@ def test_inception_score_is_the_papers_formula() -> None:
         (50 * torch.eye(40), 4.0),  # 40 images of 40 classes in 10 parts of 4
         (normal(3, 6), 1.0),  # each part is one image
     ],
-    ids=["alike", "one sure class", "each its own class", "fewer images than parts"],
+    ids=["equal", "one certain class", "a class each", "fewer images than splits"],
 )
 def test_inception_score_of_known_sets(logits: Tensor, expected: float) -> None:
     assert inception_score(logits) == pytest.approx(expected, rel=1e-6)
 
 
-def test_inception_score_leaves_random_numbers_and_warnings_alone() -> None:
+def test_inception_score_changes_no_random_state_and_gives_no_warnings() -> None:
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -72,23 +72,23 @@ def test_inception_score_leaves_random_numbers_and_warnings_alone() -> None:
     assert torch.get_rng_state().equal(state)
 
 
-def test_images_reach_the_network_as_the_bytes_of_their_png() -> None:
+def test_images_are_rounded_to_the_bytes_of_a_png() -> None:
     grey = torch.tensor([-0.5, 0.0, 0.4999, 0.5, 1.0, 2.0]).reshape(1, 1, 2, 3)
-    assert to_bytes(grey)[0, 0].flatten().tolist() == [0, 0, 127, 128, 255, 255]
-    assert to_bytes(grey).shape == (1, 3, 2, 3)
+    assert to_uint8_rgb(grey)[0, 0].flatten().tolist() == [0, 0, 127, 128, 255, 255]
+    assert to_uint8_rgb(grey).shape == (1, 3, 2, 3)
     colour = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
-    assert to_bytes(colour).equal(colour)
+    assert to_uint8_rgb(colour).equal(colour)
 
 
-def test_few_images_at_a_time_are_in_memory_and_all_are_seen() -> None:
+def test_all_images_are_processed_in_small_batches() -> None:
     network = Small()
-    seen = Inception(network)(torch.rand(37, 1, 6, 6))
+    output = Inception(network)(torch.rand(37, 1, 6, 6))
     assert network.batches == [(torch.uint8, (n, 3, 6, 6)) for n in (16, 16, 5)]
-    assert (seen.features.shape, seen.logits.shape) == ((37, 8), (37, 5))
-    assert not seen.features.requires_grad
+    assert (output.features.shape, output.logits.shape) == ((37, 8), (37, 5))
+    assert not output.features.requires_grad
 
 
-def test_the_real_network_takes_its_weights_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_has_the_weights_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     layers = ["2048", "logits_unbiased"]
@@ -101,15 +101,15 @@ def test_the_real_network_takes_its_weights_from_the_file(tmp_path: Path, monkey
         random = FeatureExtractorInceptionV3("random", layers, empty)
     torch.save(random.state_dict(), tmp_path / "weights.pth")
     images = (torch.rand(2, 1, 20, 20) * 255).to(torch.uint8)
-    seen = load_inception(tmp_path / "weights.pth")(images)
+    output = load_inception(tmp_path / "weights.pth")(images)
     features, logits = random(images.expand(-1, 3, -1, -1))
-    assert seen.features.equal(features)
-    assert seen.logits.equal(logits)
+    assert output.features.equal(features)
+    assert output.logits.equal(logits)
     assert (features.shape, logits.shape) == ((2, NUM_FEATURES), (2, NUM_CLASSES))
 
 
 class Payload:
-    """What a hostile pickle would run."""
+    """Makes a folder when Python unpickles it."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -119,7 +119,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch file", "torch file of a pickle", "other weights", "text", "absent"])
-def test_a_file_of_something_else_is_refused_and_nothing_in_it_runs(kind: str, tmp_path: Path) -> None:
+def test_any_other_file_is_an_error_and_no_code_in_it_runs(kind: str, tmp_path: Path) -> None:
     path, place = tmp_path / "weights.pth", tmp_path / "ran"
     if kind == "pickle":
         path.write_bytes(pickle.dumps(Payload(place)))

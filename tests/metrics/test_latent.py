@@ -1,4 +1,4 @@
-"""How a codebook is used, against counting by hand."""
+"""Codebook usage and perplexity, against counts in Python."""
 
 import math
 from collections import Counter
@@ -19,11 +19,11 @@ from medgen.metrics.latent import codebook_use
     ],
     ids=["all evenly", "half of them", "one", "unevenly"],
 )
-def test_known_uses(codes, usage, perplexity):
+def test_codebook_use_of_known_codes(codes, usage, perplexity):
     assert codebook_use(codes, 8) == pytest.approx({"codebook_usage": usage, "codebook_perplexity": perplexity})
 
 
-def test_perplexity_agrees_with_counting():
+def test_perplexity_agrees_with_counts():
     codes = torch.randint(0, 50, (30, 4, 4), generator=torch.Generator().manual_seed(0)) ** 2 // 50
     shares = [count / codes.numel() for count in Counter(codes.flatten().tolist()).values()]
     expected = math.exp(-sum(share * math.log(share) for share in shares))

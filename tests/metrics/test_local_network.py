@@ -1,4 +1,4 @@
-"""A feature network from a local file: the same features as torchvision's, and files that are refused by name."""
+"""A feature network from a local file: the features agree with torchvision; other files are errors."""
 
 import hashlib
 import io
@@ -72,7 +72,7 @@ def described(folder: Path, content: bytes, architecture: str, **change: object)
     ("build", "architecture", "num_features"), [(resnet18, "resnet18", 512), (densenet121, "densenet121", 1024)]
 )
 @torch.no_grad()
-def test_features_are_those_below_the_last_layer(
+def test_features_are_the_inputs_of_the_last_layer(
     build: Callable[..., nn.Module], architecture: str, num_features: int, tmp_path: Path
 ) -> None:
     params = described(tmp_path, weights(build), architecture)
@@ -89,7 +89,7 @@ def test_features_are_those_below_the_last_layer(
     torch.testing.assert_close(found, kept[0])
 
 
-def test_images_are_resized_repeated_and_standardised(tmp_path: Path) -> None:
+def test_images_are_resized_repeated_to_three_channels_and_standardised(tmp_path: Path) -> None:
     params = described(tmp_path, script(Pooled()), "torchscript", mean=(0.0, 0.2, 0.4), std=(1.0, 0.5, 0.25))
     images = torch.full((3, 1, 50, 50), 102, dtype=torch.uint8)
     images[:, :, :25] = 204
@@ -100,7 +100,7 @@ def test_images_are_resized_repeated_and_standardised(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Runs a command when Python unpickles it."""
+    """Makes a folder when Python unpickles it."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -129,7 +129,7 @@ class Payload:
         "pickle as weights", "a map", "two outputs", "an error", "infinite",
     ],
 )  # fmt: skip
-def test_a_file_of_something_else_is_refused_and_nothing_in_it_runs(
+def test_any_other_file_is_an_error_and_no_code_in_it_runs(
     content: Callable[[Path], bytes], architecture: str, message: str, tmp_path: Path
 ) -> None:
     params = described(tmp_path, content(tmp_path / "ran"), architecture)
@@ -147,12 +147,12 @@ def test_the_hash_is_checked_before_the_file_is_loaded(tmp_path: Path, monkeypat
         load_local_network(params, tmp_path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     params = described(tmp_path, b"", "torchscript").model_copy(update={"path": "other/network.pt"})
     with pytest.raises(UserError, match=r"other/network\.pt: cannot be read: No such file.*evaluate\.local\.path"):
         load_local_network(params, tmp_path)
 
 
-def test_the_extractor_needs_its_section() -> None:
+def test_the_extractor_local_needs_its_section() -> None:
     with pytest.raises(ValidationError, match=r"no section evaluate\.local"):
         Evaluate(extractors=("domain", "local"))

@@ -1,4 +1,4 @@
-"""Squared MMD against another library, the formulas and known cases; its interval covers the truth."""
+"""Squared MMD against another library, the formulas and known cases; its interval covers the true value."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def normal(count: int, width: int = 8, shift: float = 0.0, seed: int = 0) -> Ten
     return torch.randn(count, width, generator=generator, dtype=torch.float64) + shift
 
 
-def test_kid_is_torchmetrics_on_the_same_features() -> None:
+def test_kid_agrees_with_torchmetrics() -> None:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     real, generated = normal(30, 12), normal(30, 12, shift=0.4, seed=1)
@@ -35,7 +35,7 @@ def slow_kid(real: Tensor, generated: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ["cubic", "gaussian"])
-def test_value_and_interval_are_the_formulas_with_sets_of_different_sizes_and_patients(name: str) -> None:
+def test_value_and_interval_follow_the_formulas_for_different_sizes_and_patients(name: str) -> None:
     real, generated, patients = normal(9, 4), normal(6, 4, 0.5, seed=1), list("aabbbcdde")
 
     def slow(rows: Tensor, keys: list[str], others: Tensor) -> float:
@@ -60,8 +60,8 @@ def test_value_and_interval_are_the_formulas_with_sets_of_different_sizes_and_pa
 
 
 @pytest.mark.parametrize("name", ["cubic", "gaussian"])
-def test_several_images_a_patient_do_not_bias_the_value(name: str) -> None:
-    """The review's minimal case (D1): 40 patients with 3 images each, correlated 0.81; the truth is 0."""
+def test_several_images_per_patient_do_not_bias_the_value(name: str) -> None:
+    """40 patients with 3 images each, with a correlation of 0.81; the true value is 0."""
     values, above, patients = [], 0, list(np.repeat(np.arange(40), 3))
     for trial in range(60):
         own = normal(40, 16, seed=trial).repeat_interleave(3, 0)
@@ -74,7 +74,7 @@ def test_several_images_a_patient_do_not_bias_the_value(name: str) -> None:
     assert above / 60 <= 0.05
 
 
-def test_difference_of_two_models_is_that_of_their_values_and_covers_the_truth() -> None:
+def test_difference_of_two_models_is_the_difference_of_values_and_its_interval_covers_the_truth() -> None:
     better = normal(3000, 4, 0.2, 7)
     worse = normal(3000, 4, 0.35, 8)
     truth = mmd.mmd_difference(*(mmd.mmd(normal(4000, 4, 0, 9), rows, 2.8) for rows in (worse, better)))[0]
@@ -89,11 +89,11 @@ def test_difference_of_two_models_is_that_of_their_values_and_covers_the_truth()
         covered += abs(difference - truth) < 1.96 * error
         narrower += 2 * 1.96 * error < one.interval.high - one.interval.low
     assert 0.88 <= covered / 60 <= 1.0
-    assert narrower / 60 > 0.9  # the same images for both: their noise cancels
+    assert narrower / 60 > 0.9  # the noise of the common real images cancels
 
 
-def test_paired_mmd_is_unbiased_where_each_image_is_compared_with_what_was_made_from_it() -> None:
-    """The plain value is far below 0 there: each image lies next to its own reconstruction."""
+def test_paired_mmd_is_unbiased_for_images_and_their_reconstructions() -> None:
+    """The plain MMD is far below 0, because each image is near its own reconstruction."""
     found, plain = [], []
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
@@ -108,7 +108,7 @@ def test_paired_mmd_is_unbiased_where_each_image_is_compared_with_what_was_made_
     assert abs(float(found.mean())) < 3 * error < -float(plain.mean())
 
 
-def test_paired_mmd_of_shifted_images_is_that_of_unpaired_ones() -> None:
+def test_paired_mmd_of_shifted_images_agrees_with_unpaired_images() -> None:
     real = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
     other = torch.randn(600, 4, generator=torch.Generator().manual_seed(1))
     shifted, expected = mmd.paired_mmd(real, real + 0.5, 2.0), mmd.mmd(real, other + 0.5, 2.0).interval
@@ -137,10 +137,10 @@ def test_kid_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("shift", "truth", "lowest", "highest"),
     [(0.3, None, 0.91, 0.99), (0.0, 0.0, 0.95, 1.0)],
-    ids=["different sets", "alike sets, where it errs on the wide side"],
+    ids=["different sets", "equal sets, where the interval is too wide"],
 )
 def test_kid_interval_covers_the_truth(shift: float, truth: float | None, lowest: float, highest: float) -> None:
-    if truth is None:  # unbiased, so the mean over large draws is the truth
+    if truth is None:  # KID is unbiased, so the mean over large draws approximates the true value
         truth = float(np.mean([kid(normal(2000, 4, 0, s), normal(2000, 4, shift, -s)).value for s in (1, 2)]))
     num_covered = 0
     for trial in range(200):
@@ -149,19 +149,19 @@ def test_kid_interval_covers_the_truth(shift: float, truth: float | None, lowest
     assert lowest <= num_covered / 200 <= highest
 
 
-def test_kid_interval_counts_patients_not_images() -> None:
+def test_kid_interval_depends_on_patients_not_images() -> None:
     real, generated = normal(40, 4), normal(400, 4, 0.3, seed=1)
     thrice, patients = real.repeat_interleave(3, dim=0), list(np.repeat(np.arange(40), 3))
-    honest = kid(real, generated)
+    once = kid(real, generated)
     blind, by_patient = kid(thrice, generated), kid(thrice, generated, patients)
-    assert blind.high - blind.low < 0.75 * (honest.high - honest.low)
-    assert by_patient.high - by_patient.low == pytest.approx(honest.high - honest.low, rel=0.05)
+    assert blind.high - blind.low < 0.75 * (once.high - once.low)
+    assert by_patient.high - by_patient.low == pytest.approx(once.high - once.low, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("real", "groups", "message"),
     [(normal(2), None, "at least 3 images"), (normal(5), ["a"] * 4 + ["b"], "found 2, expected at least 3")],
 )
-def test_kid_needs_enough_to_leave_out(real: Tensor, groups: list[str] | None, message: str) -> None:
+def test_too_few_images_or_groups_for_kid_are_an_error(real: Tensor, groups: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kid(real, normal(9, seed=1), groups)

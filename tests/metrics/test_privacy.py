@@ -1,4 +1,4 @@
-"""Copies of train images are found through blur, shift, mirror and tone; honest images, even soft ones, are not."""
+"""The search finds copies of train images despite blur, shift, mirroring and tone, and does not accuse new images."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from medgen.metrics import privacy
 
 
-def films(count: int, seed: int, side: int = 64) -> Tensor:
-    """Pictures (N, 1, side, side) in [0, 1] of one layout, each with its own smooth details and grain."""
+def draw_images(count: int, seed: int, side: int = 64) -> Tensor:
+    """Images (N, 1, side, side) in [0, 1] of one layout, each with its own smooth details and noise."""
     generator = torch.Generator().manual_seed(seed)
     axis = torch.linspace(-1, 1, side)
     layout = 0.5 + 0.3 * torch.cos(3 * axis)[:, None] * torch.cos(5 * axis)[None, :]
@@ -27,7 +27,7 @@ def films(count: int, seed: int, side: int = 64) -> Tensor:
 
 
 def blurred(images: Tensor, width: int = 5) -> Tensor:
-    """About a Gaussian of 2 px at width 5: a box, twice."""
+    """Two box filters, which are about a Gaussian blur of 2 px at width 5."""
     for _ in range(2):
         images = F.avg_pool2d(F.pad(images, [width // 2] * 4, mode="replicate"), width, 1)
     return images
@@ -39,7 +39,7 @@ def shifted(images: Tensor, down: int, right: int) -> Tensor:
     return wide[..., most - down : most - down + side, most - right : most - right + side]
 
 
-TRAIN, HELD_OUT, FRESH = films(150, seed=0), films(200, seed=1), films(200, seed=2)
+TRAIN, HELD_OUT, NEW = draw_images(150, seed=0), draw_images(200, seed=1), draw_images(200, seed=2)
 LIMITS = privacy.nearest_by_pixels(HELD_OUT, TRAIN)
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "as they are": lambda images: images,
@@ -52,19 +52,19 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_copies_are_found_and_honest_images_are_not_accused(change: Callable[[Tensor], Tensor]) -> None:
+def test_copies_are_found_and_new_images_are_not(change: Callable[[Tensor], Tensor]) -> None:
     found = privacy.nearest_by_pixels(change(TRAIN), TRAIN)
     copies = privacy.find_copies(found, LIMITS)
     assert copies.rate > 0.95
     assert copies.ratio < 0.6
     assert (found.row == torch.arange(len(TRAIN))).double().mean() > 0.95
-    honest = privacy.find_copies(privacy.nearest_by_pixels(change(FRESH), TRAIN), LIMITS)
-    assert honest.rate <= 0.03
-    assert honest.ratio == pytest.approx(1.0, abs=0.1)
+    result = privacy.find_copies(privacy.nearest_by_pixels(change(NEW), TRAIN), LIMITS)
+    assert result.rate <= 0.03
+    assert result.ratio == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_model_that_only_draws_the_average_is_no_copier() -> None:
-    average = TRAIN.mean(dim=0) + 0.1 * (FRESH - TRAIN.mean(dim=0))
+def test_samples_near_the_average_are_not_copies() -> None:
+    average = TRAIN.mean(dim=0) + 0.1 * (NEW - TRAIN.mean(dim=0))
     assert privacy.find_copies(privacy.nearest_by_pixels(average, TRAIN), LIMITS).rate <= 0.03
 
 
@@ -73,23 +73,23 @@ def test_a_model_that_only_draws_the_average_is_no_copier() -> None:
 def test_copies_are_found_under_every_shift_of_up_to_a_sixteenth_of_the_side(
     side: int, step: int, mirrored: bool
 ) -> None:
-    """Also by an odd number of pixels; at 128 px every third shift is tried, odd and even ones."""
-    train, held_out, fresh = (films(count, seed, side) for count, seed in ((100, 0), (100, 1), (4, 2)))
+    """Includes shifts by odd numbers of pixels; at 128 px every third shift is tested."""
+    train, held_out, new = (draw_images(count, seed, side) for count, seed in ((100, 0), (100, 1), (4, 2)))
     shifts = list(product(range(-side // 16, side // 16 + 1, step), repeat=2))
     copies = torch.cat([shifted(train[i % 100][None], *shift) for i, shift in enumerate(shifts)])
-    honest = torch.cat([shifted(fresh[i % 4][None], *shift) for i, shift in enumerate(shifts)])
+    others = torch.cat([shifted(new[i % 4][None], *shift) for i, shift in enumerate(shifts)])
     if mirrored:
-        copies, honest = copies.flip(-1), honest.flip(-1)
+        copies, others = copies.flip(-1), others.flip(-1)
     limits, found = privacy.nearest_by_pixels(held_out, train), privacy.nearest_by_pixels(copies, train)
     assert found.row.tolist() == [i % 100 for i in range(len(shifts))]
-    assert float(privacy.find_copies(found, limits).nearness.max()) < privacy.CERTAIN
-    assert privacy.find_copies(privacy.nearest_by_pixels(honest, train), limits).rate <= 0.01
+    assert float(privacy.find_copies(found, limits).relative_distance.max()) < privacy.CERTAIN_COPY
+    assert privacy.find_copies(privacy.nearest_by_pixels(others, train), limits).rate <= 0.01
 
 
-def test_the_first_pass_of_the_search_loses_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shift of one pixel is the farthest from those of the first pass."""
-    train = films(600, seed=0)
-    images = torch.cat([shifted(train[:100], 1, 1), FRESH[:50]])
+def test_the_first_pass_of_the_search_misses_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shift of one pixel is farthest from the shifts of the first pass."""
+    train = draw_images(600, seed=0)
+    images = torch.cat([shifted(train[:100], 1, 1), NEW[:50]])
     found = privacy.nearest_by_pixels(images, train)
     monkeypatch.setattr(privacy, "_CANDIDATES", len(train))
     exhaustive = privacy.nearest_by_pixels(images, train)
@@ -98,22 +98,22 @@ def test_the_first_pass_of_the_search_loses_no_copies(monkeypatch: pytest.Monkey
 
 
 def slow_distance(image: Tensor, train: Tensor) -> tuple[float, int]:
-    """The docstring at 64 px, one pair of windows after another, with NumPy's correlation."""
+    """The definition at 64 px by loops over pairs of windows, with NumPy's correlation."""
 
     def cells(window: Tensor) -> Any:
         return window.reshape(-1, 14, 4, 14, 4).mean(dim=(2, 4)).flatten().double().numpy()
 
-    likeness = []
+    correlations = []
     for other in train:
         targets = [cells(turned[:, 4:60, 4:60]) for turned in (other.double(), other.double().flip(-1))]
         windows = [cells(image[:, top : top + 56, left : left + 56]) for top in range(9) for left in range(9)]
-        likeness.append(max(np.corrcoef(window, target)[0, 1] for window in windows for target in targets))
-    distances = sorted(1.0 - value for value in likeness)
-    return distances[0] / float(np.mean(distances[1:51])), int(np.argmax(likeness))
+        correlations.append(max(np.corrcoef(window, target)[0, 1] for window in windows for target in targets))
+    distances = sorted(1.0 - value for value in correlations)
+    return distances[0] / float(np.mean(distances[1:51])), int(np.argmax(correlations))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_distance_is_the_loops_of_its_definition(channels: int) -> None:
+def test_the_pixel_distance_agrees_with_loops_over_the_definition(channels: int) -> None:
     generator = torch.Generator().manual_seed(0)
     train = (torch.rand(55, channels, 64, 64, generator=generator) * 255).to(torch.uint8)
     image = shifted(train[:1].flip(-1).float() / 255, 3, -1) + 0.3 * torch.rand(64, 64, generator=generator)
@@ -124,19 +124,19 @@ def test_the_distance_is_the_loops_of_its_definition(channels: int) -> None:
 
 
 @pytest.mark.parametrize("nearest", [privacy.nearest_by_pixels, privacy.nearest_by_features])
-def test_by_parts_is_the_same(
+def test_the_size_of_blocks_does_not_change_results(
     nearest: Callable[[Tensor, Tensor], privacy.Nearest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = (1, 32, 32) if nearest is privacy.nearest_by_pixels else (8,)
     images, train = (torch.rand(20, *shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     whole = nearest(images, train)
-    monkeypatch.setattr(privacy, "_NUMBERS_PER_BLOCK", 20_000)
+    monkeypatch.setattr(privacy, "_VALUES_PER_BLOCK", 20_000)
     parts = nearest(images, train)
     assert parts.row.equal(whole.row)
     assert torch.allclose(parts.distance, whole.distance, atol=1e-5)
 
 
-def test_features_are_at_their_euclidean_distance() -> None:
+def test_the_feature_distance_is_euclidean() -> None:
     images, train = (torch.randn(count, 5, generator=torch.Generator().manual_seed(count)) for count in (7, 9))
     images[2] = train[4]
     found = privacy.nearest_by_features(images, train)
@@ -149,19 +149,19 @@ def test_features_are_at_their_euclidean_distance() -> None:
 
 @pytest.mark.parametrize("side", [28, 32, 50])
 @pytest.mark.parametrize("grey", [0, 77, 255])
-def test_what_shows_nothing_gives_numbers(side: int, grey: int) -> None:
+def test_blank_images_give_finite_values(side: int, grey: int) -> None:
     blank = torch.full((4, 1, side, side), grey, dtype=torch.uint8)
     noise = (torch.rand(6, 1, side, side, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     for images, train in ((blank, noise), (noise, blank), (blank, blank), (noise, noise[:1].repeat(3, 1, 1, 1))):
         found = privacy.nearest_by_pixels(images, train)
         assert found.distance.isfinite().all()
         assert all(math.isfinite(value) for value in list(privacy.find_copies(found, found))[1:])
-    assert privacy.nearest_by_pixels(blank, noise).distance.tolist() == pytest.approx([1.0] * 4)  # near none of them
+    assert privacy.nearest_by_pixels(blank, noise).distance.tolist() == pytest.approx([1.0] * 4)  # equally far from all
 
 
-def test_one_train_image_is_too_few() -> None:
+def test_a_single_train_image_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        privacy.nearest_by_pixels(FRESH[:2], TRAIN[:1])
+        privacy.nearest_by_pixels(NEW[:2], TRAIN[:1])
 
 
 def nearest(distances: Tensor) -> privacy.Nearest:
@@ -169,14 +169,14 @@ def nearest(distances: Tensor) -> privacy.Nearest:
 
 
 @pytest.mark.parametrize(("count", "rank"), [(3, 1), (98, 1), (99, 1), (199, 2), (342, 3), (998, 9), (999, 10)])
-def test_the_limit_lets_at_most_one_in_a_hundred_through(count: int, rank: int) -> None:
+def test_at_most_one_percent_of_held_out_patients_is_below_the_limit(count: int, rank: int) -> None:
     distances = nearest(torch.arange(1.0, count + 1).flip(0))
     assert privacy.find_copies(distances, distances).limit == rank
     assert rank / (count + 1) <= 0.01 or rank == 1
 
 
-def test_a_patient_of_many_images_counts_once_by_the_nearest() -> None:
-    """The first of 200 patients has five images, four of them the nearest of all."""
+def test_a_patient_with_several_images_counts_once_by_the_nearest_image() -> None:
+    """The first of 200 patients has five images, four of which are the nearest of all."""
     held_out = nearest(torch.cat([torch.arange(1.0, 5.0), torch.arange(10.0, 210.0)]))
     patients = ["first"] * 5 + [f"patient{i}" for i in range(199)]
     assert privacy.find_copies(held_out, held_out).limit == 2
@@ -184,29 +184,29 @@ def test_a_patient_of_many_images_counts_once_by_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(("num_patients", "num_samples"), [(5, 10), (99, 30), (250, 80), (342, 400)])
-def test_the_plausible_rate_is_the_count_of_orderings(num_patients: int, num_samples: int) -> None:
-    """All orderings of m + g exchangeable distances are equally probable; exact fractions, without logarithms."""
+def test_the_plausible_rate_follows_from_counts_of_orderings(num_patients: int, num_samples: int) -> None:
+    """All orderings of m + g exchangeable distances are equally probable; computed with exact fractions."""
     rank = max(1, (num_patients + 1) // 100)
     whole = math.comb(num_samples + num_patients, num_samples)
 
     def exceeding(nearer: int) -> Fraction:
-        """P(more than `nearer` of the samples come before the limit), the limit being the patients' r-th."""
-        below = sum(  # r - 1 patients among the first k + r - 1, then the limit
+        """P(more than `nearer` samples are below the limit), which is the r-th smallest distance of the patients."""
+        below = sum(  # r - 1 patients among the first k + r - 1 distances, then the limit
             math.comb(k + rank - 1, k) * math.comb(num_samples - k + num_patients - rank, num_samples - k)
             for k in range(nearer + 1)
         )
         return 1 - Fraction(below, whole)
 
-    found = round(privacy.plausible(num_samples, num_patients) * num_samples)
+    found = round(privacy.plausible_rate(num_samples, num_patients) * num_samples)
     assert exceeding(found) <= Fraction(5, 1000) < exceeding(found - 1)
 
 
 @pytest.mark.parametrize("num_samples", [50, 1000])
-@pytest.mark.parametrize(("num_patients", "num_images", "likeness"), [(95, 1, 0.0), (48, 2, 0.6), (30, 20, 0.5)])
-def test_an_honest_model_is_rarely_accused(
-    num_patients: int, num_images: int, likeness: float, num_samples: int
+@pytest.mark.parametrize(("num_patients", "num_images", "correlation"), [(95, 1, 0.0), (48, 2, 0.6), (30, 20, 0.5)])
+def test_a_model_without_copies_rarely_exceeds_the_plausible_rate(
+    num_patients: int, num_images: int, correlation: float, num_samples: int
 ) -> None:
-    """Distances of one patient's images are correlated; the copy rate is the larger one of two measures."""
+    """The distances of a patient's images are correlated; the copy rate is the larger of two."""
     repetitions, random = 400, np.random.default_rng(num_patients)
     patients = np.repeat(np.arange(num_patients), num_images).astype(str).tolist()
     accused = 0
@@ -214,39 +214,39 @@ def test_an_honest_model_is_rarely_accused(
         found = []
         for _ in range(2):
             own, common = random.normal(size=(num_patients, num_images)), random.normal(size=(num_patients, 1))
-            held_out = (math.sqrt(likeness) * common + math.sqrt(1 - likeness) * own).ravel() + 10
+            held_out = (math.sqrt(correlation) * common + math.sqrt(1 - correlation) * own).ravel() + 10
             samples = random.normal(size=num_samples) + 10
             found.append(privacy.find_copies(*(nearest(torch.from_numpy(d)) for d in (samples, held_out)), patients))
         accused += any(copies.rate > copies.plausible for copies in found)
     assert accused / repetitions <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / repetitions)
 
 
-def test_one_exact_copy_among_many_samples_shows() -> None:
-    """15 of 500 are no more than chance explains at 95 held-out images; each is near nothing else."""
-    held_out, samples = films(95, seed=3), films(485, seed=4)
+def test_one_exact_copy_among_many_samples_is_found() -> None:
+    """15 of 500 copies do not exceed the plausible rate for 95 held-out images, but the distance of one is enough."""
+    held_out, samples = draw_images(95, seed=3), draw_images(485, seed=4)
     limits = privacy.nearest_by_pixels(held_out, TRAIN)
     for copies, certain in ((0, False), (1, True), (15, True)):
         found = privacy.nearest_by_pixels(torch.cat([samples, TRAIN[:copies]]), TRAIN)
         by_pixels = privacy.find_copies(found, limits)
         values = privacy.metrics(by_pixels, by_pixels)
         assert values["copy_rate"] <= values["copy_rate_plausible"]
-        assert (values["nearest_over_limit"] < privacy.CERTAIN) == certain
+        assert (values["nearest_over_limit"] < privacy.CERTAIN_COPY) == certain
 
 
-def test_pairs_come_by_nearness_to_either_limit() -> None:
+def test_closest_pairs_are_sorted_by_relative_distance() -> None:
     def copies(distances: list[float], limit: float, rows: list[int]) -> privacy.Copies:
         return privacy.Copies(privacy.Nearest(torch.tensor(distances), torch.tensor(rows)), limit, 0.25, 0.1, 1.0, 0.5)
 
     by_features = copies([4.0, 1.0, 9.0, 8.0], 2.0, [10, 11, 12, 13])
     by_pixels = copies([0.8, 0.9, 0.1, 0.8], 0.4, [20, 21, 22, 23])
     pairs = privacy.closest_pairs(by_features, by_pixels, 3)
-    assert pairs.sample.tolist() == [2, 1, 0]  # the last two are level: in their order
+    assert pairs.sample.tolist() == [2, 1, 0]  # 0 and 3 are equal: in the order of samples
     assert pairs.train.tolist() == [22, 11, 10]
-    assert pairs.nearness.tolist() == pytest.approx([0.25, 0.5, 2.0])
+    assert pairs.relative_distance.tolist() == pytest.approx([0.25, 0.5, 2.0])
     assert pairs.by_pixels.tolist() == [True, False, False]
 
 
-def test_the_larger_share_is_the_copy_rate_and_the_smaller_distance_the_nearest() -> None:
+def test_metrics_take_the_larger_rate_and_the_smaller_relative_distance() -> None:
     sample = nearest(torch.tensor([0.5]))
     found = privacy.metrics(
         privacy.Copies(sample, 1.0, 0.25, 0.1, 0.9, 0.5), privacy.Copies(sample, 2.0, 0.75, 0.1, 0.1, 0.6)

@@ -1,4 +1,4 @@
-"""Reconstruction measures against other libraries and their formulas; the mean over a split is exact."""
+"""Reconstruction metrics against other libraries and their formulas; the mean over a split is exact."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_pixel_errors_follow_their_formulas() -> None:
     )
 
 
-def test_ssim_is_the_papers() -> None:
+def test_ssim_agrees_with_the_formula() -> None:
     original, changed = smooth(1, 24), noisy(smooth(1, 24))
     x, y = original[0, 0].double().numpy(), changed[0, 0].double().numpy()
     offsets = np.arange(11) - 5
@@ -59,19 +59,19 @@ def test_ssim_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize("measure", ["l1", "mse", "ssim", "ms_ssim"])
-def test_measures_of_colour_are_means_over_the_channels(measure: str) -> None:
+def test_metrics_of_colour_images_are_means_over_channels(measure: str) -> None:
     original = smooth(2, 100, channels=3)
     changed = noisy(original)
     changed[:, 1] = changed[:, 1] ** 2
     compare = getattr(reconstruction, measure)
     channels = [compare(original[:, i : i + 1], changed[:, i : i + 1]) for i in range(3)]
     torch.testing.assert_close(compare(original, changed), torch.stack(channels).mean(dim=0))
-    together = reconstruction.compare([(original, changed)])
+    together = reconstruction.score_images([(original, changed)])
     assert together[measure].mean().item() == pytest.approx(torch.stack(channels).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("size", "window"), [(176, 11), (161, 11), (128, 7), (97, 7), (96, None), (64, None)])
-def test_ms_ssim_takes_the_largest_window_that_fits(size: int, window: int | None) -> None:
+def test_ms_ssim_uses_the_largest_window_that_fits(size: int, window: int | None) -> None:
     assert reconstruction.ms_ssim_window(size) == window
     original, changed = smooth(2, size), noisy(smooth(2, size))
     if window is None:
@@ -92,12 +92,12 @@ def test_ms_ssim_agrees_with_torchmetrics() -> None:
 
 
 @pytest.mark.parametrize(("size", "has_ms_ssim"), [(32, False), (100, True)])
-def test_batches_do_not_change_the_values(size: int, has_ms_ssim: bool) -> None:
+def test_batch_sizes_do_not_change_the_values(size: int, has_ms_ssim: bool) -> None:
     original = smooth(7, size)
     changed = original.clone()
-    changed[6] = noisy(changed[6:7], 0.5)[0]  # the odd one is alone in its batch
-    together = reconstruction.compare([(original, changed)])
-    ragged = reconstruction.compare(zip(original.split(3), changed.split(3), strict=True))
+    changed[6] = noisy(changed[6:7], 0.5)[0]  # the only image of the last batch
+    together = reconstruction.score_images([(original, changed)])
+    ragged = reconstruction.score_images(zip(original.split(3), changed.split(3), strict=True))
     for name, values in ragged.items():
         torch.testing.assert_close(values, together[name], atol=1e-6, rtol=0)
     assert set(ragged) == {"l1", "mse", "psnr", "ssim"} | ({"ms_ssim"} if has_ms_ssim else set())
@@ -105,9 +105,9 @@ def test_batches_do_not_change_the_values(size: int, has_ms_ssim: bool) -> None:
     assert ragged["ssim"].tolist() == pytest.approx(reconstruction.ssim(original, changed).tolist(), abs=1e-6)
 
 
-def test_no_images_is_an_error() -> None:
+def test_no_images_are_an_error() -> None:
     with pytest.raises(ValueError, match="no images"):
-        reconstruction.compare([])
+        reconstruction.score_images([])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_no_images_is_an_error() -> None:
     [(40, 16, 1), (300, 16, 1), (40, 16, 3)],
     ids=["fewer images", "more images than pixels", "colour"],
 )
-def test_pca_mark_agrees_with_sklearn(num_train: int, size: int, channels: int) -> None:
+def test_pca_agrees_with_sklearn(num_train: int, size: int, channels: int) -> None:
     from sklearn.decomposition import PCA
 
     train, test = (smooth(num_train, size, 0, channels), smooth(9, size, 1, channels))
@@ -130,14 +130,14 @@ def test_pca_mark_agrees_with_sklearn(num_train: int, size: int, channels: int) 
     assert scores[20] < scores[10_000]
 
 
-def test_pca_mark_survives_duplicated_and_equal_images() -> None:
+def test_pca_accepts_duplicate_and_equal_images() -> None:
     images = (smooth(6, 16) * 255).round().to(torch.uint8)
     assert reconstruction.pca_ssim(torch.cat([images, images]), images, [50])[50] == pytest.approx(1.0, abs=1e-4)
     equal = images[:1].repeat(5, 1, 1, 1)
     assert reconstruction.pca_ssim(equal, equal, [3])[3] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_kl_is_torchs() -> None:
+def test_kl_agrees_with_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     mean, logvar = torch.randn(4, 3, 2, 2, generator=generator), torch.randn(4, 3, 2, 2, generator=generator)
     posterior = torch.distributions.Normal(mean.double(), (0.5 * logvar.double()).exp())
@@ -145,9 +145,9 @@ def test_kl_is_torchs() -> None:
     torch.testing.assert_close(latent.kl_nats(mean, logvar), expected)
 
 
-def test_active_units_vary_with_the_image() -> None:
+def test_active_units_are_dimensions_that_vary_with_the_image() -> None:
     means = torch.zeros(100, 4)
     means[:, 1] = torch.linspace(-1, 1, 100)
-    means[:, 2] = 5.0  # off zero, but the same for every image
+    means[:, 2] = 5.0  # not zero, but the same for every image
     means[:, 3] = torch.linspace(-0.1, 0.1, 100)  # variance 0.0034
     assert latent.active_units(means.reshape(100, 2, 2)) == 1

@@ -1,7 +1,7 @@
-"""Faults of known kind in drawn radiographs: which measures find each, and which are known to miss it.
+"""Known faults in drawn radiographs: the metrics that detect each, and those known to miss it.
 
-A drawn image of another patient is a perfect sample. Features come from untrained convolutions, so that the tests
-need no training; benchmarks/measures.py has the same cases with the trained extractor (docs/measures.md).
+A drawn image of another patient is a perfect sample. Features come from an untrained extractor, so that the tests need
+no training; benchmarks/measures.py has the same cases with a trained extractor (docs/measures.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ def drawn(first_patient: int, labels: Sequence[str] = CLASSES * (NUM_IMAGES // 3
     return torch.from_numpy(np.stack(images))[:, None].float() / 255.0
 
 
-class Views:
-    """The drawn sets, and how the measures see them."""
+class ReferenceSets:
+    """Drawn sets of images, and the detection of faults in samples."""
 
     def __init__(self) -> None:
         self.train, self.held_out, self.champion, self.samples = (drawn(1000 * part) for part in range(4))
@@ -42,36 +42,36 @@ class Views:
             self.extractor = DomainExtractor(ExtractorSizes(1, 64, 16, len(CLASSES))).eval()
         with torch.no_grad():
             self.extractor.standardise([self.train], [self.train])
-        self.bandwidth = median_distance(self.view(self.train).features)
+        self.bandwidth = median_distance(self.describe(self.train).features)
 
     @torch.no_grad()
-    def view(self, images: Tensor) -> ImageSet:
+    def describe(self, images: Tensor) -> ImageSet:
         return ImageSet(self.extractor(images), radial_power(images))
 
-    def found_by(self, samples: Tensor) -> set[str]:
-        """Measures by which these samples are worse than the champion's, unlike real images, or copies."""
-        own, champion, held_out = (self.view(images) for images in (samples, self.champion, self.held_out))
+    def detected_by(self, samples: Tensor) -> set[str]:
+        """Metrics by which the samples are worse than the champion's, different from real images, or copies."""
+        own, champion, held_out = (self.describe(images) for images in (samples, self.champion, self.held_out))
         tests = compare(own, champion, held_out, self.bandwidth, num_permutations=199)
         found = {one.name for one in tests if one.p < 0.05}
         if not 0.8 < band_ratios(own.power, held_out.power)[-1] < 1.25:
             found.add("power ratio")
         if linear_auc(log_power(held_out.power), log_power(own.power)).low > 0.55:
             found.add("c2st of spectra")
-        train = self.view(self.train).content
+        train = self.describe(self.train).content
         for name, nearest, images in (
             ("copies by features", privacy.nearest_by_features, [v.content for v in (own, held_out)]),
             ("copies by pixels", privacy.nearest_by_pixels, [samples, self.held_out]),
         ):
             reference = train if name.endswith("features") else self.train
             copies = privacy.find_copies(*(nearest(part, reference) for part in images))
-            if copies.rate > copies.plausible or float(copies.nearness.min()) < privacy.CERTAIN:
+            if copies.rate > copies.plausible or float(copies.relative_distance.min()) < privacy.CERTAIN_COPY:
                 found.add(name)
         return found
 
 
 @pytest.fixture(scope="module")
-def views() -> Views:
-    return Views()
+def sets() -> ReferenceSets:
+    return ReferenceSets()
 
 
 def filtered(function: Callable[[np.ndarray], np.ndarray]) -> Change:
@@ -93,7 +93,7 @@ def noise(images: Tensor) -> Tensor:
 
 
 def without_pneumonia(images: Tensor) -> Tensor:
-    """Other patients' NORMAL images in their place."""
+    """PNEUMONIA images replaced by NORMAL images of other patients."""
     changed, rows = images.clone(), torch.arange(CLASSES.index("PNEUMONIA"), len(images), len(CLASSES))
     changed[rows] = drawn(4000, ["NORMAL"] * len(rows))
     return changed
@@ -101,7 +101,7 @@ def without_pneumonia(images: Tensor) -> Tensor:
 
 COPY_MEASURES = {"copies by features", "copies by pixels"}
 GATE = {"mmd", "spectrum", "c2st", "recall"}
-# samples changed -> measures that must find it, measures known to miss it
+# change of the samples -> metrics that must detect it, metrics known to miss it
 CASES: dict[str, tuple[Change, set[str], set[str]]] = {
     "no change": (lambda images: images, set(), GATE | COPY_MEASURES | {"power ratio", "c2st of spectra"}),
     "blur 0.3 px": (blur(0.3), set(), {"recall", "power ratio"} | COPY_MEASURES),
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Change, set[str], set[str]]] = {
     "less contrast": (lambda images: 0.5 + 0.8 * (images - 0.5), {"mmd", "spectrum", "power ratio"}, COPY_MEASURES),
     "smoothed ribs": (smoothed_lungs, {"spectrum", "c2st of spectra"}, COPY_MEASURES),
     "one class missing": (
-        without_pneumonia,  # untrained features know no classes
+        without_pneumonia,  # an untrained extractor does not recognise classes
         set(),
         {"mmd", "c2st", "recall", "power ratio"} | COPY_MEASURES,
     ),
@@ -131,27 +131,29 @@ COPIES: dict[str, tuple[Change, set[str], set[str]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "found", "missed"), CASES.values(), ids=CASES)
-def test_faults_are_found_by_these_measures(views: Views, change: Change, found: set[str], missed: set[str]) -> None:
-    seen = views.found_by(change(views.samples))
-    assert found <= seen
-    assert not missed & seen
+def test_faults_are_detected_by_the_expected_metrics(
+    sets: ReferenceSets, change: Change, found: set[str], missed: set[str]
+) -> None:
+    detected = sets.detected_by(change(sets.samples))
+    assert found <= detected
+    assert not missed & detected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "found", "missed"), COPIES.values(), ids=COPIES)
-def test_a_few_copies_are_found_only_by_the_search_for_them(
-    views: Views, change: Change, found: set[str], missed: set[str]
+def test_a_few_copies_are_detected_only_by_the_search_for_copies(
+    sets: ReferenceSets, change: Change, found: set[str], missed: set[str]
 ) -> None:
-    samples = views.samples.clone()
-    samples[:NUM_COPIES] = change(views.train[:NUM_COPIES])
-    seen = views.found_by(samples)
-    assert found <= seen
-    assert not missed & seen
+    samples = sets.samples.clone()
+    samples[:NUM_COPIES] = change(sets.train[:NUM_COPIES])
+    detected = sets.detected_by(samples)
+    assert found <= detected
+    assert not missed & detected
 
 
 @pytest.mark.slow
-def test_copies_in_part_are_missed(views: Views) -> None:
-    """The known hole: one half of a train image, the other half new."""
-    samples = views.samples.clone()
-    samples[:NUM_COPIES, ..., :32] = views.train[:NUM_COPIES, ..., :32]
-    assert not views.found_by(samples)
+def test_partial_copies_are_missed(sets: ReferenceSets) -> None:
+    """A known limitation: one half is of a train image, the other half is new."""
+    samples = sets.samples.clone()
+    samples[:NUM_COPIES, ..., :32] = sets.train[:NUM_COPIES, ..., :32]
+    assert not sets.detected_by(samples)

@@ -1,4 +1,4 @@
-"""Dice and IoU: held to torchmetrics' confusion matrix, scikit-learn and sets of pixels."""
+"""Dice and IoU, compared with torchmetrics and scikit-learn."""
 
 import math
 
@@ -10,17 +10,17 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.functional.segmentation import dice_score, mean_iou
 
 from medgen.metrics.segmentation import (
+    class_indices,
     class_means,
-    commonest_class,
-    decide,
     dice_and_iou,
     foreground_mean,
-    with_foreground,
+    most_common_class,
+    update_old_keys,
 )
 
 
 @pytest.mark.parametrize("num_classes", [2, 4])
-def test_scores_are_scikit_learns_and_torchmetrics(num_classes: int) -> None:
+def test_scores_agree_with_scikit_learn_and_torchmetrics(num_classes: int) -> None:
     generator = torch.Generator().manual_seed(num_classes)
     true, predicted = (torch.randint(num_classes, (3, 9, 11), generator=generator) for _ in range(2))
     dice, iou = dice_and_iou(predicted, true, num_classes)
@@ -33,7 +33,7 @@ def test_scores_are_scikit_learns_and_torchmetrics(num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
-def test_the_headline_is_torchmetrics_mean_without_the_background(num_classes: int) -> None:
+def test_the_foreground_mean_agrees_with_torchmetrics(num_classes: int) -> None:
     generator = torch.Generator().manual_seed(num_classes)
     true, predicted = (torch.randint(num_classes, (4, 9, 11), generator=generator) for _ in range(2))
     for found, reference in zip(dice_and_iou(predicted, true, num_classes), (dice_score, mean_iou), strict=True):
@@ -54,19 +54,19 @@ def test_the_headline_is_torchmetrics_mean_without_the_background(num_classes: i
         ({}, {}),
     ],
 )
-def test_metrics_of_an_older_medgen(old: dict[str, float], expected: dict[str, float]) -> None:
-    found = with_foreground({f"segmentation/{name}": value for name, value in old.items()})
+def test_keys_of_an_older_medgen_are_updated(old: dict[str, float], expected: dict[str, float]) -> None:
+    found = update_old_keys({f"segmentation/{name}": value for name, value in old.items()})
     assert found == pytest.approx({f"segmentation/{name}": value for name, value in expected.items()})
 
 
-def test_scores_take_class_numbers_as_they_are_stored() -> None:
+def test_scores_accept_uint8_class_indices() -> None:
     true, predicted = (torch.randint(3, (2, 5, 5), generator=torch.Generator().manual_seed(i)) for i in range(2))
     expected = dice_and_iou(predicted, true, 3)
     for found, wanted in zip(dice_and_iou(predicted.byte(), true.byte(), 3), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-def test_a_class_in_neither_mask_counts_for_nothing() -> None:
+def test_a_class_in_neither_mask_is_not_counted() -> None:
     true, predicted = torch.zeros(2, 4, 4, dtype=torch.long), torch.zeros(2, 4, 4, dtype=torch.long)
     true[0, 0, :2], predicted[0, 0, 1:3] = 1, 1
     dice, iou = dice_and_iou(predicted, true, 3)
@@ -78,11 +78,11 @@ def test_a_class_in_neither_mask_counts_for_nothing() -> None:
     assert missed[0, 1] == 0.0
 
 
-def test_decisions() -> None:
-    assert decide(torch.tensor([0.2, 0.5, 0.6]).reshape(1, 1, 1, 3)).tolist() == [[[0, 0, 1]]]
-    assert decide(torch.tensor([0.2, 0.5, 0.3]).reshape(1, 3, 1, 1)).tolist() == [[[1]]]
+def test_class_indices_of_probabilities() -> None:
+    assert class_indices(torch.tensor([0.2, 0.5, 0.6]).reshape(1, 1, 1, 3)).tolist() == [[[0, 0, 1]]]
+    assert class_indices(torch.tensor([0.2, 0.5, 0.3]).reshape(1, 3, 1, 1)).tolist() == [[[1]]]
 
 
-def test_the_commonest_class_of_each_place() -> None:
+def test_most_common_class_of_each_pixel() -> None:
     masks = torch.tensor([[[0, 1, 2]], [[0, 2, 2]], [[1, 2, 0]]])
-    assert commonest_class(masks, 3).tolist() == [[0, 2, 2]]
+    assert most_common_class(masks, 3).tolist() == [[0, 2, 2]]

@@ -1,4 +1,4 @@
-"""Radial power against numpy and known waves; blur and noise move the bands they should."""
+"""Radial power against NumPy and known waves; blur and noise change the expected bands."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from medgen.metrics.spectrum import NUM_BANDS, band_ratios, radial_power, spectrum_distance
 
 
-def test_radial_power_is_numpys_formula_in_colour() -> None:
+def test_radial_power_of_colour_images_agrees_with_numpy() -> None:
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     window = np.outer(*[0.5 - 0.5 * np.cos(2 * np.pi * np.arange(16) / 16)] * 2)  # periodic Hann
     expected = np.zeros(8)
@@ -24,7 +24,7 @@ def test_radial_power_is_numpys_formula_in_colour() -> None:
 
 
 @pytest.mark.parametrize(("frequency", "size"), [(3, 64), (20, 64), (40, 128)])
-def test_a_wave_has_its_power_at_its_frequency(frequency: int, size: int) -> None:
+def test_a_wave_has_its_maximum_power_at_its_frequency(frequency: int, size: int) -> None:
     wave = 0.5 + 0.4 * torch.sin(2 * torch.pi * frequency * torch.arange(size) / size)
     power = radial_power(wave.expand(size, size)[None, None])[0]
     assert int(power.argmax()) + 1 == frequency
@@ -46,7 +46,9 @@ def test_uint8_and_floats_agree(textured) -> None:
     ],
     ids=["other images", "blur 0.5 px", "blur 1 px", "noise", "less contrast"],
 )
-def test_bands_say_what_is_wrong(textured, change: dict, low: tuple[float, float], high: tuple[float, float]) -> None:
+def test_bands_show_blur_noise_and_contrast(
+    textured, change: dict, low: tuple[float, float], high: tuple[float, float]
+) -> None:
     real, made = radial_power(textured(40)), radial_power(textured(40, seed=1, **change))
     ratios = band_ratios(made, real)
     assert len(ratios) == NUM_BANDS
@@ -55,7 +57,7 @@ def test_bands_say_what_is_wrong(textured, change: dict, low: tuple[float, float
     assert (spectrum_distance(made, real) < 0.1) == (not change)
 
 
-def test_empty_images_have_a_distance_too(textured) -> None:
+def test_blank_images_have_a_finite_distance(textured) -> None:
     power = radial_power(torch.zeros(3, 1, 32, 32))
     assert spectrum_distance(power, power) == 0.0
     assert np.isfinite(spectrum_distance(power, radial_power(textured(3, 32))))

@@ -1,4 +1,4 @@
-"""Every family keeps the same promises: one row a configuration, one test a promise."""
+"""Properties that all model families share; each row of ROWS is a configuration."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from medgen.models.base import soft_bound
 from medgen.models.bundle import BundleInfo
 from medgen.training.losses import Objective
 
-ROWS = [  # name and sizes, image shape, latent shape (None: the model has none)
+ROWS = [  # parameters, image shape, latent shape (None for a segmenter)
     ({"name": "spatial_vae", "base_channels": 8, "latent_channels": 4, "latent_size": 4}, (1, 32, 32), (4, 4, 4)),
     ({"name": "spatial_vae", "base_channels": 8, "latent_channels": 6, "latent_size": 8}, (1, 64, 64), (6, 8, 8)),
     ({"name": "spatial_vae", "base_channels": 4, "latent_channels": 2, "latent_size": 7}, (3, 56, 56), (2, 7, 7)),
@@ -33,10 +33,10 @@ ROWS = [  # name and sizes, image shape, latent shape (None: the model has none)
     ({"name": "vae", "base_channels": 4, "latent_channels": 6, "latent_size": 14}, (1, 28, 28), (6,)),
     ({"name": "cvae", "base_channels": 4, "latent_channels": 6, "label_channels": 3}, (1, 28, 28), (6,)),
     ({"name": "cvae", "base_channels": 4, "latent_channels": 6}, (3, 32, 32), (6,)),
-    ({"name": "vqvae", "base_channels": 8, "num_codes": 16}, (1, 32, 32), (64, 8, 8)),
-    ({"name": "vqvae", "base_channels": 4, "num_codes": 7, "latent_channels": 5, "latent_size": 9,
+    ({"name": "vqvae", "base_channels": 8, "num_embeddings": 16}, (1, 32, 32), (64, 8, 8)),
+    ({"name": "vqvae", "base_channels": 4, "num_embeddings": 7, "latent_channels": 5, "latent_size": 9,
       "codebook": "gradient"}, (3, 36, 36), (5, 9, 9)),
-    ({"name": "vqvae", "base_channels": 4, "num_codes": 16, "latent_channels": 5, "latent_size": 16,
+    ({"name": "vqvae", "base_channels": 4, "num_embeddings": 16, "latent_channels": 5, "latent_size": 16,
       "codebook": "cosine"}, (1, 32, 32), (5, 16, 16)),
     ({"name": "unet", "base_channels": 4}, (1, 32, 32), None),
     ({"name": "unet", "base_channels": 4, "down": "strided", "up": "upsample"}, (3, 20, 20), None),
@@ -49,25 +49,25 @@ def build(kwargs, image_shape, mask_classes=2):
     return build_model(Model(**kwargs), image_shape, NUM_CLASSES, mask_classes)
 
 
-def name_of(row):
+def row_id(row):
     return "-".join(
         [row[0]["name"], f"{row[1][1]}px", *(str(row[0][key]) for key in ("codebook", "up") if key in row[0])]
     )
 
 
-@pytest.fixture(params=ROWS, ids=name_of)
+@pytest.fixture(params=ROWS, ids=row_id)
 def any_row(request):
     kwargs, image_shape, latent_shape = request.param
     return build(kwargs, image_shape), image_shape, latent_shape
 
 
-@pytest.fixture(params=[row for row in ROWS if row[2]], ids=name_of)
+@pytest.fixture(params=[row for row in ROWS if row[2]], ids=row_id)
 def row(request):
     kwargs, image_shape, latent_shape = request.param
     return build(kwargs, image_shape), image_shape, latent_shape
 
 
-@pytest.fixture(params=[row for row in ROWS if row[1][1] <= 56], ids=name_of)
+@pytest.fixture(params=[row for row in ROWS if row[1][1] <= 56], ids=row_id)
 def small(request):
     kwargs, image_shape, _ = request.param
     return build(kwargs, image_shape), image_shape
@@ -84,41 +84,41 @@ def test_every_family_is_in_the_table():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_shapes_of_every_verb(row, precision):
-    """Images, latents and their spread are float32 whatever the network computes in."""
+    """Images, latents and log-variances are float32 under autocast too."""
     model, image_shape, latent_shape = row
     image, label = torch.rand(2, *image_shape), torch.tensor([0, 2])
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16), torch.no_grad():
         output, latent = model(image, label), model.encode(image, label)
         images = [
-            output.reconstruction,
-            model.predict(image, label).reconstruction,
+            output.prediction,
+            model.predict(image, label).prediction,
             model.decode(torch.randn(2, *latent_shape), label),
             model.reconstruct(image, label),
             model.sample(2, label),
         ]
     assert model.latent_shape == latent_shape
-    assert all(made.shape == image.shape and made.dtype == torch.float32 for made in images)
+    assert all(each.shape == image.shape and each.dtype == torch.float32 for each in images)
     latents = [output.latent.value, latent.value, latent.mean]
-    assert all(made.shape == (2, *latent_shape) and made.dtype == torch.float32 for made in latents)
+    assert all(each.shape == (2, *latent_shape) and each.dtype == torch.float32 for each in latents)
     assert latent.logvar is None or (latent.logvar.shape == latent.mean.shape and latent.logvar.dtype == torch.float32)
     assert latent.codes is None or (latent.codes.shape == (2, *latent_shape[1:]) and latent.codes.dtype == torch.int64)
-    assert all(bool(torch.isfinite(made).all()) for made in images + latents)
+    assert all(bool(torch.isfinite(each).all()) for each in images + latents)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kwargs", [row[0] for row in ROWS if row[2] is None], ids=["maxpool", "strided"])
 @pytest.mark.parametrize("mask_classes", [2, 3])
-def test_a_segmenter_gives_probabilities_for_every_class(kwargs, mask_classes, precision):
+def test_a_segmenter_predicts_probabilities_for_every_class(kwargs, mask_classes, precision):
     model, image = build(kwargs, (1, 32, 32), mask_classes), torch.rand(2, 1, 32, 32)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16), torch.no_grad():
         output, again = model(image), model.predict(image)
     assert output.latent is None
-    assert output.reconstruction.shape == (2, 1 if mask_classes == 2 else mask_classes, 32, 32)
-    assert output.reconstruction.dtype == torch.float32
-    assert torch.equal(output.reconstruction, again.reconstruction)
-    assert output.reconstruction.min() >= 0 and output.reconstruction.max() <= 1
+    assert output.prediction.shape == (2, 1 if mask_classes == 2 else mask_classes, 32, 32)
+    assert output.prediction.dtype == torch.float32
+    assert torch.equal(output.prediction, again.prediction)
+    assert output.prediction.min() >= 0 and output.prediction.max() <= 1
     if mask_classes > 2:
-        torch.testing.assert_close(output.reconstruction.sum(dim=1), torch.ones(2, 32, 32))
+        torch.testing.assert_close(output.prediction.sum(dim=1), torch.ones(2, 32, 32))
 
 
 def test_images_are_in_unit_range(row):
@@ -129,12 +129,12 @@ def test_images_are_in_unit_range(row):
 
 def test_every_parameter_gets_a_finite_gradient(any_row):
     model, image_shape, _ = any_row
-    # blocks that start as their shortcut give no gradient before their last layer: move them off it
+    # layers that start at zero block the gradient of the layers before them
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     output = model(torch.rand(2, *image_shape), torch.tensor([0, 2]))
     latent = 0 if output.latent is None else output.latent.value.square().mean()
-    (output.reconstruction.square().mean() + latent + sum(output.terms.values())).backward()
+    (output.prediction.square().mean() + latent + sum(output.terms.values())).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
@@ -155,16 +155,16 @@ def test_one_step_of_training_lowers_the_loss_on_its_batch(small, precision):
             output = model(smooth, label)
         return objective(output, target, weights, beta=0.01).total
 
-    loss()  # of a codebook the first step puts every code on a vector of the batch
+    loss()  # the first step moves every code of a codebook to a vector of the batch
     before = loss()
     before.backward()
     optimizer.step()
     assert loss() < before
 
 
-@pytest.mark.parametrize(("kwargs", "image_shape"), [row[:2] for row in ROWS], ids=map(name_of, ROWS))
-def test_a_saved_model_is_the_same_model(kwargs, image_shape, tmp_path):
-    """Batch statistics and codebooks too, after a training step that moved them."""
+@pytest.mark.parametrize(("kwargs", "image_shape"), [row[:2] for row in ROWS], ids=map(row_id, ROWS))
+def test_a_saved_model_loads_unchanged(kwargs, image_shape, tmp_path):
+    """This includes batch statistics and codebooks, which a training step changed."""
     model = build(kwargs, image_shape)
     info = BundleInfo(
         model=Model(**kwargs),
@@ -178,16 +178,14 @@ def test_a_saved_model_is_the_same_model(kwargs, image_shape, tmp_path):
     with torch.no_grad():
         model.train()(torch.rand(2, *image_shape), torch.tensor([0, 2]))
     bundle.save(tmp_path, model, info)
-    loaded, found = bundle.load(tmp_path)
-    assert found == info
+    loaded, loaded_info = bundle.load(tmp_path)
+    assert loaded_info == info
     state = model.state_dict()
     assert state.keys() == loaded.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in loaded.state_dict().items())
     image, label = torch.rand(2, *image_shape), torch.tensor([1, 2])
     with torch.no_grad():
-        assert torch.equal(
-            model.eval().predict(image, label).reconstruction, loaded.predict(image, label).reconstruction
-        )
+        assert torch.equal(model.eval().predict(image, label).prediction, loaded.predict(image, label).prediction)
 
 
 @pytest.mark.parametrize("width", [1, 9, 18, 28])
@@ -198,16 +196,16 @@ def test_odd_widths_work(width):
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("image_size", [16, 20, 28, 36, 44, 100])
-def test_every_image_size_that_preprocess_allows_is_handled(name, image_size):
+def test_every_image_size_that_preprocess_allows_works(name, image_size):
     """Multiples of four, powers of two or not."""
     model = build({"name": name, "base_channels": 2, "max_channels": 4}, (1, image_size, image_size)).eval()
     image = torch.rand(1, 1, image_size, image_size)
-    assert model.predict(image, torch.tensor([0])).reconstruction.shape == image.shape
+    assert model.predict(image, torch.tensor([0])).prediction.shape == image.shape
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("image_size", [17, 33, 65])
-def test_odd_image_sizes_are_refused_by_name(name, image_size):
+def test_odd_image_sizes_are_refused(name, image_size):
     with pytest.raises(
         UserError, match=rf"(?s)preprocess\.image_size.*{image_size}|{image_size}.*preprocess\.image_size"
     ):
@@ -224,15 +222,14 @@ def test_the_default_latent_follows_the_image_size(name, image_size, latent_shap
     assert model.latent_shape == latent_shape
 
 
-def test_the_flat_vae_at_224_px_has_five_convolutions_down_to_7_and_128_numbers():
-    """As system E."""
+def test_the_flat_vae_at_224_px_has_five_convolutions_down_to_7_and_128_dimensions():
     model = build({"name": "vae", "base_channels": 2, "max_channels": 32}, (1, 224, 224))
     assert model.grid == (32, 7, 7)
     assert model.latent_shape == (128,)
     assert sum(isinstance(layer, torch.nn.ConvTranspose2d) for layer in model.decoder) == 5
 
 
-def test_reconstruct_has_no_randomness_and_forward_in_training_has(row):
+def test_only_forward_in_training_is_random(row):
     model, image_shape, _ = row
     image, label = torch.rand(2, *image_shape), torch.tensor([0, 2])
     model.eval()
@@ -244,26 +241,26 @@ def test_reconstruct_has_no_randomness_and_forward_in_training_has(row):
         assert not torch.equal(model(image, label).latent.value, model(image, label).latent.value)
 
 
-def test_sample_is_reproduced_by_its_generator(row):
+def test_the_same_generator_gives_the_same_samples(row):
     model = row[0].eval()
     first, second = (model.sample(2, generator=torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_a_label_changes_what_the_conditional_vae_makes_and_nothing_else_does():
+def test_only_the_conditional_vae_uses_the_label():
     for name in sorted(MODELS):
         model = build({"name": name, "base_channels": 4, "latent_channels": 6}, (1, 32, 32)).eval()
         image = torch.rand(2, 1, 32, 32)
-        plain, again, other = (
-            model.predict(image, torch.tensor(label)).reconstruction for label in ([0, 0], [0, 0], [1, 2])
+        first, again, other = (
+            model.predict(image, torch.tensor(label)).prediction for label in ([0, 0], [0, 0], [1, 2])
         )
-        assert torch.equal(plain, again), name
-        assert torch.equal(plain, other) == (name != "cvae"), name
+        assert torch.equal(first, again), name
+        assert torch.equal(first, other) == (name != "cvae"), name
         assert name == "unet" or model.conditional == (name == "cvae")
 
 
-def test_the_conditional_vae_takes_an_image_without_a_label():
-    """-1, as the store has it, is no class; so is no label at all."""
+def test_the_conditional_vae_accepts_images_without_a_label():
+    """Label -1, as in the store, is the same as no label."""
     model = build({"name": "cvae", "base_channels": 4}, (1, 28, 28)).eval()
     image, latent = torch.rand(2, 1, 28, 28), torch.randn(2, 128)
     none = torch.tensor([-1, -1])
@@ -280,7 +277,7 @@ def test_the_conditional_vae_refuses_data_without_labels():
 
 
 @pytest.mark.parametrize("name", ["spatial_vae", "vae", "cvae"])
-def test_log_variance_stays_bounded_whatever_the_input(name):
+def test_log_variance_is_bounded_for_any_input(name):
     model = build({"name": name, "base_channels": 8, "latent_channels": 4, "logvar_bound": 6.0}, (1, 64, 64))
     logvar = model.encode(1e12 * torch.rand(2, 1, 64, 64)).logvar
     assert logvar.abs().max() <= 6.0
@@ -302,7 +299,7 @@ def test_soft_bound_keeps_a_gradient_where_a_clamp_has_none():
         ({"latent_size": 64}, 64, ["model.latent_size", "64"]),
     ],
 )
-def test_a_wrong_size_or_name_is_refused_by_name(kwargs, image_size, words):
+def test_the_error_names_a_wrong_size_or_family(kwargs, image_size, words):
     with pytest.raises(UserError) as error:
         build_model(Model(**kwargs), (1, image_size, image_size), 3)
     assert all(word in str(error.value) for word in words)

@@ -1,4 +1,4 @@
-"""Every prior keeps its promises: shapes, seeds, labels, files; and the fitted ones find the truth they were given."""
+"""Analytic priors: shapes, seeds, labels, files, and the distributions that they fit."""
 
 import json
 import math
@@ -11,16 +11,16 @@ from torch import nn
 
 from medgen.config import Prior
 from medgen.errors import UserError
-from medgen.priors import FITTED, load_prior, sample_images, save_prior
+from medgen.priors import ANALYTIC, NEURAL, load_prior, sample_images, save_prior
 from medgen.priors.axes import PrincipalAxes
-from medgen.priors.gmm import _held_out
+from medgen.priors.gmm import _hold_out
 
 SHAPES = [(4, 3, 3), (7,)]
 COUNTS = {"three classes, one rare": (200, 22, 400), "unlabelled": ()}
 
 
 def make(shape, counts, seed=0):
-    """Latents whose class c lies around 3·c, and labels."""
+    """Latents whose class c has its centre at 3·c, and labels."""
     generator = torch.Generator().manual_seed(seed)
     n = sum(counts) or 300
     mixing = torch.randn(math.prod(shape), math.prod(shape), generator=generator)
@@ -32,12 +32,12 @@ def make(shape, counts, seed=0):
 
 def fit(name, shape=(4, 3, 3), counts=(200, 22, 400), variance=None, **params):
     latents, labels = make(shape, counts)
-    return FITTED[name].fit(latents, labels, len(counts), Prior(name=name, **params), variance)
+    return ANALYTIC[name].fit(latents, labels, len(counts), Prior(name=name, **params), variance)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("name", ANALYTIC)
 def test_draws_have_the_latent_shape_and_follow_the_seed(name, shape, counts):
     prior = fit(name, shape, counts)
     first = prior.sample(10, None, torch.Generator().manual_seed(3))
@@ -48,8 +48,8 @@ def test_draws_have_the_latent_shape_and_follow_the_seed(name, shape, counts):
     assert torch.isfinite(prior.log_likelihood(first)).all()
 
 
-@pytest.mark.parametrize("name", FITTED)
-def test_saved_prior_draws_the_same_and_has_the_same_bytes(name, tmp_path):
+@pytest.mark.parametrize("name", ANALYTIC)
+def test_a_saved_prior_loads_unchanged_and_saving_is_deterministic(name, tmp_path):
     prior = fit(name, variance=torch.full((4, 3, 3), 0.1))
     save_prior(tmp_path / "a", prior, "m")
     save_prior(tmp_path / "b", fit(name, variance=torch.full((4, 3, 3), 0.1)), "m")
@@ -66,28 +66,28 @@ def test_saved_prior_draws_the_same_and_has_the_same_bytes(name, tmp_path):
     ("damage", "message"),
     [
         (lambda folder: (folder / "prior.json").unlink(), "run `medgen prior`"),
-        (lambda folder: (folder / "prior.safetensors").unlink(), "prior.safetensors: no prior here"),
-        (lambda folder: (folder / "prior.json").write_text("{"), "not a prior's description"),
+        (lambda folder: (folder / "prior.safetensors").unlink(), "prior.safetensors: not found; run `medgen prior`"),
+        (lambda folder: (folder / "prior.json").write_text("{"), "not readable as JSON"),
         (lambda folder: (folder / "prior.json").write_text('{"name": "gm"}'), "gmm"),
-        (lambda folder: (folder / "prior.safetensors").write_bytes(b"x"), "not the file prior.json describes"),
+        (lambda folder: (folder / "prior.safetensors").write_bytes(b"x"), "damaged: its SHA-256 differs"),
     ],
 )
-def test_damaged_prior_is_refused_by_name(damage, message, tmp_path):
+def test_the_error_names_the_damaged_file(damage, message, tmp_path):
     save_prior(tmp_path, fit("gmm"), "m")
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         load_prior(tmp_path, "m")
 
 
-def test_prior_of_another_model_is_refused(tmp_path):
+def test_the_prior_of_another_model_is_refused(tmp_path):
     save_prior(tmp_path, fit("gmm"), "m")
-    with pytest.raises(UserError, match="fitted to model m, the model here is other"):
+    with pytest.raises(UserError, match="fitted to model m, expected model other"):
         load_prior(tmp_path, "other")
 
 
 def test_gaussian_has_the_moments_of_the_latents():
     latents, labels = make((6,), (500,))
-    prior = FITTED["gaussian"].fit(latents, labels, 1, Prior())
+    prior = ANALYTIC["gaussian"].fit(latents, labels, 1, Prior())
     axes = prior.axes
     covariance = axes.directions.T @ torch.diag(axes.scales.square()) @ axes.directions
     np.testing.assert_allclose(covariance, np.cov(latents.numpy().T), rtol=1e-4, atol=1e-4)
@@ -100,12 +100,12 @@ def test_gaussian_has_the_moments_of_the_latents():
 def test_gaussian_adds_the_posterior_variance_to_the_covariance_of_the_means():
     latents, labels = make((3,), (500,))
     variance = torch.tensor([5.0, 0.0, 20.0])
-    prior = FITTED["gaussian"].fit(latents, labels, 1, Prior(), variance)
+    prior = ANALYTIC["gaussian"].fit(latents, labels, 1, Prior(), variance)
     drawn = prior.sample(300_000, None, torch.Generator().manual_seed(0)).numpy()
     np.testing.assert_allclose(np.cov(drawn.T), np.cov(latents.numpy().T) + np.diag(variance), rtol=0.05, atol=0.1)
 
 
-def test_fewer_images_than_latent_numbers_keep_their_covariance():
+def test_fewer_images_than_latent_dimensions_keep_their_covariance():
     latents = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     axes = PrincipalAxes.fit(latents)
     assert len(axes.scales) == 19
@@ -119,7 +119,7 @@ def test_log_likelihood_is_scipys(name, kept):
     latents[:, 0] += 10.0 * (torch.arange(800) % 2)  # two clusters for the mixture
     labels = torch.arange(800) // 400
     latents[:, 2] += 2.0 * labels  # classes differ in an axis of little variance
-    prior = FITTED[name].fit(latents, labels, 2, Prior(variance_kept=kept, components=(2,)))
+    prior = ANALYTIC[name].fit(latents, labels, 2, Prior(variance_kept=kept, components=(2,)))
     axes = prior.axes
     scaled = axes.scales[:, None].double() * axes.directions.double()  # latent = mean + white @ scaled
     if name == "gaussian":
@@ -131,7 +131,7 @@ def test_log_likelihood_is_scipys(name, kept):
             np.block([[a.numpy(), np.zeros((len(a), len(b)))], [np.zeros((len(b), len(a))), np.diag(b)]])
             for a, b in zip(prior.factors.double(), prior.residual_scales.double(), strict=True)
         ]
-        weights = (2 * prior.weights).tolist()  # within the class; both are as large
+        weights = (2 * prior.weights).tolist()  # within a class; both classes have the same size
         parts = list(zip(prior.owners.tolist(), weights, centres, [each @ each.T for each in factors], strict=True))
     for label in range(2):
         rows = labels == label
@@ -148,7 +148,7 @@ def test_log_likelihood_is_scipys(name, kept):
 
 @pytest.mark.parametrize("kept", [0.3, 0.8, 1.0])
 def test_draws_of_a_class_have_its_moments_in_every_axis(kept):
-    """Moments by NumPy. The classes differ most where there is little variance; correlations of residual axes go."""
+    """The classes differ most in axes of little variance; correlations of residual axes are not kept."""
     generator = torch.Generator().manual_seed(0)
     widths = torch.linspace(3.0, 0.5, 12)
     labels = torch.arange(1800) % 3
@@ -156,7 +156,7 @@ def test_draws_of_a_class_have_its_moments_in_every_axis(kept):
     latents = torch.randn(1800, 12, generator=generator) * widths * spread
     latents[:, -1] += 2.0 * labels
     latents[:, -2] -= 1.5 * (labels == 1)
-    prior = FITTED["gmm"].fit(latents, labels, 3, Prior(variance_kept=kept, components=(1,)))
+    prior = ANALYTIC["gmm"].fit(latents, labels, 3, Prior(variance_kept=kept, components=(1,)))
     for label in range(3):
         drawn = prior.sample(20_000, torch.full((20_000,), label), torch.Generator().manual_seed(1)).numpy()
         rows = latents[labels == label].numpy()
@@ -167,7 +167,7 @@ def test_draws_of_a_class_have_its_moments_in_every_axis(kept):
         assert np.linalg.norm(difference) < 0.15 * np.linalg.norm(np.cov(rows.T))
 
 
-def test_an_older_file_has_one_gaussian_for_all_classes_in_the_residual_axes():
+def test_an_older_file_shares_one_gaussian_in_the_residual_axes():
     prior = fit("gmm", variance_kept=0.5)
     tensors, meta = prior.state()
     size = prior.centres.shape[1]
@@ -184,32 +184,33 @@ def test_an_older_file_has_one_gaussian_for_all_classes_in_the_residual_axes():
 
 
 @pytest.mark.parametrize(("sizes", "by_image"), [([5] * 60, False), ([120, *[3] * 40], False), ([150, 150], True)])
-def test_images_of_one_patient_stay_on_one_side_when_components_are_chosen(sizes, by_image):
+def test_all_images_of_a_patient_are_held_out_or_none(sizes, by_image):
     patients = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    held = _held_out(patients, seed=0)
-    assert 0.15 * len(patients) < held.sum() <= 0.2 * len(patients)
-    assert bool(set(patients[held].tolist()) & set(patients[~held].tolist())) == by_image
+    held_out = _hold_out(patients, seed=0)
+    assert 0.15 * len(patients) < held_out.sum() <= 0.2 * len(patients)
+    assert bool(set(patients[held_out].tolist()) & set(patients[~held_out].tolist())) == by_image
 
 
-def test_patients_with_many_alike_images_make_no_components():
+def test_similar_images_of_a_patient_do_not_add_components():
     generator = torch.Generator().manual_seed(0)
     patients = torch.arange(240) // 12
     latents = 3.0 * torch.randn(20, 4, generator=generator)[patients] + 0.1 * torch.randn(240, 4, generator=generator)
     names = [f"p{number}" for number in patients.tolist()]
     params = Prior(variance_kept=1.0, components=(1, 8))
     chosen = [
-        FITTED["gmm"].fit(latents, None, 0, params, patients=known).choices[0]["components"] for known in (None, names)
+        ANALYTIC["gmm"].fit(latents, None, 0, params, patients=known).choices[0]["components"]
+        for known in (None, names)
     ]
     assert chosen == [8, 1]
 
 
 @pytest.mark.parametrize("num_clusters", [1, 2, 4])
-def test_held_out_likelihood_finds_the_clusters(num_clusters):
+def test_held_out_likelihood_finds_the_number_of_clusters(num_clusters):
     generator = torch.Generator().manual_seed(1)
     centres = 6.0 * torch.eye(4)[:num_clusters]
     owner = torch.arange(800) % num_clusters
     latents = centres[owner] + torch.randn(800, 4, generator=generator)
-    prior = FITTED["gmm"].fit(latents, None, 0, Prior(variance_kept=1.0, components=(1, 2, 4, 8)))
+    prior = ANALYTIC["gmm"].fit(latents, None, 0, Prior(variance_kept=1.0, components=(1, 2, 4, 8)))
     assert prior.choices[0]["components"] == num_clusters
     found = prior.axes.colour(prior.centres)  # (M, D)
     nearest = torch.cdist(centres, found).min(1).values
@@ -222,11 +223,11 @@ def test_mixture_beats_the_gaussian_on_unseen_clusters():
     generator = torch.Generator().manual_seed(1)
     latents = 8.0 * torch.eye(4)[torch.arange(1200) % 4] + torch.randn(1200, 4, generator=generator)
     used, unseen = latents[:800], latents[800:]
-    scores = {n: FITTED[n].fit(used, None, 0, Prior()).log_likelihood(unseen).mean() for n in FITTED}
+    scores = {n: ANALYTIC[n].fit(used, None, 0, Prior()).log_likelihood(unseen).mean() for n in ANALYTIC}
     assert scores["gmm"] > scores["gaussian"] > scores["normal"]
 
 
-def test_labels_decide_the_class_and_rare_ones_keep_their_mean():
+def test_labels_select_the_class_and_rare_classes_keep_their_mean():
     counts = (200, 22, 400)
     latents, labels = make((4, 3, 3), counts)
     prior = fit("gmm", counts=counts, variance_kept=1.0)
@@ -245,7 +246,7 @@ def test_labels_decide_the_class_and_rare_ones_keep_their_mean():
 
 
 @pytest.mark.parametrize("counts", [(1, 60), (0, 60, 60), (3,)])
-def test_hardly_any_images_of_a_class_still_fit(counts):
+def test_a_class_with_hardly_any_images_is_fitted(counts):
     prior = fit("gmm", counts=counts)
     drawn = prior.sample(50, None, torch.Generator().manual_seed(0))
     assert torch.isfinite(drawn).all()
@@ -254,7 +255,7 @@ def test_hardly_any_images_of_a_class_still_fit(counts):
             prior.sample(1, torch.tensor([0]), torch.Generator())
 
 
-def test_unconditional_mixture_ignores_labels_but_knows_their_frequency():
+def test_an_unconditional_mixture_ignores_labels_but_has_their_frequency():
     prior = fit("gmm", conditional=False)
     assert not prior.conditional
     np.testing.assert_allclose(prior.frequencies, np.array([200, 22, 400]) / 622, rtol=1e-5)
@@ -263,22 +264,29 @@ def test_unconditional_mixture_ignores_labels_but_knows_their_frequency():
     assert torch.equal(drawn, prior.sample(8, None, torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("make_prior", [ANALYTIC["gmm"].fit, NEURAL["flow"].create], ids=["gmm", "flow"])
 @pytest.mark.parametrize(
-    ("latents", "message"), [(torch.ones(80, 5), "do not vary"), (torch.full((80, 5), torch.nan), "NaN")]
+    ("latents", "message"),
+    [
+        (torch.ones(80, 5), "do not vary.*free_bits"),
+        (torch.full((80, 2, 3, 3), 0.1), "do not vary"),
+        (torch.randn(1, 5), "1 training images do not vary.*too few"),
+        (torch.full((80, 5), torch.nan), "NaN.*run `medgen train` again"),
+    ],
 )
-def test_latents_without_information_are_refused(latents, message):
+def test_constant_or_nan_latents_are_refused(make_prior, latents, message):
     with pytest.raises(UserError, match=message):
-        FITTED["gmm"].fit(latents, None, 0, Prior())
+        make_prior(latents, None, 0, Prior(channels=8))
 
 
 @pytest.mark.parametrize("num", [1, 40])
 def test_gaussian_of_equal_latents_draws_their_value(num):
-    prior = FITTED["gaussian"].fit(torch.full((num, 5), 3.0), None, 0, Prior())
+    prior = ANALYTIC["gaussian"].fit(torch.full((num, 5), 3.0), None, 0, Prior())
     assert torch.equal(prior.sample(2, None, torch.Generator()), torch.full((2, 5), 3.0))
 
 
 class Recorder(nn.Module):
-    """A decoder that makes one flat picture of its label and remembers how many it got."""
+    """A decoder that returns an image filled with the label and records its batch sizes."""
 
     def __init__(self):
         super().__init__()
@@ -291,7 +299,7 @@ class Recorder(nn.Module):
         return value[:, None, None, None].expand(-1, 1, 2, 2) + 0 * self.weight
 
 
-def test_images_come_in_batches_with_labels_by_frequency():
+def test_images_are_generated_in_batches_with_labels_by_frequency():
     decoder = Recorder()
     images = sample_images(fit("gmm"), decoder, 1000, None, seed=0, batch_size=300)
     assert decoder.sizes == [300, 300, 300, 100]
@@ -301,7 +309,7 @@ def test_images_come_in_batches_with_labels_by_frequency():
     np.testing.assert_allclose(share, np.array([200, 22, 400]) / 622, atol=0.05)
 
 
-def test_description_says_what_was_chosen(tmp_path):
+def test_the_description_holds_the_chosen_components(tmp_path):
     save_prior(tmp_path, fit("gmm"), "m")
     plain = json.loads((tmp_path / "prior.json").read_text())
     assert [choice["rows"] for choice in plain["choices"]] == [200, 22, 400]

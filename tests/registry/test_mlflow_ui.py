@@ -1,4 +1,4 @@
-"""What is promised to who opens MLflow's page: words, numbers and pictures that are true, and theirs to change."""
+"""Descriptions, metrics and images that MLflow's UI shows; a user's own descriptions are kept."""
 
 import html
 import json
@@ -17,13 +17,13 @@ from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, T
 from medgen.io import hash_file
 from medgen.models import build_model, bundle
 from medgen.models.bundle import BundleInfo
-from medgen.priors import FITTED, save_prior
+from medgen.priors import ANALYTIC, save_prior
 from medgen.priors.generator import content_hash
-from medgen.priors.refiner import save_none
+from medgen.priors.refiner import save_disabled
 from medgen.registry import mlflow_ui
 from medgen.tracking import Tracker, read_run
-from medgen.tracking.mlflow_descriptions import EXPERIMENT, MARK, NOTE
-from medgen.tracking.mlflow_sync import MIRROR, connect
+from medgen.tracking.mlflow_descriptions import EXPERIMENT_DESCRIPTION, HASH_TAG, NOTE_TAG
+from medgen.tracking.mlflow_sync import STATE_FILE, connect
 
 OFF = Tracking(enabled=False)
 MODEL = Model(base_channels=8, max_channels=8, latent_channels=4, latent_size=4, attention_resolutions=())
@@ -34,19 +34,19 @@ METRICS = {
     "generation/kid_domain_floor": 0.25,
     "run/num_test": 52,
 }
-MADE = "**spatial_vae** of 1×16×16 images."
+TRAINING = "**spatial_vae** of 1×16×16 images."
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    """One store for all tests: to make one takes seconds. Each test has an experiment of its own in it."""
+    """One store for all tests, because creating one takes seconds; tests use experiments of their own."""
     return Tracking(uri=f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
 
 
 DATASET = "ba9876543210"
 
 
-def own(store: Tracking, experiment: str) -> Tracking:
+def with_experiment(store: Tracking, experiment: str) -> Tracking:
     return store.model_copy(update={"experiment": experiment})
 
 
@@ -58,107 +58,107 @@ def info(classes: tuple[str, ...] = ("NORMAL", "ILL"), name: str = "spatial_vae"
 def write_prior(project: Project, name: str) -> None:
     latents, labels = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 2
     save_prior(
-        project.prior, FITTED[name].fit(latents, labels, 2, Prior(components=(1,))), bundle.digest(project.model)
+        project.prior, ANALYTIC[name].fit(latents, labels, 2, Prior(components=(1,))), bundle.digest(project.model)
     )
-    save_none(project.refiner, bundle.digest(project.model))
+    save_disabled(project.refiner, bundle.digest(project.model))
 
 
-def judge(project: Project, metrics: Mapping[str, float] = METRICS, shade: int = 0) -> None:
-    """What an evaluation leaves that the page is made of."""
+def write_evaluation(project: Project, metrics: Mapping[str, float] = METRICS, shade: int = 0) -> None:
+    """Write the files of an evaluation that the descriptions need."""
     project.figures.mkdir(parents=True, exist_ok=True)
     (project.reports / "metrics.json").write_text(json.dumps(metrics))
-    judged = {"content": content_hash(project.model, project.prior, project.refiner), "dataset": DATASET}
-    judged |= {"extractors": {"domain": {"sha256": "e" * 64}}, "evaluate": {}, "lineage": {}}
-    judged["metrics"] = hash_file(project.reports / "metrics.json")
-    (project.reports / "provenance.json").write_text(json.dumps(judged))
+    provenance = {"content": content_hash(project.model, project.prior, project.refiner), "dataset": DATASET}
+    provenance |= {"extractors": {"domain": {"sha256": "e" * 64}}, "evaluate": {}, "lineage": {}}
+    provenance["metrics"] = hash_file(project.reports / "metrics.json")
+    (project.reports / "provenance.json").write_text(json.dumps(provenance))
     Image.new("L", (1600, 400), shade).save(project.figures / "samples.png")
 
 
-def register(project: Project, store: Tracking, name: str = "chest films") -> Any:
-    """Registers what is in artifacts/; the version as the store has it."""
-    version = registry.run(project, params=Params(tracking=store, registry=Registry(model_name=name)))
+def register(project: Project, store: Tracking, name: str = "chest X-rays") -> Any:
+    """Register artifacts/; return the version as the store has it."""
+    version = registry.register(project, params=Params(tracking=store, registry=Registry(model_name=name)))
     client, _ = connect(project, store)
     return client.get_model_version(version.name, str(version.number))
 
 
 @pytest.fixture(scope="module")
 def registered(store: Tracking, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, list[Any]]:
-    """One model with two priors: two versions of one run, each judged by itself."""
+    """One model with two priors: two versions of one run, each with its own evaluation."""
     project = Project(tmp_path_factory.mktemp("project"))
     torch.manual_seed(0)
     bundle.save(project.model, build_model(MODEL, (1, 16, 16), 2), info())
     with Tracker.open(project.runs / ("a" * 12), OFF, project, "spatial_vae-16-aaaaaa") as tracker:
         tracker.params({"model": MODEL})
-        tracker.note(MADE)
+        tracker.note(TRAINING)
         tracker.metrics({"val/ssim": 0.8}, step=3)
     versions = []
     for prior, kid, shade in (("gaussian", 1.5, 64), ("normal", 2.5, 192)):
         write_prior(project, prior)
-        judge(project, METRICS | {"generation/kid_domain": kid}, shade)
+        write_evaluation(project, METRICS | {"generation/kid_domain": kid}, shade)
         versions.append(register(project, store))
     return project, versions
 
 
-def shown_numbers(description: str) -> dict[str, list[str]]:
-    """Name -> the numbers of its row."""
+def shown_metrics(description: str) -> dict[str, list[str]]:
+    """Value and reference of each row of the table, by its name."""
     block = description.split("```")[1]
     found = (re.match(r"(\D+?)\s{2,}(.*)", line) for line in block.strip().splitlines()[1:])
     return {row[1]: re.findall(r"[\d.]+", row[2])[:2] for row in found if row}
 
 
-def picture(client: Any, description: str) -> Path:
-    """The file that the page's server brings for the description's picture."""
+def samples_file(client: Any, description: str) -> Path:
+    """The file that MLflow's server sends for the image in the description."""
     address = urlsplit(re.findall(r"!\[samples\]\((\S+)\)", description)[0])
-    assert not address.scheme and not address.path.startswith("/")  # found behind a proxy's prefix too
-    words = {name: values[0] for name, values in parse_qs(address.query).items()}
+    assert not address.scheme and not address.path.startswith("/")  # relative, so that it works behind a proxy's prefix
+    query = {name: values[0] for name, values in parse_qs(address.query).items()}
     if address.path == "get-artifact":
-        root = client.get_run(words["run_uuid"]).info.artifact_uri
+        root = client.get_run(query["run_uuid"]).info.artifact_uri
     else:
         assert address.path == "model-versions/get-artifact"
-        root = client.get_model_version_download_uri(words["name"], words["version"])
-    return Path(root.removeprefix("file://"), words["path"])
+        root = client.get_model_version_download_uri(query["name"], query["version"])
+    return Path(root.removeprefix("file://"), query["path"])
 
 
-def test_each_version_shows_its_own_numbers(registered: tuple[Project, list[Any]]) -> None:
+def test_version_description_shows_its_own_metrics(registered: tuple[Project, list[Any]]) -> None:
     _, versions = registered
     for version in versions:
         tags = version.tags
-        assert shown_numbers(version.description) == {
+        assert shown_metrics(version.description) == {
             "SSIM of reconstructions": [tags["reconstruction/ssim"], tags["reconstruction/pca_ssim"]],
             "KID of samples": [tags["generation/kid_domain"], tags["generation/kid_domain_floor"]],
         }
-        assert f"models:/chest films/{version.version}'" in version.description  # quoted for the shell
+        assert f"models:/chest X-rays/{version.version}'" in version.description  # quoted for the shell
     assert [version.tags["generation/kid_domain"] for version in versions] == ["1.5", "2.5"]
 
 
-def test_each_version_keeps_its_own_picture(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
-    """Both belong to one run, whose samples.png is the later one's."""
+def test_version_keeps_its_own_samples(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
+    """Both versions belong to one run, whose samples.png is that of the later version."""
     project, versions = registered
     assert versions[0].run_id == versions[1].run_id
     client, _ = connect(project, store)
     for version, shade in zip(versions, (64, 192), strict=True):
-        with Image.open(picture(client, version.description)) as image:
+        with Image.open(samples_file(client, version.description)) as image:
             assert image.width <= 640
             assert image.getpixel((5, 5)) == shade
 
 
-def test_the_run_tells_of_its_last_judgement(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
+def test_run_description_shows_its_last_evaluation(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
     project, versions = registered
     client, _ = connect(project, store)
     run = client.get_run(versions[1].run_id)
-    note = run.data.tags[NOTE]
-    assert note.startswith(MADE)
+    note = run.data.tags[NOTE_TAG]
+    assert note.startswith(TRAINING)
     assert "with the prior normal" in note
     assert note.count("```") == 2
-    assert shown_numbers(note)["KID of samples"] == ["2.5", "0.25"]
-    with Image.open(picture(client, note)) as image:
+    assert shown_metrics(note)["KID of samples"] == ["2.5", "0.25"]
+    with Image.open(samples_file(client, note)) as image:
         assert image.getpixel((5, 5)) == 192
     record = read_run(project.runs / ("a" * 12))
     assert record is not None
-    assert record.tags[NOTE] == note  # the page is a mirror of the record
+    assert record.tags[NOTE_TAG] == note  # MLflow shows the record
 
 
-def test_a_logged_model_has_parameters(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
+def test_logged_model_has_parameters(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
     project, versions = registered
     client, _ = connect(project, store)
     for version in versions:
@@ -166,8 +166,8 @@ def test_a_logged_model_has_parameters(store: Tracking, registered: tuple[Projec
         assert logged.params["model.latent_channels"] == "4"
 
 
-def test_a_prior_that_was_not_judged_has_no_numbers(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
-    """The reports on disk are of the prior before."""
+def test_version_without_evaluation_shows_no_metrics(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
+    """The reports on disk are those of the former prior."""
     project, versions = registered
     write_prior(project, "gmm")
     try:
@@ -180,17 +180,17 @@ def test_a_prior_that_was_not_judged_has_no_numbers(store: Tracking, registered:
         write_prior(project, "normal")
 
 
-def test_registering_again_follows_the_numbers_but_not_over_a_persons_words(store: Tracking, tmp_path: Path) -> None:
+def test_registering_again_updates_metrics_and_keeps_a_users_description(store: Tracking, tmp_path: Path) -> None:
     project = Project(tmp_path)
     bundle.save(project.model, build_model(MODEL, (1, 16, 16), 2), info())
     write_prior(project, "normal")
-    judge(project)
+    write_evaluation(project)
     first = register(project, store, "again")
-    judge(project, METRICS | {"reconstruction/ssim": 0.9375})
-    assert shown_numbers(register(project, store, "again").description)["SSIM of reconstructions"][0] == "0.9375"
+    write_evaluation(project, METRICS | {"reconstruction/ssim": 0.9375})
+    assert shown_metrics(register(project, store, "again").description)["SSIM of reconstructions"][0] == "0.9375"
     client, _ = connect(project, store)
     client.update_model_version(first.name, first.version, "Do not use: see the audit.")
-    judge(project)
+    write_evaluation(project)
     again = register(project, store, "again")
     assert again.description == "Do not use: see the audit."
     assert again.tags["reconstruction/ssim"] == "0.8125"
@@ -199,82 +199,80 @@ def test_registering_again_follows_the_numbers_but_not_over_a_persons_words(stor
 @pytest.mark.parametrize(
     "name", ["a|b<script>alert(1)</script>", "![x](http://elsewhere/x.png)", "```\n# big", "&lt;", "_it_"]
 )
-def test_names_from_outside_stay_text(name: str) -> None:
-    text = mlflow_ui.about_version(
-        "medgen", 1, info((name, "ILL")), "gmm", False, {"reconstruction/ssim": "0.5"}, has_picture=False
+def test_class_names_are_escaped(name: str) -> None:
+    text = mlflow_ui.describe_version(
+        "medgen", 1, info((name, "ILL")), "gmm", False, {"reconstruction/ssim": "0.5"}, has_samples=False
     )
     first, rest = text.split("\n\n", 1)
     assert not re.search(r"[<>|`!\[\]\n]|\b_|_\b", first)
-    assert name in html.unescape(first)  # what a reader sees
+    assert name in html.unescape(first)  # as rendered
     assert "SSIM of reconstructions  0.5" in rest
 
 
-def test_a_model_that_finds_masks_is_not_said_to_draw() -> None:
+def test_description_of_a_segmentation_model() -> None:
     tags = {"segmentation/dice_foreground": "0.9", "segmentation/dice_foreground_mean_mask": "0.6"}
-    text = mlflow_ui.about_version("medgen", 2, info(name="unet"), None, False, tags, has_picture=True)
-    assert "finds masks of 2 classes" in text
-    assert shown_numbers(text) == {"Dice of masks": ["0.9", "0.6"]}
+    text = mlflow_ui.describe_version("medgen", 2, info(name="unet"), None, False, tags, has_samples=True)
+    assert "predicts masks of 2 classes" in text
+    assert shown_metrics(text) == {"Dice of masks": ["0.9", "0.6"]}
     assert "medgen generate" not in text
     assert "prior" not in text and "refiner" not in text
 
 
-def test_a_version_says_what_to_do_with_it() -> None:
-    text = mlflow_ui.about_version("medgen", 3, info(), "gmm", False, {}, has_picture=False)
+def test_version_description_names_commands() -> None:
+    text = mlflow_ui.describe_version("medgen", 3, info(), "gmm", False, {}, has_samples=False)
     assert "refiner" not in text
     for command in ("generate --model models:/medgen/3", "serve --model models:/medgen/3", "history --reproduce 3"):
         assert f"medgen {command}" in text
 
 
-def test_a_version_and_its_run_say_that_there_is_a_refiner() -> None:
-    text = mlflow_ui.about_version("medgen", 3, info(), "gmm", True, {}, has_picture=False)
-    assert "A refiner adds the detail that the decoder leaves out to new images, unless refine is false." in text
-    run = mlflow_ui.about_run(MADE, "gmm", True, {"reconstruction/ssim": "0.5"}, "r", has_picture=False)
-    assert "Judged on the test split with the prior gmm and its refiner:" in run
+def test_descriptions_mention_the_refiner() -> None:
+    text = mlflow_ui.describe_version("medgen", 3, info(), "gmm", True, {}, has_samples=False)
+    assert "A refiner adds detail that the decoder omits to new images, unless refine is false." in text
+    run = mlflow_ui.describe_run(TRAINING, "gmm", True, {"reconstruction/ssim": "0.5"}, "r", has_samples=False)
+    assert "Evaluated on the test split with the prior gmm and its refiner:" in run
 
 
-def test_a_model_tells_its_aliases_and_promotions() -> None:
-    bare = mlflow_ui.about_model("medgen", ())
+def test_model_description_lists_aliases_and_promotions() -> None:
+    bare = mlflow_ui.describe_model("medgen", ())
     assert all(f"`{alias}`" in bare for alias in ("champion", "candidate", "previous"))
     assert "models:/medgen@candidate" in bare
     assert "promotions" not in bare
-    lines = ["- version 3 took the place of version 2", "- version 2 was the first"]
-    assert mlflow_ui.about_model("medgen", lines).endswith("**Last promotions**\n\n" + "\n".join(lines) + "\n")
+    lines = ["- version 3 in place of 2", "- version 2"]
+    assert mlflow_ui.describe_model("medgen", lines).endswith("**Last promotions**\n\n" + "\n".join(lines) + "\n")
 
 
-def test_a_registered_model_is_described_when_it_is_made(
-    store: Tracking, registered: tuple[Project, list[Any]]
-) -> None:
+def test_new_registered_model_has_a_description(store: Tracking, registered: tuple[Project, list[Any]]) -> None:
     project, _ = registered
     client, _ = connect(project, store)
-    assert client.get_registered_model("chest films").description == mlflow_ui.about_model("chest films", ())
+    assert client.get_registered_model("chest X-rays").description == mlflow_ui.describe_model("chest X-rays", ())
 
 
 def note_of(project: Project, tracking: Tracking) -> str:
     client, experiment = connect(project, tracking)
-    return str(client.get_experiment(experiment).tags.get(NOTE))
+    return str(client.get_experiment(experiment).tags.get(NOTE_TAG))
 
 
-def test_an_experiment_is_described_and_a_persons_words_stay(
+def test_experiment_is_described_and_a_users_description_is_kept(
     store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project, tracking = Project(tmp_path), own(store, "described")
-    assert note_of(project, tracking) == EXPERIMENT
+    project, tracking = Project(tmp_path), with_experiment(store, "described")
+    assert note_of(project, tracking) == EXPERIMENT_DESCRIPTION
     client, experiment = connect(project, tracking)
-    monkeypatch.setattr("medgen.tracking.mlflow_sync.EXPERIMENT", "A later medgen says it better.")
-    assert note_of(project, tracking) == "A later medgen says it better."
-    for words in ("Mine.", ""):
-        client.set_experiment_tag(experiment, NOTE, words)
-        monkeypatch.setattr("medgen.tracking.mlflow_sync.EXPERIMENT", f"Better still than {words!r}.")
-        assert note_of(project, tracking) == words
+    monkeypatch.setattr("medgen.tracking.mlflow_sync.EXPERIMENT_DESCRIPTION", "Of a later medgen.")
+    assert note_of(project, tracking) == "Of a later medgen."
+    for text in ("Mine.", ""):
+        client.set_experiment_tag(experiment, NOTE_TAG, text)
+        monkeypatch.setattr("medgen.tracking.mlflow_sync.EXPERIMENT_DESCRIPTION", f"Newer than {text!r}.")
+        assert note_of(project, tracking) == text
 
 
-def test_an_experiment_of_others_is_left_as_it_is(store: Tracking, tmp_path: Path) -> None:
+def test_experiment_of_other_tools_is_not_described(store: Tracking, tmp_path: Path) -> None:
     project = Project(tmp_path)
-    client, _ = connect(project, own(store, "first"))
+    client, _ = connect(project, with_experiment(store, "first"))
     others = client.create_experiment("shared", tags={"team": "radiology"})
-    connect(project, own(store, "shared"))
+    connect(project, with_experiment(store, "shared"))
     tags = client.get_experiment(others).tags
-    assert (tags["team"], NOTE in tags, MARK in tags) == ("radiology", False, False)
+    assert (tags["team"], NOTE_TAG in tags, HASH_TAG in tags) == ("radiology", False, False)
 
 
 def train(project: Project, run: str, *, experiment: Tracking = OFF, **params: object) -> None:
@@ -282,52 +280,52 @@ def train(project: Project, run: str, *, experiment: Tracking = OFF, **params: o
         tracker.params({"train": {"phases": [{"beta": {"end": 0.1}}, {"beta": {"end": 0.1}}], **params}})
 
 
-def named(project: Project, run: str) -> tuple[str, str | None, str | None]:
+def name_and_changes(project: Project, run: str) -> tuple[str, str | None, str | None]:
     record = read_run(project.runs / run)
     assert record is not None
     return record.name, record.tags.get("differs.from"), record.tags.get("differs.in")
 
 
-def test_a_run_is_named_after_what_was_changed(tmp_path: Path) -> None:
+def test_run_is_named_after_its_changed_parameters(tmp_path: Path) -> None:
     project = Project(tmp_path)
     train(project, "aaaaaabbbbbb", seed=0)
     train(project, "ccccccdddddd", seed=1)
     train(project, "eeeeeeffffff", seed=1, phases=[{"beta": {"end": 0.1}}, {"beta": {"end": 1.0}}])
     train(project, "gggggghhhhhh", seed=1, phases=[{"beta": {"end": 0.1}}])
-    assert named(project, "aaaaaabbbbbb") == ("vae-64-aaaaaa", None, None)
-    assert named(project, "ccccccdddddd") == ("seed=1 (cccccc)", "vae-64-aaaaaa", "train.seed: 0 → 1")
-    assert named(project, "eeeeeeffffff") == (
+    assert name_and_changes(project, "aaaaaabbbbbb") == ("vae-64-aaaaaa", None, None)
+    assert name_and_changes(project, "ccccccdddddd") == ("seed=1 (cccccc)", "vae-64-aaaaaa", "train.seed: 0 → 1")
+    assert name_and_changes(project, "eeeeeeffffff") == (
         "phases.1.beta.end=1.0 (eeeeee)", "seed=1 (cccccc)", "train.phases.1.beta.end: 0.1 → 1.0",
     )  # fmt: skip
-    assert named(project, "gggggghhhhhh")[2] == "train.phases.1.beta.end: 1.0 → –"
+    assert name_and_changes(project, "gggggghhhhhh")[2] == "train.phases.1.beta.end: 1.0 → –"
 
 
-def test_a_name_is_given_once_and_only_where_it_is_short(tmp_path: Path) -> None:
+def test_run_keeps_its_name_and_many_changes_give_no_name(tmp_path: Path) -> None:
     project = Project(tmp_path)
     train(project, "aaaaaabbbbbb")
     train(project, "ccccccdddddd", seed=1)
     with Tracker.open(project.runs / "ccccccdddddd", OFF, project, "vae") as tracker:
-        tracker.params({"prior": {"name": "flow"}})  # a later stage adds its own
+        tracker.params({"prior": {"name": "flow"}})  # a later stage adds its parameters
     train(project, "eeeeeeffffff", a=1, b=2, c=3, d=4)
     train(project, "gggggghhhhhh", a=1, b=2, c=3, d=4)
     train(project, "ccccccdddddd", seed=1)  # resumed
-    assert named(project, "ccccccdddddd")[0] == "seed=1 (cccccc)"
-    name, before, changed = named(project, "eeeeeeffffff")
+    assert name_and_changes(project, "ccccccdddddd")[0] == "seed=1 (cccccc)"
+    name, before, changed = name_and_changes(project, "eeeeeeffffff")
     assert (name, before) == ("vae-64-eeeeee", "seed=1 (cccccc)")
     assert changed is not None
     assert "prior" not in changed
-    assert named(project, "gggggghhhhhh") == ("vae-64-gggggg", "vae-64-eeeeee", "data or code, no parameter")
+    assert name_and_changes(project, "gggggghhhhhh") == ("vae-64-gggggg", "vae-64-eeeeee", "data or code, no parameter")
 
 
-def test_the_page_shows_the_name_and_judges_at_one_step(store: Tracking, tmp_path: Path) -> None:
-    """What is known at step 0 alone is drawn as bars beside each other; curves keep their epochs."""
-    project, tracking = Project(tmp_path), own(store, "named")
+def test_mlflow_shows_the_name_and_final_metrics_at_step_0(store: Tracking, tmp_path: Path) -> None:
+    """MLflow draws metrics that are only at step 0 as bars; curves keep their epochs."""
+    project, tracking = Project(tmp_path), with_experiment(store, "named")
     train(project, "aaaaaabbbbbb", experiment=tracking, seed=0)
     train(project, "ccccccdddddd", experiment=tracking, seed=1)
     with Tracker.open(project.runs / "ccccccdddddd", tracking, project, "vae") as tracker:
         tracker.metrics({"val/ssim": 0.5, "generation/kid_domain": 2.0, "refiner/val_loss": 1.0}, step=40)
     client, _ = connect(project, tracking)
-    run_id = json.loads((project.runs / "ccccccdddddd" / MIRROR).read_text())["run_id"]
+    run_id = json.loads((project.runs / "ccccccdddddd" / STATE_FILE).read_text())["run_id"]
     assert client.get_run(run_id).info.run_name == "seed=1 (cccccc)"
     steps = {
         name: [point.step for point in client.get_metric_history(run_id, name)]

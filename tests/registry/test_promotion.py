@@ -1,13 +1,12 @@
-"""What a user is promised of promotion: the better model becomes champion, and every change of it is on record."""
+"""Promotion: gates, comparisons with champions, the ledger, rollback and history."""
 
 import dataclasses
 import functools
 import json
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from medgen.errors import Refused, UserError
 from medgen.evaluation.data import EvaluationData, EvaluationInfo, save_evaluation
 from medgen.metrics.comparison import Comparison, ImageSet, compare
 from medgen.registry import evaluations, ledger, promotion
-from medgen.registry.evaluations import compare_versions, read_evaluation
+from medgen.registry.evaluations import compare_versions, download_evaluation
 from medgen.registry.gates import check_gates
 from medgen.registry.promotion import history, promote, rollback
-from medgen.registry.versions import Version, aliases, metric_tags, set_tags
+from medgen.registry.versions import Version, get_aliases, metric_tags, update_tags
 from medgen.tracking.mlflow_sync import connect, store_uri
 
 TRAINED = {"dataset.fingerprint": "ba9876543210"}
@@ -33,7 +32,7 @@ LINEAGE = TRAINED | {
     "data.md5": "d" * 32 + ".dir",
     "params.fingerprint": "abc123",
 }
-JUDGED = {"evaluated.dataset": "ba9876543210", "evaluated.extractor": "e" * 64, "evaluated.values": "0"}
+EVALUATED = {"evaluated.dataset": "ba9876543210", "evaluated.extractor": "e" * 64, "evaluated.values": "0"}
 METRICS = {
     "reconstruction/ssim": 0.85,
     "generation/mmd_domain": 0.010,
@@ -43,18 +42,24 @@ METRICS = {
     "privacy/held_out_limit": 0.5,
     "run/num_test": 200.0,
 }
-MASKS = {"segmentation/dice_foreground": 0.9, "segmentation/iou_foreground": 0.8, "run/num_test": 50.0}
-# of a version registered before the mean over classes left the background out
-OLD_MASKS = {"segmentation/dice": 0.66, "segmentation/dice_0": 1.0, "segmentation/dice_1": 0.95, "run/num_test": 50.0}
+NO_IMAGES: dict[str, str | None] = dict.fromkeys([*METRICS, "evaluated.extractor"])
+OF_MASKS = NO_IMAGES | {
+    "segmentation/dice_foreground": "0.9",
+    "segmentation/iou_foreground": "0.8",
+    "run/num_test": "50",
+}
+# registered before the mean over classes excluded the background
+OF_OLD_MASKS = NO_IMAGES | {"segmentation/dice": "0.66", "segmentation/dice_0": "1", "segmentation/dice_1": "0.95"}
+NOT_COMPARABLE = {"evaluated with", "comparison"}
 REGISTRY = Registry()
 
 
 def tags(metrics: dict[str, float], **changes: str | None) -> dict[str, str]:
-    """A version's tags; a change to None leaves one out."""
+    """A version's tags with changes; None removes a tag."""
     changed = {
         name if "." in name or "/" in name else name.replace("_", ".", 1): value for name, value in changes.items()
     }
-    whole = LINEAGE | JUDGED | {name: f"{value:g}" for name, value in metrics.items()} | changed
+    whole = LINEAGE | EVALUATED | {name: f"{value:g}" for name, value in metrics.items()} | changed
     return {name: value for name, value in whole.items() if value is not None}
 
 
@@ -63,7 +68,7 @@ def version(number: int = 2, metrics: dict[str, float] = METRICS, **changes: str
 
 
 def compared(ssim: float = 0.0, c2st_high: float = 0.1, **p: float) -> list[Comparison]:
-    """A comparison in which nothing is worse, but for the p-values given; `ssim` is by how much that is lower."""
+    """A comparison without differences, except for the given p-values; `ssim` is the decrease of SSIM."""
     tests = [
         Comparison(name, 0.5, 0.5, 0.0, -0.1, c2st_high if name == "c2st" else 0.1, p.get(name, 0.5), 0.05)
         for name in ("mmd", "spectrum", "c2st", "recall")
@@ -71,163 +76,99 @@ def compared(ssim: float = 0.0, c2st_high: float = 0.1, **p: float) -> list[Comp
     return [Comparison("ssim", 0.85 - ssim, 0.85, ssim, ssim - 0.002, ssim + 0.002, 0.5, 0.003), *tests]
 
 
-def compared_masks(lower: float) -> list[Comparison]:
-    return [Comparison("dice", 0.9 - lower, 0.9, lower, lower - 0.01, lower + 0.01, 0.5, 0.02)]
-
-
-NO_CHAMPION: list[Comparison] | None = []
-LIMITS: dict[str, tuple[Version, Gates, set[str]]] = {  # of a version by itself
-    "the first": (version(), Gates(), set()),
-    "blurred": (version(metrics=METRICS | {"reconstruction/ssim": 0.5}), Gates(), {"ssim"}),
-    "copies": (version(metrics=METRICS | {"privacy/copy_rate": 0.06}), Gates(), {"copy_rate"}),
-    "copies, and a ceiling of one's own": (
-        version(metrics=METRICS | {"privacy/copy_rate": 0.06}),
-        Gates(copy_rate_ceiling=0.1),
-        set(),
-    ),
-    "few test images: chance allows more": (
-        version(metrics=METRICS | {"privacy/copy_rate": 0.23, "privacy/copy_rate_plausible": 0.23}),
-        Gates(),
-        set(),
+# changes of the candidate's tags, gates that fail, limits
+LIMITS: dict[str, tuple[dict[str, str | None], set[str], Gates]] = {
+    "first version": ({}, set(), Gates()),
+    "blurred": ({"reconstruction/ssim": "0.5"}, {"ssim"}, Gates()),
+    "copies": ({"privacy/copy_rate": "0.06"}, {"copy_rate"}, Gates()),
+    "copies below a configured ceiling": ({"privacy/copy_rate": "0.06"}, set(), Gates(copy_rate_ceiling=0.1)),
+    "few test images, so a higher rate by chance": (
+        {"privacy/copy_rate": "0.23", "privacy/copy_rate_plausible": "0.23"}, set(), Gates()
     ),
     "one certain copy": (
-        version(metrics=METRICS | {"privacy/nearest_over_limit": 0.249}),
-        Gates(copy_rate_ceiling=0.1),
-        {"nearest_over_limit"},
+        {"privacy/nearest_over_limit": "0.249"}, {"nearest_over_limit"}, Gates(copy_rate_ceiling=0.1)
     ),
-    "test images too near to train images": (
-        version(metrics=METRICS | {"privacy/held_out_limit": 0.1}),
-        Gates(),
-        {"copy_rate"},
+    "test images too similar to train images": ({"privacy/held_out_limit": "0.1"}, {"copy_rate"}, Gates()),
+    "no privacy metrics": ({name: None for name in METRICS if name.startswith("privacy/")}, {"copy_rate"}, Gates()),
+    "privacy metrics of an older medgen": (
+        {"privacy/copy_rate_plausible": None, "privacy/nearest_over_limit": None}, {"copy_rate"}, Gates()
     ),
-    "copies were not looked for": (
-        version(metrics={name: value for name, value in METRICS.items() if not name.startswith("privacy/")}),
-        Gates(),
-        {"copy_rate"},
-    ),
-    "copies searched by an older medgen": (
-        version(**{"privacy/copy_rate_plausible": None, "privacy/nearest_over_limit": None}),
-        Gates(),
-        {"copy_rate"},
-    ),
-    "changed files": (version(git_dirty="true"), Gates(), {"git commit"}),
-    "no git": (version(git_commit="unknown", git_dirty="unknown"), Gates(), {"git commit"}),
-    "no word of git": (version(git_commit=None, git_dirty=None), Gates(), {"git commit"}),
-    "data without a version": (version(data_md5="unknown"), Gates(), {"data"}),
-    "no parameters": (version(params_fingerprint=None), Gates(), {"params"}),
-    "empty words": (
-        version(git_commit="", data_md5="", params_fingerprint=""),
-        Gates(),
-        {"git commit", "data", "params"},
+    "uncommitted changes": ({"git.dirty": "true"}, {"git commit"}, Gates()),
+    "no git": ({"git.commit": "unknown", "git.dirty": "unknown"}, {"git commit"}, Gates()),
+    "no git tags": ({"git.commit": None, "git.dirty": None}, {"git commit"}, Gates()),
+    "data md5 unknown": ({"data.md5": "unknown"}, {"data"}, Gates()),
+    "no parameters": ({"params.fingerprint": None}, {"params"}, Gates()),
+    "empty tags": (
+        {"git.commit": "", "data.md5": "", "params.fingerprint": ""}, {"git commit", "data", "params"}, Gates()
     ),
     "not evaluated": (
-        version(metrics={}, evaluated_dataset=None, evaluated_extractor=None),
-        Gates(),
+        dict.fromkeys([*METRICS, "evaluated.dataset", "evaluated.extractor"]),
         {"evaluated with", "trained on", "ssim", "copy_rate"},
-    ),
-    "evaluated on other data than trained on": (version(dataset_fingerprint="0" * 12), Gates(), {"trained on"}),
-    "numbers that are none": (
-        version(**{"reconstruction/ssim": "inf", "privacy/copy_rate": "nan"}),
         Gates(),
-        {"ssim", "copy_rate"},
     ),
-    "masks poor": (
-        version(metrics=MASKS | {"segmentation/dice_foreground": 0.5}, evaluated_extractor=None),
-        Gates(),
-        {"dice_foreground"},
+    "evaluated on another dataset": ({"dataset.fingerprint": "0" * 12}, {"trained on"}, Gates()),
+    "metrics that are not finite": (
+        {"reconstruction/ssim": "inf", "privacy/copy_rate": "nan"}, {"ssim", "copy_rate"}, Gates()
     ),
-    "masks of an older medgen without one of two organs": (
-        version(metrics=OLD_MASKS | {"segmentation/dice_2": 0.0}, evaluated_extractor=None),
-        Gates(),
-        {"dice_foreground"},
+    "poor masks": (OF_MASKS | {"segmentation/dice_foreground": "0.5"}, {"dice_foreground"}, Gates()),
+    "masks of an older medgen, one of two organs missed": (
+        OF_OLD_MASKS | {"segmentation/dice_2": "0"}, {"dice_foreground"}, Gates()
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", LIMITS)
-def test_a_version_by_itself(case: str) -> None:
-    candidate, gates, refused = LIMITS[case]
-    assert {gate.name for gate in check_gates(candidate, None, gates) if not gate.passed} == refused
+def test_limits_of_a_version(case: str) -> None:
+    changes, failed, gates = LIMITS[case]
+    assert {gate.name for gate in check_gates(version(**changes), None, gates) if not gate.passed} == failed
 
 
 CHAMPION = version(1)
-AGAINST: dict[str, tuple[Version, Version, list[Comparison] | None, Gates, set[str]]] = {
-    "as good": (version(), CHAMPION, compared(), Gates(), set()),
-    "SSIM within the margin": (version(), CHAMPION, compared(ssim=0.01), Gates(), set()),
-    "SSIM below it": (version(), CHAMPION, compared(ssim=0.0101), Gates(), {"ssim"}),
-    "SSIM, and a margin of one's own": (version(), CHAMPION, compared(ssim=0.05), Gates(ssim_margin=0.06), set()),
-    "worse by chance": (version(), CHAMPION, compared(mmd=0.05, spectrum=0.06), Gates(), set()),
-    "farther from real images": (version(), CHAMPION, compared(mmd=0.049), Gates(), {"mmd"}),
-    "and a stricter test": (version(), CHAMPION, compared(mmd=0.049), Gates(alpha=0.01), set()),
-    "blurred": (version(), CHAMPION, compared(spectrum=0.004), Gates(), {"spectrum"}),
-    "less real": (version(), CHAMPION, compared(c2st=0.004), Gates(), {"c2st"}),
-    "less diverse": (version(), CHAMPION, compared(recall=0.004), Gates(), {"recall"}),
-    "less spread, but clearly more real": (
-        version(),
-        CHAMPION,
-        compared(recall=0.004, c2st_high=-0.01),
-        Gates(),
-        set(),
-    ),
-    "not comparable": (version(), CHAMPION, None, Gates(), {"comparison"}),
+# changes of the candidate's tags, comparison with the champion, gates that fail, limits
+COMPARED: dict[str, tuple[dict[str, str | None], list[Comparison] | None, set[str], Gates]] = {
+    "equal": ({}, compared(), set(), Gates()),
+    "SSIM within the margin": ({}, compared(ssim=0.01), set(), Gates()),
+    "SSIM below it": ({}, compared(ssim=0.0101), {"ssim"}, Gates()),
+    "SSIM within a configured margin": ({}, compared(ssim=0.05), set(), Gates(ssim_margin=0.06)),
+    "worse within chance": ({}, compared(mmd=0.05, spectrum=0.06), set(), Gates()),
+    "higher MMD": ({}, compared(mmd=0.049), {"mmd"}, Gates()),
+    "higher MMD, smaller alpha": ({}, compared(mmd=0.049), set(), Gates(alpha=0.01)),
+    "blurred": ({}, compared(spectrum=0.004), {"spectrum"}, Gates()),
+    "less realistic": ({}, compared(c2st=0.004), {"c2st"}, Gates()),
+    "less diverse": ({}, compared(recall=0.004), {"recall"}, Gates()),
+    "lower recall but clearly more realistic": ({}, compared(recall=0.004, c2st_high=-0.01), set(), Gates()),
+    "not comparable": ({}, None, {"comparison"}, Gates()),
     "other test images": (
-        version(evaluated_dataset="0" * 12, dataset_fingerprint="0" * 12),
-        CHAMPION,
-        None,
-        Gates(),
-        {"evaluated with", "comparison"},
+        {"evaluated.dataset": "0" * 12, "dataset.fingerprint": "0" * 12}, None, NOT_COMPARABLE, Gates()
     ),
-    "another extractor": (
-        version(evaluated_extractor="0" * 64),
-        CHAMPION,
-        None,
-        Gates(),
-        {"evaluated with", "comparison"},
-    ),
-    "fewer samples": (
-        version(metrics=METRICS | {"run/num_generated": 3.0}),
-        CHAMPION,
-        None,
-        Gates(),
-        {"evaluated with", "comparison"},
-    ),
-    "masks as good": (
-        version(metrics=MASKS, evaluated_extractor=None),
-        version(1, MASKS, evaluated_extractor=None),
-        compared_masks(0.01),
-        Gates(),
-        set(),
-    ),
-    "masks worse": (
-        version(metrics=MASKS, evaluated_extractor=None),
-        version(1, MASKS, evaluated_extractor=None),
-        compared_masks(0.02),
-        Gates(),
-        {"dice"},
-    ),
-    "masks against images": (
-        version(metrics=MASKS, evaluated_extractor=None),
-        CHAMPION,
-        None,
-        Gates(),
-        {"evaluated with", "comparison"},
-    ),
-}
+    "another extractor": ({"evaluated.extractor": "0" * 64}, None, NOT_COMPARABLE, Gates()),
+    "fewer samples": ({"run/num_generated": "3"}, None, NOT_COMPARABLE, Gates()),
+    "masks compared with images": (OF_MASKS, None, NOT_COMPARABLE, Gates()),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", AGAINST)
-def test_a_version_compared_with_the_champion(case: str) -> None:
-    candidate, champion, comparison, gates, refused = AGAINST[case]
-    found = check_gates(candidate, champion, gates, [(champion, comparison)])
-    assert {gate.name for gate in found if not gate.passed} == refused
+@pytest.mark.parametrize("case", COMPARED)
+def test_comparison_with_the_champion(case: str) -> None:
+    changes, comparison, failed, gates = COMPARED[case]
+    found = check_gates(version(**changes), CHAMPION, gates, [(CHAMPION, comparison)])
+    assert {gate.name for gate in found if not gate.passed} == failed
 
 
-def test_a_second_champion_is_named_in_its_rows() -> None:
+@pytest.mark.parametrize(("decrease", "failed"), [(0.01, []), (0.02, ["dice"])])
+def test_comparison_of_masks(decrease: float, failed: list[str]) -> None:
+    champion = version(1, **OF_MASKS)
+    low, high = decrease - 0.01, decrease + 0.01
+    comparison = [Comparison("dice", 0.9 - decrease, 0.9, decrease, low, high, 0.5, 0.02)]
+    found = check_gates(version(**OF_MASKS), champion, Gates(), [(champion, comparison)])
+    assert [gate.name for gate in found if not gate.passed] == failed
+
+
+def test_gates_name_an_earlier_champion() -> None:
     found = check_gates(version(9), CHAMPION, Gates(), [(CHAMPION, compared()), (version(4), compared(mmd=0.01))])
     assert [gate.name for gate in found if not gate.passed] == ["mmd (version 4)"]
 
 
-def test_the_margin_on_kid_of_an_older_params_file_is_read_with_a_warning() -> None:
+def test_kid_margin_of_an_older_params_file_gives_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"registry\.gates\.kid_margin: no longer used"):
         assert Gates.model_validate({"kid_margin": 0.1}) == Gates()
 
@@ -236,7 +177,7 @@ NUM_SAMPLES = 200
 
 
 def evaluation(seed: int = 0, shift: float = 0.0, ssim: float = 0.85) -> EvaluationData:
-    """Synthetic per-image values of a model whose samples lie `shift` away from the held-out images."""
+    """Synthetic per-image values; the samples' features are shifted by `shift` from those of the held-out images."""
     draw = torch.Generator().manual_seed(1)
     real, rebuilt = torch.randn(60, 4, generator=draw), 0.02 * torch.randn(60, generator=draw)
     falling = torch.arange(1, 9).float() ** -1.5
@@ -251,20 +192,20 @@ def evaluation(seed: int = 0, shift: float = 0.0, ssim: float = 0.85) -> Evaluat
 
 
 def quality(**values: float) -> dict[str, str]:
-    """Changes of `register` that give a version such an evaluation."""
+    """Arguments of `register` that give a version the evaluation with these arguments."""
     return {f"test.{name}": str(value) for name, value in values.items()}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project(tmp_path_factory.mktemp("project"))
-    connect(project, Tracking())  # a database takes seconds to make
+    connect(project, Tracking())  # creating the database takes seconds, so tests share it
     return project
 
 
 @pytest.fixture(autouse=True)
 def synthetic_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions of these tests have no artifacts: their evaluations follow from tags."""
+    """Derive the evaluations from tags, because the versions of these tests have no artifacts."""
 
     def read(version: Version, *_: object) -> EvaluationData | None:
         if "evaluated.values" not in version.tags:
@@ -272,13 +213,13 @@ def synthetic_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
         values = {key.removeprefix("test."): value for key, value in version.tags.items() if key.startswith("test.")}
         return evaluation(int(values.get("seed", 0)), float(values.get("shift", 0)), float(values.get("ssim", 0.85)))
 
-    monkeypatch.setattr(promotion, "read_evaluation", read)
+    monkeypatch.setattr(promotion, "download_evaluation", read)
     monkeypatch.setattr(evaluations, "compare", functools.partial(compare, num_permutations=199))
 
 
 @pytest.fixture
 def register(project: Project, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A registry of this test's own: `register(metrics)` adds a version, which is the candidate then."""
+    """A registered model of the test's own; `register(metrics)` adds a version, which becomes the candidate."""
     name = re.sub(r"\W+", "-", request.node.name)
     client, _ = connect(project, Tracking())
     client.create_registered_model(name)
@@ -289,11 +230,11 @@ def register(project: Project, request: pytest.FixtureRequest, monkeypatch: pyte
         return int(made.version)
 
     add.registry, add.client, add.name = Registry(model_name=name), client, name  # type: ignore[attr-defined]
-    add.aliases = lambda: aliases(client, name)  # type: ignore[attr-defined]
+    add.aliases = lambda: get_aliases(client, name)  # type: ignore[attr-defined]
     return add
 
 
-def test_the_better_one_is_promoted_and_aliases_say_so(project: Project, register: Any, capsys: Any) -> None:
+def test_promotion_moves_the_aliases(project: Project, register: Any, capsys: Any) -> None:
     first = register()
     assert promote(project, tracking=Tracking(), registry=register.registry)
     assert register.aliases() == {"candidate": first, "champion": first}
@@ -302,10 +243,10 @@ def test_the_better_one_is_promoted_and_aliases_say_so(project: Project, registe
     assert register.aliases() == {"candidate": second, "champion": second, "previous": first}
     assert entry and (entry.action, entry.before, entry.after, entry.forced) == ("promote", first, second, False)
     assert entry.metrics["reconstruction/ssim"] == 0.9
-    assert "0.85" in (told := capsys.readouterr().out) and "0.9" in told
+    assert "0.85" in (output := capsys.readouterr().out) and "0.9" in output
 
 
-def test_a_refused_one_changes_nothing(project: Project, register: Any) -> None:
+def test_refusal_changes_nothing(project: Project, register: Any) -> None:
     register()
     promote(project, tracking=Tracking(), registry=register.registry)
     before = register.aliases()
@@ -314,10 +255,10 @@ def test_a_refused_one_changes_nothing(project: Project, register: Any) -> None:
         promote(project, tracking=Tracking(), registry=register.registry)
     assert refused.value.exit_code == 3
     assert register.aliases() == before | {"candidate": worse}
-    assert len(ledger.entries(register.client, register.name)) == 1
+    assert len(ledger.read_entries(register.client, register.name)) == 1
 
 
-def test_models_judged_unalike_are_refused_with_the_commands_that_mend_it(project: Project, register: Any) -> None:
+def test_versions_evaluated_differently_are_refused_with_the_commands_to_run(project: Project, register: Any) -> None:
     register()
     promote(project, tracking=Tracking(), registry=register.registry)
     register(evaluated_extractor="0" * 64)
@@ -326,49 +267,55 @@ def test_models_judged_unalike_are_refused_with_the_commands_that_mend_it(projec
     with pytest.raises(Refused, match=both):
         promote(project, tracking=Tracking(), registry=register.registry)
     register({})
-    with pytest.raises(Refused, match=rf"alike: `medgen evaluate --model models:/{name}/3`, then promote again"):
+    with pytest.raises(Refused, match=rf"run `medgen evaluate --model models:/{name}/3`, then promote again"):
         promote(project, tracking=Tracking(), registry=register.registry)
 
 
-def test_a_version_of_an_older_medgen_is_judged_first(project: Project, register: Any) -> None:
-    """It has metrics, and does not say what they were measured with."""
-    register(**{"evaluated.dataset": None, "evaluated.extractor": None, "evaluated.values": None})
-    with pytest.raises(Refused, match=rf"`medgen evaluate --model models:/{register.name}/1`, then promote again"):
+NOT_EVALUATED: dict[str, tuple[dict[str, str | None], str]] = {  # changes of a candidate's tags; a gate that fails
+    "tags of an older medgen": (
+        {"evaluated.dataset": None, "evaluated.extractor": None, "evaluated.values": None},
+        "evaluated with",
+    ),
+    "no per-image values": ({"evaluated.values": None, "privacy/copy_rate_plausible": None}, "copy_rate"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_EVALUATED)
+def test_refusal_of_a_candidate_that_is_not_evaluated_names_the_command(
+    project: Project, register: Any, case: str
+) -> None:
+    changes, gate = NOT_EVALUATED[case]
+    register(**changes)
+    command = rf"{gate}.*failed.*`medgen evaluate --model models:/{register.name}/1`, then promote again"
+    with pytest.raises(Refused, match=command):
         promote(project, tracking=Tracking(), registry=register.registry)
 
 
-def test_of_a_champion_of_an_older_medgen_the_refusal_names_the_command(project: Project, register: Any) -> None:
-    """It has metrics and says what they were measured with, and has no values of single images."""
+def test_champion_without_per_image_values(project: Project, register: Any) -> None:
+    """The refusal names the command; after a forced promotion the former champion need not be evaluated."""
     register(**{"evaluated.values": None})
     promote(project, tracking=Tracking(), registry=register.registry)
     register()
-    command = rf"comparison failed; .*alike: `medgen evaluate --model models:/{register.name}/1`, then promote again"
+    command = rf"comparison failed; .*run `medgen evaluate --model models:/{register.name}/1`, then promote again"
     with pytest.raises(Refused, match=command):
         promote(project, tracking=Tracking(), registry=register.registry)
-    forced = promote(project, tracking=Tracking(), registry=register.registry, force="no longer to be loaded")
+    forced = promote(project, tracking=Tracking(), registry=register.registry, force="its code no longer loads")
     assert forced and forced.gates == ["comparison"]
     register()
-    assert promote(project, tracking=Tracking(), registry=register.registry)  # version 1 need not be evaluated again
+    assert promote(project, tracking=Tracking(), registry=register.registry)
 
 
-def test_of_a_candidate_without_values_the_refusal_names_the_command(project: Project, register: Any) -> None:
-    register(**{"evaluated.values": None, "privacy/copy_rate_plausible": None})
-    command = rf"copy_rate failed.*`medgen evaluate --model models:/{register.name}/1`, then promote again"
-    with pytest.raises(Refused, match=command):
-        promote(project, tracking=Tracking(), registry=register.registry)
-
-
-def test_a_chain_of_ever_worse_models_is_refused_at_its_first_step(project: Project, register: Any) -> None:
+def test_each_step_of_a_worsening_chain_is_refused(project: Project, register: Any) -> None:
     register()
     promote(project, tracking=Tracking(), registry=register.registry)
-    for step in range(1, 3):  # refused or not, the chain would go on
+    for step in range(1, 3):  # also after a refusal
         register(METRICS | {"generation/mmd_domain": 0.01 + 0.05 * step}, **quality(seed=step, shift=0.4 * step))
         with pytest.raises(Refused, match="mmd"):
             promote(project, tracking=Tracking(), registry=register.registry)
     assert register.aliases()["champion"] == 1
 
 
-def test_steps_too_small_to_see_add_up_against_the_best_champion_on_record(project: Project, register: Any) -> None:
+def test_small_steps_add_up_compared_with_the_best_champion_on_record(project: Project, register: Any) -> None:
     refusal = ""
     for step in range(12):
         register(METRICS | {"generation/mmd_domain": 0.01 + 0.001 * step}, **quality(seed=step, shift=0.05 * step))
@@ -378,25 +325,25 @@ def test_steps_too_small_to_see_add_up_against_the_best_champion_on_record(proje
             refusal = str(error)
             break
     assert "mmd (version 1)" in refusal
-    assert step > 2  # the first steps were too small to see
+    assert step > 2  # the first steps were too small to detect
 
 
-def test_steps_within_the_margin_of_ssim_do_not_add_up() -> None:
-    def sharp(number: int, ssim: float, **changes: str | None) -> Version:
+def test_steps_within_the_ssim_margin_do_not_add_up() -> None:
+    def with_ssim(number: int, ssim: float, **changes: str | None) -> Version:
         return version(number, METRICS | {"reconstruction/ssim": ssim}, **changes)
 
     def refused(ssim: float) -> set[str]:
-        earlier = [sharp(1, 0.93, evaluated_extractor="0" * 64), sharp(2, 0.850), sharp(3, 0.842)]
+        earlier = [with_ssim(1, 0.93, evaluated_extractor="0" * 64), with_ssim(2, 0.850), with_ssim(3, 0.842)]
         comparisons = [(earlier[-1], compared(ssim=earlier[-1].metrics["reconstruction/ssim"] - ssim))]
-        gates = check_gates(sharp(4, ssim), earlier[-1], Gates(), comparisons, earlier)
+        gates = check_gates(with_ssim(4, ssim), earlier[-1], Gates(), comparisons, earlier)
         return {gate.name for gate in gates if not gate.passed}
 
-    assert refused(0.840) == set()  # version 1 was evaluated otherwise
+    assert refused(0.840) == set()  # version 1 was evaluated with another extractor
     assert refused(0.839) == {"ssim"}
 
 
 @pytest.mark.slow
-def test_another_draw_of_the_same_model_is_promoted() -> None:
+def test_equal_models_are_rarely_refused() -> None:
     refused = 0
     for seed in range(40):
         found = compare_versions(evaluation(2 * seed + 1), evaluation(2 * seed + 2))
@@ -406,7 +353,7 @@ def test_another_draw_of_the_same_model_is_promoted() -> None:
 
 
 def spread(seed: int, scale: float) -> EvaluationData:
-    """Of a model that draws from the real distribution, but `scale` times as wide; features as a ReLU leaves them."""
+    """An evaluation whose samples have features `scale` times as wide as real ones, after a ReLU."""
     data = evaluation(seed)
     assert data.samples and data.held_out
     draw, real = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
@@ -415,11 +362,11 @@ def spread(seed: int, scale: float) -> EvaluationData:
     return dataclasses.replace(data, samples=samples, held_out=held_out)
 
 
-SPREAD = {"collapsed": (0.5, 1.0, False), "in place of an overspread one": (1.0, 2.0, True)}
+SPREAD = {"collapsed candidate": (0.5, 1.0, False), "champion with too much spread": (1.0, 2.0, True)}
 
 
 @pytest.mark.parametrize("case", SPREAD)
-def test_lost_diversity_is_refused_and_too_much_of_it_is_no_merit(case: str) -> None:
+def test_lower_recall_is_accepted_only_from_a_champion_with_too_much_spread(case: str) -> None:
     candidate, champion, promoted = SPREAD[case]
     found = compare_versions(spread(1, candidate), spread(2, champion))
     assert found is not None
@@ -429,11 +376,11 @@ def test_lost_diversity_is_refused_and_too_much_of_it_is_no_merit(case: str) -> 
     assert all(gates.values()) == promoted
 
 
-def test_an_evaluation_is_kept_with_its_version_and_damage_is_seen(project: Project, register: Any) -> None:
-    """Through MLflow's own artifacts."""
+def test_evaluation_is_stored_with_its_version_and_damage_is_detected(project: Project, register: Any) -> None:
+    """Use MLflow's artifacts."""
     client, experiment = connect(project, Tracking())
     digest = save_evaluation(project.evaluation, evaluation(3))
-    mlflow.set_tracking_uri(store_uri(project, Tracking()))  # where create_model_version looks for the logged model
+    mlflow.set_tracking_uri(store_uri(project, Tracking()))  # create_model_version looks here for the logged model
     logged = client.create_logged_model(experiment, name="kept")
     made = client.create_model_version(
         register.name,
@@ -443,50 +390,50 @@ def test_an_evaluation_is_kept_with_its_version_and_damage_is_seen(project: Proj
     )
     client.finalize_logged_model(logged.model_id, "READY")
     version = Version(register.name, int(made.version), "", made.tags)
-    assert read_evaluation(version, project, Tracking()) is None  # not kept yet
-    evaluations.keep_evaluation(client, made, project)
-    found = read_evaluation(version, project, Tracking())
+    assert download_evaluation(version, project, Tracking()) is None  # not uploaded yet
+    evaluations.upload_evaluation(client, made, project)
+    found = download_evaluation(version, project, Tracking())
     assert found is not None and found.similarity.equal(evaluation(3).similarity)
     save_evaluation(project.evaluation, evaluation(4))
-    evaluations.keep_evaluation(client, made, project)  # and killed before the tags were set
-    assert read_evaluation(version, project, Tracking()) is None
+    evaluations.upload_evaluation(client, made, project)  # and killed before setting the tags
+    assert download_evaluation(version, project, Tracking()) is None
 
 
-def test_versions_evaluated_unalike_are_not_compared() -> None:
+def test_evaluations_with_other_settings_are_not_compared() -> None:
     other = evaluation()
     other = dataclasses.replace(other, info=dataclasses.replace(other.info, num_generated=100))
     assert compare_versions(evaluation(), other) is None
 
 
-def test_force_is_recorded(project: Project, register: Any) -> None:
+def test_forced_promotion_is_recorded(project: Project, register: Any) -> None:
     register(METRICS | {"reconstruction/ssim": 0.1})
-    why = "the only one there is; Ärzte wissen es"
+    why = "the only version; für alle Ärzte"
     entry = promote(project, tracking=Tracking(), registry=register.registry, force=why)
     assert entry and entry.forced and entry.gates == ["ssim"]
-    assert ledger.entries(register.client, register.name)[-1].why == why
+    assert ledger.read_entries(register.client, register.name)[-1].why == why
     assert register.aliases()["champion"] == 1
 
 
 @pytest.mark.parametrize("why", ["", "  ", "x" * 1001, "red \x1b[31m"])
-def test_a_reason_is_one(project: Project, why: str) -> None:
+def test_invalid_reason_is_rejected(project: Project, why: str) -> None:
     with pytest.raises(UserError, match="--force: expected a reason"):
         promote(project, tracking=Tracking(), registry=REGISTRY, force=why)
 
 
-def test_the_longest_reason_fits_the_databases_column(project: Project, register: Any) -> None:
+def test_longest_reason_fits_the_database_column(project: Project, register: Any) -> None:
     gone = {name: None for name in ("git_commit", "git_dirty", "data_md5", "params_fingerprint")}
     register(METRICS | {"reconstruction/ssim": 0.1, "privacy/copy_rate": 0.9}, **gone)
     entry = promote(project, tracking=Tracking(), registry=register.registry, force="ß" * ledger.MAX_WHY)
     assert entry and len(entry.line) < 5000
 
 
-@pytest.mark.parametrize(("number", "said"), [(9, "9: no such version"), (None, "candidate: no such version")])
-def test_unknown_versions_are_named(project: Project, register: Any, number: int | None, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize(("number", "message"), [(9, "9: no such version"), (None, "candidate: no such version")])
+def test_unknown_version_is_named(project: Project, register: Any, number: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         promote(project, tracking=Tracking(), registry=register.registry, version=number)
 
 
-def test_rollback_goes_back_step_by_step(project: Project, register: Any) -> None:
+def test_rollback_goes_back_one_champion_each_time(project: Project, register: Any) -> None:
     for _ in range(3):
         register()
         promote(project, tracking=Tracking(), registry=register.registry)
@@ -495,13 +442,13 @@ def test_rollback_goes_back_step_by_step(project: Project, register: Any) -> Non
     assert register.aliases() == {"candidate": 3, "champion": 2, "previous": 1}
     rollback(project, tracking=Tracking(), registry=register.registry)
     assert register.aliases() == {"candidate": 3, "champion": 1}
-    with pytest.raises(UserError, match="the champion is 1, and the record has none before it"):
+    with pytest.raises(UserError, match="the champion is 1, and the record has no former champion"):
         rollback(project, tracking=Tracking(), registry=register.registry)
     promote(project, tracking=Tracking(), registry=register.registry)
     assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
 
 
-def test_rollback_where_nothing_was_ever_registered(project: Project) -> None:
+def test_rollback_without_a_registered_model(project: Project) -> None:
     with pytest.raises(UserError, match="models:/nothing: the champion is none"):
         rollback(project, tracking=Tracking(), registry=Registry(model_name="nothing"))
 
@@ -512,7 +459,7 @@ def test_rollback_without_a_champion(project: Project, register: Any) -> None:
         rollback(project, tracking=Tracking(), registry=register.registry)
 
 
-def test_the_ledger_is_in_the_registry_and_in_a_file_that_only_grows(project: Project, register: Any) -> None:
+def test_ledger_is_in_the_registry_and_in_a_file_that_is_only_appended_to(project: Project, register: Any) -> None:
     file = project.reports / "promotions.jsonl"
     register()
     promote(project, tracking=Tracking(), registry=register.registry)
@@ -520,7 +467,7 @@ def test_the_ledger_is_in_the_registry_and_in_a_file_that_only_grows(project: Pr
     register()
     promote(project, tracking=Tracking(), registry=register.registry)
     assert file.read_text().startswith(before)
-    file.unlink()  # another machine's clone: it gets all that was before
+    file.unlink()  # as in a clone on another machine: the file gets all entries
     rollback(project, tracking=Tracking(), registry=register.registry)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["action"], line["before"], line["after"]) for line in lines] == [
@@ -531,50 +478,50 @@ def test_the_ledger_is_in_the_registry_and_in_a_file_that_only_grows(project: Pr
     assert all(line["who"] and line["time"].endswith("+00:00") for line in lines)
 
 
-def test_history_tells_all(project: Project, register: Any, capsys: Any) -> None:
+def test_history_lists_versions_and_promotions(project: Project, register: Any, capsys: Any) -> None:
     register()
     promote(project, tracking=Tracking(), registry=register.registry)
     register(METRICS | {"reconstruction/ssim": 0.4}, data_md5="f" * 32)
-    promote(project, tracking=Tracking(), registry=register.registry, force="[bold]a try[/bold]")
+    promote(project, tracking=Tracking(), registry=register.registry, force="[bold]a test[/bold]")
     history(project, tracking=Tracking(), registry=register.registry)
-    assert "[bold]a" in capsys.readouterr().out  # not taken for markup
+    assert "[bold]a" in capsys.readouterr().out  # shown literally
     history(project, tracking=Tracking(), registry=register.registry, as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert [one["version"] for one in told["versions"]] == [1, 2]
-    assert told["versions"][1]["aliases"] == ["candidate", "champion"]
-    assert told["promotions"][1]["forced"] is True
-    assert told["promotions"][1]["gates"] == ["ssim"]
+    found = json.loads(capsys.readouterr().out)
+    assert [one["version"] for one in found["versions"]] == [1, 2]
+    assert found["versions"][1]["aliases"] == ["candidate", "champion"]
+    assert found["promotions"][1]["forced"] is True
+    assert found["promotions"][1]["gates"] == ["ssim"]
 
 
 @pytest.mark.parametrize(("dataset", "numbers"), [("ffff", [2]), ("dddd", [1]), ("ba98", [1, 2])])
-def test_history_of_a_dataset(project: Project, register: Any, dataset: str, numbers: list[int]) -> None:
+def test_history_of_one_dataset(project: Project, register: Any, dataset: str, numbers: list[int]) -> None:
     register()
     register(data_md5="f" * 32)
     found = history(project, tracking=Tracking(), registry=register.registry, dataset=dataset)
     assert [one["version"] for one in found["versions"]] == numbers
 
 
-def test_an_unknown_dataset_is_named(project: Project, register: Any) -> None:
+def test_unknown_dataset_is_named(project: Project, register: Any) -> None:
     register()
     with pytest.raises(UserError, match="--dataset 1234: no version"):
         history(project, tracking=Tracking(), registry=register.registry, dataset="1234")
 
 
-def test_an_alias_moved_by_hand_is_seen(project: Project, register: Any, capsys: Any) -> None:
+def test_history_reports_an_alias_moved_by_other_means(project: Project, register: Any, capsys: Any) -> None:
     register()
     promote(project, tracking=Tracking(), registry=register.registry)
     register()
     register.client.set_registered_model_alias(register.name, "champion", "2")
     history(project, tracking=Tracking(), registry=register.registry)
-    assert "The champion is version 2, the last change says 1" in capsys.readouterr().out
+    assert "The champion is version 2, but the last entry of the record says 1" in capsys.readouterr().out
 
 
-def test_later_metrics_take_the_place_of_earlier_ones_but_not_what_is_known_of_copies(register: Any) -> None:
+def test_new_metrics_replace_earlier_ones_except_privacy(register: Any) -> None:
     number = register(METRICS | {"generation/fd_inception": 7.0})
     later = {"reconstruction/ssim": 0.7, "generation/mmd_domain": 0.3}
     provenance = {"dataset": "later", "extractors": {"domain": {"sha256": "x"}}}
     version = register.client.get_model_version(register.name, str(number))
-    assert set_tags(register.client, version, metric_tags(later, provenance))
+    assert update_tags(register.client, version, metric_tags(later, provenance))
     found = register.client.get_model_version(register.name, str(number)).tags
     metrics = {key: value for key, value in found.items() if "/" in key}
     assert metrics == {
@@ -585,62 +532,42 @@ def test_later_metrics_take_the_place_of_earlier_ones_but_not_what_is_known_of_c
     assert (found["evaluated.dataset"], found["evaluated.extractor"]) == ("later", "x")
 
 
-PROMOTE = """
-import sys
-from pathlib import Path
-from medgen.config import Project, Registry, Tracking
-from medgen.errors import UserError
-from medgen.registry import promotion
-
-change = promotion._change
-def after_the_other_has_looked(*words, **others):
-    print("looked", flush=True)
-    sys.stdin.readline()
-    change(*words, **others)
-
-promotion._change = after_the_other_has_looked
-try:
-    registry = Registry(model_name=sys.argv[2])
-    promotion.promote(Project(Path(sys.argv[1])), tracking=Tracking(), registry=registry, version=int(sys.argv[3]))
-except UserError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
-
-
-@pytest.mark.slow
-def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(project: Project, register: Any) -> None:
-    """Both have looked at the gates before either changes anything; then both go on at the same moment."""
+def test_one_of_two_simultaneous_promotions_is_refused(
+    project: Project, register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have checked the gates before either changes the champion. They share nothing but the store."""
     numbers = [register(), register()]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    start = [sys.executable, "-c", PROMOTE, str(project.root), register.name]
-    both = [subprocess.Popen([*start, str(number)], **pipes) for number in numbers]
-    try:
-        for process in both:
-            while "looked" not in process.stdout.readline():
-                assert process.poll() is None
-        for process in both:
-            process.stdin.write("\n")
-            process.stdin.flush()
-        told = [process.communicate(timeout=60)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 3], told
-    winner, loser = numbers[codes.index(0)], codes.index(3)
-    assert f"version {winner} became champion" in told[loser]
+    both_have_checked, change = threading.Barrier(2), promotion._change_champion
+
+    def wait_and_change(*args: Any, **kwargs: Any) -> None:
+        both_have_checked.wait(60)
+        change(*args, **kwargs)
+
+    monkeypatch.setattr(promotion, "_change_champion", wait_and_change)
+
+    def refusal(number: int) -> str | None:
+        try:
+            promote(project, tracking=Tracking(), registry=register.registry, version=number)
+        except Refused as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        refusals = list(pool.map(refusal, numbers))
+    assert refusals.count(None) == 1, refusals
+    winner = numbers[refusals.index(None)]
+    assert f"version {winner} became champion" in "".join(filter(None, refusals))
     assert register.aliases()["champion"] == winner
-    assert [entry.after for entry in ledger.entries(register.client, register.name)] == [winner]
+    assert [entry.after for entry in ledger.read_entries(register.client, register.name)] == [winner]
 
 
-def test_only_one_at_a_time_has_the_turn(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "PAUSE_SECONDS", (0.0, 0.02))
+def test_lock_has_one_holder_at_a_time(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "RETRY_SECONDS", (0.0, 0.02))
     inside, most, done = 0, 0, []
 
     def work() -> None:
         nonlocal inside, most
-        with ledger.turn(register.client, register.name) as check:
+        with ledger.promotion_lock(register.client, register.name) as check:
             inside += 1
             most = max(most, inside)
             check()
@@ -656,52 +583,57 @@ def test_only_one_at_a_time_has_the_turn(register: Any, monkeypatch: pytest.Monk
     assert not ledger._claims(register.client, register.name)
 
 
-def test_a_killed_promotion_does_not_keep_the_turn(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(ledger, "PAUSE_SECONDS", (0.05, 0.05))
+def test_lock_of_a_killed_promotion_expires(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "CLAIM_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(ledger, "RETRY_SECONDS", (0.05, 0.05))
     register.client.set_registered_model_tag(register.name, f"{ledger.CLAIM}dead", "someone@somewhere")
-    with ledger.turn(register.client, register.name) as check:
+    with ledger.promotion_lock(register.client, register.name) as check:
         check()
         register.client.delete_registered_model_tag(
             register.name, next(iter(ledger._claims(register.client, register.name)))
         )
-        with pytest.raises(UserError, match="lost its turn"):
+        with pytest.raises(UserError, match="another process took over the promotion lock"):
             check()
 
 
 ACTIONS: dict[str, tuple[list[tuple[str, int]], list[int]]] = {
-    "one": ([("promote", 1)], [1]),
-    "back": ([("promote", 1), ("promote", 2), ("rollback", 1)], [1]),
-    "there and back": ([("promote", 1), ("promote", 2), ("promote", 1), ("rollback", 2)], [1, 2]),
-    "back twice": ([("promote", n) for n in (1, 2, 3)] + [("rollback", 2), ("rollback", 1)], [1]),
-    "to what was never promoted": ([("promote", 1), ("rollback", 5)], [5]),
+    "one promotion": ([("promote", 1)], [1]),
+    "one rollback": ([("promote", 1), ("promote", 2), ("rollback", 1)], [1]),
+    "promoted again and rolled back": ([("promote", 1), ("promote", 2), ("promote", 1), ("rollback", 2)], [1, 2]),
+    "two rollbacks": ([("promote", n) for n in (1, 2, 3)] + [("rollback", 2), ("rollback", 1)], [1]),
+    "rollback to a version never promoted": ([("promote", 1), ("rollback", 5)], [5]),
 }
 
 
 @pytest.mark.parametrize("case", ACTIONS)
 def test_standing_champions(case: str) -> None:
     actions, expected = ACTIONS[case]
-    entry: Callable[..., Any] = ledger.entry
-    assert ledger.champions([entry(action, "medgen", None, after, "why") for action, after in actions]) == expected
+    entry: Callable[..., Any] = ledger.new_entry
+    assert (
+        ledger.standing_champions([entry(action, "medgen", None, after, "why") for action, after in actions])
+        == expected
+    )
 
 
-def test_a_torn_line_does_not_swallow_the_next(project: Project, register: Any, tmp_path: Path) -> None:
+def test_entry_after_an_incomplete_line_is_readable(project: Project, register: Any, tmp_path: Path) -> None:
     file = tmp_path / "promotions.jsonl"
     file.write_text('{"key": "to')
-    ledger.append(register.client, register.name, ledger.entry("promote", register.name, None, 1, "why"))
-    ledger.write_file(register.client, register.name, file)
+    ledger.append_entry(register.client, register.name, ledger.new_entry("promote", register.name, None, 1, "why"))
+    ledger.append_to_file(register.client, register.name, file)
     assert json.loads(file.read_text().splitlines()[-1])["after"] == 1
 
 
-def test_rollback_never_goes_forward(project: Project, register: Any) -> None:
+def test_rollback_skips_later_champions(project: Project, register: Any) -> None:
     for _ in range(3):
         register()
         promote(project, tracking=Tracking(), registry=register.registry)
-    register.client.set_registered_model_alias(register.name, "champion", "2")  # by hand, or a promotion cut short
+    register.client.set_registered_model_alias(
+        register.name, "champion", "2"
+    )  # by hand, or by an interrupted promotion
     assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
 
 
-def test_a_deleted_champion_is_still_what_to_be_held_against(project: Project, register: Any) -> None:
+def test_last_champion_on_record_replaces_a_deleted_one_in_comparisons(project: Project, register: Any) -> None:
     for _ in range(3):
         register()
         promote(project, tracking=Tracking(), registry=register.registry)
@@ -713,7 +645,7 @@ def test_a_deleted_champion_is_still_what_to_be_held_against(project: Project, r
     assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
 
 
-def test_an_alias_moved_by_hand_can_be_put_on_record(project: Project, register: Any, capsys: Any) -> None:
+def test_alias_moved_by_other_means_can_be_put_on_record(project: Project, register: Any, capsys: Any) -> None:
     for _ in range(2):
         register()
     promote(project, tracking=Tracking(), registry=register.registry, version=1)
@@ -725,18 +657,18 @@ def test_an_alias_moved_by_hand_can_be_put_on_record(project: Project, register:
 
 
 @pytest.mark.parametrize("text", ['{"bro', "[]", '{"key": "0"}'])
-def test_a_changed_entry_is_named_before_anything_is_written(project: Project, register: Any, text: str) -> None:
+def test_changed_ledger_entry_is_reported_and_nothing_is_written(project: Project, register: Any, text: str) -> None:
     register()
     register.client.set_registered_model_tag(register.name, "promotion.note", "ours")
     register.client.set_registered_model_tag(register.name, "promotion.000001.ab", text)
     before = register.client.get_registered_model(register.name).tags
-    for act in (promote, rollback, history):
-        with pytest.raises(UserError, match=r"tag promotion\.000001\.ab: no entry of the ledger any more"):
-            act(project, tracking=Tracking(), registry=register.registry)
+    for command in (promote, rollback, history):
+        with pytest.raises(UserError, match=r"tag promotion\.000001\.ab: not a valid ledger entry"):
+            command(project, tracking=Tracking(), registry=register.registry)
     assert register.client.get_registered_model(register.name).tags == before
 
 
-def test_a_file_that_cannot_be_written_is_only_a_warning(tmp_path: Path, project: Project, register: Any) -> None:
+def test_unwritable_ledger_file_is_only_a_warning(tmp_path: Path, project: Project, register: Any) -> None:
     register()
     (project.reports / "promotions.jsonl").unlink(missing_ok=True)
     (project.reports / "promotions.jsonl").mkdir(parents=True)
@@ -747,10 +679,10 @@ def test_a_file_that_cannot_be_written_is_only_a_warning(tmp_path: Path, project
     assert register.aliases()["champion"] == 1
 
 
-def test_who_lost_its_turn_overwrites_nothing(project: Project, register: Any) -> None:
-    """It was stopped between its last look and its writing."""
+def test_process_that_lost_the_lock_overwrites_no_entry(project: Project, register: Any) -> None:
+    """It was stopped between its last check and its write."""
     register()
-    late = ledger.entry("promote", register.name, None, 1, "late")
-    ledger.append(register.client, register.name, ledger.entry("promote", register.name, None, 1, "in time"))
+    late = ledger.new_entry("promote", register.name, None, 1, "late")
+    ledger.append_entry(register.client, register.name, ledger.new_entry("promote", register.name, None, 1, "in time"))
     register.client.set_registered_model_tag(register.name, f"promotion.000001.{late.key}", late.line)
-    assert {entry.why for entry in ledger.entries(register.client, register.name)} == {"in time", "late"}
+    assert {entry.why for entry in ledger.read_entries(register.client, register.name)} == {"in time", "late"}

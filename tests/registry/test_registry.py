@@ -1,4 +1,4 @@
-"""What a user is promised of the registry: the trained model, whole, in the run that made it, loadable anywhere."""
+"""Registering a model: content, lineage and metrics of the version, and loading it elsewhere."""
 
 import ast
 import json
@@ -24,14 +24,15 @@ from medgen.evaluation.data import EvaluationData, EvaluationInfo, save_evaluati
 from medgen.io import hash_file
 from medgen.models import build_model, bundle
 from medgen.models.bundle import BundleInfo
-from medgen.priors import FITTED, LEARNED, load_prior, sample_images, save_prior
+from medgen.priors import ANALYTIC, NEURAL, load_prior, sample_images, save_prior
 from medgen.priors import refiner as refinement
 from medgen.priors.generator import content_hash, load_generator
-from medgen.priors.refiner import save_none, save_refiner
-from medgen.registry.evaluations import read_evaluation
-from medgen.registry.versions import find
+from medgen.priors.refiner import save_disabled, save_refiner
+from medgen.registry.evaluations import download_evaluation
+from medgen.registry.model_package import PYFUNC
+from medgen.registry.versions import find_version
 from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, Tracker, lineage
-from medgen.tracking.mlflow_sync import MIRROR, connect, store_uri
+from medgen.tracking.mlflow_sync import STATE_FILE, connect, store_uri
 
 SHAPE = (1, 16, 16)
 RUN = "0123456789ab"
@@ -42,28 +43,28 @@ MODEL = Model(base_channels=8, max_channels=8, latent_channels=4, latent_size=4,
 
 
 def mlflow_run(project: Project, run: str) -> str:
-    run_id: str = json.loads((project.runs / run / MIRROR).read_text())["run_id"]
+    run_id: str = json.loads((project.runs / run / STATE_FILE).read_text())["run_id"]
     return run_id
 
 
 def write_model(project: Project, seed: int, run: str = RUN) -> None:
-    """An untrained model and an untrained prior that is a network: the registry does not ask how good they are."""
+    """Write an untrained model and an untrained flow prior."""
     torch.manual_seed(seed)
     model = build_model(MODEL, SHAPE, 2)
     preprocess = Preprocess(image_size=SHAPE[1])
     bundle.save(project.model, model, BundleInfo(MODEL, preprocess, SHAPE, ("NORMAL", "ILL"), DATASET, run, "2.15"))
     latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
     small = Prior(name="flow", channels=8, blocks=1, sampling_steps=2)
-    save_prior(project.prior, LEARNED["flow"].start(latents, labels, 2, small), bundle.digest(project.model))
-    save_none(project.refiner, bundle.digest(project.model))
+    save_prior(project.prior, NEURAL["flow"].create(latents, labels, 2, small), bundle.digest(project.model))
+    save_disabled(project.refiner, bundle.digest(project.model))
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project as evaluate leaves it, its run recorded and its model registered as version 1."""
+    """A project after an evaluation; its run is recorded and its model registered as version 1."""
     project = Project(tmp_path_factory.mktemp("project"))
     write_model(project, seed=0)
-    with Tracker.open(project.runs / RUN, Tracking(), project, "spatial_vae") as tracker:
+    with Tracker.open(project.runs / RUN, Tracking(enabled=False), project, "spatial_vae") as tracker:
         tracker.tags(lineage(project, Params(), device="cpu", precision="fp32"))
         tracker.metrics({"val/ssim": 0.8}, step=1)
     project.reports.mkdir()
@@ -73,13 +74,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     provenance |= {"metrics": hash_file(project.reports / "metrics.json"), "lineage": lineage(project)}
     provenance |= {"evaluation": save_evaluation(project.evaluation, EVALUATED)}
     (project.reports / "provenance.json").write_text(json.dumps(provenance))
-    version = registry.run(project, params=Params())
+    version = registry.register(project, params=Params())
     assert (version.number, version.is_new) == (1, True)
     return project
 
 
 @pytest.fixture
-def away() -> Tracking:
+def unreachable_store() -> Tracking:
+    """An address where no server listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return Tracking(uri=f"http://127.0.0.1:{probe.getsockname()[1]}", timeout_seconds=1)
@@ -103,7 +105,7 @@ def test_version_belongs_to_the_run_that_trained_it(project: Project) -> None:
     assert len(client.search_runs([experiment.experiment_id], f"tags.`medgen.run` = '{RUN}'")) == 1
 
 
-def test_version_says_where_it_comes_from(project: Project) -> None:
+def test_version_has_its_lineage(project: Project) -> None:
     client, _ = connect(project, Tracking())
     version = client.get_model_version_by_alias("medgen", "candidate")
     assert set(lineage(project)) <= set(version.tags)
@@ -113,67 +115,67 @@ def test_version_says_where_it_comes_from(project: Project) -> None:
     assert "NORMAL, ILL" in version.description
 
 
-def test_the_same_content_is_the_same_version(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    version = registry.run(project, params=Params())
+def test_same_content_is_the_same_version(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    version = registry.register(project, params=Params())
     assert (version.number, version.is_new) == (1, False)
     assert "already registered as models:/medgen/1" in capsys.readouterr().out
 
 
-def test_the_next_project_of_the_same_process_has_its_own_store(project: Project, tmp_path: Path) -> None:
-    registry.find_model(project, tracking=Tracking(), place="models:/medgen/1")
+def test_another_project_in_the_same_process_has_its_own_store(project: Project, tmp_path: Path) -> None:
+    registry.find_model(project, tracking=Tracking(), source="models:/medgen/1")
     assert store_uri(Project(tmp_path), Tracking()) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
-def read_back(project: Project) -> EvaluationData | None:
+def stored_evaluation(project: Project) -> EvaluationData | None:
     client, _ = connect(project, Tracking())
-    return read_evaluation(find(client, "medgen", 1), project, Tracking())
+    return download_evaluation(find_version(client, "medgen", 1), project, Tracking())
 
 
-def kept_file(project: Project) -> Path:
+def evaluation_file(project: Project) -> Path:
     return next((project.root / "mlartifacts").rglob("evaluation.safetensors"))
 
 
 DAMAGE: dict[str, Callable[[Project], object]] = {
     "none": lambda project: None,
-    "damaged": lambda project: kept_file(project).write_bytes(b"damaged"),
-    "never sent": lambda project: shutil.rmtree(kept_file(project).parent),
+    "damaged": lambda project: evaluation_file(project).write_bytes(b"damaged"),
+    "missing": lambda project: shutil.rmtree(evaluation_file(project).parent),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_registering_again_restores_the_values_of_the_evaluation(project: Project, case: str) -> None:
-    found = read_back(project)
+def test_registering_again_restores_the_evaluation(project: Project, case: str) -> None:
+    found = stored_evaluation(project)
     assert found is not None and found.similarity.equal(EVALUATED.similarity)
     DAMAGE[case](project)
-    assert (read_back(project) is None) == (case != "none")
-    registry.run(project, params=Params())
-    assert read_back(project) is not None
+    assert (stored_evaluation(project) is None) == (case != "none")
+    registry.register(project, params=Params())
+    assert stored_evaluation(project) is not None
 
 
-def test_metrics_without_values_do_not_keep_those_of_other_metrics(project: Project) -> None:
-    """A run of an older medgen left them."""
-    kept = {name: (project.reports / name).read_text() for name in ("metrics.json", "provenance.json")}
+def test_new_metrics_without_an_evaluation_remove_the_earlier_one(project: Project) -> None:
+    """An older medgen stored metrics without per-image values."""
+    reports = {name: (project.reports / name).read_text() for name in ("metrics.json", "provenance.json")}
     try:
         (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.5}')
-        provenance = json.loads(kept["provenance.json"])
+        provenance = json.loads(reports["provenance.json"])
         del provenance["evaluation"]
         provenance["metrics"] = hash_file(project.reports / "metrics.json")
         (project.reports / "provenance.json").write_text(json.dumps(provenance))
-        registry.run(project, params=Params())
+        registry.register(project, params=Params())
         client, _ = connect(project, Tracking())
-        version = find(client, "medgen", 1)
+        version = find_version(client, "medgen", 1)
         assert version.metrics["reconstruction/ssim"] == 0.5
         assert "evaluated.values" not in version.tags
     finally:
-        for name, text in kept.items():
+        for name, text in reports.items():
             (project.reports / name).write_text(text)
-        registry.run(project, params=Params())
+        registry.register(project, params=Params())
 
 
-def test_values_on_a_server_that_is_away_are_not_taken_for_missing(project: Project, away: Tracking) -> None:
+def test_evaluation_on_a_server_that_does_not_answer_is_an_error(project: Project, unreachable_store: Tracking) -> None:
     client, _ = connect(project, Tracking())
     with pytest.raises(UserError, match="does not answer"):
-        read_evaluation(find(client, "medgen", 1), project, away)
+        download_evaluation(find_version(client, "medgen", 1), project, unreachable_store)
 
 
 FRESH = """
@@ -189,7 +191,7 @@ print(json.dumps({"files": [m.__file__ for name, m in sys.modules.items() if nam
 
 @pytest.fixture(scope="module")
 def fresh(project: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], np.ndarray]:
-    """Images of models:/medgen@candidate made by a new process in another folder, and what it imported."""
+    """The files that a new process in another folder imported, and its images of models:/medgen@candidate."""
     folder = tmp_path_factory.mktemp("elsewhere")
     command = [sys.executable, "-c", FRESH, f"sqlite:///{project.root}/mlflow.db", str(folder / "images.npy")]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -197,7 +199,7 @@ def fresh(project: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     return json.loads(result.stdout), np.load(folder / "images.npy")
 
 
-def test_a_fresh_process_makes_the_same_images(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
+def test_new_process_generates_the_same_images(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
     _, images = fresh
     assert images.dtype == np.uint8
     assert images.shape == (73, 16, 16, 1)
@@ -205,31 +207,39 @@ def test_a_fresh_process_makes_the_same_images(project: Project, fresh: tuple[di
     np.testing.assert_array_equal(images[3:], expected_images(project, 70, None, 6))
 
 
-def test_a_version_brings_its_own_code(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
-    told, _ = fresh
-    assert len(told["files"]) > 5
-    assert all(Path(file).is_relative_to(project.root / "mlartifacts") for file in told["files"])
+def test_version_runs_its_own_code(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
+    imported, _ = fresh
+    assert len(imported["files"]) > 5
+    assert all(Path(file).is_relative_to(project.root / "mlartifacts") for file in imported["files"])
 
 
-def test_a_version_holds_no_pickle(project: Project) -> None:
-    """Nor anything else that loading would run, but Python's own source."""
+def test_version_contains_no_pickle(project: Project) -> None:
+    """Nor any other file that loading would execute, except Python source."""
     files = [path for path in (project.root / "mlartifacts").rglob("*") if path.is_file()]
     kinds = {path.suffix or path.name for path in files if "__pycache__" not in path.parts}
     assert {".py", ".safetensors", ".json", "MLmodel"} <= kinds
-    assert kinds <= {".py", ".safetensors", ".json", "MLmodel", "registered_model_meta", ".yaml", ".txt", ".typed"}
+    assert kinds <= {
+        ".py",
+        ".safetensors",
+        ".json",
+        "MLmodel",
+        "registered_model_meta",
+        ".yaml",
+        ".txt",
+        ".typed",
+        ".html",
+    }
 
 
 def test_requirements_cover_what_the_code_imports(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
-    """Whatever a medgen module that was loaded imports at its top is named in the version's requirements.txt."""
+    """The version's requirements.txt lists all packages that the loaded medgen modules import at the top."""
     listed = next((project.root / "mlartifacts").rglob("requirements.txt"))
     lines = listed.read_text().split()
     assert all("==" in line and "+" not in line for line in lines)
     distributions = packages_distributions()
-    imported = {
-        name for file in [*fresh[0]["files"], registry.PYFUNC["image"]] for name in top_level_imports(Path(file))
-    }
-    needed = imported - sys.stdlib_module_names - {"medgen"}
-    assert {"torch", "safetensors", "mlflow", "ruamel"} <= needed
+    imported = {name for file in [*fresh[0]["files"], PYFUNC["image"]] for name in top_level_imports(Path(file))}
+    needed = imported - sys.stdlib_module_names - {"medgen"} | {"safetensors"}  # medgen/io.py imports it in functions
+    assert {"torch", "mlflow", "ruamel"} <= needed
     listed_names = {line.partition("==")[0] for line in lines}
     assert [name for name in needed if not listed_names & set(distributions[name])] == []
 
@@ -259,7 +269,7 @@ def generator(project: Project) -> Any:
         ({"n": ["3"]}, "n: found '3'"),
         ({"n": [float("inf")]}, "n: found inf"),
         ({"n": [10**30]}, "n: found 1000.*0000; expected"),
-        ({"n": [60000, 6000]}, "66000 images asked for; at most 65536 at once"),
+        ({"n": [60000, 6000]}, "66000 images requested; at most 65536 in one call"),
         ({"n": [1] * 1025}, "rows: found 1025"),
         ({"label": ["ILL"]}, "n, image: found neither in a row"),
         ({"n": [1, 1], "image": [None, "aGk="]}, "n, image: found both in a row"),
@@ -268,31 +278,31 @@ def generator(project: Project) -> Any:
         ({"n": [1], "seed": [0.5]}, "seed: found 0.5"),
         ({"n": [1], "label": ["x" * 1000]}, "label: found 'xxx.*xxx'; expected a class"),
         ({"n": [1], "label": [["ILL"]]}, r"label: found \['ILL'\]; expected a class"),
-        ({"image": ["aGk="], "seed": [1]}, "seed: found beside image"),
+        ({"image": ["aGk="], "seed": [1]}, "seed: found with image"),
         ({"n": [1], "refine": [True]}, "refine: found true, but this version has no refiner; leave it out"),
         ({"image": ["aGk="], "refine": [True]}, "refine: found true, but this version has no refiner"),
         ({"n": [1, 1], "refine": [None, 1.0]}, r"refine: found 1\.0; expected true or false"),
-        ({"image": ["aGk="], "label": ["ILL"]}, "spatial_vae does not look at labels; leave it out"),
-        ({"image": ["aGk="]}, "image: not readable as an image: no PNG, JPEG, BMP or TIFF but a text file"),
-        ({"image": ["a film"]}, "image: no base64"),
-        ({"image": [b"GIF89a"]}, "image: found bytes; expected the text of a file in base64"),
+        ({"image": ["aGk="], "label": ["ILL"]}, "spatial_vae does not use labels; leave it out"),
+        ({"image": ["aGk="]}, "image: not readable as an image: a text file; expected PNG, JPEG, BMP or TIFF"),
+        ({"image": ["not base64"]}, "image: invalid base64"),
+        ({"image": [b"GIF89a"]}, "image: found bytes; expected a file in base64 as text"),
         ({"n": [1], "label": ["DOG"]}, "label: unknown name 'DOG'. Known: ILL, NORMAL"),
     ],
 )
-def test_wrong_requests_are_named(generator: Any, request_row: dict[str, Any], message: str) -> None:
+def test_invalid_request_is_named(generator: Any, request_row: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message) as caught:
         generator.predict(pd.DataFrame(request_row))
     assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
 
 
-def test_label_and_seed_may_be_left_out(generator: Any) -> None:
+def test_label_and_seed_are_optional(generator: Any) -> None:
     first, second = (generator.predict(pd.DataFrame({"n": [4]})) for _ in range(2))
     assert first.shape == (4, 16, 16, 1)
-    assert not np.array_equal(first, second)  # without a seed, others each time
+    assert not np.array_equal(first, second)  # without a seed, each call draws other images
 
 
-def test_the_input_example_is_answered_whatever_the_prior(project: Project, tmp_path: Path) -> None:
-    """A prior that tells no classes apart refuses a label, on labelled data too."""
+def test_input_example_is_valid_for_an_unconditional_prior(project: Project, tmp_path: Path) -> None:
+    """Such a prior rejects labels, also with labelled data."""
     from types import SimpleNamespace
 
     import mlflow
@@ -302,30 +312,30 @@ def test_the_input_example_is_answered_whatever_the_prior(project: Project, tmp_
     other = Project(tmp_path)
     write_model(other, seed=0)
     latents, labels = torch.randn(64, 4, 4, 4), torch.arange(64) % 2
-    save_prior(other.prior, FITTED["normal"].fit(latents, labels, 2, Prior()), bundle.digest(other.model))
+    save_prior(other.prior, ANALYTIC["normal"].fit(latents, labels, 2, Prior()), bundle.digest(other.model))
     from medgen.serving.pyfunc import Generator
 
-    answering = Generator()
-    answering.load_context(
+    other_generator = Generator()
+    other_generator.load_context(
         SimpleNamespace(artifacts={"model": other.model, "prior": other.prior, "refiner": other.refiner})
     )
-    assert answering.predict(None, example).shape == (2, 16, 16, 1)
+    assert other_generator.predict(None, example).shape == (2, 16, 16, 1)
 
 
-def test_find_model_fetches_a_version(project: Project) -> None:
-    folder = registry.find_model(project, tracking=Tracking(), place="models:/medgen@candidate")
+def test_find_model_downloads_a_version(project: Project) -> None:
+    folder = registry.find_model(project, tracking=Tracking(), source="models:/medgen@candidate")
     parts = ("model/model.safetensors", "model/model.json", "prior/prior.safetensors", "prior/prior.json")
     for part in (*parts, "refiner/refiner.json"):
         assert (folder / part).read_bytes() == (project.root / "artifacts" / part).read_bytes()
 
 
-def test_a_version_of_a_medgen_without_refiners_is_one_without(project: Project, tmp_path: Path) -> None:
+def test_version_registered_before_refiners_existed_has_none(project: Project, tmp_path: Path) -> None:
     (folder,) = (path.parent for path in (project.root / "mlartifacts").rglob("artifacts/refiner"))
     (folder / "refiner").rename(tmp_path / "refiner")
     try:
-        found = registry.find_model(project, tracking=Tracking(), place="models:/medgen/1")
-        made = load_generator(found / "model", found / "prior", found / "refiner")
-        assert made.refiner is None
+        found = registry.find_model(project, tracking=Tracking(), source="models:/medgen/1")
+        loaded = load_generator(found / "model", found / "prior", found / "refiner")
+        assert loaded.refiner is None
         assert content_hash(found / "model", found / "prior", found / "refiner") == content_hash(
             project.model, project.prior, project.refiner
         )
@@ -334,22 +344,22 @@ def test_a_version_of_a_medgen_without_refiners_is_one_without(project: Project,
 
 
 def test_find_model_takes_folders(project: Project, tmp_path: Path) -> None:
-    assert registry.find_model(project, tracking=Tracking(), place=None) == project.root / "artifacts"
+    assert registry.find_model(project, tracking=Tracking(), source=None) == project.root / "artifacts"
     with pytest.raises(UserError, match="model: not found"):
-        registry.find_model(project, tracking=Tracking(), place=str(tmp_path))
+        registry.find_model(project, tracking=Tracking(), source=str(tmp_path))
 
 
 @pytest.mark.parametrize("uri", ["models:/medgen@nobody", "models:/medgen/99", "models:/other/1", "models:/medgen"])
-def test_unknown_versions_are_named(project: Project, uri: str) -> None:
+def test_unknown_version_is_named(project: Project, uri: str) -> None:
     with pytest.raises(UserError, match=f"{uri}: no such version.*Registered: models:/medgen"):
-        registry.find_model(project, tracking=Tracking(), place=uri)
+        registry.find_model(project, tracking=Tracking(), source=uri)
 
 
-def test_new_weights_are_a_new_candidate_with_or_without_their_record(project: Project) -> None:
+def test_new_weights_without_a_training_record_are_a_new_candidate(project: Project) -> None:
     """The model came from a DVC remote: its training was recorded on another machine."""
     write_model(project, seed=1, run="fedcba987654")
     try:
-        version = registry.run(project, params=Params())
+        version = registry.register(project, params=Params())
         client, _ = connect(project, Tracking())
         assert (version.number, version.is_new) == (2, True)
         assert client.get_model_version_by_alias("medgen", "candidate").version == 2
@@ -357,83 +367,85 @@ def test_new_weights_are_a_new_candidate_with_or_without_their_record(project: P
         assert version.run_id != mlflow_run(project, RUN)
     finally:
         write_model(project, seed=0)
-        assert registry.run(project, params=Params()).number == 1
+        assert registry.register(project, params=Params()).number == 1
 
 
-def test_a_server_that_is_away(project: Project, away: Tracking, capsys: pytest.CaptureFixture[str]) -> None:
+def test_store_that_does_not_answer(
+    project: Project, unreachable_store: Tracking, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="does not answer"):
-        registry.run(project, params=Params(tracking=away))
-    assert registry.register_if_wanted(project, params=Params(tracking=away)) is None
-    told = capsys.readouterr().err
-    assert "warning: tracking.uri" in told
-    assert "medgen register" in told
+        registry.register(project, params=Params(tracking=unreachable_store))
+    assert registry.register_if_enabled(project, params=Params(tracking=unreachable_store)) is None
+    output = capsys.readouterr().err
+    assert "warning: tracking.uri" in output
+    assert "medgen register" in output
 
 
-def test_registering_can_be_switched_off(project: Project) -> None:
+def test_registering_can_be_disabled(project: Project) -> None:
     off = Registry(register_after_evaluate=False)
-    assert registry.register_if_wanted(project, params=Params(registry=off)) is None
-    assert registry.register_if_wanted(project, params=Params(tracking=Tracking(enabled=False))) is None
+    assert registry.register_if_enabled(project, params=Params(registry=off)) is None
+    assert registry.register_if_enabled(project, params=Params(tracking=Tracking(enabled=False))) is None
     with pytest.raises(UserError, match=r"tracking\.enabled: false"):
-        registry.run(project, params=Params(tracking=Tracking(enabled=False)))
+        registry.register(project, params=Params(tracking=Tracking(enabled=False)))
 
 
-def test_nothing_to_register(tmp_path: Path) -> None:
+def test_missing_parts_are_named(tmp_path: Path) -> None:
     project = Project(tmp_path)
     with pytest.raises(UserError, match="run `medgen train`"):
-        registry.run(project, params=Params())
+        registry.register(project, params=Params())
     for part, command in ((project.prior, "medgen prior"), (project.refiner, "medgen refiner")):
         write_model(project, seed=0)
         shutil.rmtree(part)
         with pytest.raises(UserError, match=f"run `{command}`"):
-            registry.run(project, params=Params())
+            registry.register(project, params=Params())
 
 
-@pytest.mark.parametrize("is_noted", [False, True])
-def test_a_version_with_a_refiner_says_what_made_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_noted: bool
+@pytest.mark.parametrize("has_origin", [False, True])
+def test_version_with_a_refiner_has_its_lineage_and_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_origin: bool
 ) -> None:
-    """Where the stage left no note of the refiner, nobody knows its commit, nor the version's."""
+    """If the origin of the refiner is not recorded, the commit of the version is unknown."""
     project, known = Project(tmp_path), {"git.commit": "c" * 40, "git.dirty": "false"}
     write_model(project, seed=0)
     params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
     scales = torch.full((1,), 0.1), torch.ones(1, SHAPE[1], SHAPE[2] // 2 + 1), torch.ones(4, 4, 4)
-    refiner = refinement.Refiner.start(params, SHAPE, 2, *scales)
+    refiner = refinement.Refiner.create(params, SHAPE, 2, *scales)
     save_refiner(project.refiner, refiner, bundle.digest(project.model))
-    with Tracker.open(project.runs / RUN, Tracking(), project, "spatial_vae") as tracker:
+    with Tracker.open(project.runs / RUN, Tracking(enabled=False), project, "spatial_vae") as tracker:
         tracker.tags(known)
-    notes = {PRIOR_ORIGIN: project.prior / "prior.json"}
-    if is_noted:
-        notes[REFINER_ORIGIN] = project.refiner / "refiner.json"
-    for name, made in notes.items():
-        (project.runs / RUN / name).write_text(json.dumps({"sha256": hash_file(made), "lineage": known}))
+    origins = {PRIOR_ORIGIN: project.prior / "prior.json"}
+    if has_origin:
+        origins[REFINER_ORIGIN] = project.refiner / "refiner.json"
+    for name, artifact in origins.items():
+        (project.runs / RUN / name).write_text(json.dumps({"sha256": hash_file(artifact), "lineage": known}))
 
-    version = registry.run(project, params=Params())
+    version = registry.register(project, params=Params())
     client, _ = connect(project, Tracking())
     found = client.get_model_version("medgen", str(version.number))
-    assert found.tags["git.commit"] == ("c" * 40 if is_noted else "unknown")
-    assert found.tags["git.dirty"] == ("false" if is_noted else "unknown")
-    assert "A refiner adds the detail" in found.description
-    folder = registry.find_model(project, tracking=Tracking(), place=version.uri)
+    assert found.tags["git.commit"] == ("c" * 40 if has_origin else "unknown")
+    assert found.tags["git.dirty"] == ("false" if has_origin else "unknown")
+    assert "A refiner adds detail" in found.description
+    folder = registry.find_model(project, tracking=Tracking(), source=version.uri)
     assert json.loads((folder / "params.json").read_text())["refiner"] == params.model_dump(mode="json")
     for name in ("refiner.json", "refiner.safetensors"):
         assert (folder / "refiner" / name).read_bytes() == (project.refiner / name).read_bytes()
 
-    save_none(project.refiner, bundle.digest(project.model))
-    assert registry.run(project, params=Params()).is_new, "without the refiner it is another version"
+    save_disabled(project.refiner, bundle.digest(project.model))
+    assert registry.register(project, params=Params()).is_new, "without the refiner the content differs"
 
 
-def test_ui_refuses_what_it_cannot_show(project: Project, away: Tracking) -> None:
-    with pytest.raises(UserError, match="is a server with its own page"):
-        registry.ui(project, tracking=away)
+def test_ui_rejects_servers_and_ports_in_use(project: Project, unreachable_store: Tracking) -> None:
+    with pytest.raises(UserError, match="is a server with its own UI"):
+        registry.ui(project, tracking=unreachable_store)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port {port}: something answers there"):
+        with pytest.raises(UserError, match=f"--port {port}: already in use"):
             registry.ui(project, tracking=Tracking(), port=port)
 
 
-def test_a_registration_that_fails_leaves_the_training_finished(project: Project, monkeypatch: Any) -> None:
+def test_failed_registration_leaves_the_run_finished(project: Project, monkeypatch: Any) -> None:
     import mlflow
 
     write_model(project, seed=5)
@@ -443,6 +455,6 @@ def test_a_registration_that_fails_leaves_the_training_finished(project: Project
 
     monkeypatch.setattr(mlflow.pyfunc, "save_model", fail)
     with pytest.raises(OSError, match="full"):
-        registry.run(project, params=Params())
+        registry.register(project, params=Params())
     client, _ = connect(project, Tracking())
     assert client.get_run(mlflow_run(project, RUN)).info.status == "FINISHED"

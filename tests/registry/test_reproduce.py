@@ -1,6 +1,6 @@
-"""What a user is promised of `medgen history --reproduce`: commands that make a version again, or why there are none.
+"""`medgen history --reproduce`: the printed commands, and errors if a version cannot be rebuilt.
 
-tests/test_story.py rebuilds a version for real.
+tests/test_story.py rebuilds a version with `--run`.
 """
 
 import json
@@ -13,11 +13,11 @@ import pytest
 
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import Refused, UserError
-from medgen.registry import reproduce as rebuild
+from medgen.registry import reproduce as reproduce_module
 from medgen.registry.versions import Version
 from medgen.tracking.mlflow_sync import connect
 
-FETCHED: dict[str, Path] = {}  # URI of a version -> what is fetched of it
+DOWNLOADS: dict[str, Path] = {}  # by URI of a version
 PARAMS = {"train": {"batch_size": 8}, "tracking": {"experiment": "other"}}
 
 
@@ -28,9 +28,9 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project in a folder, with a space in its name, of a repository."""
+    """A project in a subfolder of a repository, with a space in its name."""
     repository = tmp_path_factory.mktemp("repository")
-    project = Project(repository / "our films")
+    project = Project(repository / "our X-rays")
     project.root.mkdir()
     (project.root / "params.yaml").write_text(json.dumps(PARAMS))
     (project.root / "data.dvc").write_text("outs:\n- md5: abc.dir\n  path: data\n")
@@ -44,7 +44,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="module")
 def register(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`register(params, tags)` makes a version and gives its number."""
+    """`register(params, **tags)` creates a version and returns its number."""
     client, _ = connect(project, Tracking())
     client.create_registered_model("medgen")
 
@@ -56,30 +56,30 @@ def register(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Any:
         tags = {"git.commit": commit, "git.dirty": "false", "data.md5": "abc.dir", "version.torch": "2.15.0"}
         tags |= {name.replace("_", "."): value for name, value in changes.items()}
         made = client.create_model_version("medgen", source=str(source), tags=tags)
-        FETCHED[f"models:/medgen/{made.version}"] = source
+        DOWNLOADS[f"models:/medgen/{made.version}"] = source
         return int(made.version)
 
     return add
 
 
 @pytest.fixture(autouse=True)
-def a_store_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its versions are no real models, so they are not fetched by MLflow, which tests/test_registry.py looks at."""
-    monkeypatch.setattr(rebuild, "load", lambda uri, *_: FETCHED[uri])
+def local_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These versions hold only params.json; tests/registry/test_registry.py tests downloads from MLflow."""
+    monkeypatch.setattr(reproduce_module, "download_version", lambda uri, *_: DOWNLOADS[uri])
 
 
 def reproduce(project: Project, version: int, run: bool = False) -> dict[str, float]:
-    return rebuild.reproduce(project, tracking=Tracking(), registry=Registry(), version=version, run=run)
+    return reproduce_module.reproduce(project, tracking=Tracking(), registry=Registry(), version=version, run=run)
 
 
-def test_the_commands_lead_to_the_very_commit_and_folder(project: Project, register: Any, capsys: Any) -> None:
+def test_commands_check_out_the_commit_and_folder(project: Project, register: Any, capsys: Any) -> None:
     reproduce(project, register())
     lines = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if not line.startswith("#")]
     commit = git(project.root, "rev-parse", "HEAD")
     tree = commands[0][4]
     assert commands[0] == ["git", "worktree", "add", "--detach", "../../medgen-1", commit]
-    assert commands[1] == ["cd", f"{tree}/our films"]
+    assert commands[1] == ["cd", f"{tree}/our X-rays"]
     assert commands[2] == ["dvc", "config", "--local", "cache.dir", str(project.root / ".dvc" / "cache")]
     assert commands[3][:3] == ["dvc", "checkout", "data.dvc"]
     assert commands[4] == ["dvc", "repro", "--force", "--no-run-cache"]
@@ -87,15 +87,15 @@ def test_the_commands_lead_to_the_very_commit_and_folder(project: Project, regis
 
 
 @pytest.mark.parametrize("params", [PARAMS | {"tracking": {"experiment": "mine"}}, None])
-def test_what_does_not_change_the_result_needs_no_parameters(
+def test_parameters_are_not_downloaded_if_the_commit_gives_the_same_result(
     project: Project, register: Any, capsys: Any, params: dict[str, Any] | None
 ) -> None:
-    """The same ones as in the commit but for tracking; or a version of a medgen that did not keep them."""
+    """They differ in the tracking section only, or an older medgen did not store them."""
     reproduce(project, register(params))
     assert "params.json" not in capsys.readouterr().out
 
 
-def test_parameters_that_the_commit_lacks_are_fetched(project: Project, register: Any, capsys: Any) -> None:
+def test_parameters_that_the_commit_lacks_are_downloaded(project: Project, register: Any, capsys: Any) -> None:
     number = register({"train": {"batch_size": 16}})
     reproduce(project, number)
     assert f"models:/medgen/{number}/artifacts/params.json" in capsys.readouterr().out
@@ -104,29 +104,29 @@ def test_parameters_that_the_commit_lacks_are_fetched(project: Project, register
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
-        ({"git_commit": "unknown"}, "does not say from which commit"),
-        ({"git_commit": "0" * 40}, "which this repository does not have; run `git fetch --all`"),
-        ({"git_commit": "--help"}, "which this repository does not have"),
+        ({"git_commit": "unknown"}, "its commit is unknown"),
+        ({"git_commit": "0" * 40}, "this repository does not have its commit 0+; run `git fetch --all`"),
+        ({"git_commit": "--help"}, "this repository does not have its commit --help"),
     ],
 )
-def test_what_cannot_be_rebuilt(project: Project, register: Any, tags: dict[str, str], message: str) -> None:
+def test_unknown_commit_is_an_error(project: Project, register: Any, tags: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         reproduce(project, register(**tags))
 
 
-def test_changed_files_are_said_and_not_rebuilt(project: Project, register: Any, capsys: Any) -> None:
+def test_version_with_uncommitted_changes_is_not_rebuilt(project: Project, register: Any, capsys: Any) -> None:
     number = register(git_dirty="true")
     reproduce(project, number)
     assert "changes that are not in this commit" in capsys.readouterr().out
-    with pytest.raises(UserError, match="so it cannot be rebuilt"):
+    with pytest.raises(UserError, match=r"uncommitted changes, so commit [0-9a-f]{12} cannot rebuild it"):
         reproduce(project, number, run=True)
 
 
-def test_a_stage_that_fails_leaves_its_work_tree(project: Project, register: Any) -> None:
-    with pytest.raises(UserError, match=r"ended with exit code .*is left for a look") as failed:
+def test_failed_stage_keeps_its_worktree(project: Project, register: Any) -> None:
+    with pytest.raises(UserError, match=r"ended with exit code .*is kept so that you can inspect it") as failed:
         reproduce(project, register(), run=True)  # no dvc.yaml, and no data in the cache
     tree = Path(shlex.split(str(failed.value).rpartition("remove --force ")[2].partition("`")[0])[0])
-    assert (tree / "our films" / "params.yaml").is_file()
+    assert (tree / "our X-rays" / "params.yaml").is_file()
     git(project.root, "worktree", "remove", "--force", str(tree))
     assert git(project.root, "status", "--porcelain") == ""
 
@@ -138,22 +138,22 @@ REGISTERED = {
     "generation/mmd_domain_ci_high": 0.2,
 }
 COMPARED: dict[str, tuple[dict[str, float], bool, str, str]] = {
-    "the same": (REGISTERED, True, "", "byte for byte; 4 of 4"),
-    "as good": (REGISTERED | {"reconstruction/ssim": 0.795}, False, "", "1 of 4 metrics differ"),
-    "ssim": (REGISTERED | {"reconstruction/ssim": 0.78}, False, "another model: reconstruction/ssim", ""),
-    "better is another model too": (REGISTERED | {"reconstruction/ssim": 0.82}, False, "reconstruction/ssim", ""),
-    "mmd": (REGISTERED | {"generation/mmd_domain": 0.21}, False, "another model: generation/mmd_domain", ""),
-    "nothing to compare": ({"segmentation/dice": 0.9}, False, "no metric in common", ""),
+    "identical": (REGISTERED, True, "", "byte for byte; 4 of 4"),
+    "within the tolerance": (REGISTERED | {"reconstruction/ssim": 0.795}, False, "", "1 of 4 metrics differ"),
+    "lower ssim": (REGISTERED | {"reconstruction/ssim": 0.78}, False, "another one: reconstruction/ssim", ""),
+    "higher ssim": (REGISTERED | {"reconstruction/ssim": 0.82}, False, "reconstruction/ssim", ""),
+    "higher mmd": (REGISTERED | {"generation/mmd_domain": 0.21}, False, "another one: generation/mmd_domain", ""),
+    "no common metric": ({"segmentation/dice": 0.9}, False, "no metric in common", ""),
 }
 
 
 @pytest.mark.parametrize("case", COMPARED)
-def test_registered_and_rebuilt(case: str, capsys: Any) -> None:
-    metrics, same, refused, told = COMPARED[case]
+def test_comparison_of_registered_and_rebuilt(case: str, capsys: Any) -> None:
+    metrics, is_identical, refused, printed = COMPARED[case]
     version = Version("medgen", 1, "run", {name: f"{value:g}" for name, value in REGISTERED.items()})
     if refused:
         with pytest.raises(Refused, match=refused):
-            reproduce._compare(version, metrics, same)
+            reproduce_module._compare(version, metrics, is_identical)
     else:
-        reproduce._compare(version, metrics, same)
-        assert told in capsys.readouterr().out
+        reproduce_module._compare(version, metrics, is_identical)
+        assert printed in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Figures: what is promised of the files' content, and that the same input gives the same bytes."""
+"""Figures: content of the files, and the same bytes for the same input."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_same_input_same_bytes_and_nothing_left_beside(name: str, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes_and_no_other_file(name: str, tmp_path: Path) -> None:
     contents = []
     for attempt in ("first", "second"):
         path = tmp_path / attempt / "new" / name
@@ -40,8 +40,8 @@ def test_same_input_same_bytes_and_nothing_left_beside(name: str, tmp_path: Path
         assert [p.name for p in path.parent.iterdir() if p.is_file()] == [name]
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
-    with Image.open(tmp_path / "first" / "new" / name) as picture:
-        assert not {"Software", "Creation Time", "date:create"} & picture.info.keys()
+    with Image.open(tmp_path / "first" / "new" / name) as image:
+        assert not {"Software", "Creation Time", "date:create"} & image.info.keys()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_same_input_same_bytes_and_nothing_left_beside(name: str, tmp_path: Path
     [images(4, 128), (images(4, 128) * 255).round().to(torch.uint8).numpy(), images(4, 128).numpy()],
     ids=["tensor", "uint8 array", "float array"],
 )
-def test_grid_holds_the_pixels_untouched(values: object, tmp_path: Path) -> None:
+def test_grid_has_unchanged_pixels(values: object, tmp_path: Path) -> None:
     write_grid(tmp_path / "grid.png", values, columns=2)  # type: ignore[arg-type]
     drawn = np.asarray(Image.open(tmp_path / "grid.png"))
     expected = (images(4, 128) * 255).round().numpy()[:, 0]
@@ -65,25 +65,25 @@ def test_small_images_are_enlarged_by_repeating_pixels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(drawn[::3, ::3].repeat(3, 0).repeat(3, 1), drawn)
 
 
-def test_colour_stays_colour(tmp_path: Path) -> None:
-    picture = torch.zeros(1, 3, 96, 96)
-    picture[:, 0] = 1.0
-    write_grid(tmp_path / "grid.png", picture)
-    write_pairs(tmp_path / "pairs.png", picture, picture.flip(1))
+def test_colours_are_kept(tmp_path: Path) -> None:
+    image = torch.zeros(1, 3, 96, 96)
+    image[:, 0] = 1.0
+    write_grid(tmp_path / "grid.png", image)
+    write_pairs(tmp_path / "pairs.png", image, image.flip(1))
     drawn = np.asarray(Image.open(tmp_path / "grid.png"))
     np.testing.assert_array_equal(drawn[50, 50], [255, 0, 0])
     drawn = np.asarray(Image.open(tmp_path / "pairs.png"))
     np.testing.assert_array_equal(drawn[[50, 150], 60], [[255, 0, 0], [0, 0, 255]])
 
 
-def test_originals_stand_over_their_reconstructions(tmp_path: Path) -> None:
+def test_originals_are_over_their_reconstructions(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.png", torch.ones(3, 1, 100, 100), torch.zeros(3, 1, 100, 100))
     drawn = np.asarray(Image.open(tmp_path / "pairs.png"))
     assert (drawn[2:102, 22:120] == 255).all()
     assert (drawn[104:204, 22:120] == 0).all()
 
 
-def test_the_lines_of_a_caption_stand_under_its_stack_and_nowhere_else(tmp_path: Path) -> None:
+def test_caption_lines_are_under_their_stack_only(tmp_path: Path) -> None:
     lines = {"a": torch.ones(3, 1, 100, 100), "b": torch.ones(3, 1, 100, 100)}
     write_stacks(tmp_path / "plain.png", lines, columns=2)
     write_stacks(tmp_path / "stacks.png", lines, columns=2, captions=["one\ntwo", "", "three\n"])
@@ -97,7 +97,7 @@ def test_the_lines_of_a_caption_stand_under_its_stack_and_nowhere_else(tmp_path:
     assert not left[:206].any() and not left[242:452].any()
 
 
-def test_gif_has_every_frame_and_rests_on_the_last(tmp_path: Path) -> None:
+def test_gif_has_all_frames_and_shows_the_last_longest(tmp_path: Path) -> None:
     write_gif(tmp_path / "a.gif", frames(tmp_path / "frames"), 0.2)
     with Image.open(tmp_path / "a.gif") as gif:
         durations = []
@@ -113,7 +113,7 @@ def test_gif_has_every_frame_and_rests_on_the_last(tmp_path: Path) -> None:
     [[(255, 255, 255), (0, 0, 0)], [(255, 0, 0), (0, 0, 255)], [(50 * i, 0, 250 - 50 * i) for i in range(6)]],
     ids=["white to black", "red to blue", "six"],
 )
-def test_every_frame_keeps_its_own_colours(colours: list[tuple[int, int, int]], tmp_path: Path) -> None:
+def test_frames_keep_their_colours(colours: list[tuple[int, int, int]], tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(len(colours))]
     for path, colour in zip(paths, colours, strict=True):
         Image.new("RGB", (20, 20), colour).save(path)
@@ -125,7 +125,7 @@ def test_every_frame_keeps_its_own_colours(colours: list[tuple[int, int, int]], 
             assert np.abs(shown - colour).max() <= 8, position  # quantisation keeps five bits or more
 
 
-def test_curves_draw_a_second_panel_for_the_logarithm(tmp_path: Path) -> None:
+def test_curves_have_a_second_plot_with_a_logarithmic_axis(tmp_path: Path) -> None:
     write_curves(tmp_path / "linear.png", {"loss": [1.0, 0.5]})
     write_curves(tmp_path / "both.png", {"loss": [1.0, 0.5], "kl": [0.0, 0.0]}, log=True)
     with Image.open(tmp_path / "linear.png") as linear, Image.open(tmp_path / "both.png") as both:
@@ -144,7 +144,9 @@ def test_curves_draw_a_second_panel_for_the_logarithm(tmp_path: Path) -> None:
         (lambda path: write_gif(path, []), "found none"),
     ],
 )
-def test_wrong_input_is_named_and_nothing_written(call: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_invalid_input_is_an_error_and_no_file_is_written(
+    call: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         call(tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())

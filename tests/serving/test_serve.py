@@ -1,7 +1,8 @@
-"""What a user is promised of `medgen serve`: the version's own answers over HTTP, and a server that nothing ends."""
+"""`medgen serve`: responses equal the version's own results, and bad requests neither stop nor block the server."""
 
 import asyncio
 import base64
+import functools
 import http.client
 import io
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -35,25 +36,25 @@ from medgen.datasets.sample import draw
 from medgen.errors import UserError
 from medgen.models import build_model, bundle
 from medgen.models.bundle import BundleInfo
-from medgen.priors import FITTED, sample_images, save_prior
+from medgen.priors import ANALYTIC, sample_images, save_prior
 from medgen.priors import refiner as refinement
 from medgen.priors.generator import load_generator
 from medgen.priors.refiner import save_refiner
-from medgen.serving.app import JOB, Gateway, Job, Limits, Served
+from medgen.serving.app import CURRENT_REQUEST, LimitMiddleware, Limits, PredictionRequest, ServedModel
 from medgen.serving.generate import load_image
 
 SIZE = 16
 CLASSES = ("NORMAL", "ILL")
 JSON = {"Content-Type": "application/json"}
 START_SECONDS = 180
-OWN_VERSION = "the version's own"  # of medgen in the registered version, which is not the installed one
+OWN_VERSION = "the version's own"  # of the medgen in the registered version, which differs from the installed one
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Version 1 of an untrained model that looks at labels, with a refiner; the candidate. There is no champion."""
+    """Version 1, the candidate, of an untrained conditional model with a refiner; there is no champion."""
     project = Project(tmp_path_factory.mktemp("project"))
-    (project.root / "params.yaml").write_text("registry: {model_name: films}\n")
+    (project.root / "params.yaml").write_text("registry: {model_name: xrays}\n")
     torch.manual_seed(0)
     sizes = Model(name="cvae", base_channels=8, max_channels=8, latent_channels=8)
     model = build_model(sizes, (1, SIZE, SIZE), len(CLASSES))
@@ -61,31 +62,33 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     info = BundleInfo(sizes, preprocess, (1, SIZE, SIZE), CLASSES, "ba9876543210", "0123456789ab", "2.15")
     bundle.save(project.model, model, info)
     latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
-    prior = FITTED["gmm"].fit(latents, labels, len(CLASSES), Prior(components=(1,)))
+    prior = ANALYTIC["gmm"].fit(latents, labels, len(CLASSES), Prior(components=(1,)))
     save_prior(project.prior, prior, bundle.digest(project.model))
     params = Refiner(enabled=True, channels=8, blocks=1, sampling_steps=2)
     scales = torch.full((1,), 0.1), torch.ones(1, SIZE, SIZE // 2 + 1), torch.ones(model.latent_shape)
-    refiner = refinement.Refiner.start(params, (1, SIZE, SIZE), len(CLASSES), *scales)
+    refiner = refinement.Refiner.create(params, (1, SIZE, SIZE), len(CLASSES), *scales)
     save_refiner(project.refiner, refiner, bundle.digest(project.model))
-    registry.run(project, params=Params(registry=Registry(model_name="films")))
+    registry.register(project, params=Params(registry=Registry(model_name="xrays")))
     (own,) = (project.root / "mlartifacts").rglob("code/medgen/__init__.py")
     own.write_text(f"__version__ = {OWN_VERSION!r}\n")
     return project
 
 
 class Server:
-    """`medgen serve` as a user starts it."""
+    """A process of `medgen serve`."""
 
-    def __init__(self, project: Project, folder: Path, *words: str, **environment: str) -> None:
+    def __init__(self, project: Project, folder: Path, *arguments: str, **environment: str) -> None:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from medgen.cli import main; main()"
-        own = str(Path(registry.__file__).parents[2])
-        command = [sys.executable, "-P", "-c", start, own, "serve", "--port", "0", *words]
-        setting = os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | environment
+        source = str(Path(registry.__file__).parents[2])
+        command = [sys.executable, "-P", "-c", start, source, "serve", "--port", "0", *arguments]
+        environment = os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | environment
         self.log = folder / "log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=project.root, env=setting, stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(
+                command, cwd=project.root, env=environment, stdout=subprocess.PIPE, stderr=log
+            )
         try:
             self.line = self._first_line()
         except BaseException:
@@ -109,11 +112,13 @@ class Server:
             self.process.stdout.close()
         return code
 
-    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, **words: Any) -> Any:
-        """Status, headers, body."""
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, **options: Any
+    ) -> Any:
+        """Return status, headers and body of the response."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, headers or {}, **words)
+            connection.request(method, path, body, headers or {}, **options)
             response = connection.getresponse()
             return response.status, response.headers, response.read()
         finally:
@@ -121,7 +126,7 @@ class Server:
 
     def invoke(self, *rows: dict[str, Any], **headers: str) -> Any:
         body = json.dumps({"dataframe_records": rows})
-        return self.ask("POST", "/invocations", body, JSON | headers)
+        return self.request("POST", "/invocations", body, JSON | headers)
 
     def images(self, *rows: dict[str, Any]) -> np.ndarray:
         status, _, body = self.invoke(*rows)
@@ -131,20 +136,20 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With another medgen on PYTHONPATH and in the current folder, which must not get between. SIGTERM ends it well."""
+    """A server of the candidate; it must ignore another medgen on PYTHONPATH and in the current folder."""
     folder = tmp_path_factory.mktemp("server")
     for other in (folder / "medgen", project.root / "medgen"):
         other.mkdir()
         (other / "__init__.py").write_text("raise SystemExit('another medgen was loaded')\n")
-    server = Server(project, folder, "--model", "models:/films@candidate", PYTHONPATH=str(folder))
+    server = Server(project, folder, "--model", "models:/xrays@candidate", PYTHONPATH=str(folder))
     yield server
-    assert server.stop() == 0
+    assert server.stop() == 0  # after SIGTERM
     assert list(server.temporary.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("films")
+def xray_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("xray_files")
     draw(folder, num_images=3, size=40, seed=0)
     return sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg"))
 
@@ -154,10 +159,10 @@ def in_base64(data: bytes) -> str:
 
 
 def new_images(project: Project, n: int, label: int | None, seed: int, refine: bool = True) -> np.ndarray:
-    made = load_generator(project.model, project.prior, project.refiner)
+    loaded = load_generator(project.model, project.prior, project.refiner)
     labels = None if label is None else torch.full((n,), label)
-    refiner = made.refiner if refine else None
-    return as_pixels(sample_images(made.prior, made.model, n, labels, seed, refiner=refiner))
+    refiner = loaded.refiner if refine else None
+    return as_pixels(sample_images(loaded.prior, loaded.model, n, labels, seed, refiner=refiner))
 
 
 def as_pixels(images: torch.Tensor) -> np.ndarray:
@@ -170,43 +175,47 @@ def reconstruction(project: Project, file: Path, label: int) -> np.ndarray:
         return as_pixels(model.reconstruct(load_image(file, info.preprocess), torch.tensor([label])))
 
 
-def test_it_says_where_it_answers(server: Server) -> None:
-    assert re.fullmatch(r"models:/films/1 on http://127\.0\.0\.1:\d+ \(Ctrl-C ends it\)\n", server.line)
+def test_server_prints_its_address(server: Server) -> None:
+    assert re.fullmatch(r"models:/xrays/1 on http://127\.0\.0\.1:\d+ \(Ctrl-C ends it\)\n", server.line)
 
 
-def test_new_images_are_what_the_bundle_makes(project: Project, server: Server) -> None:
+def test_new_images_equal_those_of_the_model(project: Project, server: Server) -> None:
     images = server.images({"n": 3, "seed": 5}, {"n": 2, "label": "ILL", "seed": 6}, {"n": 1, "label": "0", "seed": 7})
     expected = [new_images(project, 3, None, 5), new_images(project, 2, 1, 6), new_images(project, 1, 0, 7)]
     np.testing.assert_array_equal(images, np.concatenate(expected))
-    assert not np.array_equal(server.images({"n": 2}), server.images({"n": 2}))  # without a seed, others each time
+    assert not np.array_equal(
+        server.images({"n": 2}), server.images({"n": 2})
+    )  # without a seed, each request draws other images
 
 
-def test_reconstructions_are_what_medgen_makes_of_files(project: Project, server: Server, films: list[Path]) -> None:
-    rows = [{"image": in_base64(film.read_bytes()), "label": "ILL"} for film in films]
+def test_reconstructions_equal_those_of_the_model(project: Project, server: Server, xray_files: list[Path]) -> None:
+    rows = [{"image": in_base64(file.read_bytes()), "label": "ILL"} for file in xray_files]
     images = server.images(*rows, {"n": 1, "seed": 1})
-    expected = [reconstruction(project, film, 1) for film in films]
+    expected = [reconstruction(project, file, 1) for file in xray_files]
     np.testing.assert_array_equal(images, np.concatenate([*expected, new_images(project, 1, None, 1)]))
-    np.testing.assert_array_equal(server.images(rows[0] | {"label": "NORMAL"}), reconstruction(project, films[0], 0))
+    np.testing.assert_array_equal(
+        server.images(rows[0] | {"label": "NORMAL"}), reconstruction(project, xray_files[0], 0)
+    )
 
 
-def test_each_row_says_whether_it_is_refined(project: Project, server: Server, films: list[Path]) -> None:
-    """New images are by default, a reconstruction is not: it shows what the model kept of a picture."""
-    film = {"image": in_base64(films[0].read_bytes()), "label": "ILL"}
+def test_refine_is_set_by_row(project: Project, server: Server, xray_files: list[Path]) -> None:
+    """By default new images are refined and reconstructions are not."""
+    row = {"image": in_base64(xray_files[0].read_bytes()), "label": "ILL"}
     rows = [{"n": 2, "seed": 5, "refine": False}, {"n": 2, "seed": 5, "refine": True}, {"n": 2, "seed": 5}]
     plain, refined, default = server.images(*rows).reshape(3, 2, SIZE, SIZE, 1)
     np.testing.assert_array_equal(plain, new_images(project, 2, None, 5, refine=False))
     np.testing.assert_array_equal(refined, default)
     assert not np.array_equal(plain, refined)
     bare, first, again, other = server.images(
-        film | {"refine": False}, *(film | {"refine": True, "seed": seed} for seed in (3, 3, 4))
+        row | {"refine": False}, *(row | {"refine": True, "seed": seed} for seed in (3, 3, 4))
     )
-    np.testing.assert_array_equal(bare[None], reconstruction(project, films[0], 1))
+    np.testing.assert_array_equal(bare[None], reconstruction(project, xray_files[0], 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, bare) and not np.array_equal(first, other)
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_a_picture_is_answered_where_one_is_asked_for(project: Project, server: Server, n: int) -> None:
+def test_png_response(project: Project, server: Server, n: int) -> None:
     status, headers, body = server.invoke({"n": n, "seed": 5}, Accept="image/png, */*;q=0.1")
     assert (status, headers["content-type"]) == (200, "image/png")
     sheet = np.array(Image.open(io.BytesIO(body)))
@@ -227,20 +236,20 @@ def test_a_picture_is_answered_where_one_is_asked_for(project: Project, server: 
     ],
     ids=lambda body: next(iter(body)),
 )
-def test_mlflows_ways_of_asking_are_one(project: Project, server: Server, body: dict[str, Any]) -> None:
-    status, _, answer = server.ask("POST", "/invocations", json.dumps(body), JSON)
+def test_all_json_formats_of_mlflow_are_accepted(project: Project, server: Server, body: dict[str, Any]) -> None:
+    status, _, answer = server.request("POST", "/invocations", json.dumps(body), JSON)
     assert status == 200, answer
     np.testing.assert_array_equal(json.loads(answer)["predictions"], new_images(project, 2, None, 5))
 
 
-def test_it_says_what_it_is(server: Server) -> None:
+def test_health_and_version(server: Server) -> None:
     import mlflow
 
-    assert server.ask("GET", "/ping")[0] == 200
-    assert json.loads(server.ask("GET", "/health")[2]) == {"status": "ok", "model": "models:/films/1"}
-    assert json.loads(server.ask("GET", "/version")[2]) == {
-        "uri": "models:/films/1",
-        "model": "films",
+    assert server.request("GET", "/ping")[0] == 200
+    assert json.loads(server.request("GET", "/health")[2]) == {"status": "ok", "model": "models:/xrays/1"}
+    assert json.loads(server.request("GET", "/version")[2]) == {
+        "uri": "models:/xrays/1",
+        "model": "xrays",
         "version": 1,
         "run": "0123456789ab",
         "dataset": "ba9876543210",
@@ -250,7 +259,7 @@ def test_it_says_what_it_is(server: Server) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file that claims a size and holds next to nothing."""
+    """A PNG file whose header claims a size that its data does not have."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -264,113 +273,115 @@ def records(*rows: Any) -> bytes:
 
 
 SECRET = "Doe^Jane"
-BAD_BODIES = {  # body, headers; status, words of the message
-    "empty": (b"", JSON, 400, "body: not JSON: Expecting value at line 1, column 1"),
-    "text": (SECRET.encode(), JSON, 400, "body: not JSON"),
-    "cut short": (b'{"dataframe_records": [{"n": 1}', JSON, 400, "body: not JSON"),
-    "no UTF-8": (b'{"dataframe_records": [{"n": 1, "label": "\xff"}]}', JSON, 400, "body: not UTF-8 (at byte 42)"),
-    "UTF-16": (records({"n": 1}).decode().encode("utf-16"), JSON, 400, "body: not UTF-8"),
-    "a list": (b"[1]", JSON, 400, "body: expected an object"),
-    "no format": (b'{"n": 1}', JSON, 400, "body: expected one of the fields dataframe_records"),
-    "two formats": (b'{"inputs": {}, "instances": []}', JSON, 400, "body: expected one of the fields"),
-    "a language model's": (b'{"messages": []}', JSON, 400, "body: expected one of the fields"),
-    "odd params": (b'{"inputs": {"n": [1]}, "params": 3}', JSON, 400, "params: expected an object"),
-    "deep": (b'{"inputs": ' + b"[" * 100_000, JSON, 400, "body: nested too deeply"),
-    "less deep": (b'{"inputs": ' + b"[" * 500 + b"]" * 500 + b"}", JSON, 400, ""),
-    "NaN": (b'{"dataframe_records": [{"n": NaN}]}', JSON, 400, "body: a number that is not finite"),
-    "infinite": (b'{"dataframe_records": [{"n": 1e999}]}', JSON, 400, "body: a number that is not finite"),
-    "many digits": (b'{"inputs": {"n": [' + b"9" * 5000 + b"]}}", JSON, 400, "too many digits"),
-    "rows that are none": (b'{"dataframe_records": 7}', JSON, 400, "list of records"),
-    "rows of numbers": (records(1, 2), JSON, 400, "0: unknown column; expected n, label, seed, image"),
-    "no rows": (records(), JSON, 400, "rows: found 0"),
-    "a number for rows": (b'{"inputs": 5}', JSON, 400, "rows: no table of n, label"),
-    "twin columns": (b'{"dataframe_split": {"columns": ["n", "n"], "data": [[1, 2]]}}', JSON, 400, ""),
-    "ragged columns": (b'{"inputs": {"n": [1, 2], "seed": [1]}}', JSON, 400, ""),
-    "mistyped column": (records({"n": 1, "lable": SECRET}), JSON, 400, "lable: unknown column; expected n, label"),
-    "empty row": (records({}), JSON, 400, "rows: found 0"),
-    "neither": (records({"label": "ILL"}), JSON, 400, "n, image: found neither"),
-    "both": (records({"n": 1, "image": "aGk="}), JSON, 400, "n, image: found both"),
-    "n of nothing": (records({"n": 0}), JSON, 400, "n: found 0; expected a whole number from 1 to 65536"),
-    "n below": (records({"n": -1}), JSON, 400, "n: found -1"),
-    "n with a fraction": (records({"n": 1.5}), JSON, 400, "n: found 1.5"),
-    "n true": (records({"n": True}), JSON, 400, "n: found True"),
-    "n in words": (records({"n": "3"}), JSON, 400, "n: found '3'"),
-    "n a list": (records({"n": [1]}), JSON, 400, "n: found [1]"),
-    "n too large": (records({"n": 65537}), JSON, 400, "n: found 65537"),
-    "n huge": (records({"n": 10**30}), JSON, 400, "n: found 1000"),
-    "too many in sum": (records({"n": 65536}, {"n": 1}), JSON, 400, "n: 65537 images asked for; at most 65536 at once"),
-    "too many rows": (records(*[{"n": 1}] * 1025), JSON, 400, "rows: found 1025"),
-    "seed below": (records({"n": 1, "seed": -1}), JSON, 400, "seed: found -1"),
-    "seed huge": (records({"n": 1, "seed": 2**64}), JSON, 400, "seed: found 18446744073709551616"),
-    "unknown label": (records({"n": 1, "label": "DOG"}), JSON, 400, "label: unknown name 'DOG'"),
-    "long label": (records({"n": 1, "label": "x" * 10**6}), JSON, 400, "label: found 'xxx"),
-    "half a letter": (b'{"inputs": {"n": [1], "label": ["\\ud800"]}}', JSON, 400, "rows: no table of n, label"),
-    "no base64": (records({"image": SECRET, "label": "ILL"}), JSON, 400, "image: no base64"),
-    "no image": (records({"image": in_base64(SECRET.encode()), "label": "ILL"}), JSON, 400, "image: not readable"),
-    "empty image": (records({"image": "", "label": "ILL"}), JSON, 400, "image: not readable as an image: empty file"),
-    "cut image": (records({"image": in_base64(png_header(50, 50)), "label": "ILL"}), JSON, 400, "image: not readable"),
-    "image of gigapixels": (
-        records({"image": in_base64(png_header(30_000, 30_000)), "label": "ILL"}), JSON, 400, "40 megapixels"
-    ),
+BAD_BODIES = {  # body, part of the message
+    "empty": (b"", "body: not JSON: Expecting value at line 1, column 1"),
+    "text": (SECRET.encode(), "body: not JSON"),
+    "cut short": (b'{"dataframe_records": [{"n": 1}', "body: not JSON"),
+    "not UTF-8": (b'{"dataframe_records": [{"n": 1, "label": "\xff"}]}', "body: not UTF-8 (at byte 42)"),
+    "UTF-16": (records({"n": 1}).decode().encode("utf-16"), "body: not UTF-8"),
+    "list": (b"[1]", "body: expected an object"),
+    "no format": (b'{"n": 1}', "body: expected one of the fields dataframe_records"),
+    "two formats": (b'{"inputs": {}, "instances": []}', "body: expected one of the fields"),
+    "language model": (b'{"messages": []}', "body: expected one of the fields"),
+    "params not an object": (b'{"inputs": {"n": [1]}, "params": 3}', "params: expected an object"),
+    "nested 100,000 levels": (b'{"inputs": ' + b"[" * 100_000, "body: nested too deeply"),
+    "nested 500 levels": (b'{"inputs": ' + b"[" * 500 + b"]" * 500 + b"}", ""),
+    "NaN": (b'{"dataframe_records": [{"n": NaN}]}', "body: a number is not finite"),
+    "infinite": (b'{"dataframe_records": [{"n": 1e999}]}', "body: a number is not finite"),
+    "many digits": (b'{"inputs": {"n": [' + b"9" * 5000 + b"]}}", "too many digits"),
+    "rows not a list": (b'{"dataframe_records": 7}', "list of records"),
+    "rows of numbers": (records(1, 2), "0: unknown column; expected n, label, seed, image"),
+    "no rows": (records(), "rows: found 0"),
+    "inputs not a table": (b'{"inputs": 5}', "rows: not a table with the columns n, label"),
+    "duplicate columns": (b'{"dataframe_split": {"columns": ["n", "n"], "data": [[1, 2]]}}', ""),
+    "ragged columns": (b'{"inputs": {"n": [1, 2], "seed": [1]}}', ""),
+    "misspelt column": (records({"n": 1, "lable": SECRET}), "lable: unknown column; expected n, label"),
+    "empty row": (records({}), "rows: found 0"),
+    "neither n nor image": (records({"label": "ILL"}), "n, image: found neither"),
+    "both n and image": (records({"n": 1, "image": "aGk="}), "n, image: found both"),
+    "n 0": (records({"n": 0}), "n: found 0; expected a whole number from 1 to 65536"),
+    "n negative": (records({"n": -1}), "n: found -1"),
+    "n with a fraction": (records({"n": 1.5}), "n: found 1.5"),
+    "n true": (records({"n": True}), "n: found True"),
+    "n text": (records({"n": "3"}), "n: found '3'"),
+    "n a list": (records({"n": [1]}), "n: found [1]"),
+    "n too large": (records({"n": 65537}), "n: found 65537"),
+    "n huge": (records({"n": 10**30}), "n: found 1000"),
+    "sum of n too large": (records({"n": 65536}, {"n": 1}), "n: 65537 images requested; at most 65536 in one call"),
+    "too many rows": (records(*[{"n": 1}] * 1025), "rows: found 1025"),
+    "seed negative": (records({"n": 1, "seed": -1}), "seed: found -1"),
+    "seed huge": (records({"n": 1, "seed": 2**64}), "seed: found 18446744073709551616"),
+    "unknown label": (records({"n": 1, "label": "DOG"}), "label: unknown name 'DOG'"),
+    "long label": (records({"n": 1, "label": "x" * 10**6}), "label: found 'xxx"),
+    "lone surrogate": (b'{"inputs": {"n": [1], "label": ["\\ud800"]}}', "rows: not a table with the columns n, label"),
+    "not base64": (records({"image": SECRET, "label": "ILL"}), "image: invalid base64"),
+    "not an image": (records({"image": in_base64(SECRET.encode()), "label": "ILL"}), "image: not readable as an image"),
+    "empty image": (records({"image": "", "label": "ILL"}), "image: not readable as an image: empty file"),
+    "truncated image": (records({"image": in_base64(png_header(50, 50)), "label": "ILL"}), "image: not readable"),
+    "image of gigapixels": (records({"image": in_base64(png_header(30_000, 30_000)), "label": "ILL"}), "40 megapixels"),
     "image of 50 megapixels": (
         records({"image": in_base64(png_header(10_000, 5_000)), "label": "ILL"}),
-        JSON, 400, "10000 x 5000 is more than 40 megapixels",
+        "5000 is more than 40 megapixels",
     ),
-    "image without its label": (records({"image": "aGk="}), JSON, 400, "looks at labels; give one"),
-    "image with a seed": (records({"image": "aGk=", "seed": 1, "label": "ILL"}), JSON, 400, "seed: found beside image"),
+    "image without its label": (records({"image": "aGk="}), "needs one; expected one of"),
+    "image with a seed": (records({"image": "aGk=", "seed": 1, "label": "ILL"}), "seed: found with image"),
     "image with a seed, not refined": (
-        records({"image": "aGk=", "seed": 1, "label": "ILL", "refine": False}), JSON, 400, "seed: found beside image"
+        records({"image": "aGk=", "seed": 1, "label": "ILL", "refine": False}),
+        "seed: found with image",
     ),
-    "refine in words": (records({"n": 1, "refine": "yes"}), JSON, 400, "refine: found 'yes'; expected true or false"),
-    "refine a number": (records({"n": 1, "refine": 1}), JSON, 400, "refine: found 1; expected true or false"),
-    "refine an image by a number": (
-        records({"image": "aGk=", "label": "ILL", "refine": 0}), JSON, 400, "refine: found 0; expected true or false"
+    "refine text": (records({"n": 1, "refine": "yes"}), "refine: found 'yes'; expected true or false"),
+    "refine a number": (records({"n": 1, "refine": 1}), "refine: found 1; expected true or false"),
+    "refine of an image a number": (
+        records({"image": "aGk=", "label": "ILL", "refine": 0}),
+        "refine: found 0; expected true or false",
     ),
+}
+BAD_REQUESTS = {name: (body, JSON, 400, message) for name, (body, message) in BAD_BODIES.items()} | {
     "no content type": (records({"n": 1}), {}, 415, "content-type: found none; expected application/json"),
     "wrong content type": (b"n\n1\n", {"Content-Type": "text/csv"}, 415, "content-type: found text/csv"),
     "wrong charset": (records({"n": 1}), {"Content-Type": "application/json; charset=latin-1"}, 415, "latin-1"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_BODIES)
-def test_a_bad_body_is_one_clear_message(server: Server, name: str) -> None:
-    body, headers, expected, words = BAD_BODIES[name]
-    status, answered, text = server.ask("POST", "/invocations", body, headers)
-    assert (status, answered["content-type"]) == (expected, "application/json"), text
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_bad_body_is_answered_with_one_message(server: Server, name: str) -> None:
+    body, headers, expected, message = BAD_REQUESTS[name]
+    status, response_headers, text = server.request("POST", "/invocations", body, headers)
+    assert (status, response_headers["content-type"]) == (expected, "application/json"), text
     answer = json.loads(text)
     assert set(answer) == {"error_code", "message"}
-    assert words in answer["message"]
+    assert message in answer["message"]
     assert 0 < len(answer["message"]) <= 401
     assert SECRET not in answer["message"]
     assert "Traceback" not in answer["message"]
 
 
-def test_bad_bodies_do_no_harm(project: Project, server: Server) -> None:
-    """Good requests among bad ones are answered as ever, and nothing of either stands in the log."""
+def test_bad_bodies_do_not_affect_other_requests(project: Project, server: Server) -> None:
+    """Valid requests among bad ones are answered correctly, and the log contains nothing of either."""
     expected = new_images(project, 2, 1, 3)
 
-    def ask(number: int) -> tuple[int, bytes]:
+    def request(number: int) -> tuple[int, bytes]:
         if number % 2:
-            body, headers, _, _ = list(BAD_BODIES.values())[number % len(BAD_BODIES)]
-            return server.ask("POST", "/invocations", body, headers)[0], b""
+            body, headers, _, _ = list(BAD_REQUESTS.values())[number % len(BAD_REQUESTS)]
+            return server.request("POST", "/invocations", body, headers)[0], b""
         status, _, answer = server.invoke({"n": 2, "label": "ILL", "seed": 3})
         return status, answer
 
     with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(ask, range(60)))
+        answers = list(pool.map(request, range(60)))
     assert {status for status, _ in answers[1::2]} <= {400, 415}
     for status, answer in answers[::2]:
         assert status == 200
         np.testing.assert_array_equal(json.loads(answer)["predictions"], expected)
     assert server.process.poll() is None
     log = server.log.read_text()
-    assert "POST" not in log  # nor a line of another server
+    assert "POST" not in log  # uvicorn's and MLflow's request logs are disabled
     assert "127.0.0.1 /invocations 200" in log
-    assert not any(word in log for word in (SECRET, "Traceback", "lable", "DOG", "ILL"))
+    assert not any(text in log for text in (SECRET, "Traceback", "lable", "DOG", "ILL"))
 
 
 class Chunks(io.RawIOBase):
-    """A body whose end the client does not tell beforehand."""
+    """A body without a content length."""
 
     def __init__(self, size: int) -> None:
         self.left = size
@@ -380,17 +391,17 @@ class Chunks(io.RawIOBase):
             yield b" " * 2**16
 
 
-@pytest.mark.parametrize("way", ["whole", "chunked"])
-def test_a_body_too_large_is_refused(server: Server, way: str) -> None:
+@pytest.mark.parametrize("encoding", ["whole", "chunked"])
+def test_body_that_is_too_large(server: Server, encoding: str) -> None:
     size = 40 * 2**20
-    body: Any = b" " * size if way == "whole" else iter(Chunks(size))
-    status, _, answer = server.ask("POST", "/invocations", body, JSON, encode_chunked=way == "chunked")
+    body: Any = b" " * size if encoding == "whole" else iter(Chunks(size))
+    status, _, answer = server.request("POST", "/invocations", body, JSON, encode_chunked=encoding == "chunked")
     assert status == 413
     assert json.loads(answer)["message"] == "body: more than 16777216 bytes"
-    assert server.ask("GET", "/ping")[0] == 200
+    assert server.request("GET", "/ping")[0] == 200
 
 
-def test_a_body_that_only_says_it_is_large_is_refused_before_it_comes(server: Server) -> None:
+def test_content_length_that_is_too_large(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
         client.sendall(
             b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -403,41 +414,41 @@ def test_a_body_that_only_says_it_is_large_is_refused_before_it_comes(server: Se
     ("method", "path", "status"),
     [("GET", "/invocations", 405), ("POST", "/ping", 405), ("GET", "/docs", 404), ("GET", "/../etc/passwd", 404)],
 )
-def test_nothing_else_is_answered(server: Server, method: str, path: str, status: int) -> None:
-    found, _, body = server.ask(method, path)
+def test_other_paths_and_methods(server: Server, method: str, path: str, status: int) -> None:
+    found, _, body = server.request(method, path)
     assert (found, set(json.loads(body))) == (status, {"error_code", "message"})
 
 
 @pytest.mark.slow
-def test_connections_without_a_request_are_closed(server: Server) -> None:
+def test_idle_connections_are_closed(server: Server) -> None:
     address = ("127.0.0.1", server.port)
     with socket.create_connection(address, timeout=40) as silent, socket.create_connection(address, timeout=40) as half:
         half.sendall(b"POST /invocations HT")
         assert (silent.recv(1), half.recv(1)) == (b"", b"")
 
 
-# The limits themselves, small, on an application that takes its time.
+# Limits, with small values and an application that waits.
 
 
 class Client:
-    """One request to the gateway, without a network: what it sends, and what comes back."""
+    """A client that calls the middleware without a network and stores its response."""
 
-    def __init__(self, *chunks: bytes, stays: bool = True, ends: bool = True) -> None:
+    def __init__(self, *chunks: bytes, disconnects: bool = False, ends: bool = True) -> None:
         self.messages: list[Any] = []
         self.requests: asyncio.Queue[Any] = asyncio.Queue()
         for number, chunk in enumerate(chunks, 1):
             more = number < len(chunks) or not ends
             self.requests.put_nowait({"type": "http.request", "body": chunk, "more_body": more})
-        if not stays:
+        if disconnects:
             self.requests.put_nowait({"type": "http.disconnect"})
         headers = [(b"content-type", b"application/json")]
         self.scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
 
-    async def ask(self, gateway: Gateway) -> int:
+    async def request(self, app: LimitMiddleware) -> int:
         async def send(message: Any) -> None:
             self.messages.append(message)
 
-        await gateway(self.scope, self.requests.get, send)
+        await app(self.scope, self.requests.get, send)
         return self.messages[0]["status"] if self.messages else 0
 
     @property
@@ -445,25 +456,35 @@ class Client:
         return dict(self.messages[0]["headers"])
 
 
-class Slow:
-    """An application that answers when it is told to, and notes how many it works on at once."""
+class WaitingApp:
+    """An application that responds after `go` is set, and counts concurrent requests."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
-        self.num_begun = self.num_now = self.most_at_once = 0
+        self.num_begun = self.num_running = self.max_concurrent = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.num_begun += 1
-        self.num_now += 1
-        self.most_at_once = max(self.most_at_once, self.num_now)
+        self.num_running += 1
+        self.max_concurrent = max(self.max_concurrent, self.num_running)
         await asyncio.to_thread(self.go.wait, 20)
-        self.num_now -= 1
+        self.num_running -= 1
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
 
 GOOD = b'{"inputs": {"n": [1]}}'
-ABOUT = {"uri": "models:/films/1"}
+ABOUT = {"uri": "models:/xrays/1"}
+
+
+def in_event_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Make an asynchronous test an ordinary one."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
 
 
 async def until(condition: Any) -> None:
@@ -472,64 +493,56 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0)
 
 
-def test_one_prediction_at_a_time_and_a_bounded_queue() -> None:
-    async def scenario() -> None:
-        slow = Slow()
-        gateway = Gateway(slow, ABOUT, Limits(waiting=3))
-        asked = [asyncio.create_task(Client(GOOD).ask(gateway)) for _ in range(3)]
-        await until(lambda: slow.num_begun)
-        one_more = Client(GOOD)
-        assert await one_more.ask(gateway) == 503
-        assert one_more.headers[b"retry-after"] == b"5"
-        slow.go.set()
-        assert await asyncio.gather(*asked) == [200, 200, 200]
-        assert (slow.num_begun, slow.most_at_once) == (3, 1)
-        assert await Client(GOOD).ask(gateway) == 200
-
-    asyncio.run(scenario())
+@in_event_loop
+async def test_one_prediction_at_a_time_and_a_limited_queue() -> None:
+    inner = WaitingApp()
+    app = LimitMiddleware(inner, ABOUT, Limits(waiting=3))
+    requests = [asyncio.create_task(Client(GOOD).request(app)) for _ in range(3)]
+    await until(lambda: inner.num_begun)
+    one_more = Client(GOOD)
+    assert await one_more.request(app) == 503
+    assert one_more.headers[b"retry-after"] == b"5"
+    inner.go.set()
+    assert await asyncio.gather(*requests) == [200, 200, 200]
+    assert (inner.num_begun, inner.max_concurrent) == (3, 1)
+    assert await Client(GOOD).request(app) == 200
 
 
-def test_an_answer_that_is_late_keeps_its_turn_until_its_thread_ends() -> None:
-    async def scenario() -> None:
-        slow = Slow()
-        gateway = Gateway(slow, ABOUT, Limits(answer_seconds=0.05))
-        assert await Client(GOOD).ask(gateway) == 504
-        assert await asyncio.gather(*(Client(GOOD).ask(gateway) for _ in range(5))) == [504] * 5
-        assert slow.num_begun == 1  # the others left the queue
-        slow.go.set()
-        await until(lambda: slow.num_now == 0)
-        assert await Client(GOOD).ask(gateway) == 200
-        assert slow.most_at_once == 1
-
-    asyncio.run(scenario())
+@in_event_loop
+async def test_late_prediction_holds_the_lock_until_its_thread_ends() -> None:
+    inner = WaitingApp()
+    app = LimitMiddleware(inner, ABOUT, Limits(answer_seconds=0.5))
+    assert await Client(GOOD).request(app) == 504
+    assert await asyncio.gather(*(Client(GOOD).request(app) for _ in range(5))) == [504] * 5
+    assert inner.num_begun == 1  # the others left the queue
+    inner.go.set()
+    await until(lambda: inner.num_running == 0)
+    assert await Client(GOOD).request(app) == 200
+    assert inner.max_concurrent == 1
 
 
-def test_bodies_that_dribble_in_take_nobodys_place() -> None:
-    async def scenario() -> None:
-        slow = Slow()
-        slow.go.set()
-        gateway = Gateway(slow, ABOUT, Limits(waiting=1))
-        dribbling = [asyncio.create_task(Client(GOOD[:5], ends=False).ask(gateway)) for _ in range(3)]
-        assert await Client(GOOD).ask(gateway) == 200
-        for task in dribbling:
-            task.cancel()
-
-    asyncio.run(scenario())
+@in_event_loop
+async def test_incomplete_bodies_take_no_place_in_the_queue() -> None:
+    inner = WaitingApp()
+    inner.go.set()
+    app = LimitMiddleware(inner, ABOUT, Limits(waiting=1))
+    incomplete = [asyncio.create_task(Client(GOOD[:5], ends=False).request(app)) for _ in range(3)]
+    assert await Client(GOOD).request(app) == 200
+    for task in incomplete:
+        task.cancel()
 
 
-def test_who_leaves_the_queue_costs_nothing() -> None:
-    async def scenario() -> None:
-        slow = Slow()
-        gateway = Gateway(slow, ABOUT, Limits())
-        first = asyncio.create_task(Client(GOOD).ask(gateway))
-        await until(lambda: slow.num_begun)
-        assert await Client(GOOD, stays=False).ask(gateway) == 0
-        assert await Client(GOOD[:5], stays=False, ends=False).ask(gateway) == 0
-        slow.go.set()
-        assert await first == 200
-        assert slow.num_begun == 1
-
-    asyncio.run(scenario())
+@in_event_loop
+async def test_disconnected_clients_leave_the_queue() -> None:
+    inner = WaitingApp()
+    app = LimitMiddleware(inner, ABOUT, Limits())
+    first = asyncio.create_task(Client(GOOD).request(app))
+    await until(lambda: inner.num_begun)
+    assert await Client(GOOD, disconnects=True).request(app) == 0
+    assert await Client(GOOD[:5], disconnects=True, ends=False).request(app) == 0
+    inner.go.set()
+    assert await first == 200
+    assert inner.num_begun == 1
 
 
 @pytest.mark.parametrize(
@@ -540,84 +553,79 @@ def test_who_leaves_the_queue_costs_nothing() -> None:
         ([b" " * 60, b" " * 60], Limits(held_bytes=100), 503),
     ],
 )
-def test_a_body_must_come_in_time_and_fit(chunks: list[bytes], limits: Limits, status: int) -> None:
-    async def scenario() -> None:
-        slow = Slow()
-        slow.go.set()
-        gateway = Gateway(slow, ABOUT, limits)
-        for _ in range(3):  # what is refused is forgotten
-            assert await Client(*chunks, ends=False).ask(gateway) == status
-        assert slow.num_begun == 0
-        assert await Client(GOOD).ask(gateway) == 200
-
-    asyncio.run(scenario())
+@in_event_loop
+async def test_limits_of_a_body(chunks: list[bytes], limits: Limits, status: int) -> None:
+    inner = WaitingApp()
+    inner.go.set()
+    app = LimitMiddleware(inner, ABOUT, limits)
+    for _ in range(3):  # rejected bodies free their memory
+        assert await Client(*chunks, ends=False).request(app) == status
+    assert inner.num_begun == 0
+    assert await Client(GOOD).request(app) == 200
 
 
-def test_an_answer_that_nobody_reads_is_given_up() -> None:
-    async def scenario() -> None:
-        slow = Slow()
-        slow.go.set()
-        gateway = Gateway(slow, ABOUT, Limits(send_seconds=0.05))
+@in_event_loop
+async def test_response_that_is_not_read_is_abandoned() -> None:
+    inner = WaitingApp()
+    inner.go.set()
+    app = LimitMiddleware(inner, ABOUT, Limits(send_seconds=0.05))
 
-        async def never(message: Any) -> None:
-            await asyncio.Future()
+    async def never(message: Any) -> None:
+        await asyncio.Future()
 
-        client = Client(GOOD)
-        await gateway(client.scope, client.requests.get, never)
-        assert await Client(GOOD).ask(gateway) == 200
-
-    asyncio.run(scenario())
+    client = Client(GOOD)
+    await app(client.scope, client.requests.get, never)
+    assert await Client(GOOD).request(app) == 200
 
 
-def test_a_failure_within_is_told_to_the_log_and_not_to_the_client(caplog: pytest.LogCaptureFixture) -> None:
+def test_internal_error_is_in_the_log_and_not_in_the_response(caplog: pytest.LogCaptureFixture) -> None:
     async def fails(scope: Any, receive: Any, send: Any) -> None:
-        JOB.get().begun = True
+        CURRENT_REQUEST.get().is_parsed = True
         raise ZeroDivisionError("secrets")
 
     client = Client(GOOD)
-    assert asyncio.run(client.ask(Gateway(fails, ABOUT, Limits()))) == 500
+    assert asyncio.run(client.request(LimitMiddleware(fails, ABOUT, Limits()))) == 500
     assert b"secrets" not in b"".join(message.get("body", b"") for message in client.messages)
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_masks_are_spread_over_grey() -> None:
-    """0, 1 and 2 of 255 would all look black."""
+def test_png_of_masks_spreads_class_numbers_over_grey_levels() -> None:
+    """Grey levels 0, 1 and 2 of 255 would all look black."""
     masks = np.arange(9, dtype=np.uint8).reshape(1, 3, 3, 1) % 3
     schema = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 1))])
     model: Any = SimpleNamespace(metadata=SimpleNamespace(get_input_schema=lambda: schema))
     model.predict = lambda data, params: masks
-    job = Job(as_png=True)
+    request = PredictionRequest(as_png=True)
 
     def predict() -> None:
-        JOB.set(job)
-        Served(model).predict(np.zeros((1, 5, 5, 1), np.uint8))
+        CURRENT_REQUEST.set(request)
+        ServedModel(model).predict(np.zeros((1, 5, 5, 1), np.uint8))
 
     copy_context().run(predict)
-    assert job.answer is not None
-    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(job.answer.body))), masks[0, ..., 0] * 127)
+    assert request.response is not None
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(request.response.body))), masks[0, ..., 0] * 127)
 
 
-# Starting and ending.
+# Start and end.
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
-        ([], "models:/films@champion: no such version; expected a champion: `medgen promote` makes the candidate one"),
-        (["--model", "models:/films/9"], "models:/films/9: no such version"),
-        (["--model", "models:/other@candidate"], "no such version; expected models:/NAME@candidate"),
-        (["--model", "artifacts"], "models:/films@artifacts: no such version; expected models:/NAME@candidate"),
-        (["--host", ".."], "--host ..: no address; expected one of this machine"),
-        (["--host", "203.0.113.7"], "--host 203.0.113.7 --port 0: cannot listen there"),
+        ({}, "models:/xrays@champion: no such version; run `medgen promote` to make the candidate champion"),
+        ({"model": "models:/xrays/9"}, "models:/xrays/9: no such version"),
+        ({"model": "models:/other@candidate"}, "no such version; expected models:/NAME@candidate"),
+        ({"model": "artifacts"}, "models:/xrays@artifacts: no such version; expected models:/NAME@candidate"),
+        ({"host": ".."}, "--host ..: not an address; expected one of this machine"),
+        ({"host": "203.0.113.7"}, "--host 203.0.113.7 --port 0: cannot listen there"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_served_is_said(project: Project, words: list[str], message: str) -> None:
-    options = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+)
+def test_errors_at_the_start(project: Project, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        registry.serve(project, tracking=Tracking(), registry=Registry(model_name="films"), port=0, **options)
+        registry.serve(project, tracking=Tracking(), registry=Registry(model_name="xrays"), port=0, **options)
 
 
-def test_a_taken_port_is_said(project: Project) -> None:
+def test_port_in_use(project: Project) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"--port {port}: cannot listen there \(Address already in use\)"):
@@ -625,10 +633,10 @@ def test_a_taken_port_is_said(project: Project) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_and_the_store_may_die_before(project: Project, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_server_whose_store_is_gone(project: Project, tmp_path: Path) -> None:
     store = Project(tmp_path / "store")
-    shutil.copytree(project.root, store.root)  # the artifacts' places are absolute: they stay where they are
-    server = Server(store, tmp_path, "--model", "models:/films/1")
+    shutil.copytree(project.root, store.root)  # artifacts have absolute paths and are not moved
+    server = Server(store, tmp_path, "--model", "models:/xrays/1")
     assert len(list(server.temporary.glob("medgen-serve-*"))) == 1
     shutil.rmtree(store.root)
     assert server.images({"n": 1, "seed": 0}).shape == (1, SIZE, SIZE, 1)

@@ -1,10 +1,10 @@
-"""`medgen compare`: what a user sees of several runs, without any server."""
+"""`medgen compare`: a table of several runs, without a server."""
 
 import json
-from pathlib import Path
 
 import pytest
 
+from medgen import console
 from medgen.config import Project, Tracking
 from medgen.errors import UserError
 from medgen.tracking import Tracker
@@ -14,8 +14,8 @@ OFF = Tracking(enabled=False)
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
-    """Two runs: the later one in alphabetical order began first."""
+def project(tmp_path):
+    """A project with two runs, of which bbb started before aaa."""
     project = Project(tmp_path)
     for run, channels, losses in (("bbb", 32, (0.5, 0.25)), ("aaa", 64, (0.4, float("inf")))):
         with Tracker.open(project.runs / run, OFF, project, f"vae-{run}") as tracker:
@@ -26,13 +26,13 @@ def project(tmp_path: Path) -> Project:
     return project
 
 
-def test_runs_stand_side_by_side(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_shown_side_by_side(project, capsys):
     rows = compare(project)
     assert [(row.run, row.name, row.status) for row in rows] == [
         ("bbb", "vae-bbb", "finished"),
         ("aaa", "base_channels=64 (aaa)", "finished"),
     ]
-    # What is the same in all runs is left out.
+    # parameters that are equal in all runs are left out
     assert [row.params for row in rows] == [{"model.base_channels": 32}, {"model.base_channels": 64}]
     assert [row.metrics for row in rows] == [{"val/loss": 0.25}, {"val/loss": 0.4}]
     printed = capsys.readouterr().out
@@ -40,17 +40,15 @@ def test_runs_stand_side_by_side(project: Project, capsys: pytest.CaptureFixture
     assert "train.seed" not in printed
 
 
-def test_json_is_plain(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output(project, capsys):
     compare(project, as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert [row["run"] for row in told] == ["bbb", "aaa"]
-    assert told[0]["metrics"] == {"val/loss": 0.25}
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in rows] == ["bbb", "aaa"]
+    assert rows[0]["metrics"] == {"val/loss": 0.25}
 
 
-def test_many_runs_fit_a_narrow_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_many_runs_fit_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console.OUT, "width", 80)
     project = Project(tmp_path)
     for run in range(7):
         with Tracker.open(project.runs / f"run{run}", OFF, project, "vae") as tracker:
@@ -63,6 +61,6 @@ def test_many_runs_fit_a_narrow_terminal(
     assert all(str(0.5 + run) in printed for run in range(7))
 
 
-def test_no_runs_yet(tmp_path: Path) -> None:
+def test_no_runs_yet(tmp_path):
     with pytest.raises(UserError, match="no runs yet; run `medgen train`"):
         compare(Project(tmp_path))

@@ -1,4 +1,4 @@
-"""What a user is promised of a run's record: nothing lost, nothing twice, and training never waits for MLflow."""
+"""A run's record: no event is lost or repeated, and training never waits for MLflow."""
 
 import json
 import math
@@ -8,11 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -20,63 +18,62 @@ from PIL import Image
 from medgen import tracking
 from medgen.config import Model, Params, Project, Tracking
 from medgen.errors import UserError
-from medgen.tracking import Tracker, history, lineage, read_run, sync
-from medgen.tracking import mlflow_sync as mirroring
+from medgen.tracking import Tracker, history, lineage, mlflow_sync, read_run, sync
 from medgen.tracking.history import HISTORY, read
 
 OFF = Tracking(enabled=False)
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """One project, and so one SQLite store, for all tests: making a store takes seconds."""
+def project(tmp_path_factory):
+    """One project with one SQLite store for all tests: creating a store takes seconds."""
     return Project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture
-def scratch(project: Project, request: pytest.FixtureRequest) -> Path:
+def scratch(project, request):
     return project.runs / request.node.name
 
 
 @pytest.fixture
-def dead_server() -> str:
+def dead_server():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 @pytest.fixture
-def stalled_server() -> Iterator[str]:
-    """Takes connections and never answers."""
+def stalled_server():
+    """A server that accepts connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(100)
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def record(scratch: Path, project: Project, settings: Tracking, steps: range, scale: float = 1.0) -> None:
+def record(scratch, project, settings, steps, scale=1.0):
     with Tracker.open(scratch, settings, project, "a-run") as tracker:
         tracker.params({"train": {"batch_size": 16}})
         for step in steps:
             tracker.metrics({"loss": scale / (step + 1)}, step=step)
 
 
-def mlflow_run(project: Project, scratch: Path) -> tuple[Any, str]:
-    client, _ = mirroring.connect(project, Tracking())
-    run_id = json.loads((scratch / mirroring.MIRROR).read_text())["run_id"]
+def mlflow_run(project, scratch):
+    client, _ = mlflow_sync.connect(project, Tracking())
+    run_id = json.loads((scratch / mlflow_sync.STATE_FILE).read_text())["run_id"]
     return client, run_id
 
 
-def points(project: Project, scratch: Path, name: str) -> list[tuple[int, float]]:
+def points(project, scratch, name):
     client, run_id = mlflow_run(project, scratch)
     return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
 
 
-def kinds(scratch: Path) -> list[str]:
+def kinds(scratch):
     return [event["kind"] for event, _ in read(scratch / HISTORY)]
 
 
-def test_history_needs_no_mlflow(project: Project, scratch: Path) -> None:
+def test_history_needs_no_mlflow(project, scratch):
     with Tracker.open(scratch, OFF, project, "a-run") as tracker:
         tracker.params({"model": Model(), "phases": [{"epochs": 3}, {"epochs": 5}], "size": None})
         tracker.tags({"git.commit": "abc"})
@@ -85,18 +82,17 @@ def test_history_needs_no_mlflow(project: Project, scratch: Path) -> None:
         tracker.metrics({"loss": 0.5}, step=2)
     assert history(scratch) == [{"step": 1, "loss": 1.0, "ssim": 0.5}, {"step": 2, "loss": 0.5}]
     run = read_run(scratch)
-    assert run is not None
     assert (run.name, run.status, run.tags) == ("a-run", "FINISHED", {"git.commit": "abc"})
     assert run.params["model.latent_channels"] == Model().latent_channels
     assert (run.params["phases.0.epochs"], run.params["phases.1.epochs"], run.params["size"]) == (3, 5, None)
 
 
-def test_no_record_is_an_empty_history(tmp_path: Path) -> None:
+def test_a_folder_without_a_record_has_an_empty_history(tmp_path):
     assert history(tmp_path / "nothing") == []
     assert read_run(tmp_path / "nothing") is None
 
 
-def test_a_line_torn_by_a_kill_is_dropped(project: Project, scratch: Path) -> None:
+def test_an_incomplete_last_line_is_dropped(project, scratch):
     record(scratch, project, OFF, range(3))
     path = scratch / HISTORY
     whole = path.read_bytes()
@@ -107,7 +103,7 @@ def test_a_line_torn_by_a_kill_is_dropped(project: Project, scratch: Path) -> No
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
 
 
-def test_repeats_are_dropped_and_a_changed_value_counts(project: Project, scratch: Path) -> None:
+def test_repeated_values_are_dropped_and_changed_values_are_appended(project, scratch):
     record(scratch, project, OFF, range(5))
     once = kinds(scratch)
     record(scratch, project, OFF, range(5))
@@ -121,32 +117,26 @@ def test_repeats_are_dropped_and_a_changed_value_counts(project: Project, scratc
     ("error", "status"),
     [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "FINISHED"), (None, "FINISHED")],
 )
-def test_status_tells_how_a_run_ended(
-    project: Project, scratch: Path, error: type[BaseException] | None, status: str
-) -> None:
+def test_status_after_each_kind_of_end(project, scratch, error, status):
     with nullcontext() if error is None else pytest.raises(error), Tracker.open(scratch, OFF, project, "a-run"):
         if error:
             raise error
     run = read_run(scratch)
-    assert run is not None
     assert run.status == status
 
 
-def test_two_processes_never_write_one_run(
-    project: Project, scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(tracking, "LOCK_PATIENCE_SECONDS", 0.05)
+def test_a_second_process_cannot_write_the_same_run(project, scratch, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "LOCK_TIMEOUT_SECONDS", 0.05)
     with Tracker.open(scratch, OFF, project, "a-run"):
         with pytest.raises(UserError, match="another process is writing this run"):
             Tracker.open(scratch, OFF, project, "a-run")
         run = read_run(scratch)
-        assert run is not None
         assert run.status == "RUNNING"
         assert scratch.name in sync(project, Tracking()).live
     assert scratch.name in capsys.readouterr().out
 
 
-def test_mirror_holds_what_the_history_holds(project: Project, scratch: Path) -> None:
+def test_mlflow_receives_all_events(project, scratch):
     with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
         tracker.params({"train": {"batch_size": 16}})
         tracker.tags({"git.commit": "abc"})
@@ -167,20 +157,20 @@ def test_mirror_holds_what_the_history_holds(project: Project, scratch: Path) ->
     assert run.data.tags["mlflow.note.content"] == "# A run"
     assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [("phantom", "0123456789ab")]
     sent = {event["step"]: event["time"] for event, _ in read(scratch / HISTORY) if event["kind"] == "metrics"}
-    told = client.get_metric_history(run_id, "loss")
-    assert {m.step: m.timestamp for m in told} == {step: int(when * 1000) for step, when in sent.items()}
-    assert [m.value for m in told] == [1.0, 0.0, -1.0]
-    # The page's image grid: a picture and a thumbnail for each step, and the tag that makes it look.
+    received = client.get_metric_history(run_id, "loss")
+    assert {m.step: m.timestamp for m in received} == {step: int(when * 1000) for step, when in sent.items()}
+    assert [m.value for m in received] == [1.0, 0.0, -1.0]
+    # MLflow's image grid needs an image and a thumbnail for each step, and a tag.
     images = sorted(Path(item.path).name for item in client.list_artifacts(run_id, "images"))
     assert [name.split("+")[:3] for name in images[::2]] == [["samples~prior", "step", str(step)] for step in range(3)]
     assert len(images) == 6
     assert run.data.tags["mlflow.loggedImages"] == "True"
     assert [item.path for item in client.list_artifacts(run_id, "figures")] == ["figures/2.png"]
-    # Artifacts stand in the project, wherever the command was called from.
+    # Artifacts are in the project, whatever the current directory is.
     assert (project.root / "mlartifacts" / run_id / "artifacts" / "figures" / "2.png").is_file()
 
 
-def test_a_killed_run_goes_on_in_the_same_mlflow_run(project: Project, scratch: Path) -> None:
+def test_a_killed_run_continues_in_the_same_mlflow_run(project, scratch):
     script = f"""
 import os, signal, sys
 from pathlib import Path
@@ -195,35 +185,34 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert [r["step"] for r in history(scratch)] == list(range(8))
     run = read_run(scratch)
-    assert run is not None
     assert run.status == "INTERRUPTED"
     sync(project, Tracking())
     _, first = mlflow_run(project, scratch)
-    record(scratch, project, Tracking(), range(5, 12))  # back to a checkpoint at step 5, the same numbers again
+    record(scratch, project, Tracking(), range(5, 12))  # resumed from a checkpoint at step 5: the same values again
     _, second = mlflow_run(project, scratch)
     assert first == second
     assert points(project, scratch, "loss") == [(step, 1.0 / (step + 1)) for step in range(12)]
 
 
 @pytest.mark.parametrize("state", [None, {"offset": 0}, {"run_id": "0" * 32}, "no json"])
-def test_sending_again_leaves_mlflow_as_it_was(project: Project, scratch: Path, state: Any) -> None:
-    """As when a process dies between sending and noting that it sent."""
+def test_sending_again_changes_nothing_in_mlflow(project, scratch, state):
+    """A process may be killed after it sends events and before it saves the offset."""
     scratch.mkdir(parents=True)
-    picture = scratch / "picture.png"
-    Image.new("L", (8, 8)).save(picture)
+    image = scratch / "image.png"
+    Image.new("L", (8, 8)).save(image)
     with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
         tracker.params({"a": 1})
         tracker.metrics({"loss": 1.0}, step=0)
-        tracker.image("samples", picture, step=0)
+        tracker.image("samples", image, step=0)
         tracker.dataset("phantom", "0123456789ab", "data", {"train": 3})
     client, run_id = mlflow_run(project, scratch)
-    noted = scratch / "mlflow_sync.json"
+    saved = scratch / mlflow_sync.STATE_FILE
     if state is None:
-        noted.unlink()
+        saved.unlink()
     elif isinstance(state, str):
-        noted.write_text(state)
+        saved.write_text(state)
     else:
-        noted.write_text(json.dumps(json.loads(noted.read_text()) | state))
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | state))
     sync(project, Tracking())
     assert mlflow_run(project, scratch)[1] == run_id
     assert points(project, scratch, "loss") == [(0, 1.0)]
@@ -231,7 +220,7 @@ def test_sending_again_leaves_mlflow_as_it_was(project: Project, scratch: Path, 
     assert len(client.get_run(run_id).inputs.dataset_inputs) == 1
 
 
-def test_inf_and_nan_never_reach_mlflow(project: Project, scratch: Path) -> None:
+def test_inf_and_nan_are_not_sent_to_mlflow(project, scratch):
     with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
         tracker.metrics({"loss": 1.0, "kl": 2.0}, step=0)
         tracker.metrics({"loss": math.nan, "kl": math.inf, "l1": 0.5}, step=1)
@@ -247,8 +236,8 @@ def test_inf_and_nan_never_reach_mlflow(project: Project, scratch: Path) -> None
     assert (tags["nonfinite_step"], tags["nonfinite_metrics"]) == ("1", "kl, loss")
 
 
-def test_changed_params_show_as_tags(project: Project, scratch: Path) -> None:
-    """MLflow never changes a param; a run trained on for more epochs keeps its first and shows the new one."""
+def test_changed_params_show_as_tags(project, scratch):
+    """MLflow never changes a param: a run that continues with more epochs keeps the first value there."""
     for epochs in (10, 10, 20):
         with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
             tracker.params({"epochs": epochs, "rate": 0.1})
@@ -257,13 +246,10 @@ def test_changed_params_show_as_tags(project: Project, scratch: Path) -> None:
     assert run.data.params == {"epochs": "10", "rate": "0.1"}
     assert {k: v for k, v in run.data.tags.items() if k.startswith("changed.")} == {"changed.epochs": "20"}
     kept = read_run(scratch)
-    assert kept is not None
     assert kept.params["epochs"] == 20
 
 
-def test_what_mlflow_refuses_does_not_hold_up_the_rest(
-    project: Project, scratch: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_events_do_not_block_the_others(project, scratch, capsys):
     with Tracker.open(scratch, Tracking(), project, "a-run") as tracker:
         gone = scratch / "gone.png"
         Image.new("L", (8, 8)).save(gone)
@@ -275,16 +261,10 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(
 
 
 @pytest.mark.parametrize("server", ["dead_server", "stalled_server"])
-def test_a_server_that_is_away_never_holds_up_training(
-    project: Project,
-    scratch: Path,
-    server: str,
-    request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    away = Tracking(uri=request.getfixturevalue(server), timeout_seconds=1)
+def test_an_unreachable_server_does_not_block_training(project, scratch, server, request, capsys):
+    unreachable = Tracking(uri=request.getfixturevalue(server), timeout_seconds=1)
     begin = time.monotonic()
-    with Tracker.open(scratch, away, project, "a-run") as tracker:
+    with Tracker.open(scratch, unreachable, project, "a-run") as tracker:
         for step in range(2000):
             tracker.metrics({"loss": 1.0 / (step + 1)}, step=step)
         trained = time.monotonic() - begin
@@ -293,14 +273,14 @@ def test_a_server_that_is_away_never_holds_up_training(
     assert "2003 records are not in MLflow yet: run `medgen sync`" in " ".join(capsys.readouterr().err.split())
     assert len(history(scratch)) == 2000
     with pytest.raises(UserError, match=r"does not answer.*medgen sync"):
-        sync(project, away)
+        sync(project, unreachable)
     assert sync(project, Tracking()).num_sent >= 2003
     assert points(project, scratch, "loss") == [(step, 1.0 / (step + 1)) for step in range(2000)]
     assert sync(project, Tracking()).num_sent == 0
 
 
-def test_sync_fills_an_emptied_store(tmp_path: Path, project: Project, scratch: Path) -> None:
-    """Another store stands for one that was deleted: what was sent to the first is sent again."""
+def test_sync_fills_an_emptied_store(tmp_path, project, scratch):
+    """Another experiment stands in for a deleted store: all events are sent again."""
     record(scratch, project, Tracking(), range(3))
     other = Tracking(uri=Tracking().uri, experiment="another")
     assert sync(project, other).num_sent >= 3
@@ -310,17 +290,17 @@ def test_sync_fills_an_emptied_store(tmp_path: Path, project: Project, scratch: 
     assert points(project, scratch, "loss") == [(step, 1.0 / (step + 1)) for step in range(3)]
 
 
-def test_a_deleted_experiment_is_named(project: Project, scratch: Path) -> None:
+def test_the_error_names_a_deleted_experiment(project, scratch):
     gone = Tracking(experiment="gone")
-    client, experiment = mirroring.connect(project, gone)
+    client, experiment = mlflow_sync.connect(project, gone)
     client.delete_experiment(experiment)
     record(scratch, project, OFF, range(1))
     with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' was deleted in MLflow"):
-        tracking.mirror_run(scratch, project, gone)
+        tracking.sync_run(scratch, project, gone)
 
 
-def test_sync_without_tracking_is_refused(project: Project) -> None:
-    with pytest.raises(UserError, match=r"tracking\.enabled: false"):
+def test_sync_without_tracking_is_refused(project):
+    with pytest.raises(UserError, match=r"tracking\.enabled: is false"):
         sync(project, OFF)
 
 
@@ -335,23 +315,21 @@ def test_sync_without_tracking_is_refused(project: Project) -> None:
         ("http://host:5000", "http://env:5000", "http://host:5000"),
     ],
 )
-def test_store_uri(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, variable: str | None, expected: str
-) -> None:
+def test_store_uri(tmp_path, monkeypatch, uri, variable, expected):
     if variable:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
-    found = mirroring.store_uri(Project(tmp_path), Tracking(uri=uri))
+    found = mlflow_sync.store_uri(Project(tmp_path), Tracking(uri=uri))
     assert found == expected.format(root=tmp_path.resolve())
 
 
-def test_passwords_are_not_written_down() -> None:
-    assert mirroring.without_password("https://me:secret@host:5000/x") == "https://host:5000/x"
-    assert mirroring.without_password("sqlite:////abs/runs.db") == "sqlite:////abs/runs.db"
+def test_passwords_are_removed_from_uris():
+    assert mlflow_sync.without_password("https://me:secret@host:5000/x") == "https://host:5000/x"
+    assert mlflow_sync.without_password("sqlite:////abs/runs.db") == "sqlite:////abs/runs.db"
 
 
 @pytest.mark.slow
-def test_parallel_first_use_of_a_store(tmp_path: Path) -> None:
-    """Processes that create MLflow's tables at the same moment break each other; a lock lets one do it."""
+def test_processes_can_create_a_store_at_the_same_time(tmp_path):
+    """Without the lock, processes that create MLflow's tables at once fail and break the database."""
     script = """
 import sys
 from pathlib import Path
@@ -381,11 +359,15 @@ LINEAGE = {
 }
 
 
-def test_lineage_is_complete(tmp_path: Path) -> None:
-    project = Project(tmp_path)
-    for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "--allow-empty", "-m", "x"]):
+def make_repository(folder):
+    for command in (["init", "-q", "-b", "main"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
-        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+
+
+def test_lineage_is_complete(tmp_path):
+    project = Project(tmp_path)
+    make_repository(tmp_path)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
     project.dataset.mkdir(parents=True)
     (project.dataset / "dataset.json").write_text('{"fingerprint": "0123456789ab"}')
@@ -400,31 +382,32 @@ def test_lineage_is_complete(tmp_path: Path) -> None:
     assert found["params.fingerprint"] != lineage(project, Params(model=Model(base_channels=8)))["params.fingerprint"]
 
 
-def test_what_the_pipeline_writes_does_not_make_it_dirty(tmp_path: Path) -> None:
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
-        identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
-        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+def test_files_that_the_pipeline_writes_do_not_count_as_dirty(tmp_path):
+    make_repository(tmp_path)
     (tmp_path / "dvc.lock").write_text("x")
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports" / "metrics.json").write_text("{}")
     assert lineage(Project(tmp_path))["git.dirty"] == "false"
 
 
-def test_lineage_without_git_and_data(tmp_path: Path) -> None:
+def test_lineage_without_git_and_data(tmp_path):
     found = lineage(Project(tmp_path))
     assert set(found) == LINEAGE
     assert (found["git.commit"], found["git.dirty"], found["data.md5"]) == ("unknown", "unknown", "unknown")
 
 
-@pytest.mark.parametrize(("code", "said"), [(401, "asks who you are; set MLFLOW_TRACKING_USERNAME"), (403, "allow")])
-def test_a_server_that_lets_nobody_in_is_not_said_to_be_away(tmp_path: Path, code: int, said: str) -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(401, "requires a login; set MLFLOW_TRACKING_USERNAME"), (403, "denies access to this account")],
+)
+def test_a_server_that_denies_access_has_its_own_error(tmp_path, code, message):
     class Closed(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def do_GET(self):
             self.send_error(code)
 
         do_POST = do_GET
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_):
             pass
 
     project = Project(tmp_path)
@@ -433,6 +416,6 @@ def test_a_server_that_lets_nobody_in_is_not_said_to_be_away(tmp_path: Path, cod
     with HTTPServer(("127.0.0.1", 0), Closed) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         closed = Tracking(uri=f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             sync(project, closed)
         server.shutdown()

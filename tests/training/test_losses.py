@@ -16,7 +16,7 @@ from medgen.training.losses import (
     dice_loss,
     dice_score,
     free_bits,
-    kl_per_number,
+    kl_per_dim,
     sigma_loss,
     ssim_loss,
 )
@@ -46,7 +46,7 @@ def batch():
 def test_image_terms_are_means_over_pixels(batch, name, formula):
     image, output = batch
     losses = Objective(Loss(), SHAPE)(output, image, Weights(**{name: 2.0}), beta=0.0)
-    assert losses.terms[name] == pytest.approx(formula(output.reconstruction, image).item(), rel=1e-5)
+    assert losses.terms[name] == pytest.approx(formula(output.prediction, image).item(), rel=1e-5)
     assert losses.total.item() == pytest.approx(2.0 * losses.terms[name].item())
 
 
@@ -57,7 +57,7 @@ def test_ssim_agrees_with_the_formula(batch):
     line = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2).double()
     values = []
-    for x, y in zip(image[:, 0].double(), output.reconstruction[:, 0].double(), strict=True):
+    for x, y in zip(image[:, 0].double(), output.prediction[:, 0].double(), strict=True):
         for top in range(6):
             for left in range(6):
                 a, b = x[top : top + 11, left : left + 11], y[top : top + 11, left : left + 11]
@@ -68,7 +68,7 @@ def test_ssim_agrees_with_the_formula(batch):
                 structure = (2 * covariance + c2) / (var_a + var_b + c2)
                 values.append((2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * structure)
     expected = torch.stack(values).mean().item()
-    assert 1 - ssim_loss(output.reconstruction, image).item() == pytest.approx(expected, abs=1e-5)
+    assert 1 - ssim_loss(output.prediction, image).item() == pytest.approx(expected, abs=1e-5)
     assert ssim_loss(image, image).item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_ssim_of_colour_is_the_mean_of_its_channels():
 def test_ssim_knows_its_range(batch):
     """With the library's default data_range of 255 every pair in [0, 1] is alike."""
     image, output = batch
-    assert ssim_loss(output.reconstruction, image) > 0.5
+    assert ssim_loss(output.prediction, image) > 0.5
 
 
 def test_every_weight_has_its_term():
@@ -91,13 +91,13 @@ def test_every_weight_has_its_term():
 def test_sigma_is_the_likelihood_of_the_best_variance(batch):
     """Against torch.distributions, over a grid of variances: none does better (Rybkin et al. 2021, eq. 6)."""
     image, output = batch
-    found = sigma_loss(output.reconstruction, image).item()
+    found = sigma_loss(output.prediction, image).item()
     deviations = torch.linspace(0.01, 2.0, 2000)
-    nats = [-Normal(output.reconstruction, s).log_prob(image).mean().item() for s in deviations]
+    nats = [-Normal(output.prediction, s).log_prob(image).mean().item() for s in deviations]
     best = min(nats)
     assert found == pytest.approx(best - 0.5 * (1 + math.log(2 * math.pi)), abs=1e-5)
     at_best = deviations[nats.index(best)].item()
-    assert at_best**2 == pytest.approx((output.reconstruction - image).square().mean().item(), rel=1e-2)
+    assert at_best**2 == pytest.approx((output.prediction - image).square().mean().item(), rel=1e-2)
 
 
 def test_sigma_of_a_perfect_fit_is_finite_with_a_finite_gradient(batch):
@@ -147,8 +147,8 @@ def test_a_models_own_terms_are_added_and_commitment_is_weighed(batch):
     image, output = batch
     terms = {"commitment": torch.tensor(2.0), "codebook": torch.tensor(3.0)}
     latent = Latent(output.latent.mean, output.latent.mean)
-    losses = Objective(Loss(commitment=0.25), SHAPE)(
-        ModelOutput(output.reconstruction, latent, terms), image, Weights(l1=1.0), beta=1.0
+    losses = Objective(Loss(commitment_cost=0.25), SHAPE)(
+        ModelOutput(output.prediction, latent, terms), image, Weights(l1=1.0), beta=1.0
     )
     assert losses.total.item() == pytest.approx(losses.terms["l1"].item() + 0.25 * 2.0 + 3.0)
     assert {"commitment", "codebook"} <= losses.terms.keys()
@@ -165,7 +165,7 @@ def test_a_loss_without_a_latent_has_no_kl():
 def test_kl_agrees_with_torch_distributions(batch):
     latent = batch[1].latent
     theirs = kl_divergence(Normal(latent.mean, (0.5 * latent.logvar).exp()), Normal(0.0, 1.0))
-    torch.testing.assert_close(kl_per_number(latent), theirs)
+    torch.testing.assert_close(kl_per_dim(latent), theirs)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_kl_is_reported_in_nats_per_image_and_weighed_by_its_reduction(batch, re
     objective = Objective(Loss(kl_reduction=reduction), SHAPE)
     without = objective(output, image, Weights(l1=1.0), beta=0.0)
     with_kl = objective(output, image, Weights(l1=1.0), beta=0.3)
-    nats = kl_per_number(output.latent).sum(dim=(1, 2, 3)).mean()
+    nats = kl_per_dim(output.latent).sum(dim=(1, 2, 3)).mean()
     assert with_kl.terms["kl"].item() == pytest.approx(nats.item(), rel=1e-6)
     assert (with_kl.total - without.total).item() == pytest.approx(0.3 * scale * nats.item(), rel=1e-4)
 

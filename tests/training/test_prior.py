@@ -13,7 +13,7 @@ from medgen.data.store import open_store
 from medgen.errors import NonFiniteError, UserError
 from medgen.models import build_model, bundle
 from medgen.models.bundle import BundleInfo
-from medgen.priors import FITTED, gmm, load_prior
+from medgen.priors import ANALYTIC, gmm, load_prior
 from medgen.tracking import history, read_run
 from medgen.training import prior
 
@@ -39,7 +39,7 @@ def project(tiny_project):
     return tiny_project
 
 
-@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("name", ANALYTIC)
 def test_fits_and_records(project, name):
     fitted = prior.run(project, prior=Prior(name=name), tracking=QUIET)
     assert load_prior(project.prior, bundle.digest(project.model)).name == fitted.name == name
@@ -53,9 +53,9 @@ def test_fits_and_records(project, name):
 
 def test_rare_classes_are_named(project, capsys):
     prior.run(project, prior=Prior(), tracking=QUIET)
-    said = capsys.readouterr().out
+    warnings = capsys.readouterr().err
     for name in open_store(project.dataset).classes:
-        assert f"warning: {name}: " in said
+        assert f"warning: {name}: " in warnings
 
 
 def test_same_input_gives_the_same_bytes(project):
@@ -82,8 +82,8 @@ def test_encoding_keeps_order_and_averages_the_posterior_variance(project):
 
 def test_the_mixture_is_given_the_patients_of_its_rows(project, monkeypatch):
     given = []
-    held_out = gmm._held_out
-    monkeypatch.setattr(gmm, "_held_out", lambda patients, seed: given.append(patients) or held_out(patients, seed))
+    hold_out = gmm._hold_out
+    monkeypatch.setattr(gmm, "_hold_out", lambda patients, seed: given.append(patients) or hold_out(patients, seed))
     monkeypatch.setattr(gmm, "RARE", 10)
     prior.run(project, prior=Prior(name="gmm", conditional=False), tracking=QUIET)
     names = open_store(project.dataset).split("train").patients
@@ -92,7 +92,7 @@ def test_the_mixture_is_given_the_patients_of_its_rows(project, monkeypatch):
 
 
 def test_too_many_latents_are_thinned(project, monkeypatch):
-    monkeypatch.setattr(prior, "MAX_LATENT_NUMBERS", 10 * 64)
+    monkeypatch.setattr(prior, "MAX_LATENT_VALUES", 10 * 64)
     model, _ = bundle.load(project.model)
     split = open_store(project.dataset).split("train")
     encoded = prior.encode(model, split)
@@ -105,7 +105,7 @@ def test_too_many_latents_are_thinned(project, monkeypatch):
 
 def test_unsplit_classes_do_not_break_the_check():
     latents, labels = torch.randn(120, 5), torch.arange(120) % 2
-    fitted = FITTED["gmm"].fit(latents, labels, 3, Prior())  # class 2 has no training image
+    fitted = ANALYTIC["gmm"].fit(latents, labels, 3, Prior())  # class 2 has no training image
     seen = prior.Encoded(torch.randn(6, 5), torch.tensor([0, 1, 2, 2, 1, 0]), None, [])
     value = prior.mean_log_likelihood(fitted, seen)
     assert value == value
@@ -168,14 +168,14 @@ def test_an_interrupted_prior_ends_as_an_uninterrupted_one(project, short_epochs
     whole = trained(project)
     shutil.rmtree(project.prior)
     shutil.rmtree(project.runs)
-    losses, number = prior.LatentTask.losses, iter(range(100))
+    objective, number = prior.LatentTask.objective, iter(range(100))
 
-    def killed(self, network, position, phase, epoch):
+    def killed(self, *arguments):
         if next(number) == 6:
             raise KeyboardInterrupt
-        return losses(self, network, position, phase, epoch)
+        return objective(self, *arguments)
 
-    monkeypatch.setattr(prior.LatentTask, "losses", killed)
+    monkeypatch.setattr(prior.LatentTask, "objective", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(project)
     assert trained(project) == whole
@@ -183,20 +183,21 @@ def test_an_interrupted_prior_ends_as_an_uninterrupted_one(project, short_epochs
 
 def test_how_it_is_sampled_does_not_train_it_anew(project, short_epochs, monkeypatch):
     trained(project)
-    monkeypatch.setattr(prior.LatentTask, "losses", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(prior.LatentTask, "forward", lambda *_: pytest.fail("trained again"))
     trained(project, SMALL_FLOW.model_copy(update={"sampling_steps": 3, "solver": "euler", "guidance": 2.0}))
     meta = json.loads((project.prior / "prior.json").read_text())
     assert meta["prior"]["sampling_steps"] == 3 and meta["prior"]["guidance"] == 2.0
 
 
 def test_a_prior_that_goes_infinite_is_stopped_and_named(project, short_epochs, monkeypatch):
-    losses = prior.LatentTask.losses
+    objective = prior.LatentTask.objective
 
-    def infinite(self, network, position, phase, epoch):
-        found = losses(self, network, position, phase, epoch)
-        return dataclasses.replace(found, total=found.total * torch.inf) if position == 5 else found
+    def infinite(self, output, batch, phase, epoch):
+        found = objective(self, output, batch, phase, epoch)
+        is_fifth = round(epoch * self.num_batches) == 5
+        return dataclasses.replace(found, total=found.total * torch.inf) if is_fifth else found
 
-    monkeypatch.setattr(prior.LatentTask, "losses", infinite)
+    monkeypatch.setattr(prior.LatentTask, "objective", infinite)
     with pytest.raises(NonFiniteError, match="not finite at step 5"):
         trained(project)
     (report,) = project.runs.glob("*/prior_*/nonfinite_step_5_*.json")
@@ -204,5 +205,5 @@ def test_a_prior_that_goes_infinite_is_stopped_and_named(project, short_epochs, 
 
 
 def test_tokens_are_refused_where_latents_are_no_codes(project):
-    with pytest.raises(UserError, match=r"prior\.name: tokens needs a model whose latents are made of codes"):
+    with pytest.raises(UserError, match=r"prior\.name: tokens needs a model with a codebook"):
         prior.run(project, prior=Prior(name="tokens"), tracking=QUIET)

@@ -25,7 +25,7 @@ MODELS = {
     "flat VAE": Model(name="vae", base_channels=4, max_channels=8, latent_channels=6),
     "conditional VAE": Model(name="cvae", base_channels=4, max_channels=8, latent_channels=6),
     "autoencoder": Model(name="autoencoder", base_channels=4, latent_channels=3, latent_size=8),
-    "VQ-VAE": Model(name="vqvae", base_channels=8, latent_channels=4, latent_size=8, num_codes=16),
+    "VQ-VAE": Model(name="vqvae", base_channels=8, latent_channels=4, latent_size=8, num_embeddings=16),
 }
 SMALL = Refiner(enabled=True, channels=8, blocks=1, epochs=2, batch_size=8, sampling_steps=2)
 QUIET = Tracking(enabled=False)
@@ -83,7 +83,7 @@ def test_every_model_that_decodes_can_be_refined(tiny_project, name):
     assert made is not None
     model, _ = bundle.load_generative(project.model)
     latents, labels = torch.randn(3, *model.latent_shape), torch.tensor([0, 1, 2])
-    images = made.draw(model, latents, labels, torch.Generator().manual_seed(0))
+    images = made.sample(model, latents, labels, torch.Generator().manual_seed(0))
     assert images.shape == (3, 1, 32, 32) and bool(images.isfinite().all())
 
 
@@ -127,15 +127,15 @@ def test_an_interrupted_refiner_ends_as_an_uninterrupted_one(project, monkeypatc
     whole = trained(project)
     shutil.rmtree(project.refiner)
     shutil.rmtree(project.runs)
-    losses, number = refiner.RefinerTask.losses, iter(range(100))
+    objective, number = refiner.RefinerTask.objective, iter(range(100))
     num_batches = Loader(open_store(project.dataset).split("train"), 8, torch.device("cpu")).num_batches
 
-    def killed(self, network, position, phase, epoch):
+    def killed(self, *arguments):
         if next(number) == num_batches + 1:  # in the second epoch
             raise KeyboardInterrupt
-        return losses(self, network, position, phase, epoch)
+        return objective(self, *arguments)
 
-    monkeypatch.setattr(refiner.RefinerTask, "losses", killed)
+    monkeypatch.setattr(refiner.RefinerTask, "objective", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(project)
     assert not project.refiner.exists()
@@ -144,7 +144,7 @@ def test_an_interrupted_refiner_ends_as_an_uninterrupted_one(project, monkeypatc
 
 def test_how_it_draws_does_not_train_it_anew(project, monkeypatch):
     trained(project)
-    monkeypatch.setattr(refiner.RefinerTask, "losses", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(refiner.RefinerTask, "forward", lambda *_: pytest.fail("trained again"))
     changes = {"sampling_steps": 3, "solver": "euler", "sampling_noise": 0.1, "guidance": 2.0}
     trained(project, SMALL.model_copy(update=changes))
     made = load_refiner(project.refiner, bundle.digest(project.model))
@@ -152,13 +152,14 @@ def test_how_it_draws_does_not_train_it_anew(project, monkeypatch):
 
 
 def test_a_refiner_that_goes_infinite_is_stopped_and_named(project, monkeypatch):
-    losses = refiner.RefinerTask.losses
+    objective = refiner.RefinerTask.objective
 
-    def infinite(self, network, position, phase, epoch):
-        found = losses(self, network, position, phase, epoch)
-        return dataclasses.replace(found, total=found.total * torch.inf) if position == 3 else found
+    def infinite(self, output, batch, phase, epoch):
+        found = objective(self, output, batch, phase, epoch)
+        is_third = round(epoch * self.num_batches) == 3
+        return dataclasses.replace(found, total=found.total * torch.inf) if is_third else found
 
-    monkeypatch.setattr(refiner.RefinerTask, "losses", infinite)
+    monkeypatch.setattr(refiner.RefinerTask, "objective", infinite)
     with pytest.raises(NonFiniteError, match="not finite at step 3"):
         trained(project)
     (report,) = project.runs.glob("*/refiner_*/nonfinite_step_3_*.json")
@@ -187,7 +188,7 @@ def test_says_what_to_do(project, damage, message, params):
 
 def test_without_a_prior_it_says_what_to_do_before_it_trains(project, monkeypatch):
     shutil.rmtree(project.prior)
-    monkeypatch.setattr(refiner.RefinerTask, "losses", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(refiner.RefinerTask, "forward", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match="medgen prior"):
         refiner.run(project, refiner=SMALL, tracking=QUIET)
 

@@ -60,7 +60,7 @@ class Segmenter(ImageModel):
     target = "mask"
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
-        return ModelOutput(reconstruction=torch.zeros(len(image), 1, 16, 16), latent=None)
+        return ModelOutput(prediction=torch.zeros(len(image), 1, 16, 16), latent=None)
 
     predict = forward
 

@@ -131,7 +131,8 @@ def test_the_epoch_that_is_kept_is_the_best_by_the_objective_that_training_ends_
 
 @pytest.mark.parametrize("name", ["autoencoder", "vqvae"])
 def test_without_kl_the_objective_is_the_loss_and_what_the_model_adds(tiny_project, name):
-    model, loss = SMALL.model_copy(update={"name": name, "num_codes": 16}), Loss(weights=Weights(l1=1.0), commitment=3)
+    model = SMALL.model_copy(update={"name": name, "num_embeddings": 16})
+    loss = Loss(weights=Weights(l1=1.0), commitment_cost=3)
     phase = Phase(name="a", epochs=1, learning_rate=1e-3, beta=Beta(end=1.0))
     (record,) = history(run(tiny_project, Train(batch_size=8, phases=(phase,)), model, loss))
     trained, _ = bundle.load(tiny_project.model)
@@ -139,8 +140,8 @@ def test_without_kl_the_objective_is_the_loss_and_what_the_model_adds(tiny_proje
     if name == "vqvae":
         images = torch.tensor(open_store(tiny_project.dataset).split("val").images).float() / 255
         with torch.no_grad():
-            vectors = trained._vectors(images)
-        nearest = torch.cdist(vectors.movedim(1, -1).flatten(0, 2), trained.codes).min(1).values
+            vectors = trained._encode_vectors(images)
+        nearest = torch.cdist(vectors.movedim(1, -1).flatten(0, 2), trained.codebook).min(1).values
         added = 3 * float((nearest**2).sum()) / vectors.numel()
     assert record["val/objective"] - record["val/loss"] == pytest.approx(added, rel=1e-3, abs=0)
 
@@ -214,7 +215,7 @@ def test_a_training_asked_to_stop_saves_its_last_step_and_ends_as_if_it_had_not_
     for position, error in zip(asked, (TrainingInterrupted, KeyboardInterrupt), strict=True):
         with pytest.raises(error):
             run(tiny_project)
-        assert checkpoint.load(tiny_project.runs / scratch.name)["state"]["position"] == position + 1
+        assert checkpoint.load(tiny_project.runs / scratch.name)["counters"]["position"] == position + 1
         assert not tiny_project.model.exists()
     assert read_run(tiny_project.runs / scratch.name).status == "KILLED"
     assert [signal.getsignal(number) for number in asked.values()] == before
@@ -256,17 +257,6 @@ def test_a_longer_last_phase_resumes_and_a_changed_model_does_not(finished):
         run_fingerprint(store, SMALL, Loss(), faster),
     ):
         assert other != name
-
-
-def test_comments_do_not_make_a_new_run_and_code_does(tmp_path):
-    file = tmp_path / "a.py"
-    seen = set()
-    for text in ('"""Doc."""\nx = 1\n', "# why\nx  =  1\n", '"""Other."""\n\n\nx = 1  # now\n'):
-        file.write_text(text)
-        seen.add(checkpoint.code_fingerprint([file]))
-    assert len(seen) == 1
-    file.write_text("x = 2\n")
-    assert checkpoint.code_fingerprint([file]) not in seen
 
 
 WITHOUT_NOISE = """
@@ -338,8 +328,8 @@ cli.main()
 def test_what_a_model_counts_of_its_batches_is_alike_in_all_processes(name, tiny_store, tmp_path):
     """A codebook's moving means, and BatchNorm's, which each process takes of its own share."""
     params = {
-        "model": {"name": name, "base_channels": 4, "latent_channels": 4, "num_codes": 8},
-        "train": {"batch_size": 8, "ema_decay": 0.9, "phases": [{"name": "a", "epochs": 1, "learning_rate": 1e-3}]},
+        "model": {"name": name, "base_channels": 4, "latent_channels": 4},
+        "train": {"batch_size": 8, "ema_decay": 0.9, "phases": {"a": {"epochs": 1, "learning_rate": 1e-3}}},
         "tracking": {"enabled": False},
     }
     (tmp_path / "artifacts").mkdir()
@@ -421,8 +411,8 @@ def test_rollback_gives_up_after_its_last_try(tiny_project, poison):
     with pytest.raises(NonFiniteError) as error:
         run(tiny_project, params)
     saved = checkpoint.load(error.value.forensics.parent)
-    assert saved["state"]["num_rollbacks"] == 2
-    assert saved["state"]["rate_scale"] == 0.25
+    assert saved["counters"]["num_rollbacks"] == 2
+    assert saved["counters"]["rate_scale"] == 0.25
 
 
 def raw_inputs(monkeypatch):
@@ -435,8 +425,8 @@ def system_a(monkeypatch):
     """Its network: no normalisation, exp(logvar) unbounded."""
     raw_inputs(monkeypatch)
     monkeypatch.setattr("medgen.models.spatial_vae.soft_bound", lambda value, bound: value.float())
-    for module in ("medgen.models.residual", "medgen.models.blocks"):
-        monkeypatch.setattr(f"{module}.group_norm", lambda channels: torch.nn.Identity())
+    for module in ("medgen.models.residual", "medgen.nn.blocks"):
+        monkeypatch.setattr(f"{module}.group_norm", lambda *_: torch.nn.Identity())
 
 
 SYSTEM_A = Loss(weights=Weights(mse=1.0), kl_reduction="sum")
@@ -490,7 +480,7 @@ def test_no_weight_at_all_is_refused(tmp_path):
 def test_shares_of_processes_are_even_whatever_is_left_to_train_on(tiny_project):
     """A subset smaller than the batch shrinks it: three images for one process and two for the other are refused."""
     world = World(0, 2, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"5 images a step \(8 asked for, 5 to train on\) are shared by 2 processes"):
+    with pytest.raises(UserError, match=r"5 images a step \(configured 8, 5 training images\) for 2 processes"):
         train.ModelTask(tiny_project, world, SMALL, Loss(), TRAIN.model_copy(update={"subset": 5}))
 
 

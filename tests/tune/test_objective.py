@@ -1,4 +1,4 @@
-"""Objectives: metrics that can be maximized or minimized, never a loss."""
+"""Objectives are metrics with a direction, never a loss."""
 
 import pytest
 
@@ -25,18 +25,18 @@ BOTH = Evaluate(extractors=("domain", "inception"))
         ("pareto", "image", ("reconstruction/ms_ssim", "generation/mmd_domain"), ("minimize", "minimize")),
     ],
 )
-def test_a_metric_is_taken_towards_its_better_end(name, target, keys, directions):
+def test_keys_and_directions_of_objectives(name, target, keys, directions):
     objective = choose_objective(name, target, 128, BOTH)
     assert (objective.keys, objective.directions) == (keys, directions)
 
 
-def test_of_small_images_the_front_trades_plain_ssim():
+def test_pareto_uses_ssim_for_small_images():
     objective = choose_objective("pareto", "image", 64, Evaluate())
     assert objective.values({"reconstruction/ssim": 0.75, "generation/mmd_domain": 2.0}) == [0.25, 2.0]
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "side", "evaluate", "words"),
+    ("name", "target", "side", "evaluate", "message"),
     [
         ("train/loss", "image", 64, Evaluate(), "lower bounds"),
         ("val/loss", "image", 64, Evaluate(), "lower bounds"),
@@ -44,22 +44,22 @@ def test_of_small_images_the_front_trades_plain_ssim():
         ("generation/kid", "image", 64, Evaluate(), "not a metric that can be maximized or minimized"),
         ("reconstruction/pca_ssim", "image", 64, Evaluate(), "not a metric that can be maximized or minimized"),
         ("generation/kid_domain_floor", "image", 64, Evaluate(), "not a metric that can be maximized or minimized"),
-        ("segmentation/dice_foreground", "image", 64, Evaluate(), "learns images"),
+        ("segmentation/dice_foreground", "image", 64, Evaluate(), "a model of images"),
         ("segmentation/dice", "mask", 64, Evaluate(), "segmentation/dice_foreground for masks"),
-        ("generation/kid_domain", "mask", 64, Evaluate(), "learns masks"),
+        ("generation/kid_domain", "mask", 64, Evaluate(), "a model of masks"),
         ("pareto", "mask", 64, Evaluate(), "not a metric that can be maximized or minimized"),
         ("reconstruction/ms_ssim", "image", 64, Evaluate(), "larger images than 64"),
         ("generation/kid_inception", "image", 64, Evaluate(), r"evaluate.extractors: \[domain, inception\]"),
         ("generation/kid_local", "image", 64, Evaluate(), r"evaluate.extractors: \[domain, local\]"),
     ],
 )
-def test_what_cannot_be_an_objective_is_refused_with_the_reason(name, target, side, evaluate, words):
-    with pytest.raises(UserError, match=words) as refusal:
+def test_invalid_objectives_are_refused(name, target, side, evaluate, message):
+    with pytest.raises(UserError, match=message) as error:
         choose_objective(name, target, side, evaluate)
-    assert str(refusal.value).startswith("tune.objective: ")
+    assert str(error.value).startswith("tune.objective: ")
 
 
-def test_a_model_without_the_metric_says_so():
+def test_a_missing_metric_is_an_error():
     with pytest.raises(UserError, match="label_accuracy_wrong is not among this model's metrics"):
         choose_objective("generation/label_accuracy_wrong", "image", 64, Evaluate()).values(
             {"reconstruction/ssim": 1.0}
@@ -69,12 +69,12 @@ def test_a_model_without_the_metric_says_so():
 def test_the_former_name_of_label_accuracy_is_read_with_a_warning(capsys):
     objective = choose_objective("generation/label_agreement_wrong", "image", 64, Evaluate())
     assert objective.name == "generation/label_accuracy_wrong"
-    assert "label_agreement_wrong is now generation/label_accuracy_wrong" in capsys.readouterr().err
+    assert "label_agreement_wrong was renamed to generation/label_accuracy_wrong" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_why_the_loss_is_refused_its_lowest_value_is_at_the_lower_bounds(tiny_project):
-    """Trainings that differ only in what the loss weighs: it falls with β and with the weights, whatever is learnt."""
+def test_the_loss_is_lowest_at_the_lower_bounds_of_beta_and_weights(tiny_project):
+    """The reason why a loss cannot be an objective."""
     betas, weights = (1e-3, 1.0), (0.1, 1.0)
     losses = {}
     for beta in betas:

@@ -1,13 +1,15 @@
-"""A search as its user runs it: trials that end well, break, go infinite or are killed; what is left to look at."""
+"""Searches from the first trial to the reports: trials that end well, fail, diverge or are killed."""
 
+import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
-import subprocess
-import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -15,48 +17,89 @@ import pytest
 import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
-from rich.console import Console
 
-from medgen import tune
-from medgen.config import Project, load, replace
+from medgen import console, tune
+from medgen.config import Params, Project, load, replace
 from medgen.data.store import open_store
+from medgen.datasets.sample import draw
 from medgen.errors import TrainingInterrupted, UserError
 from medgen.evaluation import evaluate
+from medgen.ingest import preprocess
 from medgen.machine import gpus
 from medgen.models import bundle
 from medgen.priors.refiner import load_refiner
 from medgen.tracking import history, read_run
-from medgen.training import train
+from medgen.training import prior, refiner, train
 from medgen.tune import worker
-from medgen.tune.pool import environment, seats
-from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, origin
+from medgen.tune.pool import allocate_slots, environment
+from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, origin_number
 
-LONG = [{"name": "one", "epochs": 40, "learning_rate": 1e-3, "beta": {"end": 0.1}}]
+RATE, BETA = "train.phases.one.learning_rate", "train.phases.one.beta.end"
+LONG = 40  # epochs: enough to be killed in
 
 
-def search_of(project, params, trials):
+def prepare(project, params, trials):
     return tune.prepare(project, params, trials, None)
 
 
 def run_here(project, params, trials):
-    """All trials in this process; returns the study."""
-    search = search_of(project, params, trials)
+    """Run all trials in this process; returns search and study."""
+    search = prepare(project, params, trials)
     worker.run_trials(search)
     return search, worker.open_study(search)
 
 
-def scratch_of(search, number):
+def run_folder(search, number):
     (folder,) = search.trial_folder(number).glob("runs/*")
     return folder
 
 
-def test_a_trial_is_judged_on_the_val_split_and_leaves_its_record_and_pictures(search_project, monkeypatch):
-    project, params = search_project()
-    judged = []
-    load_subject = evaluate.load
-    monkeypatch.setattr(evaluate, "load", lambda *args: judged.append(args[-1]) or load_subject(*args))
-    search, study = run_here(project, params, 2)
-    assert judged == ["val", "val"]
+def epochs_of(search, number):
+    return [record["step"] for folder in search.trial_folder(number).glob("runs/*") for record in history(folder)]
+
+
+def states_of(study):
+    return [trial.state.name for trial in study.trials]
+
+
+@pytest.fixture
+def stub_evaluation(monkeypatch):
+    """Skips prior, refiner and evaluation; returns the metrics that each trial gets."""
+    metrics = {"reconstruction/ssim": 0.5, "generation/mmd_domain": 1.0}
+    for stage in (prior, refiner):
+        monkeypatch.setattr(stage, "run", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "evaluate_validation", lambda *_, **__: metrics)
+    monkeypatch.setattr(worker, "compute_discrepancy", lambda *_: None)
+    return metrics
+
+
+@pytest.fixture
+def stub_trials(stub_evaluation, monkeypatch):
+    """Skips the training as well."""
+    monkeypatch.setattr(train, "run", lambda *_, **__: None)
+    return stub_evaluation
+
+
+@pytest.fixture(scope="module")
+def finished(make_project, tmp_path_factory):
+    """A search with two trials, and the splits that they were evaluated on."""
+    splits, load_context = [], evaluate.load_context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "load_context", lambda *args: splits.append(args[-1]) or load_context(*args))
+        search, study = run_here(*make_project(tmp_path_factory.mktemp("finished") / "project"), 2)
+    return SimpleNamespace(search=search, study=study, splits=splits)
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """The same search in a project of the test's own."""
+    shutil.copytree(finished.search.project.root, tmp_path / "copy")
+    return dataclasses.replace(finished.search, project=Project(tmp_path / "copy"))
+
+
+def test_trials_are_evaluated_on_the_val_split_and_recorded(finished):
+    search, study, project = finished.search, finished.study, finished.search.project
+    assert finished.splits == ["val", "val"]
     stored = [trial.user_attrs[DISCREPANCY] for trial in study.trials]
     assert study.trials[1].values[0] - study.trials[0].values[0] == pytest.approx(
         stored[1]["among_samples"]
@@ -66,10 +109,10 @@ def test_a_trial_is_judged_on_the_val_split_and_leaves_its_record_and_pictures(s
     )
     assert [len(each["patients"]) for each in stored] == [open_store(project.dataset).counts["val"]] * 2
     for trial in study.trials:
-        record = read_run(scratch_of(search, trial.number))
+        record = read_run(run_folder(search, trial.number))
         assert (record.name, record.status) == (f"trial {trial.number}", "FINISHED")
         assert (record.tags["tune.trial"], record.tags["tune.state"]) == (str(trial.number), "complete")
-        assert record.params["train.phases.0.learning_rate"] == study.tried(trial)["train.phases.0.learning_rate"]
+        assert record.params[RATE] == study.values_of(trial)[RATE]
         assert record.metrics[-1]["val/generation/mmd_domain"] == trial.values[0]
         assert trial.system_attrs["constraints:reconstruction/ssim"] == pytest.approx(
             study.trials[0].user_attrs["metrics"]["reconstruction/ssim"]
@@ -80,70 +123,87 @@ def test_a_trial_is_judged_on_the_val_split_and_leaves_its_record_and_pictures(s
     assert not project.model.exists() and not (project.root / "reports" / "curves.csv").exists()
 
 
-def test_the_search_sees_what_evaluate_says_of_the_same_split(search_project, monkeypatch):
-    """The independent path: stages run by hand with the trial's parameters, judged by the whole of evaluate."""
-    project, params = search_project()
-    _, study = run_here(project, params, 1)
-    own = tune.trial_params(params, {})
-    train.run(project, model=own.model, loss=own.loss, train=own.train, tracking=worker.UNTRACKED)
-    worker.prior.run(project, prior=own.prior, tracking=worker.UNTRACKED)
-    worker.refiner.run(project, refiner=own.refiner, tracking=worker.UNTRACKED)
-    load_subject = evaluate.load
-    monkeypatch.setattr(evaluate, "load", lambda *args: load_subject(*args[:5], "val"))
-    by_hand = evaluate.run(project, evaluate=own.evaluate, tracking=worker.UNTRACKED)
-    metrics = study.trials[0].user_attrs["metrics"]
+def test_trials_have_the_metrics_of_evaluate_on_the_same_split(finished, finished_copy, monkeypatch):
+    """The stages, run by hand with the parameters of trial 0, and the whole of evaluate give the same metrics."""
+    project, own = finished_copy.project, tune.trial_params(finished_copy.params, {})
+    train.run(project, model=own.model, loss=own.loss, train=own.train, tracking=worker.NO_MLFLOW)
+    prior.run(project, prior=own.prior, tracking=worker.NO_MLFLOW)
+    refiner.run(project, refiner=own.refiner, tracking=worker.NO_MLFLOW)
+    load_context = evaluate.load_context
+    monkeypatch.setattr(evaluate, "load_context", lambda *args: load_context(*args[:5], "val"))
+    by_hand = evaluate.run(project, evaluate=own.evaluate, tracking=worker.NO_MLFLOW)
+    metrics = finished.study.trials[0].user_attrs["metrics"]
     compared = set(metrics) & set(by_hand)
     assert {"reconstruction/ssim", "generation/mmd_domain", "privacy/copy_rate"} <= compared
     assert {key: metrics[key] for key in compared} == pytest.approx({key: by_hand[key] for key in compared}, rel=1e-4)
 
 
-def test_a_trial_trains_the_refiner_with_the_values_it_tries(search_project, monkeypatch):
+def test_two_processes_write_their_reports_one_after_the_other(finished_copy, monkeypatch):
+    search = finished_copy
+    both_inside = threading.Barrier(2, timeout=1.0)
+    write_figures = tune.write_figures
+
+    def meet(*args):
+        try:
+            both_inside.wait()
+        except threading.BrokenBarrierError:  # the other one waits for the lock
+            return write_figures(*args)
+        raise AssertionError("both write at once")
+
+    monkeypatch.setattr(tune, "write_figures", meet)
+    file = search.project.root / "params.yaml"
+    (search.folder / file.name).write_bytes(file.read_bytes())
+
+    def write_results(_):
+        return tune.write_results([tune.TrackedStudy(search)], "FINISHED", file).number
+
+    with ThreadPoolExecutor(2) as threads:
+        assert len(set(threads.map(write_results, range(2)))) == 1
+
+
+def test_a_trial_trains_the_refiner_with_its_values(search_project, monkeypatch):
     enabled = {"enabled": True, "channels": 8, "blocks": 1, "epochs": 1, "sampling_steps": 2}
     space = {"refiner.sampling_noise": {"low": 0.1, "high": 0.9}}
-    project, params = search_project(space=space, objective="reconstruction/ssim", sections={"refiner": enabled})
-    drawn_with = []
+    project, params = search_project(
+        epochs=1, space=space, objective="reconstruction/ssim", sections={"refiner": enabled}
+    )
+    noises = []
 
-    def judge(project, **_):
-        made = load_refiner(project.refiner, bundle.digest(project.model))
-        drawn_with.append(made.params.sampling_noise)
+    def read_noise(project, **_):
+        noises.append(load_refiner(project.refiner, bundle.digest(project.model)).params.sampling_noise)
         return {"reconstruction/ssim": 0.5}
 
-    monkeypatch.setattr(evaluate, "judge_validation", judge)
+    monkeypatch.setattr(evaluate, "evaluate_validation", read_noise)
     search, study = run_here(project, params, 2)
-    tried = [study.tried(trial)["refiner.sampling_noise"] for trial in study.trials]
-    assert tried[0] == 0.5 != tried[1] and drawn_with == tried
+    tried = [study.values_of(trial)["refiner.sampling_noise"] for trial in study.trials]
+    assert tried[0] == 0.5 != tried[1] and noises == tried
     assert not list(search.folder.rglob("refiner_*")) and not list(search.folder.rglob("*.safetensors"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", [None, "pareto"])
-def test_what_goes_infinite_is_pruned_with_step_and_term_and_never_complete(search_project, objective):
-    rates = {"train.phases.0.learning_rate": {"choices": [1e-3, 1e30]}}
-    project, params = search_project(space=rates, objective=objective)
-    search, study = run_here(project, params, 6)
-    planted = [trial for trial in study.trials if study.tried(trial)["train.phases.0.learning_rate"] == 1e30]
-    assert planted and len(planted) < 6
+def test_a_diverging_trial_is_pruned_with_step_and_term(search_project, stub_evaluation, objective):
+    project, params = search_project(epochs=1, space={RATE: {"choices": [1e-3, 1e30]}}, objective=objective)
+    search, study = run_here(project, params, 4)
+    diverging = [trial for trial in study.trials if study.values_of(trial)[RATE] == 1e30]
+    assert diverging and len(diverging) < 4
     for trial in study.trials:
-        status = read_run(scratch_of(search, trial.number)).status
-        if trial in planted:
-            assert (trial.state, status) == (TrialState.PRUNED, "KILLED")
+        record = read_run(run_folder(search, trial.number))
+        if trial in diverging:
+            assert (trial.state, record.status) == (TrialState.PRUNED, "KILLED")
             step, term = trial.user_attrs["nonfinite_step"], trial.user_attrs["nonfinite_term"]
             assert trial.user_attrs["reason"] == f"{term} not finite at step {step} (phase one)"
-            tags = read_run(scratch_of(search, trial.number)).tags
+            tags = record.tags
             assert (tags["nonfinite_step"], tags["nonfinite_term"], tags["tune.state"]) == (step, term, "pruned")
         else:
-            assert (trial.state, status) == (TrialState.COMPLETE, "FINISHED")
-            assert all(abs(value) < 1e30 for value in trial.values)
-    assert study.winner() not in planted
+            assert (trial.state, record.status) == (TrialState.COMPLETE, "FINISHED")
+    assert study.winner() not in diverging
 
 
-@pytest.mark.parametrize(("objective", "key"), [(None, "generation/mmd_domain"), (None, "reconstruction/ssim")])
+@pytest.mark.parametrize("key", ["generation/mmd_domain", "reconstruction/ssim"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_objective_that_is_not_finite_is_pruned(search_project, monkeypatch, objective, key, value):
-    project, params = search_project(objective=objective)
-    good = {"reconstruction/ssim": 0.5, "generation/mmd_domain": 1.0}
-    monkeypatch.setattr(evaluate, "judge_validation", lambda *_, **__: good | {key: value})
-    _, study = run_here(project, params, 1)
+def test_an_objective_or_floor_that_is_not_finite_prunes_the_trial(search_project, stub_trials, key, value):
+    stub_trials[key] = value
+    _, study = run_here(*search_project(), 1)
     (trial,) = study.trials
     assert trial.state == TrialState.PRUNED and f"{key} is {value}" in trial.user_attrs["reason"]
 
@@ -157,128 +217,111 @@ def test_an_objective_that_is_not_finite_is_pruned(search_project, monkeypatch, 
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_trial_that_breaks_is_failed_with_its_reason_and_three_alike_stop_the_search(
-    search_project, monkeypatch, error, reason
-):
-    project, params = search_project()
-
-    def broken(*_, **__):
+def test_errors_fail_the_trial_and_three_equal_ones_stop_the_search(search_project, monkeypatch, error, reason):
+    def raise_error(*_, **__):
         raise error
 
-    monkeypatch.setattr(train, "run", broken)
-    search = search_of(project, params, 9)
-    with pytest.raises(UserError, match="failed alike"):
+    monkeypatch.setattr(train, "run", raise_error)
+    search = prepare(*search_project(), 9)
+    with pytest.raises(UserError, match="failed for the same reason"):
         worker.run_trials(search)
-    trials = worker.open_study(search).trials
-    assert [trial.state for trial in trials] == [TrialState.FAIL] * 3
-    assert all(trial.user_attrs["reason"].startswith(reason) for trial in trials)
-    assert read_run(scratch_of(search, 0)).status == "FAILED"
+    study = worker.open_study(search)
+    assert states_of(study) == ["FAIL"] * 3
+    assert all(trial.user_attrs["reason"].startswith(reason) for trial in study.trials)
+    assert read_run(run_folder(search, 0)).status == "FAILED"
 
 
-def test_a_trial_that_kills_its_worker_again_and_again_is_failed_like_any_other(search_project):
-    project, params = search_project()
-    search = search_of(project, params, 1)
+def test_one_failed_trial_does_not_stop_the_others(search_project, stub_trials, monkeypatch):
+    calls = []
+
+    def fail_once(*_, **__):
+        calls.append(None)
+        if len(calls) == 2:
+            raise MemoryError
+
+    monkeypatch.setattr(train, "run", fail_once)
+    _, study = run_here(*search_project(), 3)
+    assert states_of(study) == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_a_trial_whose_worker_is_always_killed_fails(search_project):
+    search = prepare(*search_project(), 1)
     for attempt in range(1, MAX_ATTEMPTS + 1):
         claim = worker.open_study(search).claim(1, search.started)
         assert (claim.trial.number, claim.attempt) == (0, attempt)
-        claim.release()  # what the kernel does when the worker is killed
+        claim.release()  # as the kernel does when the worker is killed
     worker.run_trials(search)
     (trial,) = worker.open_study(search).trials
     assert trial.state == TrialState.FAIL and "killed 3 times" in trial.user_attrs["reason"]
-    assert read_run(scratch_of(search, 0)).status == "FAILED"
+    assert read_run(run_folder(search, 0)).status == "FAILED"
 
 
-def test_stops_and_lost_databases_are_no_fault_of_the_trial(search_project, monkeypatch):
-    project, params = search_project(phases=[LONG[0] | {"epochs": 6}])
-    search = search_of(project, params, 1)
-    learn = train.run
+def test_interrupts_and_an_unreachable_database_leave_the_trial_running(search_project, stub_evaluation, monkeypatch):
+    search = prepare(*search_project(epochs=6), 1)
+    run = train.run
     for error in (TrainingInterrupted("asked to stop"), StorageInternalError("gone"), TrainingInterrupted("again")):
 
-        def stopped(*args, after_epoch, error=error, **words):
+        def run_one_epoch(*args, after_epoch, error=error, **words):
             def stop(epoch, values):
                 after_epoch(epoch, values)
                 raise error
 
-            return learn(*args, after_epoch=stop, **words)
+            return run(*args, after_epoch=stop, **words)
 
-        monkeypatch.setattr(train, "run", stopped)
+        monkeypatch.setattr(train, "run", run_one_epoch)
         with pytest.raises(type(error)):
             worker.run_trials(search)
-        assert [trial.state.name for trial in worker.open_study(search).trials] == ["RUNNING"]
-    monkeypatch.setattr(train, "run", learn)
+        assert states_of(worker.open_study(search)) == ["RUNNING"]
+    monkeypatch.setattr(train, "run", run)
     worker.run_trials(search)
-    (trial,) = worker.open_study(search).trials
-    assert trial.state == TrialState.COMPLETE and epochs_of(search, 0) == [1, 2, 3, 4, 5, 6]
+    assert states_of(worker.open_study(search)) == ["COMPLETE"]
+    assert epochs_of(search, 0) == [1, 2, 3, 4, 5, 6]
 
 
-def test_one_broken_trial_does_not_stop_the_others(search_project, monkeypatch):
-    project, params = search_project()
-    calls = []
-    learn = train.run
+def test_a_trial_worse_than_the_others_is_pruned(search_project, stub_trials, monkeypatch):
+    values = iter(0.9 - 0.01 * number for number in range(1000))  # each trial is worse than those before it
 
-    def broken_once(*args, **words):
-        calls.append(words)
-        if len(calls) == 2:
-            raise MemoryError
-        return learn(*args, **words)
-
-    monkeypatch.setattr(train, "run", broken_once)
-    _, study = run_here(project, params, 3)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
-
-
-def test_a_trial_worse_than_the_others_is_pruned_by_its_epochs(search_project, monkeypatch):
-    project, params = search_project(trial={"num_generated": 16}, phases=[LONG[0] | {"epochs": 4}])
-    reported = iter(range(1000))
-
-    def learn(project, *, after_epoch, **_):
-        falling = 0.9 - 0.01 * next(reported)  # each trial is worse than the ones before
+    def report(*_, after_epoch, **__):
+        value = next(values)
         for epoch in range(1, 5):
-            after_epoch(epoch, {"val/ssim": falling})
+            after_epoch(epoch, {"val/ssim": value})
 
-    monkeypatch.setattr(train, "run", learn)
-    monkeypatch.setattr(worker.prior, "run", lambda *_, **__: None)
-    monkeypatch.setattr(worker.refiner, "run", lambda *_, **__: None)
-    good = {"reconstruction/ssim": 0.5, "generation/mmd_domain": 1.0}
-    monkeypatch.setattr(evaluate, "judge_validation", lambda *_, **__: good)
-    monkeypatch.setattr(worker, "discrepancy_of", lambda *_: None)
-    _, study = run_here(project, params, 13)
-    states = [trial.state.name for trial in study.trials]
-    assert states[:10] == ["COMPLETE"] * 10  # nothing to compare with yet
-    assert states[10:] == ["PRUNED"] * 3
+    monkeypatch.setattr(train, "run", report)
+    _, study = run_here(*search_project(epochs=4), 13)
+    assert states_of(study) == ["COMPLETE"] * 10 + ["PRUNED"] * 3  # the first ten are not compared
     assert "val/ssim 0.78" in study.trials[-1].user_attrs["reason"]
 
 
-def test_data_and_extractor_are_made_once_where_they_are_missing(search_project, monkeypatch):
+def test_store_and_extractor_are_created_only_if_missing(search_project, monkeypatch):
     project, params = search_project()
-    made = []
-    monkeypatch.setattr(tune.preprocess, "run", lambda *_, **__: made.append("store"))
-    monkeypatch.setattr(tune.features, "run", lambda *_, **__: made.append("extractor"))
-    search_of(project, params, 1)
-    assert made == []
-    (project.features).rename(project.root / "aside")
-    with pytest.raises(UserError):  # the stand-in made none
-        search_of(project, params, 1)
-    assert made == ["extractor"]
+    created = []
+    monkeypatch.setattr(tune.preprocess, "run", lambda *_, **__: created.append("store"))
+    monkeypatch.setattr(tune.extractor, "run", lambda *_, **__: created.append("extractor"))
+    prepare(project, params, 1)
+    assert created == []
+    project.features.rename(project.root / "aside")
+    with pytest.raises(UserError):  # the stub has created none
+        prepare(project, params, 1)
+    assert created == ["extractor"]
 
 
 @pytest.mark.parametrize(
-    ("tune_section", "words"),
+    ("settings", "message"),
     [
         ({"objective": "train/loss"}, "lower bounds"),
         ({"space": {"loss.weights.perceptual": {"low": 0.0, "high": 1.0}}}, "medgen weights fetch vgg16"),
         ({"space": {"prior.nme": {"choices": ["gmm", "normal"]}}}, "did you mean 'name'"),
         ({"storage": "mysql://host/db"}, "mysql:// is not supported"),
-        ({"sections": {"model": {"name": "unet"}}}, "learns masks"),
+        ({"sections": {"model": {"name": "unet"}}}, "is trained on masks"),
         ({"sections": {"loss": {"weights": {"dice": 1.0, "l1": 1.0}}}}, "dice compares masks"),
     ],
 )
-def test_what_would_break_every_trial_is_said_before_the_first(
-    search_project, monkeypatch, tmp_path, tune_section, words
+def test_settings_that_would_make_every_trial_fail_are_refused(
+    search_project, monkeypatch, tmp_path, settings, message
 ):
     monkeypatch.setenv("MEDGEN_WEIGHTS", str(tmp_path))
-    project, params = search_project(**tune_section)
-    with pytest.raises(UserError, match=words):
+    project, params = search_project(**settings)
+    with pytest.raises(UserError, match=message):
         tune.run(project, params=params, file=project.root / "params.yaml", trials=1)
     assert not list(project.root.glob("optuna.journal"))
 
@@ -287,7 +330,7 @@ def test_a_store_made_with_other_settings_is_refused(search_project):
     project, params = search_project()
     other = params.model_copy(update={"preprocess": params.preprocess.model_copy(update={"clahe_clip": 3.0})})
     with pytest.raises(UserError, match="other values of preprocess"):
-        search_of(project, other, 1)
+        prepare(project, other, 1)
 
 
 @pytest.mark.parametrize(
@@ -300,8 +343,8 @@ def test_a_store_made_with_other_settings_is_refused(search_project):
         (2, 8, ["GPU-a", "GPU-b"], [(4, "GPU-a"), (4, "GPU-b")]),
     ],
 )
-def test_workers_share_cores_evenly_and_get_gpus_in_turn(workers, cores, devices, shares):
-    assert [(seat.threads, seat.gpu) for seat in seats(workers, cores, devices)] == shares
+def test_workers_get_equal_numbers_of_threads_and_gpus_in_turn(workers, cores, devices, shares):
+    assert [(slot.threads, slot.gpu) for slot in allocate_slots(workers, cores, devices)] == shares
 
 
 def test_gpus_are_those_this_process_may_use(monkeypatch):
@@ -311,7 +354,7 @@ def test_gpus_are_those_this_process_may_use(monkeypatch):
     assert gpus() == []
 
 
-def test_a_started_process_sees_its_share_and_this_one_does_not(monkeypatch):
+def test_environment_variables_are_restored(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with environment({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0"}):
@@ -319,150 +362,131 @@ def test_a_started_process_sees_its_share_and_this_one_does_not(monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == "7" and "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
-def command(trials, *more):
-    return [sys.executable, "-m", "medgen", "tune", "--trials", str(trials), *more]
+def open_study(project, trials=1):
+    return worker.open_study(prepare(project, load(project.root / "params.yaml"), trials))
 
 
-def start(project, trials, *more):
-    return subprocess.Popen(
-        command(trials, *more),
-        cwd=project.root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # ignored where the tests run in the background
-    )
-
-
-def study_of(project, trials=1):
-    return worker.open_study(search_of(project, load(project.root / "params.yaml"), trials))
-
-
-def epochs_of(search, number):
-    return [record["step"] for folder in search.trial_folder(number).glob("runs/*") for record in history(folder)]
-
-
-def wait_for_epochs(search, number, count, process):
-    """Waits until a trial has trained for `count` epochs."""
+def wait_for_epochs(started, search, number, count):
+    """Wait until a trial has been trained for `count` epochs."""
+    process, output = started
     while len(epochs_of(search, number)) < count:
-        assert process.poll() is None, process.communicate()[0]
-        try:
-            process.wait(timeout=0.05)
-        except subprocess.TimeoutExpired:
-            continue
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.05)
 
 
-def workers_of(process):
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+def finish(process, output):
+    """Wait for a command that must succeed; returns its output."""
+    process.join()
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
+
+
+def worker_of(process):
+    """The only worker process of a command."""
+    commands = {child: " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()}
+    (found,) = (child for child, words in commands.items() if re.search(r"(spawn|forkserver) import", words))
+    return found
 
 
 @pytest.mark.slow
-def test_killed_workers_and_parents_cost_no_trial_and_count_none_twice(search_project):
-    project, params = search_project(phases=LONG)
-    search = search_of(project, params, 2)
-    process = start(project, 2)
-    wait_for_epochs(search, 0, 3, process)
-    (first,) = workers_of(process)
-    first.kill()
-    wait_for_epochs(search, 1, 3, process)  # trial 0 was ended by the worker that took its place
-    (second,) = workers_of(process)
+def test_killed_workers_and_parents_lose_no_trial_and_repeat_no_epoch(search_project, start_tune):
+    project, params = search_project(epochs=LONG)
+    search = prepare(project, params, 2)
+    started = process, _ = start_tune(project, "--trials", "2", fork_workers=False)
+    wait_for_epochs(started, search, 0, 3)
+    worker_of(process).kill()
+    wait_for_epochs(started, search, 1, 3)  # another worker has ended trial 0
+    second = worker_of(process)
     process.kill()
-    process.communicate()
+    process.join()
     second.wait()  # it notices, saves and ends
 
-    assert [trial.state.name for trial in study_of(project).trials] == ["COMPLETE", "RUNNING"]
-    assert 3 <= len(epochs_of(search, 1)) < 40
+    assert states_of(open_study(project)) == ["COMPLETE", "RUNNING"]
+    assert 3 <= len(epochs_of(search, 1)) < LONG
 
     _, study = run_here(project, params, 2)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert states_of(study) == ["COMPLETE", "COMPLETE"]
     assert "trial 0, attempt 2" in (search.folder / "worker_0.log").read_text()
-    for number in (0, 1):  # from its checkpoint: every epoch once
-        assert epochs_of(search, number) == list(range(1, 41))
+    for number in (0, 1):  # resumed from the checkpoint
+        assert epochs_of(search, number) == list(range(1, LONG + 1))
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_sigterm_save_and_the_same_command_goes_on(search_project):
-    project, params = search_project(phases=LONG)
-    search = search_of(project, params, 1)
+def test_ctrl_c_and_sigterm_save_the_trial_and_the_same_command_continues_it(search_project, start_tune):
+    project, params = search_project(epochs=LONG)
+    search = prepare(project, params, 1)
     for number, code, epochs in ((signal.SIGINT, 130, 2), (signal.SIGTERM, TrainingInterrupted.exit_code, 20)):
-        process = start(project, 1)
-        wait_for_epochs(search, 0, epochs, process)
-        process.send_signal(number)
-        said = process.communicate()[0]
-        assert process.returncode == code and "same command goes on" in said, said
-        assert "Traceback" not in said, said
-        assert [trial.state.name for trial in study_of(project).trials] == ["RUNNING"]
+        started = process, output = start_tune(project, "--trials", "1")
+        wait_for_epochs(started, search, 0, epochs)
+        os.kill(process.pid, number)
+        process.join()
+        text = output.read_text()
+        assert process.exitcode == code and "run the same command again" in text, text
+        assert "Traceback" not in text, text
+        assert states_of(open_study(project)) == ["RUNNING"]
     _, study = run_here(project, params, 1)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
-    assert epochs_of(search, 0) == list(range(1, 41))
+    assert states_of(study) == ["COMPLETE"]
+    assert epochs_of(search, 0) == list(range(1, LONG + 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["journal", "postgres"])
-def test_two_commands_work_on_one_study(search_project, request, storage):
+def test_two_commands_share_one_study(search_project, start_tune, request, storage):
     own = {"storage": request.getfixturevalue("postgres")()} if storage == "postgres" else {}
-    project, _ = search_project(**own)
-    processes = [start(project, 4) for _ in range(2)]
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    study = study_of(project)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    project, _ = search_project(epochs=1, **own)
+    for started in [start_tune(project, "--trials", "4") for _ in range(2)]:
+        finish(*started)
+    study = open_study(project)
+    assert states_of(study) == ["COMPLETE"] * 4
     assert [trial.user_attrs["attempts"] for trial in study.trials] == [1] * 4
 
 
-def full_of(project, params):
-    return tune.prepare(project, params, 0, None, confirms=True)
+def prepare_full(project, params):
+    return tune.prepare(project, params, 0, None, is_confirmation=True)
 
 
 @pytest.mark.slow
-def test_a_confirmation_is_what_dvc_repro_would_train_and_its_model_stays(search_project, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    trial = {"num_generated": 16, "epochs": 1, "subset": 24}
-    project, params = search_project(phases=[LONG[0] | {"epochs": 3}], trial=trial)
-    search, study = run_here(project, params, 3)
-    full = full_of(project, params)
+def test_a_confirmation_trains_what_dvc_repro_would_train_and_keeps_the_models(search_project, capsys, monkeypatch):
+    monkeypatch.setattr(console.OUT, "width", 200)
+    project, params = search_project(epochs=3, trial={"num_generated": 16, "epochs": 1, "subset": 24})
+    search, study = run_here(project, params, 2)
+    full = prepare_full(project, params)
     confirmation = worker.open_study(full)
     confirmation.enqueue_best(study, 2)
     worker.run_trials(full)
-    numbers = {0, *(t.number for t in study.ranked()[:2])}
-    assert {origin(t): t.state.name for t in confirmation.trials} == dict.fromkeys(numbers, "COMPLETE")
+    assert {origin_number(t): t.state.name for t in confirmation.trials} == {0: "COMPLETE", 1: "COMPLETE"}
     for trial in confirmation.trials:
-        own = replace(params, study.tried(study.trials[origin(trial)]), "test")
+        own = replace(params, study.values_of(study.trials[origin_number(trial)]), "test")
         dataset = open_store(project.dataset).fingerprint
-        scratch = scratch_of(full, trial.number)
-        assert scratch.name == train.run_fingerprint(dataset, own.model, own.loss, own.train)
-        assert epochs_of(full, trial.number) == [1, 2, 3] and epochs_of(search, origin(trial)) == [1]
-        assert read_run(scratch).name == f"trial {origin(trial)} in full"
-        assert (full.trial_folder(trial.number) / "artifacts" / "refiner" / "refiner.json").exists()
+        folder, trial_folder = run_folder(full, trial.number), full.trial_folder(trial.number)
+        assert folder.name == train.run_fingerprint(dataset, own.model, own.loss, own.train)
+        assert epochs_of(full, trial.number) == [1, 2, 3] and epochs_of(search, origin_number(trial)) == [1]
+        assert read_run(folder).name == f"trial {origin_number(trial)} in full"
+        assert (trial_folder / "artifacts" / "refiner" / "refiner.json").exists()
         for part in ("model", "prior"):
-            assert list((full.trial_folder(trial.number) / "artifacts" / part).glob("*.safetensors"))
-        assert not list(full.trial_folder(trial.number).rglob("checkpoint.pt"))
+            assert list((trial_folder / "artifacts" / part).glob("*.safetensors"))
+        assert not list(trial_folder.rglob("checkpoint.pt"))
 
     file = project.root / "params.yaml"
     (search.folder / file.name).write_bytes(file.read_bytes())
-    stages = [tune.open_stage(each) for each in (search, full)]
+    stages = [tune.TrackedStudy(each) for each in (search, full)]
     capsys.readouterr()
-    best = tune.conclude(stages, "FINISHED", file, Console())
+    best = tune.write_results(stages, "FINISHED", file)
     printed = capsys.readouterr().out
     assert best == confirmation.winner() and "rank in search" in printed and "rank in full" in printed
     assert f"its model, prior and refiner: {full.trial_folder(best.number) / 'artifacts'}" in printed
     written = project.reports / "tune" / "best.yaml"
-    assert f"trial {origin(best)} in full, best of {len(numbers)}" in written.read_text()
-    tried = study.tried(study.trials[origin(best)])
-    assert load(written).train.phases[0].learning_rate == tried["train.phases.0.learning_rate"]
+    assert f"trial {origin_number(best)} in full, best of 2" in written.read_text()
+    assert load(written).train.phases[0].learning_rate == confirmation.values_of(best)[RATE]
 
 
-def test_a_confirmation_of_trials_that_are_full_already_is_refused(search_project):
-    project, params = search_project()
+def test_a_confirmation_of_trials_that_are_already_full_is_refused(search_project):
     with pytest.raises(UserError, match="every trial is already trained in full"):
-        full_of(project, params)
+        prepare_full(*search_project())
 
 
 @pytest.mark.parametrize(
-    ("section", "warns"),
+    ("settings", "warns"),
     [
         ({}, False),
         ({"trial": {"num_generated": 1999}}, True),
@@ -470,130 +494,98 @@ def test_a_confirmation_of_trials_that_are_full_already_is_refused(search_projec
         ({"trial": {"num_generated": 1999}, "objective": "reconstruction/ssim"}, False),
     ],
 )
-def test_too_few_samples_for_a_reliable_ranking_are_warned_of(search_project, capsys, section, warns):
-    project, params = search_project(**({"trial": {}} | section))
-    search_of(project, params, 1)
+def test_too_few_samples_for_a_reliable_ranking_give_a_warning(search_project, capsys, settings, warns):
+    prepare(*search_project(**({"trial": {}} | settings)), 1)
     assert ("tune.trial.num_generated is 1999" in " ".join(capsys.readouterr().err.split())) == warns
 
 
-@pytest.mark.slow
-def test_a_confirmation_that_is_killed_goes_on_and_repeats_nothing(search_project):
-    phases = [LONG[0] | {"epochs": 20}]
-    project, params = search_project(tracking=True, phases=phases, trial={"num_generated": 16, "epochs": 1})
-    search, full = search_of(project, params, 2), full_of(project, params)
-    process = start(project, 2, "--confirm", "2")
-    wait_for_epochs(full, 0, 3, process)
-    (working,) = workers_of(process)
-    process.kill()
-    process.communicate()
-    working.wait()  # it notices, saves and ends
-    assert [trial.state.name for trial in worker.open_study(full).trials] == ["RUNNING", "WAITING"]
-
-    arguments = command(2, "--confirm", "2", "--workers", "2", "--apply")
-    run = subprocess.run(arguments, cwd=project.root, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    confirmation, best = worker.open_study(full), worker.open_study(full).winner()
-    assert sorted(origin(trial) for trial in confirmation.trials) == [0, 1]
-    assert [epochs_of(full, number) for number in (0, 1)] == [list(range(1, 21))] * 2
-    assert f"rial {origin(best)} in full" in run.stdout
-    tried = confirmation.tried(best)
-    assert load(project.root / "params.yaml").train.phases[0].beta.end == tried["train.phases.0.beta.end"]
-
-    again = subprocess.run(arguments, cwd=project.root, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "2 of 2 trials in full are done" in again.stdout
-    assert len(worker.open_study(full).trials) == 2 and len(worker.open_study(search).trials) == 2
-
+def mlflow_runs(project):
+    """The runs in MLflow by name, and a client."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{project.root}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("medgen").experiment_id])
-    ids = {run.info.run_name: run.info.run_id for run in runs}
-    parents = {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in runs}
-    search_run, confirmation_run = ids[f"search {search.study}"], ids[f"confirmation {full.study}"]
-    assert parents == {
-        f"search {search.study}": None,
-        "trial 0": search_run,
-        "trial 1": search_run,
-        f"confirmation {full.study}": search_run,
-        "trial 0 in full": confirmation_run,
-        "trial 1 in full": confirmation_run,
-    }
+    assert len({run.info.run_name for run in runs}) == len(runs)
     assert {run.info.status for run in runs} == {"FINISHED"}
-
-
-def test_two_commands_that_end_at_once_write_their_reports_in_turn(search_project, monkeypatch):
-    project, params = search_project()
-    search, _ = run_here(project, params, 2)
-    both_inside = threading.Barrier(2, timeout=1.0)
-    write_figures = tune.write_figures
-
-    def meet(*args):
-        try:
-            both_inside.wait()
-        except threading.BrokenBarrierError:  # the other waits for its turn
-            return write_figures(*args)
-        raise AssertionError("both write at once")
-
-    monkeypatch.setattr(tune, "write_figures", meet)
-    file = project.root / "params.yaml"
-    (search.folder / file.name).write_bytes(file.read_bytes())
-
-    def conclude(_):
-        return tune.conclude([tune.open_stage(search)], "FINISHED", file, Console()).number
-
-    with ThreadPoolExecutor(2) as pool:
-        assert len(set(pool.map(conclude, range(2)))) == 1
+    return {run.info.run_name: run for run in runs}, client
 
 
 @pytest.mark.slow
-def test_a_search_from_the_first_trial_to_mlflow_and_params_yaml(search_project):
+def test_a_killed_confirmation_continues_and_repeats_nothing(search_project, start_tune):
+    project, params = search_project(tracking=True, epochs=LONG, trial={"num_generated": 16, "epochs": 1})
+    search, _ = run_here(project, params, 2)
+    full = prepare_full(project, params)
+    tracked = tune.TrackedStudy(search)
+    tracked.write_record("FINISHED")
+    tracked.upload_parent()  # creates MLflow's tables: a kill during that would break the database
+    started = process, _ = start_tune(project, "--trials", "2", "--confirm", "2")
+    wait_for_epochs(started, full, 0, 3)
+    working = worker_of(process)
+    process.kill()
+    process.join()
+    working.wait()  # it notices, saves and ends
+    assert states_of(worker.open_study(full)) == ["RUNNING", "WAITING"]
+
+    arguments = ("--trials", "2", "--confirm", "2", "--workers", "2", "--apply")
+    output = finish(*start_tune(project, *arguments))
+    confirmation = worker.open_study(full)
+    best = confirmation.winner()
+    assert sorted(origin_number(trial) for trial in confirmation.trials) == [0, 1]
+    assert [epochs_of(full, number) for number in (0, 1)] == [list(range(1, LONG + 1))] * 2
+    assert f"rial {origin_number(best)} in full" in output
+    assert load(project.root / "params.yaml").train.phases[0].beta.end == confirmation.values_of(best)[BETA]
+
+    assert "2 of 2 trials in full are done" in finish(*start_tune(project, *arguments))
+    assert len(worker.open_study(full).trials) == 2 and len(worker.open_study(search).trials) == 2
+
+    runs, _ = mlflow_runs(project)
+    search_name, full_name = f"search {search.study}", f"confirmation {full.study}"
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
+    ids = {name: run.info.run_id for name, run in runs.items()}
+    assert parents == {
+        search_name: None,
+        **dict.fromkeys(("trial 0", "trial 1", full_name), ids[search_name]),
+        **dict.fromkeys(("trial 0 in full", "trial 1 in full"), ids[full_name]),
+    }
+
+
+@pytest.mark.slow
+def test_a_search_writes_reports_mlflow_runs_and_params_yaml(search_project, start_tune):
     project, params = search_project(tracking=True)
     path = project.root / "params.yaml"
     path.write_text(path.read_text().replace("base_channels: 8", "base_channels: 8  # kept"))
-    run = subprocess.run(command(4, "--workers", "2"), cwd=project.root, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "4 of 4" not in run.stderr and "trial 0 complete" in run.stdout
+    output = finish(*start_tune(project, "--trials", "3", "--workers", "2", fork_workers=False))
+    assert "trial 0 complete" in output
 
-    study = study_of(project, 4)
+    study = open_study(project, 3)
     best = study.winner()
-    tried = study.tried(best)
+    values = study.values_of(best)
     folder = project.reports / "tune"
     assert {"best.yaml", "history.png", "slice.png"} <= {file.name for file in folder.iterdir()}
-    from_best = load(folder / "best.yaml")
-    assert from_best.train.phases[0].learning_rate == tried["train.phases.0.learning_rate"]
-    assert load(path) == params  # nothing is applied that was not asked for
+    assert load(folder / "best.yaml").train.phases[0].learning_rate == values[RATE]
+    assert load(path) == params  # only --apply changes it
 
-    again = subprocess.run(command(4, "--apply"), cwd=project.root, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "4 of 4 trials are done" in again.stdout
-    assert load(path).train.phases[0].beta.end == tried["train.phases.0.beta.end"]
+    assert "3 of 3 trials are done" in finish(*start_tune(project, "--trials", "3", "--apply"))
+    assert load(path).train.phases[0].beta.end == values[BETA]
     assert "# kept" in path.read_text()
-    assert study_of(project, 4).name == study.name  # the winner's own search, not a new one
+    assert open_study(project, 3).name == study.name  # --apply starts no new study
 
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{project.root}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("medgen").experiment_id])
-    by_name = {run.info.run_name: run for run in runs}
-    assert len(runs) == 5
-    parent = by_name.pop(f"search {study.name}")
-    assert parent.info.status == "FINISHED" and parent.data.metrics["tune/complete"] == 4
+    runs, client = mlflow_runs(project)
+    assert len(runs) == 4
+    parent = runs[f"search {study.name}"]
+    assert parent.data.metrics["tune/complete"] == 3
     assert parent.data.metrics["tune/best/generation/mmd_domain"] == pytest.approx(best.values[0])
     artifacts = {file.path for name in ("tune", "best") for file in client.list_artifacts(parent.info.run_id, name)}
     assert {"tune/history.png", "tune/best.yaml", "best/samples.png"} <= artifacts
-    for number in range(4):
-        child = by_name[f"trial {number}"]
+    for number in range(3):
+        child = runs[f"trial {number}"]
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert child.info.status == "FINISHED"
         assert child.data.metrics["val/generation/mmd_domain"] == pytest.approx(study.trials[number].values[0])
         assert {"figures/samples.png"} <= {file.path for file in client.list_artifacts(child.info.run_id, "figures")}
 
 
 @pytest.mark.slow
-def test_a_search_for_masks(small_params, tmp_path):
-    from medgen.config import Params
-    from medgen.datasets.sample import draw
-    from medgen.ingest import preprocess
-
+def test_a_search_for_a_segmentation_model(small_params, tmp_path):
     draw(tmp_path / "data", num_images=36, size=48, seed=0)
     project = Project(tmp_path)
     plain = small_params | {
@@ -605,10 +597,7 @@ def test_a_search_for_masks(small_params, tmp_path):
     params = Params.model_validate(json.loads(json.dumps(plain)))
     preprocess.run(project, data=params.data, preprocess=params.preprocess)
     _, study = run_here(project, params, 2)
-    assert study.objective.keys == ("segmentation/dice_foreground",) and set(study.space) == {
-        "train.phases.0.learning_rate",
-        "loss.weights.bce",
-        "loss.weights.dice",
-    }
+    assert study.objective.keys == ("segmentation/dice_foreground",)
+    assert set(study.space) == {RATE, "loss.weights.bce", "loss.weights.dice"}
     assert all(trial.state == TrialState.COMPLETE and 0 <= trial.values[0] <= 1 for trial in study.trials)
-    assert not Path(project.features).exists()
+    assert not project.features.exists()

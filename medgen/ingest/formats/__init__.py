@@ -1,1 +1,1 @@
-"""One module a file format; data/images.py chooses between them."""
+"""Readers of image files, one module per file format; `medgen.ingest.images` selects the reader for a file."""

@@ -1,24 +1,22 @@
-"""Files of thousands of small pictures: MedMNIST's npz, MNIST's idx, CIFAR's batches.
+"""Readers of files of thousands of small images: MedMNIST's npz, MNIST's idx and CIFAR's binary batches.
 
-contents = inspect(Path("pneumoniamnist.npz"), preprocess)   # one index, label and split for each picture
+contents = inspect(Path("pneumoniamnist.npz"), preprocess)   # one index, label and split per image
 with NpzFile(path, preprocess) as file:
     raw = file.read(0)
 
-Compressed arrays are inflated once, into a temporary file without a name that is mapped into memory: a file takes as
-much disk as it is long and next to no memory. MNIST: http://yann.lecun.com/exdb/mnist; CIFAR: Krizhevsky, Learning
-Multiple Layers of Features from Tiny Images (2009); MedMNIST: Yang et al., Scientific Data 10, 41 (2023).
+Compressed arrays are inflated once, into an unnamed temporary file that is mapped into memory: an open file takes disk
+space and almost no memory. MNIST: http://yann.lecun.com/exdb/mnist; CIFAR: Krizhevsky, Learning Multiple Layers of
+Features from Tiny Images (2009), https://www.cs.toronto.edu/~kriz/cifar.html; MedMNIST: Yang et al., Scientific Data
+10, 41 (2023).
 
-Shapes: N pictures of a file, H W height and width.
+Shapes: N images of a file, H W height and width.
 """
 
 import gzip
 import io
 import math
-import mmap
 import re
-import shutil
 import struct
-import tempfile
 import threading
 import zipfile
 import zlib
@@ -28,94 +26,86 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.ingest.formats import unpickle
 from medgen.ingest.formats.medmnist import class_names
-from medgen.ingest.formats.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
+from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableImage, check_size
+from medgen.ingest.formats.streams import (
+    CHUNK,
+    MAX_DEFLATE_RATIO,
+    check_end,
+    copy_to_mmap,
+    max_inflated_bytes,
+    open_inflated,
+    read_exactly,
+)
 
 T = TypeVar("T")
 
 _SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "t10k": "test", "test": "test"}
-_MAX_PICTURES = 1 << 21  # more than twice the largest set of digits, EMNIST
-_MIN_SIDE = 4  # pixels; less is no picture, and a small file could claim a million of them
-_MAX_BATCH = 256 << 20  # bytes of a pickle; CIFAR-100's train has 155 million
-_MAX_RATIO = 1032  # deflate makes no byte more than this (zlib.net/zlib_tech.html)
-_MAX_KEYS = 8  # named in a reason
+_SPLIT_OF_WORD = {"train": "train", "val": "val", "valid": "val", "t10k": "test", "test": "test"}
+_MAX_IMAGES = 1 << 21  # more than twice the images of the largest set of digits, EMNIST
+_MAX_KEYS = 8  # listed in a message
 _NPY_HEADER = 1 << 16
-_CHUNK = 1 << 20
 _IDX_IMAGES, _IDX_LABELS = 0x803, 0x801  # unsigned bytes in three dimensions, in one
 _IDX_NAME = re.compile(r"((?:.*[-_. ])?)images([-.]idx)3(-ubyte(?:\.gz)?)", re.IGNORECASE)
 _IDX_LABELS_NAME = re.compile(r"(?:.*[-_. ])?labels[-.]idx1-ubyte(?:\.gz)?", re.IGNORECASE)
-_CIFAR_BATCH = re.compile(r"data_batch_\d+|test_batch")
-_CIFAR_SIDE = 32
+_CIFAR_PIXEL_BYTES = 3 * 32 * 32  # of an image: red, green, blue
+_CIFAR_NAME = re.compile(r"data_batch_\d+|test_batch|train|test")
+_PICKLE_START = re.compile(rb"\x80[\x02-\x05]")
+_PICKLED_CIFAR = (
+    "a pickled CIFAR batch, which is not loaded because a pickle can run code; expected the binary edition: unpack "
+    "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html), or run "
+    "`medgen data fetch cifar10`"
+)
 
 
 def is_idx_images(name: str) -> bool:
-    """True for the name of MNIST's pictures, such as t10k-images-idx3-ubyte.gz; False for that of its labels."""
+    """True for the name of an idx file of images, such as t10k-images-idx3-ubyte.gz."""
     return _IDX_NAME.fullmatch(name) is not None
 
 
 def is_idx_labels(name: str) -> bool:
-    """True for the name of MNIST's labels, such as t10k-labels-idx1-ubyte.gz."""
+    """True for the name of an idx file of labels, such as t10k-labels-idx1-ubyte.gz."""
     return _IDX_LABELS_NAME.fullmatch(name) is not None
 
 
-def is_cifar_batch(path: Path) -> bool:
-    """True for data_batch_N and test_batch, and for CIFAR-100's train and test where they begin as a pickle does."""
-    if _CIFAR_BATCH.fullmatch(path.name):
-        return True
-    if path.name not in ("train", "test") or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80"
-
-
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
-    """Number, labels and splits of the pictures of an npz, idx or CIFAR file.
+    """Number, labels and splits of the images of an npz, idx or CIFAR file.
 
-    Labels that are numbers are filled with zeros to one width, so that they sort as numbers.
+    Numeric labels are padded with zeros to one width, so that they sort as numbers.
 
     Raises:
-        UnreadableImage: it is damaged or none of these.
+        UnreadableImage: the file is damaged, is none of these formats, or is a pickled CIFAR batch.
     """
     if is_idx_images(path.name):
         return _inspect_idx(path)
-    if is_cifar_batch(path):
+    if _CIFAR_NAME.fullmatch(path.name.removesuffix(".bin")):
         return _inspect_cifar(path)
     return _inspect_npz(path)
 
 
-class _ArrayFile:
-    """What the three have in common: `_picture` gives (H, W) or (H, W, 3) and how many bits are unused."""
-
-    @property
-    def num_pictures(self) -> int:
-        """Of the file.
-
-        Raises:
-            UnreadableImage: it is damaged.
-        """
-        raise NotImplementedError
+class _ArrayFile(ImageFile):
+    """Base class of the readers: `_read_stored` returns (H, W) or (H, W, 3) and the number of unused high bits."""
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self._path, self._mask = path, mask
         self._keeps_colour = preprocess.channels == 3 and not mask
         self._lock = threading.Lock()
         self._loaded: dict[str, Any] = {}
-        self._reasons: dict[str, str] = {}  # of what could not be loaded
+        self._reasons: dict[str, str] = {}  # error messages of arrays that could not be loaded
 
     def read(self, index: int) -> RawImage:
-        """The picture of that index; an array of 16 bits is shifted so that its highest value nears white."""
-        with _reasons():
-            stored, num_unused_bits = self._picture(index)
+        """Read one image; 16-bit values are shifted so that the highest one of their array is close to white."""
+        if not 0 <= index < self.num_images:
+            raise UnreadableImage(f"image {index} of {self.num_images}")
+        with _unreadable_errors():
+            stored, num_unused_bits = self._read_stored(index)
         deep = stored.dtype.itemsize == 2
         pixels: Any = np.array(stored, np.uint16 if deep else np.uint8, order="C")
         height, width = pixels.shape[:2]
@@ -126,30 +116,22 @@ class _ArrayFile:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         return RawImage(pixels, (width, height), mode)
 
-    def _picture(self, index: int) -> tuple[NDArray[Any], int]:
+    def _read_stored(self, index: int) -> tuple[NDArray[Any], int]:
         raise NotImplementedError
 
     def _load_once(self, key: str, load: Callable[[], T]) -> T:
-        """What `load` gives, or why it fails: once for all pictures, as a damaged file may be long."""
+        """Call `load` once for all images, also if it fails: a damaged file may be long."""
         with self._lock:
             if key in self._reasons:
                 raise UnreadableImage(self._reasons[key])
             if key not in self._loaded:
                 try:
-                    with _reasons():
+                    with _unreadable_errors():
                         self._loaded[key] = load()
                 except UnreadableImage as error:
                     self._reasons[key] = str(error)
                     raise
             return cast(T, self._loaded[key])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 # npz
@@ -157,7 +139,7 @@ class _ArrayFile:
 
 @dataclass(frozen=True)
 class _Member:
-    """An array of an npz: what its header says, and where in the member the values begin."""
+    """Header of an array of an npz file, and the offset of its values in the member."""
 
     name: str
     shape: tuple[int, ...]
@@ -174,116 +156,112 @@ class _Member:
 
 
 class NpzFile(_ArrayFile):
-    """The pictures of a file in MedMNIST's layout: those of train, then of val, then of test."""
+    """Images of a file in MedMNIST's layout, in the order train, val, test."""
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         super().__init__(path, preprocess, mask)
-        with _reasons(), _open_npz(path) as archive:
-            self._members = [member for _, member in _image_members(archive)]
+        with _unreadable_errors(), _open_npz(path) as archive:
+            self._members = [member for _, member in _read_image_members(archive)]
         self._ends = list(accumulate(member.shape[0] for member in self._members))
 
     @property
-    def num_pictures(self) -> int:
-        """Of train, val and test together."""
+    def num_images(self) -> int:
+        """Number of images of train, val and test together."""
         return self._ends[-1]
 
-    def _picture(self, index: int) -> tuple[NDArray[Any], int]:
-        if not 0 <= index < self._ends[-1]:
-            raise UnreadableImage(f"picture {index} of {self._ends[-1]}")
-        place = bisect_right(self._ends, index)
-        member = self._members[place]
+    def _read_stored(self, index: int) -> tuple[NDArray[Any], int]:
+        number = bisect_right(self._ends, index)
+        member = self._members[number]
         array, num_unused_bits = self._load_once(member.name, lambda: self._load(member))
-        return array[index - (self._ends[place] - len(array))], num_unused_bits
+        return array[index - (self._ends[number] - len(array))], num_unused_bits
 
     def _load(self, member: _Member) -> tuple[NDArray[Any], int]:
         with _open_npz(self._path) as archive, archive.open(member.name) as stream:
             stream.read(member.start)
-            array = member.view(spill(stream, member.num_bytes))
-            _require_end(stream)
-        unused = 0 if array.dtype.itemsize == 1 else 16 - max(1, int(array.max()).bit_length())
-        return array, unused
+            array = member.view(copy_to_mmap(stream, member.num_bytes))
+            check_end(stream)
+        num_unused_bits = 0 if array.dtype.itemsize == 1 else 16 - max(1, int(array.max()).bit_length())
+        return array, num_unused_bits
 
 
 def _inspect_npz(path: Path) -> Contents:
-    with _reasons(), _open_npz(path) as archive:
-        members = _image_members(archive)
+    with _unreadable_errors(), _open_npz(path) as archive:
+        members = _read_image_members(archive)
         splits = [split for split, member in members for _ in range(member.shape[0])]
-        numbers = [_npz_labels(archive, split, member.shape[0]) for split, member in members]
-        present = [part for part in numbers if part is not None]
+        per_split = [_read_npz_labels(archive, split, member.shape[0]) for split, member in members]
+        present = [labels for labels in per_split if labels is not None]
         names: Sequence[str] | None = None
-        if len(present) == len(numbers):
+        if len(present) == len(per_split):
             labels, classes = np.concatenate(present), class_names(path.stem)
-            names = _numbered(labels) if classes is None else _named(labels, classes, path.name)
+            names = _number_labels(labels) if classes is None else _name_labels(labels, classes, path.name)
     return Contents(range(len(splits)), names, splits, independent=True)
 
 
-def _image_members(archive: zipfile.ZipFile) -> list[tuple[str, _Member]]:
-    """The pictures' arrays with their splits, in the order of their indices."""
+def _read_image_members(archive: zipfile.ZipFile) -> list[tuple[str, _Member]]:
+    """Split and header of each array of images, in the order of the indices."""
     present = {name.removesuffix(".npy") for name in archive.namelist()}
-    members = [(split, _member(archive, f"{split}_images")) for split in _SPLITS if f"{split}_images" in present]
+    members = [(split, _read_member(archive, f"{split}_images")) for split in _SPLITS if f"{split}_images" in present]
     if not members:
         found = ", ".join(f"{name[:30]!a}" for name in sorted(present)[:_MAX_KEYS]) or "none"
         more = "" if len(present) <= _MAX_KEYS else f" and {len(present) - _MAX_KEYS} more"
         raise UnreadableImage(f"arrays {found}{more}; expected MedMNIST's train_images, train_labels, val_images, ...")
     for _, member in members:
-        _check_images(member)
-    num_pictures = sum(member.shape[0] for _, member in members)
-    if not 1 <= num_pictures <= _MAX_PICTURES:
-        raise UnreadableImage(f"{num_pictures} pictures; expected 1 to {_MAX_PICTURES}")
+        _check_image_array(member)
+    _check_num_images(sum(member.shape[0] for _, member in members))
     return members
 
 
-def _check_images(member: _Member) -> None:
+def _check_image_array(member: _Member) -> None:
     shape, key = member.shape, member.name.removesuffix(".npy")
     if len(shape) == 4 and shape[3] != 3:
         raise UnreadableImage(
-            f"{key} holds volumes of shape {shape} (MedMNIST3D); expected pictures: (N, H, W) or (N, H, W, 3)"
+            f"{key} holds volumes of shape {shape} (MedMNIST3D); expected images: (N, H, W) or (N, H, W, 3)"
         )
     if len(shape) not in (3, 4):
         raise UnreadableImage(f"{key} has shape {shape}; expected (N, H, W) or (N, H, W, 3)")
     if member.dtype.kind != "u" or member.dtype.itemsize > 2:
         raise UnreadableImage(f"{key} holds {member.dtype}; expected uint8 or uint16")
-    _check_size(shape[2], shape[1], f"{key} holds ")
+    check_size(shape[2], shape[1], f"{key} holds ")
 
 
-def _npz_labels(archive: zipfile.ZipFile, split: str, num_pictures: int) -> NDArray[Any] | None:
-    """One number for each picture; None where there are no labels, or several for one picture."""
+def _read_npz_labels(archive: zipfile.ZipFile, split: str, num_images: int) -> NDArray[Any] | None:
+    """One class number per image; None if there are no labels, or several per image."""
     key = f"{split}_labels"
     if f"{key}.npy" not in archive.namelist():
         return None
-    member = _member(archive, key)
-    if not member.shape or member.shape[0] != num_pictures:
-        raise UnreadableImage(f"{key} has shape {member.shape} for {num_pictures} pictures")
+    member = _read_member(archive, key)
+    if not member.shape or member.shape[0] != num_images:
+        raise UnreadableImage(f"{key} has shape {member.shape} for {num_images} images")
     if member.shape[1:] not in ((), (1,)):
         return None
     if member.dtype.kind not in "uib":
         raise UnreadableImage(f"{key} holds {member.dtype}; expected whole numbers")
     with archive.open(member.name) as stream:
         stream.read(member.start)
-        return member.view(_read_exactly(stream, member.num_bytes)).reshape(num_pictures)
+        return member.view(read_exactly(stream, member.num_bytes)).reshape(num_images)
 
 
-class _Sparing(io.BufferedReader):
-    """Gives a MiB at most at a time: zipfile reads a list of members in one go, however long the file says it is."""
+class _ChunkedReader(io.BufferedReader):
+    """Reads at most 1 MiB at a time: zipfile reads the list of members in one call, however long it claims to be."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(_CHUNK if size is None or size < 0 else min(size, _CHUNK))
+        return super().read(CHUNK if size is None or size < 0 else min(size, CHUNK))
 
 
 @contextmanager
 def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    with _Sparing(io.FileIO(path)) as file:
+    with _ChunkedReader(io.FileIO(path)) as file:
         if file.peek(2)[:2] != b"PK":
-            raise UnreadableImage("no npz file: it does not begin as a zip archive does")
+            raise UnreadableImage("not an npz file: it does not begin like a zip archive")
         with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
             yield archive
 
 
-def _member(archive: zipfile.ZipFile, key: str) -> _Member:
-    """An array's header, without its values."""
+def _read_member(archive: zipfile.ZipFile, key: str) -> _Member:
+    """Read and check an array's header, without its values."""
     info = archive.getinfo(f"{key}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UnreadableImage(f"{key} is compressed in an unusual way; expected numpy.savez or savez_compressed")
+        raise UnreadableImage(f"{key} has an unusual compression; expected numpy.savez or savez_compressed")
     with archive.open(info) as stream:
         start = io.BytesIO(stream.read(_NPY_HEADER))  # numpy would read a header as long as it claims to be
     version = np.lib.format.read_magic(start)
@@ -297,9 +275,11 @@ def _member(archive: zipfile.ZipFile, key: str) -> _Member:
         raise UnreadableImage(f"{key} has shape {shape}")
     member = _Member(info.filename, shape, dtype, is_fortran, start.tell())
     expected = member.start + member.num_bytes
-    there = min(info.compress_size, archive.start_dir)  # the pictures end where the list of members begins
-    if expected != info.file_size or expected > there * (1 if info.compress_type == zipfile.ZIP_STORED else _MAX_RATIO):
-        raise UnreadableImage(f"{key} should take {expected} bytes by its header, and does not")
+    compressed = min(info.compress_size, archive.start_dir)  # the arrays end where the list of members begins
+    if expected != info.file_size or expected > compressed * (
+        1 if info.compress_type == zipfile.ZIP_STORED else MAX_DEFLATE_RATIO
+    ):
+        raise UnreadableImage(f"{key} is not {expected} bytes long, as its header says")
     return member
 
 
@@ -307,187 +287,197 @@ def _member(archive: zipfile.ZipFile, key: str) -> _Member:
 
 
 class IdxFile(_ArrayFile):
-    """The pictures of one file of MNIST's kind, as stored: white digits on black."""
+    """Images of one idx file of MNIST's kind."""
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         super().__init__(path, preprocess, mask)
-        with _reasons():
-            self._shape = _idx_images_shape(path)
-        self._is_turned = path.name.lower().startswith("emnist")  # written column by column, unlike all others
+        with _unreadable_errors():
+            self._shape = _read_idx_shape(path)
+        self._is_transposed = path.name.lower().startswith("emnist")  # stored column by column, unlike all others
 
     @property
-    def num_pictures(self) -> int:
-        """As the header says."""
+    def num_images(self) -> int:
+        """Number of images by the header."""
         return self._shape[0]
 
-    def _picture(self, index: int) -> tuple[NDArray[Any], int]:
-        if not 0 <= index < self._shape[0]:
-            raise UnreadableImage(f"picture {index} of {self._shape[0]}")
-        pixels = self._load_once("pictures", self._load)[index]
-        return (pixels.T if self._is_turned else pixels), 0
+    def _read_stored(self, index: int) -> tuple[NDArray[Any], int]:
+        pixels = self._load_once("images", self._load)[index]
+        return (pixels.T if self._is_transposed else pixels), 0
 
     def _load(self) -> NDArray[np.uint8]:
-        with _open_idx(self._path) as stream:
+        with open_inflated(self._path) as stream:
             stream.read(16)
-            values = spill(stream, math.prod(self._shape))
-            _require_end(stream)
+            values = copy_to_mmap(stream, math.prod(self._shape))
+            check_end(stream)
         return np.frombuffer(values, np.uint8).reshape(self._shape)
 
 
 def _inspect_idx(path: Path) -> Contents:
-    with _reasons():
-        num_pictures, _, _ = _idx_images_shape(path)
-    labels_path = _idx_labels_path(path)
+    with _unreadable_errors():
+        num_images, _, _ = _read_idx_shape(path)
+    labels_path = _find_idx_labels(path)
     names = None
     if labels_path is not None:
-        with _reasons(f"{labels_path.name}: "):
-            names = _numbered(_idx_labels(labels_path, num_pictures))
+        with _unreadable_errors(f"{labels_path.name}: "):
+            names = _number_labels(_read_idx_labels(labels_path, num_images))
     words = re.split(r"[-_. ]", path.name.lower())
-    split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+    split = next((_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD), None)
     return Contents(
-        range(num_pictures),
+        range(num_images),
         names,
-        None if split is None else [split] * num_pictures,
+        None if split is None else [split] * num_images,
         independent=True,
         companions=() if labels_path is None else (labels_path,),
     )
 
 
-def _idx_labels_path(path: Path) -> Path | None:
-    """The labels beside the pictures: zipped or not, whatever the pictures are."""
+def _find_idx_labels(path: Path) -> Path | None:
+    """Path of the labels file in the same folder, gzipped or not."""
     name = _IDX_NAME.sub(r"\1labels\g<2>1\3", path.name)
     other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
     return next((path.with_name(each) for each in (name, other) if path.with_name(each).is_file()), None)
 
 
-@contextmanager
-def _open_idx(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("rb") as file:
-        is_zipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if not is_zipped:
-            yield file
-            return
-        with gzip.open(file) as stream:
-            yield cast(IO[bytes], stream)
-
-
-def _idx_images_shape(path: Path) -> tuple[int, int, int]:
-    with _open_idx(path) as stream:
-        kind, num_pictures, height, width = struct.unpack(">4I", _read_exactly(stream, 16))
-        is_zipped = isinstance(cast(Any, stream), gzip.GzipFile)
+def _read_idx_shape(path: Path) -> tuple[int, int, int]:
+    """N, H and W by the header, checked against the file's size."""
+    with open_inflated(path) as stream:
+        kind, num_images, height, width = struct.unpack(">4I", read_exactly(stream, 16))
     if kind != _IDX_IMAGES:
-        raise UnreadableImage("no idx file of pictures: it does not begin with 00 00 08 03")
-    if not 1 <= num_pictures <= _MAX_PICTURES:
-        raise UnreadableImage(f"{num_pictures} pictures; expected 1 to {_MAX_PICTURES}")
-    _check_size(width, height)
-    ratio = _MAX_RATIO if is_zipped else 1
-    if 16 + num_pictures * height * width > ratio * path.stat().st_size:
-        raise UnreadableImage(f"cut short: it should hold {num_pictures} pictures of {width} x {height}")
-    return num_pictures, height, width
+        raise UnreadableImage("not an idx file of images: it does not begin with 00 00 08 03")
+    _check_num_images(num_images)
+    check_size(width, height)
+    if 16 + num_images * height * width > max_inflated_bytes(path):
+        raise UnreadableImage(f"cut short: it should hold {num_images} images of {width} x {height}")
+    return num_images, height, width
 
 
-def _idx_labels(path: Path, num_pictures: int) -> NDArray[np.uint8]:
-    with _open_idx(path) as stream:
-        kind, num_labels = struct.unpack(">2I", _read_exactly(stream, 8))
+def _read_idx_labels(path: Path, num_images: int) -> NDArray[np.uint8]:
+    with open_inflated(path) as stream:
+        kind, num_labels = struct.unpack(">2I", read_exactly(stream, 8))
         if kind != _IDX_LABELS:
-            raise UnreadableImage("no idx file of labels: it does not begin with 00 00 08 01")
-        if num_labels != num_pictures:
-            raise UnreadableImage(f"{num_labels} labels for {num_pictures} pictures")
-        labels = np.frombuffer(_read_exactly(stream, num_labels), np.uint8)
-        _require_end(stream)
+            raise UnreadableImage("not an idx file of labels: it does not begin with 00 00 08 01")
+        if num_labels != num_images:
+            raise UnreadableImage(f"{num_labels} labels for {num_images} images")
+        labels = np.frombuffer(read_exactly(stream, num_labels), np.uint8)
+        check_end(stream)
     return labels
 
 
 # CIFAR
 
 
+@dataclass(frozen=True)
+class _CifarEdition:
+    """Binary edition of CIFAR-10 or CIFAR-100: a row is the label bytes of an image, then its 3072 pixel bytes."""
+
+    name: str
+    file_name: re.Pattern[str]
+    num_classes: tuple[int, ...]  # of each label byte; the last one is the label
+    class_names: str  # text file with one class name a line
+
+
+_CIFAR_EDITIONS = (
+    _CifarEdition("CIFAR-10", re.compile(r"(data_batch_\d+|test_batch)\.bin"), (10,), "batches.meta.txt"),
+    _CifarEdition("CIFAR-100", re.compile(r"(train|test)\.bin"), (20, 100), "fine_label_names.txt"),
+)
+
+
+def is_cifar_batch(path: Path) -> bool:
+    """True for a batch of CIFAR's binary edition, by its name, size and labels, and for a pickled batch.
+
+    `inspect` refuses a pickled batch with a message that names the binary edition.
+    """
+    if not path.is_file() or not _CIFAR_NAME.fullmatch(path.name.removesuffix(".bin")):
+        return False
+    if _is_pickled_cifar(path):
+        return True
+    try:
+        _read_cifar(path)
+    except UnreadableImage:
+        return False
+    return True
+
+
 class CifarFile(_ArrayFile):
-    """The pictures of one batch of CIFAR-10 or CIFAR-100."""
+    """Images of one batch of the binary edition of CIFAR-10 or CIFAR-100."""
+
+    def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
+        super().__init__(path, preprocess, mask)
+        with _unreadable_errors():
+            _, self._rows = _read_cifar(path)
 
     @property
-    def num_pictures(self) -> int:
-        """Of the batch, which is read for it."""
-        return len(self._rows())
+    def num_images(self) -> int:
+        """Number of rows in the batch."""
+        return len(self._rows)
 
-    def _rows(self) -> NDArray[np.uint8]:
-        return self._load_once("rows", lambda: _read_batch(self._path)[0])
-
-    def _picture(self, index: int) -> tuple[NDArray[Any], int]:
-        rows = self._rows()
-        if not 0 <= index < len(rows):
-            raise UnreadableImage(f"picture {index} of {len(rows)}")
-        planes = rows[index].reshape(3, _CIFAR_SIDE, _CIFAR_SIDE)  # red, green, blue
+    def _read_stored(self, index: int) -> tuple[NDArray[Any], int]:
+        planes = self._rows[index, -_CIFAR_PIXEL_BYTES:].reshape(3, 32, 32)  # red, green, blue
         return planes.transpose(1, 2, 0), 0
 
 
 def _inspect_cifar(path: Path) -> Contents:
-    with _reasons():
-        rows, labels = _read_batch(path)
-        meta, classes = _class_names(path)
-    names: Sequence[str] | None = None
-    if labels is not None:
-        names = _numbered(labels) if classes is None else _named(labels, classes, meta.name)
-    split = "test" if path.name.startswith("test") else "train"
+    with _unreadable_errors():
+        edition, rows = _read_cifar(path)
+    labels, names_path = rows[:, len(edition.num_classes) - 1], path.with_name(edition.class_names)
+    has_names = names_path.is_file()
+    if has_names:
+        with _unreadable_errors(f"{names_path.name}: "):
+            classes = _read_class_names(names_path)
     return Contents(
-        range(len(rows)),
-        names,
-        [split] * len(rows),
+        range(len(labels)),
+        _name_labels(labels, classes, names_path.name) if has_names else _number_labels(labels),
+        ["test" if path.name.startswith("test") else "train"] * len(labels),
         independent=True,
-        companions=() if classes is None else (meta,),
+        companions=(names_path,) if has_names else (),
     )
 
 
-def _read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
-    """Pixels (N, 3072) and, where the batch has them, labels (N,)."""
-    batch = _dictionary(path)
-    rows, labels = batch.get("data"), batch.get("fine_labels", batch.get("labels"))
-    if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape[1:] != (3 * _CIFAR_SIDE**2,):
-        raise UnreadableImage("no CIFAR batch: it has no 'data' of N x 3072 bytes")
-    if not 1 <= len(rows) <= _MAX_PICTURES:
-        raise UnreadableImage(f"{len(rows)} pictures; expected 1 to {_MAX_PICTURES}")
-    if labels is None:
-        return rows, None
-    if not isinstance(labels, list) or len(labels) != len(rows) or any(type(label) is not int for label in labels):
-        raise UnreadableImage(f"the labels of {len(rows)} pictures are not as many whole numbers")
-    return rows, np.array(labels, np.int64)
+def _is_pickled_cifar(path: Path) -> bool:
+    with path.open("rb") as file:
+        return not path.suffix and _PICKLE_START.match(file.read(2)) is not None
 
 
-def _class_names(path: Path) -> tuple[Path, list[str] | None]:
-    """The file with the classes' names, and these; None where it is not there."""
-    is_of_ten = _CIFAR_BATCH.fullmatch(path.name)
-    meta = path.with_name("batches.meta" if is_of_ten else "meta")
-    if not meta.is_file():
-        return meta, None
-    names = _dictionary(meta).get("label_names" if is_of_ten else "fine_label_names")
-    if not isinstance(names, list):
-        raise UnreadableImage(f"{meta.name}: it has no list of class names")
-    texts = [name.decode("utf-8") if isinstance(name, bytes) else name for name in names]
-    if not all(isinstance(text, str) and text.isprintable() and 0 < len(text) <= 100 for text in texts):
-        raise UnreadableImage(f"{meta.name}: its class names are not short texts")
-    return meta, texts
+def _read_cifar(path: Path) -> tuple[_CifarEdition, NDArray[np.uint8]]:
+    """Edition and rows (N, label bytes + 3072) of a batch, mapped into memory, after a check of all label bytes."""
+    if _is_pickled_cifar(path):
+        raise UnreadableImage(_PICKLED_CIFAR)
+    edition = next((edition for edition in _CIFAR_EDITIONS if edition.file_name.fullmatch(path.name)), None)
+    if edition is None:
+        raise UnreadableImage("not a CIFAR batch; expected data_batch_1.bin, test_batch.bin, train.bin or test.bin")
+    row_bytes = len(edition.num_classes) + _CIFAR_PIXEL_BYTES
+    num_rows, rest = divmod(path.stat().st_size, row_bytes)
+    if rest:
+        raise UnreadableImage(f"not a {edition.name} batch: its size is not a multiple of {row_bytes} bytes")
+    _check_num_images(num_rows)
+    rows = np.memmap(path, np.uint8, "r", shape=(num_rows, row_bytes))
+    for labels, num_classes in zip(rows.T, edition.num_classes, strict=False):
+        if labels.max() >= num_classes:
+            raise UnreadableImage(
+                f"not a {edition.name} batch: a label byte is {labels.max()}; expected 0 to {num_classes - 1}"
+            )
+    return edition, rows
 
 
-def _dictionary(path: Path) -> dict[str, Any]:
-    batch = unpickle.load(path, _MAX_BATCH)
-    if not isinstance(batch, dict):
-        raise UnreadableImage("no CIFAR batch: its pickle holds no dictionary")
-    return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in batch.items()}
+def _read_class_names(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        lines = file.read(1 << 16).decode("utf-8").split("\n")
+    names = [line.strip() for line in lines if line.strip()]
+    if not all(name.isprintable() and len(name) <= 100 for name in names):
+        raise UnreadableImage("its lines are not class names of at most 100 characters")
+    return names
 
 
-# labels and bytes
+# checks and labels
 
 
-def _check_size(width: int, height: int, prefix: str = "") -> None:
-    if min(width, height) < _MIN_SIDE:
-        expected = f"expected at least {_MIN_SIDE} x {_MIN_SIDE}"
-        raise UnreadableImage(f"{prefix}pictures of {width} x {height}; {expected}")
-    if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"{prefix}pictures of {width} x {height}, more than {MAX_PIXELS // 10**6} megapixels")
+def _check_num_images(num_images: int) -> None:
+    if not 1 <= num_images <= _MAX_IMAGES:
+        raise UnreadableImage(f"{num_images} images; expected 1 to {_MAX_IMAGES}")
 
 
-def _numbered(labels: NDArray[Any]) -> list[str]:
-    """7 -> "07" where there are classes of two digits."""
+def _number_labels(labels: NDArray[Any]) -> list[str]:
+    """Labels as numbers of equal width: 7 becomes "07" if there are classes of two digits."""
     if labels.min() < 0:
         raise UnreadableImage(f"labels down to {labels.min()}; expected 0 and more")
     numbers, places = np.unique(labels, return_inverse=True)
@@ -496,45 +486,15 @@ def _numbered(labels: NDArray[Any]) -> list[str]:
     return [names[place] for place in places.tolist()]
 
 
-def _named(labels: NDArray[Any], names: Sequence[str], source: str) -> list[str]:
+def _name_labels(labels: NDArray[Any], names: Sequence[str], source: str) -> list[str]:
     if labels.min() < 0 or labels.max() >= len(names):
         raise UnreadableImage(f"labels from {labels.min()} to {labels.max()}; {source} names {len(names)} classes")
     return [names[label] for label in labels.tolist()]
 
 
-def spill(stream: IO[bytes], num_bytes: int) -> mmap.mmap:
-    """The stream's next `num_bytes` bytes, through a temporary file that has no name and so leaves nothing behind."""
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if num_bytes > free:
-        raise UnreadableImage(
-            f"inflated it takes {num_bytes >> 20} MiB, and the temporary folder has {free >> 20} MiB (set TMPDIR)"
-        )
-    with tempfile.TemporaryFile() as file:
-        for start in range(0, num_bytes, _CHUNK):
-            file.write(_read_exactly(stream, min(_CHUNK, num_bytes - start)))
-        file.flush()
-        return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
-
-
-def _read_exactly(stream: IO[bytes], num_bytes: int) -> bytes:
-    data = b""
-    while len(data) < num_bytes:  # a zip member gives less than was asked
-        more = stream.read(num_bytes - len(data))
-        if not more:
-            raise UnreadableImage("cut short")
-        data += more
-    return data
-
-
-def _require_end(stream: IO[bytes]) -> None:
-    """Nothing follows; reaching the end is also what makes zip and gzip compare their checksums."""
-    if stream.read(1):
-        raise UnreadableImage("longer than its header says")
-
-
 @contextmanager
-def _reasons(prefix: str = "") -> Iterator[None]:
-    """What zipfile, gzip and numpy raise on a damaged file, as a reason."""
+def _unreadable_errors(prefix: str = "") -> Iterator[None]:
+    """Raise what zipfile, gzip and numpy raise on a damaged file as UnreadableImage."""
     try:
         yield
     except UnreadableImage as error:

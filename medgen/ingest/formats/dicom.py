@@ -1,11 +1,11 @@
-"""DICOM files -> grey or colour pictures, one frame at a time.
+"""Reader of DICOM files: grey or colour images, one frame at a time.
 
 contents = inspect(Path("ct.dcm"), preprocess)  # the header only
 with DicomFile(Path("ct.dcm"), preprocess) as file:
     raw = file.read(0)
 
-pydicom reads headers and uncompressed frames, imagecodecs (libjpeg-turbo, CharLS, OpenJPEG) the compressed ones.
-No value of a tag stands in an error, a warning or a log: files hold names and birth dates where nobody expects them.
+pydicom reads headers and uncompressed frames, imagecodecs (libjpeg-turbo, CharLS, OpenJPEG) decodes compressed ones.
+No error, warning or log quotes the value of a tag, because any tag may hold a name or a birth date.
 
 Shapes: H W height and width of a frame.
 """
@@ -21,8 +21,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import cv2
 import numpy as np
@@ -30,18 +29,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medgen.config import Preprocess
-from medgen.ingest.formats.codestreams import read_jpeg, read_jpeg_2000
-from medgen.ingest.formats.raw import MAX_PIXELS, Contents, LeftOut, RawImage, UnreadableImage
+from medgen.ingest.formats.codestreams import read_jpeg_2000_header, read_jpeg_header
+from medgen.ingest.formats.raw import (
+    MAX_PIXELS,
+    Contents,
+    ImageFile,
+    LeftOutImage,
+    RawImage,
+    UnreadableImage,
+    check_size,
+)
 from medgen.ingest.formats.signatures import EMPTY, NUM_BYTES, describe_start
-from medgen.ingest.formats.voi_lut import Shades, Stored, Table, Window, render
+from medgen.ingest.formats.streams import CHUNK
+from medgen.ingest.formats.voi_lut import LookupTable, StoredPixels, VoiTransform, Window, apply_voi
 
 T = TypeVar("T")
 
-_MAX_HEADER_BYTES = 16 << 20  # 10,000 frames described one by one; as Python objects up to 80 times as much
-_MAX_INFLATED_BYTES = 2 * MAX_PIXELS + _MAX_HEADER_BYTES  # of a deflated file, which pydicom would inflate unasked
-_MIN_SIDE = 4  # pixels; less is no picture, and a small file could claim a million of them
-_MAX_FRAMES = 1_000_000  # slides of 10^5 tiles are the longest series known
-_CHUNK = 1 << 20  # bytes of deflated data at a time
+_MAX_HEADER_BYTES = 16 << 20  # enough for 10,000 frames with their own attributes; Python objects take 80 times that
+_MAX_INFLATED_BYTES = 2 * MAX_PIXELS + _MAX_HEADER_BYTES  # of a deflated file, which pydicom inflates without a limit
+_MAX_FRAMES = 1_000_000  # the longest series known are slides of 10^5 tiles
 
 _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -52,7 +58,7 @@ _JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (90, 91, 201, 2
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _YCC = ("YBR_FULL", "YBR_FULL_422")
-_COLOURS = ("RGB", *_YCC, "YBR_ICT", "YBR_RCT")  # JPEG 2000 turns the last two to RGB itself
+_COLOURS = ("RGB", *_YCC, "YBR_ICT", "YBR_RCT")  # the JPEG 2000 decoder converts the last two to RGB
 _RETIRED = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_422", "YBR_PARTIAL_420")
 
 _PIXEL_ELEMENTS = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
@@ -66,64 +72,56 @@ _KEYWORDS = [
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", f"{_PALETTE[0]}Descriptor"),
     *(f"{kind}{table}Data" for kind in ("", "Segmented") for table in _PALETTE),
 ]
-# Classes of objects that have pixels, by their names in the standard: one that comes without them is damaged.
-_OF_PICTURES = re.compile(r"Image|Map\b|^Segmentation|Volume (Storage|Analysis)|DICOS|Overlay")
+# Names of SOP classes that have pixels: an object of such a class without pixels is damaged.
+_PIXEL_CLASSES = re.compile(r"Image|Map\b|^Segmentation|Volume (Storage|Analysis)|DICOS|Overlay")
 _ENDS_EARLY = "damaged: the pixel data ends early"
-_QUIET = re.compile(rf"(pydicom|{re.escape(__name__)})\b")  # whose warnings may quote the file
+_QUIET = re.compile(rf"(pydicom|{re.escape(__name__)})\b")  # modules whose warnings may quote the file
 
 
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
-    """The frames of a DICOM file and its patient, from the header alone; all frames are of one patient.
+    """Frames and patient of a DICOM file, from the header alone; all frames belong to one patient.
 
-    Where the patient has no number, the study stands for them: it keeps a series together.
+    Without a patient ID the study UID identifies the patient, which keeps a series together.
 
     Raises:
-        UnreadableImage: the file is damaged or cut short, or its pictures cannot be read here.
-        LeftOut: the file is whole and has no pictures, such as a report, a treatment plan or a DICOMDIR.
+        UnreadableImage: the file is damaged or cut short, or its pixel format is not supported.
+        LeftOutImage: the file is whole and has no images, such as a report, a treatment plan or a DICOMDIR.
     """
-    header = _guarded(lambda: _read_header(path))
+    header = _call_safely(lambda: _read_header(path))
     return Contents(range(header.num_frames), patient=header.patient)
 
 
-class DicomFile:
-    """A DICOM file, as `medgen.ingest.formats.raw.ImageFile`.
+class DicomFile(ImageFile):
+    """A DICOM file, as `medgen.ingest.formats.raw.ImageFile`; opening it raises the errors of `inspect`.
 
-    Grey values go through the file's modality and VOI transformations (PS3.3 C.11.1, C.11.2): the ends of its window
-    become black and white; without a window the frame's smallest and largest value do. Padding is black. With `mask`,
-    every pixel that is not 0 is white. Opening raises what `inspect` does.
+    Grey values pass through the file's modality and VOI transformations (PS3.3 C.11.1, C.11.2): the ends of the window,
+    or else the frame's smallest and largest value, become black and white. Padding is black. With `mask`, every pixel
+    that is not 0 is white.
     """
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        self._header = _guarded(lambda: _read_header(path))
-        self._colour = preprocess.channels == 3
+        self._header = _call_safely(lambda: _read_header(path))
+        self._keeps_colour = preprocess.channels == 3
         self._mask = mask
-        self._lock = threading.Lock()  # pydicom converts an element in place when it is first asked for
+        self._lock = threading.Lock()  # pydicom converts an element in place at the first access
 
     @property
-    def num_pictures(self) -> int:
-        """All frames."""
+    def num_images(self) -> int:
+        """Number of frames."""
         return self._header.num_frames
 
     def read(self, index: int) -> RawImage:
-        """The frame of that number, from 0; safe to call from several threads.
+        """Read one frame, counted from 0; thread-safe.
 
         Raises:
-            UnreadableImage: the frame is damaged, cut short or in a form that cannot be read here.
+            UnreadableImage: the frame is damaged, cut short or in a format that is not supported.
         """
         header = self._header
         if not 0 <= index < header.num_frames:
             raise UnreadableImage(f"no frame {index}: the file has {header.num_frames}")
-        pixels = _guarded(lambda: self._read(index))
+        pixels = _call_safely(lambda: self._read(index))
         mode = f"{header.photometric};{header.bits_stored}"
         return RawImage(np.ascontiguousarray(pixels), (header.columns, header.rows), mode)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass  # each read opens and closes the file: threads share no position in it
 
     def _read(self, index: int) -> Any:
         header = self._header
@@ -132,35 +130,35 @@ class DicomFile:
             if self._mask:
                 return np.where(stored.codes != 0, np.uint8(255), np.uint8(0))
             with self._lock:
-                shades = _shades_of(header, index)
-            return render(stored, shades)
+                transform = _read_voi_transform(header, index)
+            return apply_voi(stored, transform)
         if header.samples == 1:
             with self._lock:
-                palette, first = _palette_of(header)
-            pixels = stored.look_up(lambda values: palette[np.clip(values - first, 0, len(palette) - 1)])
+                palette, first = _read_palette(header)
+            pixels = stored.map_values(lambda values: palette[np.clip(values - first, 0, len(palette) - 1)])
         else:
-            pixels = _fill_range(stored)
-        if self._colour and not self._mask:
+            pixels = _to_rgb(stored)
+        if self._keeps_colour and not self._mask:
             return pixels
         grey: Any = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)  # luma of ITU-R BT.601
         return np.where(grey > 0, np.uint8(255), np.uint8(0)) if self._mask else grey
 
 
-def _guarded(work: Callable[[], T], what: str = "damaged DICOM file") -> T:
-    """What `work` gives; any error becomes one short reason, raised apart from the error, which may quote a tag."""
-    _silence()
+def _call_safely(work: Callable[[], T], message: str = "damaged DICOM file") -> T:
+    """Call `work`; raise any error as UnreadableImage without its text and context, which may quote a tag."""
+    _silence_pydicom()
     try:
         return work()
     except UnreadableImage as error:
         kind, reason = type(error), str(error)
-    except Exception as error:  # parsers of damaged bytes raise anything; the file is to blame, not the run
+    except Exception as error:  # parsers raise errors of any type on damaged bytes
         system = error.strerror if isinstance(error, OSError) else None
-        kind, reason = UnreadableImage, system or f"{what} ({type(error).__name__})"
+        kind, reason = UnreadableImage, system or f"{message} ({type(error).__name__})"
     raise kind(reason)
 
 
-def _silence() -> None:
-    """Keeps pydicom from quoting the file in warnings and logs. Others may reset the filters, so each call looks."""
+def _silence_pydicom() -> None:
+    """Turn off pydicom's warnings and logs, which may quote the file, again on each call: filters may be reset."""
     if not any(module == _QUIET for _, _, _, module, _ in warnings.filters):
         warnings.filterwarnings("ignore", module=_QUIET.pattern)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
@@ -175,36 +173,36 @@ class _Header:
     content: bytes | None  # of a deflated file
     dataset: Any
     syntax: str  # UID of the transfer syntax
-    keyword: str  # which element holds the pixels
+    keyword: str  # of the element that holds the pixels
     value_type: str  # of that element
     offset: int  # of its value in the file
-    fragments: Sequence[Sequence[tuple[int, int]]]  # of each compressed frame: offset and length of its parts
-    patient: str | None  # or the study
+    fragments: Sequence[Sequence[tuple[int, int]]]  # offset and length of the fragments of each compressed frame
+    patient: str | None  # patient ID, or else study UID
     num_frames: int
     rows: int
     columns: int
-    samples: int  # a pixel
+    samples: int  # per pixel
     planar: int
     photometric: str
     bits_allocated: int
     bits_stored: int
     high_bit: int
-    signed: bool
+    is_signed: bool
 
     def open(self) -> BinaryIO:
         return self.path.open("rb") if self.content is None else io.BytesIO(self.content)
 
 
-class _Bounded:
-    """The part of a file that pydicom uses; stops a header that is no header from being taken into memory."""
+class _BoundedReader:
+    """File for pydicom that ends after `_MAX_HEADER_BYTES`, so that a false header cannot fill the memory."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size, self._left = file, size, _MAX_HEADER_BYTES
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, count: int = -1) -> bytes:
-        there = max(0, self._size - self._file.tell())
-        count = there if count < 0 else min(count, there)
+        rest = max(0, self._size - self._file.tell())
+        count = rest if count < 0 else min(count, rest)
         self._left -= count
         if self.overrun:
             raise EOFError
@@ -220,23 +218,23 @@ def _read_header(path: Path) -> _Header:
 
     with path.open("rb") as plain:
         start = plain.read(NUM_BYTES)
-        content = _inflated(plain, os.fstat(plain.fileno()).st_size)
+        content = _inflate(plain, os.fstat(plain.fileno()).st_size)
     with path.open("rb") if content is None else io.BytesIO(content) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        bounded: Any = _Bounded(file, size)
+        bounded: Any = _BoundedReader(file, size)
         try:
             dataset = pydicom.dcmread(bounded, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS))
-        finally:  # whatever pydicom makes of it
+        finally:  # also if pydicom caught the EOFError
             if bounded.overrun:
-                raise UnreadableImage(f"more than {_MAX_HEADER_BYTES >> 20} MB of header before any pixels")
+                raise UnreadableImage(f"a header of more than {_MAX_HEADER_BYTES >> 20} MB")
         element = _read_pixel_element(file)
         if element is None:
-            raise _why_no_pixels(dataset, start)
+            raise _no_pixels_error(dataset, start)
         keyword, value_type, length, implicit, little = element
         native = _IMPLICIT if implicit else _EXPLICIT if little else _BIG_ENDIAN
         syntax = native if content is not None else str(dataset.file_meta.get("TransferSyntaxUID") or native)
-        header = _fields(
+        header = _check_header(
             dataset, path=path, content=content, syntax=syntax, keyword=keyword, value_type=value_type,
             offset=file.tell(), fragments=(),
         )  # fmt: skip
@@ -245,39 +243,39 @@ def _read_header(path: Path) -> _Header:
                 raise UnreadableImage(_ENDS_EARLY)
             return header
         if syntax not in (_RLE, *_JPEG, *_JPEG_LS, *_JPEG_2000):
-            raise UnreadableImage(f"no decoder for {_public_name(syntax) or 'an unknown transfer syntax'}")
+            raise UnreadableImage(f"no decoder for {_uid_name(syntax) or 'an unknown transfer syntax'}")
         if length != 0xFFFFFFFF or keyword != "PixelData":
-            raise UnreadableImage(f"damaged: no compressed frames, as {_public_name(syntax)} has them")
-        return _with_fragments(header, file, size)
+            raise UnreadableImage(f"damaged: the pixel data is not compressed; expected {_uid_name(syntax)}")
+        return _find_fragments(header, file, size)
 
 
-def _inflated(file: BinaryIO, size: int) -> bytes | None:
-    """The dataset of a deflated file (PS3.5 A.5), or None for any other file."""
+def _inflate(file: BinaryIO, size: int) -> bytes | None:
+    """Inflate the dataset of a deflated file (PS3.5 A.5); None for any other file."""
     from pydicom.filereader import read_dataset
 
     file.seek(128)
     if file.read(4) != b"DICM":
         return None
-    bounded: Any = _Bounded(file, size)
+    bounded: Any = _BoundedReader(file, size)
     meta = read_dataset(bounded, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     if meta.get("TransferSyntaxUID") != _DEFLATED:
         return None
-    inflate, parts, room = zlib.decompressobj(-zlib.MAX_WBITS), [], _MAX_INFLATED_BYTES
+    inflate, parts, num_bytes = zlib.decompressobj(-zlib.MAX_WBITS), [], 0
     while not inflate.eof:
-        packed = inflate.unconsumed_tail or file.read(_CHUNK)
+        packed = inflate.unconsumed_tail or file.read(CHUNK)
         if not packed:
             raise UnreadableImage("damaged: the deflated data ends early")
-        parts.append(inflate.decompress(packed, _CHUNK))
-        room -= len(parts[-1])
-        if room < 0:
+        parts.append(inflate.decompress(packed, CHUNK))
+        num_bytes += len(parts[-1])
+        if num_bytes > _MAX_INFLATED_BYTES:
             raise UnreadableImage(f"deflated data of more than {_MAX_INFLATED_BYTES >> 20} MB")
     return b"".join(parts)
 
 
 def _read_pixel_element(file: BinaryIO) -> tuple[str, str, int, bool, bool] | None:
-    """Keyword, VR, length, implicit VR, little endian of the element that begins here; None where it is another.
+    """Keyword, VR, length, implicit VR, little endian of the pixel element at this position; None for other elements.
 
-    The element itself is asked: some files are not of the transfer syntax that they say.
+    The element decides, because some files name a wrong transfer syntax.
     """
     head = file.read(8)
     for order in "<>" if len(head) == 8 else "":
@@ -293,84 +291,79 @@ def _read_pixel_element(file: BinaryIO) -> tuple[str, str, int, bool, bool] | No
     return None
 
 
-def _why_no_pixels(dataset: Any, start: bytes) -> UnreadableImage:
-    is_picture = dataset.get("Rows") is not None
-    name = _public_name(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID"))
+def _no_pixels_error(dataset: Any, start: bytes) -> UnreadableImage:
+    has_size = dataset.get("Rows") is not None
+    name = _uid_name(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID"))
     if name:
-        kind = UnreadableImage if is_picture or _OF_PICTURES.search(name) else LeftOut
+        kind = UnreadableImage if has_size or _PIXEL_CLASSES.search(name) else LeftOutImage
         return kind(f"no pixel data: {name}")
-    if start[128:132] == b"DICM" or is_picture:
+    if start[128:132] == b"DICM" or has_size:
         return UnreadableImage("no pixel data")
-    words = describe_start(start)
-    return UnreadableImage(EMPTY if words == EMPTY else f"no DICOM file: {words}" if words else "no DICOM file")
+    found = describe_start(start)
+    return UnreadableImage(EMPTY if found == EMPTY else f"not a DICOM file: {found}" if found else "not a DICOM file")
 
 
-def _public_name(uid: Any) -> str | None:
-    """Its name in the standard; never the value itself, which may be any text."""
+def _uid_name(uid: Any) -> str | None:
+    """Name of a UID in the standard; never the value itself, which may be any text."""
     from pydicom._uid_dict import UID_dictionary
 
     entry = UID_dictionary.get(str(uid))
     return entry[0] if entry else None
 
 
-def _fields(dataset: Any, **known: Any) -> _Header:
-    """Checks what the image pixel module says (PS3.3 C.7.6.3) before anything is read by it."""
-    rows, columns = _whole(dataset, "Rows"), _whole(dataset, "Columns")
-    samples, floats = _whole(dataset, "SamplesPerPixel", 1), known["keyword"] != "PixelData"
+def _check_header(dataset: Any, **known: Any) -> _Header:
+    """Check the attributes of the image pixel module (PS3.3 C.7.6.3)."""
+    rows, columns = _get_int(dataset, "Rows"), _get_int(dataset, "Columns")
+    samples, floats = _get_int(dataset, "SamplesPerPixel", 1), known["keyword"] != "PixelData"
     allocated = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}.get(known["keyword"])
-    allocated = allocated or _whole(dataset, "BitsAllocated")
-    stored = allocated if floats else _whole(dataset, "BitsStored", allocated)
-    high_bit = _whole(dataset, "HighBit", stored - 1)
-    num_frames = _whole(dataset, "NumberOfFrames", 1) or 1
-    if rows < 1 or columns < 1 or num_frames < 1:
-        raise UnreadableImage("damaged: a picture without pixels")
-    if min(rows, columns) < _MIN_SIDE:
-        raise UnreadableImage(f"pictures of {columns} x {rows}; expected at least {_MIN_SIDE} x {_MIN_SIDE}")
-    if rows * columns > MAX_PIXELS:
-        raise UnreadableImage(f"{columns} x {rows} is more than {MAX_PIXELS // 1_000_000} megapixels")
-    if num_frames > _MAX_FRAMES:
-        raise UnreadableImage(f"more than {_MAX_FRAMES:,} frames")
+    allocated = allocated or _get_int(dataset, "BitsAllocated")
+    stored = allocated if floats else _get_int(dataset, "BitsStored", allocated)
+    high_bit = _get_int(dataset, "HighBit", stored - 1)
+    num_frames = _get_int(dataset, "NumberOfFrames", 1) or 1
+    check_size(columns, rows)
+    if not 1 <= num_frames <= _MAX_FRAMES:  # no value in the message: a wrong tag may hold an identifier
+        raise UnreadableImage(f"damaged: NumberOfFrames is not from 1 to {_MAX_FRAMES:,}")
     if (allocated not in (1, 8, 16, 32) and not floats) or not 1 <= stored <= allocated:
-        raise UnreadableImage(f"values of {stored} bits stored in {allocated}; expected in 8, 16 or 32")
+        raise UnreadableImage(f"{stored} bits stored in {allocated} bits; expected 8, 16 or 32 bits allocated")
     photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2").strip()
     if photometric in _RETIRED:
         raise UnreadableImage(f"no decoder for {photometric} colours")
     if samples != {**dict.fromkeys((*_GREY, "PALETTE COLOR"), 1), **dict.fromkeys(_COLOURS, 3)}.get(photometric):
-        raise UnreadableImage(f"damaged: {samples} samples a pixel of another kind of colour")
+        raise UnreadableImage(f"damaged: {samples} samples per pixel, which does not fit the colour space")
     return _Header(
         dataset=dataset,
-        patient=_text(dataset, "PatientID") or _text(dataset, "StudyInstanceUID") or None,
+        patient=_get_text(dataset, "PatientID") or _get_text(dataset, "StudyInstanceUID") or None,
         num_frames=num_frames,
         rows=rows,
         columns=columns,
         samples=samples,
-        planar=_whole(dataset, "PlanarConfiguration", 0),
+        planar=_get_int(dataset, "PlanarConfiguration", 0),
         photometric=photometric,
         bits_allocated=allocated,
         bits_stored=stored,
         high_bit=high_bit if stored <= high_bit + 1 <= allocated else stored - 1,
-        signed=not floats and _whole(dataset, "PixelRepresentation", 0) == 1,
+        is_signed=not floats and _get_int(dataset, "PixelRepresentation", 0) == 1,
         **known,
     )
 
 
-def _text(dataset: Any, keyword: str) -> str:
+def _get_text(dataset: Any, keyword: str) -> str:
     return str(dataset.get(keyword) or "").strip()
 
 
-def _whole(dataset: Any, keyword: str, default: int | None = None) -> int:
-    """An integer of the header; a damaged file has anything in its place."""
-    value = _first(dataset.get(keyword))
+def _get_int(dataset: Any, keyword: str, default: int | None = None) -> int:
+    """An integer of the header; damaged files hold any type in its place."""
+    value = _first_value(dataset.get(keyword))
     if value is None and default is not None:
         return default
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise UnreadableImage(f"damaged: {keyword} is {'missing' if value is None else 'no whole number'}") from None
+        raise UnreadableImage(f"damaged: {keyword} is {'missing' if value is None else 'not an integer'}") from None
 
 
-def _first(value: Any) -> Any:
-    """Of several values the first, as of several windows."""
+def _first_value(value: Any) -> Any:
+    """The first of several values, as of several windows; None for empty ones."""
     if isinstance(value, str | bytes) or not hasattr(value, "__len__"):
         return None if value in ("", b"") else value
     return value[0] if len(value) else None
@@ -381,9 +374,9 @@ def _num_native_bytes(header: _Header) -> int:
     return -(-bits // 8) * (2 if header.photometric == "YBR_FULL_422" else 3) // 3
 
 
-def _with_fragments(header: _Header, file: BinaryIO, size: int) -> _Header:
-    """Finds the parts of each compressed frame (PS3.5 A.4) by their lengths, without reading them."""
-    items: list[tuple[int, int]] = []  # of each part, and first of the table of offsets
+def _find_fragments(header: _Header, file: BinaryIO, size: int) -> _Header:
+    """Find the fragments of each compressed frame (PS3.5 A.4) by their lengths, without reading their content."""
+    items: list[tuple[int, int]] = []  # offset and length of the offset table, then of each fragment
     file.seek(header.offset)
     while len(items) <= _MAX_FRAMES:
         head = file.read(8)
@@ -394,52 +387,52 @@ def _with_fragments(header: _Header, file: BinaryIO, size: int) -> _Header:
             break
         start = file.tell()
         if (group, number) != (0xFFFE, 0xE000) or length == 0xFFFFFFFF:
-            raise UnreadableImage("damaged: something else among the compressed frames")
+            raise UnreadableImage("damaged: an unexpected element among the compressed frames")
         if start + length > size:
             raise UnreadableImage(_ENDS_EARLY)
         items.append((start, length))
         file.seek(length, os.SEEK_CUR)
-    (table_start, table_length), parts = (items[0] if items else (0, 0)), items[1:]
-    if len(parts) < header.num_frames:
+    (table_start, table_length), found = (items[0] if items else (0, 0)), items[1:]
+    if len(found) < header.num_frames:
         raise UnreadableImage(_ENDS_EARLY)
-    if len(parts) == header.num_frames:
-        return replace(header, fragments=[[part] for part in parts])
+    if len(found) == header.num_frames:
+        return replace(header, fragments=[[fragment] for fragment in found])
     if header.num_frames == 1:
-        return replace(header, fragments=[parts])
+        return replace(header, fragments=[found])
     if table_length != 4 * header.num_frames:
-        raise UnreadableImage(f"{len(parts)} compressed parts of {header.num_frames} frames, and no table of them")
+        raise UnreadableImage(f"{len(found)} fragments of {header.num_frames} frames without an offset table")
     file.seek(table_start)
-    starts = np.frombuffer(file.read(table_length), "<u4").astype(np.int64) + parts[0][0]  # each of a part's content
-    owner = np.searchsorted(starts, [start for start, _ in parts], side="right") - 1
+    starts = np.frombuffer(file.read(table_length), "<u4").astype(np.int64) + found[0][0]  # of each frame's content
+    owner = np.searchsorted(starts, [start for start, _ in found], side="right") - 1
     fragments: list[list[tuple[int, int]]] = [[] for _ in range(header.num_frames)]
-    for frame, part in zip(owner.tolist(), parts, strict=True):
-        fragments[max(frame, 0)].append(part)
+    for frame, fragment in zip(owner.tolist(), found, strict=True):
+        fragments[max(frame, 0)].append(fragment)
     return replace(header, fragments=fragments)
 
 
 # ---- the pixels of a frame
 
 
-def _read_frame(header: _Header, index: int) -> Stored:
+def _read_frame(header: _Header, index: int) -> StoredPixels:
     if not header.fragments:
         return _read_native(header, index)
-    parts = header.fragments[index]
-    total = sum(length for _, length in parts)
-    if total > 2 * header.rows * header.columns * header.samples * header.bits_allocated // 8 + _CHUNK:
-        raise UnreadableImage("damaged: compressed data twice as long as the picture")
+    fragments = header.fragments[index]
+    total = sum(length for _, length in fragments)
+    if total > 2 * header.rows * header.columns * header.samples * header.bits_allocated // 8 + CHUNK:
+        raise UnreadableImage("damaged: the compressed data is twice as long as the image")
     data = bytearray()
     with header.open() as file:
-        for start, length in parts:
+        for start, length in fragments:
             file.seek(start)
             data += file.read(length)
     if len(data) < total:
         raise UnreadableImage(_ENDS_EARLY)
     if header.syntax == _RLE:
-        return _placed(header, _decode_rle(header, bytes(data)), header.photometric in _YCC)
-    return _guarded(lambda: _decode(header, bytes(data)), "damaged: the compressed data cannot be decoded")
+        return _extract_bits(header, _decode_rle(header, bytes(data)))
+    return _call_safely(lambda: _decode(header, bytes(data)), "damaged: the compressed data cannot be decoded")
 
 
-def _read_native(header: _Header, index: int) -> Stored:
+def _read_native(header: _Header, index: int) -> StoredPixels:
     from pydicom.pixels.decoders.base import get_decoder
 
     options: dict[str, Any] = {
@@ -459,31 +452,31 @@ def _read_native(header: _Header, index: int) -> Stored:
     with header.open() as file:
         file.seek(header.offset)
         pixels, _ = get_decoder(header.syntax).as_array(file, index=index, raw=True, **options)
-    return _placed(header, pixels.astype(pixels.dtype.newbyteorder("="), copy=False), header.photometric in _YCC)
+    return _extract_bits(header, pixels.astype(pixels.dtype.newbyteorder("="), copy=False))
 
 
-def _placed(header: _Header, words: Any, ycc: bool) -> Stored:
-    """Words as they are allocated -> the bits of them that are the value (PS3.5 8.1.1)."""
+def _extract_bits(header: _Header, words: Any) -> StoredPixels:
+    """Words as allocated -> the bits that hold the value (PS3.5 8.1.1)."""
     if words.dtype.kind == "u" and header.bits_allocated > 1:
         shift = header.high_bit + 1 - header.bits_stored
         if shift:
             words = words >> shift
         if header.bits_stored < header.bits_allocated:
-            words = words & words.dtype.type((1 << header.bits_stored) - 1)  # old files keep overlays above it
-    return Stored(words, header.bits_stored, header.signed, ycc)
+            words = words & words.dtype.type((1 << header.bits_stored) - 1)  # old files keep overlays in the bits above
+    return StoredPixels(words, header.bits_stored, header.is_signed, header.photometric in _YCC)
 
 
 def _decode_rle(header: _Header, data: bytes) -> Any:
-    """RLE Lossless (PS3.5 Annex G) -> (H, W) or (H, W, 3): a run for each byte of each sample."""
+    """RLE Lossless (PS3.5 Annex G) -> (H, W) or (H, W, 3); a segment holds one byte of one sample of all pixels."""
     num_bytes, num_pixels = header.bits_allocated // 8, header.rows * header.columns
     num_segments = header.samples * num_bytes
     if len(data) < 64 or struct.unpack_from("<L", data)[0] != num_segments or not num_bytes:
-        raise UnreadableImage("damaged: the compressed data is not of the picture's depth")
+        raise UnreadableImage("damaged: the bit depth of the compressed data differs from the header's")
     starts = [*struct.unpack_from(f"<{num_segments}L", data, 4), len(data)]
     planes = np.empty((header.samples, num_pixels, num_bytes), np.uint8)
     for number in range(num_segments):
         packed = data[starts[number] : starts[number + 1]]
-        try:  # PackBits of TIFF, as one long row; Pillow stops where the row ends
+        try:  # PackBits as in TIFF, as one long row; Pillow stops at the end of the row
             row = Image.frombytes("L", (num_pixels, 1), packed, "packbits", "L")
         except ValueError:
             raise UnreadableImage(_ENDS_EARLY) from None
@@ -493,55 +486,53 @@ def _decode_rle(header: _Header, data: bytes) -> Any:
     return native[0] if header.samples == 1 else native.transpose(1, 2, 0)
 
 
-def _decode(header: _Header, data: bytes) -> Stored:
-    """JPEG of every kind. The data's own depth counts, which is not always the header's."""
+def _decode(header: _Header, data: bytes) -> StoredPixels:
+    """Decode JPEG, JPEG-LS or JPEG 2000. The bit depth of the data counts, which may differ from the header's."""
     import imagecodecs
 
-    ycc = header.photometric in _YCC
+    is_ycc = header.photometric in _YCC
     if header.syntax in _JPEG_2000:
-        stream, data = read_jpeg_2000(data)
-        stream.require(header.columns, header.rows, header.samples)
+        stream, data = read_jpeg_2000_header(data)
+        stream.check_size(header.columns, header.rows, header.samples)
         codes: Any = imagecodecs.jpeg2k_decode(data, numthreads=1)
     else:
-        stream = read_jpeg(data)
-        stream.require(header.columns, header.rows, header.samples)
+        stream = read_jpeg_header(data)
+        stream.check_size(header.columns, header.rows, header.samples)
         if header.syntax in _JPEG_LS:
             codes = imagecodecs.jpegls_decode(data)
         elif header.samples == 1:
             codes = imagecodecs.jpeg8_decode(data)
         else:
-            codes = imagecodecs.jpeg8_decode(data, colorspace="RGB", outcolorspace="RGB")  # that is, as they are
-            ycc = ycc if stream.ycc is None else stream.ycc
+            codes = imagecodecs.jpeg8_decode(data, colorspace="RGB", outcolorspace="RGB")  # no conversion
+            is_ycc = is_ycc if stream.is_ycc is None else stream.is_ycc
     shape = (header.rows, header.columns, 3)[: 2 if header.samples == 1 else 3]
     if codes.shape != shape or codes.dtype.kind not in "ui" or not 1 <= stream.bits <= 8 * codes.dtype.itemsize:
-        raise UnreadableImage("damaged: the compressed data is of another size than the picture")
+        raise UnreadableImage("damaged: the size of the decoded data differs from the header's")
     codes = codes.view(f"u{codes.dtype.itemsize}")
     codes &= codes.dtype.type((1 << stream.bits) - 1)
-    return Stored(codes, stream.bits, header.signed, ycc)
+    return StoredPixels(codes, stream.bits, header.is_signed, is_ycc)
 
 
-# ---- what the header says of the shades
+# ---- modality and VOI transformation
 
 
-def _shades_of(header: _Header, index: int) -> Shades:
-    groups = [*_functional_groups(header, index), header.dataset]  # what is said of a frame comes before the rest
-    window = next((group for group in groups if _number(group, "WindowCenter") is not None), header.dataset)
-    rescale = next((group for group in groups if _number(group, "RescaleSlope") is not None), header.dataset)
-    modality = _table(header, header.dataset.get("ModalityLUTSequence"))
-    voi: Callable[[Any], Any] | None = _voi_table(header, window) or _window(window)
+def _read_voi_transform(header: _Header, index: int) -> VoiTransform:
+    groups = [*_functional_groups(header, index), header.dataset]  # attributes of a frame come before the dataset's
+    window = next((group for group in groups if _get_float(group, "WindowCenter") is not None), header.dataset)
+    rescale = next((group for group in groups if _get_float(group, "RescaleSlope") is not None), header.dataset)
     shape = str(header.dataset.get("PresentationLUTShape") or "").strip().upper()
-    return Shades(
-        slope=_number(rescale, "RescaleSlope") or 1.0,  # 0 would be no picture, and is a slip
-        intercept=_number(rescale, "RescaleIntercept") or 0.0,
-        modality=modality,
-        voi=voi,
-        inverted=header.photometric == "MONOCHROME1" or shape == "INVERSE",  # files say the same thing twice
-        padding=_padding(header),
+    return VoiTransform(
+        slope=_get_float(rescale, "RescaleSlope") or 1.0,  # a slope of 0 is an error: it would leave no image
+        intercept=_get_float(rescale, "RescaleIntercept") or 0.0,
+        modality_lut=_read_lut(header, header.dataset.get("ModalityLUTSequence")),
+        voi=_read_voi_lut(header, window) or _read_window(window),
+        is_inverted=header.photometric == "MONOCHROME1" or shape == "INVERSE",  # files with both invert once
+        padding=_read_padding(header),
     )
 
 
 def _functional_groups(header: _Header, index: int) -> list[Any]:
-    """The transformations of an enhanced object (PS3.3 C.7.6.16): this frame's, then all frames'."""
+    """Items with the transformations of an enhanced object (PS3.3 C.7.6.16): this frame's first, then the shared."""
     frames = header.dataset.get("PerFrameFunctionalGroupsSequence") or []
     shared = header.dataset.get("SharedFunctionalGroupsSequence") or []
     found: list[Any] = []
@@ -551,44 +542,44 @@ def _functional_groups(header: _Header, index: int) -> list[Any]:
     return found
 
 
-def _number(dataset: Any, keyword: str) -> float | None:
-    """A number, or None where there is none or it is none: a picture can be had without a window."""
+def _get_float(dataset: Any, keyword: str) -> float | None:
+    """A finite number, or None if it is missing or invalid: a frame can be read without a window."""
     try:
-        value = float(_first(dataset.get(keyword)))
+        value = float(_first_value(dataset.get(keyword)))
     except (TypeError, ValueError, OverflowError):
         return None
     return value if np.isfinite(value) else None
 
 
-def _window(dataset: Any) -> Window | None:
-    centre, width = _number(dataset, "WindowCenter"), _number(dataset, "WindowWidth")
-    function = str(_first(dataset.get("VOILUTFunction")) or "LINEAR").strip().upper()
+def _read_window(dataset: Any) -> Window | None:
+    centre, width = _get_float(dataset, "WindowCenter"), _get_float(dataset, "WindowWidth")
+    function = str(_first_value(dataset.get("VOILUTFunction")) or "LINEAR").strip().upper()
     if centre is None or width is None or width <= 0 or (width < 1 and function == "LINEAR"):
         return None
     return Window(centre, width, function)
 
 
-def _voi_table(header: _Header, dataset: Any) -> Table | None:
-    """A VOI LUT whose own lowest and highest entry are 0 and 1: its stated depth is often not the real one."""
-    table = _table(header, dataset.get("VOILUTSequence"))
+def _read_voi_lut(header: _Header, dataset: Any) -> LookupTable | None:
+    """A VOI LUT scaled so that its lowest and highest entry are 0 and 1: the stated bit depth is often wrong."""
+    table = _read_lut(header, dataset.get("VOILUTSequence"))
     if table is None:
         return None
     low, high = table.entries.min(), table.entries.max()
-    return Table(table.first, (table.entries - low) / (high - low)) if high > low else None
+    return LookupTable(table.first, (table.entries - low) / (high - low)) if high > low else None
 
 
-def _table(header: _Header, sequence: Any) -> Table | None:
+def _read_lut(header: _Header, sequence: Any) -> LookupTable | None:
     if not sequence:
         return None
     descriptor, data = sequence[0].get("LUTDescriptor"), sequence[0].get("LUTData")
     if descriptor is None or data is None:
         return None
     entries = _entries(header, data, int(descriptor[0]) or 65536).astype(np.float64)
-    return Table(_start(header, descriptor), entries) if len(entries) else None
+    return LookupTable(_first_mapped(header, descriptor), entries) if len(entries) else None
 
 
 def _entries(header: _Header, data: Any, count: int) -> Any:
-    """(count,) of 8 or 16 bits; pydicom gives numbers or bytes, as the file's VR has it."""
+    """Entries (count,) of 8 or 16 bits; pydicom returns numbers or bytes, depending on the VR."""
     if not isinstance(data, bytes):
         return np.asarray(data if hasattr(data, "__len__") else [data], np.int64)[:count] & 0xFFFF
     order = ">" if header.syntax == _BIG_ENDIAN else "<"
@@ -596,22 +587,23 @@ def _entries(header: _Header, data: Any, count: int) -> Any:
     return np.frombuffer(data, f"{order}u2" if deep else np.uint8, count=min(count, len(data) // (2 if deep else 1)))
 
 
-def _start(header: _Header, descriptor: Any) -> int:
+def _first_mapped(header: _Header, descriptor: Any) -> int:
+    """Stored value of a table's first entry."""
     first = int(descriptor[1])
-    return first - 65536 if header.signed and first > 32767 else first
+    return first - 65536 if header.is_signed and first > 32767 else first
 
 
-def _padding(header: _Header) -> tuple[float, float] | None:
-    """Smallest and largest stored value that is padding (PS3.3 C.7.5.1.1.2), where the pixels can hold it."""
-    value = _number(header.dataset, "PixelPaddingValue")
+def _read_padding(header: _Header) -> tuple[float, float] | None:
+    """Smallest and largest stored value that is padding (PS3.3 C.7.5.1.1.2), in the type of the pixels."""
+    value = _get_float(header.dataset, "PixelPaddingValue")
     if value is None:
         return None
-    limit = _number(header.dataset, "PixelPaddingRangeLimit")
+    limit = _get_float(header.dataset, "PixelPaddingRangeLimit")
     ends = []
     for end in (value, value if limit is None else limit):
-        whole = int(end) % (1 << header.bits_allocated)  # US where SS is due, and the other way round
+        whole = int(end) % (1 << header.bits_allocated)  # some files write US for SS, or SS for US
         ends.append(
-            whole - (1 << header.bits_allocated) if header.signed and whole >> header.bits_allocated - 1 else whole
+            whole - (1 << header.bits_allocated) if header.is_signed and whole >> header.bits_allocated - 1 else whole
         )
     return min(ends), max(ends)
 
@@ -619,8 +611,8 @@ def _padding(header: _Header) -> tuple[float, float] | None:
 # ---- colour
 
 
-def _fill_range(stored: Stored) -> Any:
-    """Colours of any depth (H, W, 3) -> RGB (H, W, 3) uint8, or uint16 where they have more than 8 bits."""
+def _to_rgb(stored: StoredPixels) -> Any:
+    """Colours of any depth (H, W, 3) -> RGB (H, W, 3): uint8, or uint16 for more than 8 bits."""
     if stored.bits > 16:
         raise UnreadableImage(f"colours of {stored.bits} bits; expected up to 16")
     full, dtype = (255, np.uint8) if stored.bits <= 8 else (65535, np.uint16)
@@ -628,21 +620,21 @@ def _fill_range(stored: Stored) -> Any:
     if top == full:
         pixels = stored.codes.astype(dtype, copy=False)
     else:
-        pixels = Stored(stored.codes, stored.bits, False).look_up(
+        pixels = StoredPixels(stored.codes, stored.bits, is_signed=False).map_values(
             lambda values: np.rint(values * (full / top)).astype(dtype)
         )
-    if not stored.ycc:
+    if not stored.is_ycc:
         return pixels
     return cv2.cvtColor(np.ascontiguousarray(pixels[..., [0, 2, 1]]), cv2.COLOR_YCrCb2RGB)  # PS3.3 C.7.6.3.1.2
 
 
-def _palette_of(header: _Header) -> tuple[Any, int]:
-    """The palette (N, 3) uint8 or uint16 and the stored value of its first entry (PS3.3 C.7.6.3.1.5)."""
+def _read_palette(header: _Header) -> tuple[Any, int]:
+    """Palette (N, 3) of uint8 or uint16, and the stored value of its first entry (PS3.3 C.7.6.3.1.5)."""
     if header.bits_stored > 16:
-        raise UnreadableImage("a palette for values of more than 16 bits")
+        raise UnreadableImage(f"a palette for values of {header.bits_stored} bits; expected at most 16")
     descriptor = header.dataset.get(f"{_PALETTE[0]}Descriptor")
     if descriptor is None or len(descriptor) != 3:
-        raise UnreadableImage("damaged: a palette picture without its palette")
+        raise UnreadableImage("damaged: a PALETTE COLOR image without its palette")
     count = int(descriptor[0]) or 65536
     columns = []
     for table in _PALETTE:
@@ -651,17 +643,17 @@ def _palette_of(header: _Header) -> tuple[Any, int]:
             columns.append(_entries(header, plain, count))
         elif segmented:
             width = 1 if int(descriptor[2]) <= 8 else 2
-            columns.append(_expanded(_entries(header, segmented, len(segmented) // width).tolist(), count))
+            columns.append(_expand_segments(_entries(header, segmented, len(segmented) // width).tolist(), count))
     if len({len(column) for column in columns}) != 1 or len(columns) != 3 or not len(columns[0]):
-        raise UnreadableImage("damaged: a palette picture without its palette")
+        raise UnreadableImage("damaged: a PALETTE COLOR image without its palette")
     palette = np.stack(columns, axis=1)
     if palette.max() > 255 and not (palette & 255).any():
-        palette = palette >> 8  # 8 bits of colour in the upper byte
-    return palette.astype(np.uint8 if palette.max() < 256 else np.uint16), _start(header, descriptor)
+        palette = palette >> 8  # 8-bit colours in the upper byte
+    return palette.astype(np.uint8 if palette.max() < 256 else np.uint16), _first_mapped(header, descriptor)
 
 
-def _expanded(data: list[int], count: int) -> NDArray[np.uint16]:
-    """Discrete and linear segments (PS3.3 C.7.9.2) -> (count,)."""
+def _expand_segments(data: list[int], count: int) -> NDArray[np.uint16]:
+    """Discrete and linear segments (PS3.3 C.7.9.2) -> entries (count,)."""
     out: list[int] = []
     at = 0
     while at + 2 < len(data) and len(out) < count:
@@ -673,5 +665,5 @@ def _expanded(data: list[int], count: int) -> NDArray[np.uint16]:
             out.extend(np.rint(np.linspace(out[-1], data[at + 2], length + 1)[1:]).astype(int).tolist())
             at += 3
         else:
-            raise UnreadableImage("no decoder for a palette that repeats its own segments")
+            raise UnreadableImage("no decoder for a palette with indirect segments")
     return np.asarray(out[:count], np.uint16)

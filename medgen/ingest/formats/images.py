@@ -1,9 +1,9 @@
-"""PNG, JPEG, BMP and TIFF files -> grey or colour pictures.
+"""Reader of PNG, JPEG, BMP and TIFF files: grey or colour images.
 
-with PictureFile(Path("chest.png"), preprocess) as file:
+with RasterFile(Path("chest.png"), preprocess) as file:
     raw = file.read(0)
 
-The content decides the format, not the name. Shapes: H W height and width of the file's picture.
+The content decides the format, not the name. Shapes: H W height and width of the image.
 """
 
 import io
@@ -13,8 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,71 +21,63 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from medgen.config import Preprocess
-from medgen.ingest.formats.raw import MAX_PIXELS, Contents, RawImage, UnreadableImage
+from medgen.ingest.formats.raw import MAX_PIXELS, Contents, ImageFile, RawImage, UnreadableImage
 from medgen.ingest.formats.signatures import EMPTY, LFS_POINTER, NUM_BYTES, describe_start, kind_of_start
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff"})
-_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "TIFF")  # Pillow knows dozens more, some of which start programs
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "TIFF")  # Pillow reads dozens more, and some start external programs
 _REDUCED = {
     1: (cv2.IMREAD_GRAYSCALE, cv2.IMREAD_COLOR),
     2: (cv2.IMREAD_REDUCED_GRAYSCALE_2, cv2.IMREAD_REDUCED_COLOR_2),
     4: (cv2.IMREAD_REDUCED_GRAYSCALE_4, cv2.IMREAD_REDUCED_COLOR_4),
     8: (cv2.IMREAD_REDUCED_GRAYSCALE_8, cv2.IMREAD_REDUCED_COLOR_8),
 }
-_REDUCED_SIDE = 512  # a picture is not reduced below this: CLAHE's tiles need their pixels (see benchmarks/README.md)
+_REDUCED_SIDE = 512  # smallest side after reduction: CLAHE's tiles need enough pixels (see benchmarks/README.md)
 _MAX_FILE_BYTES = 8 * MAX_PIXELS  # four 16-bit channels, uncompressed
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where orientation may stand
-_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
-_SUBFILE_TYPE, _SMALLER_OR_MASK = 254, 1 | 4  # of a page: its bits for a smaller copy and a transparency mask
-_MAX_COPIES = 16  # pages that are looked at: more than any pyramid of smaller copies has
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # chunks that may hold the orientation
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
+_SUBFILE_TYPE, _SMALLER_OR_MASK = 254, 1 | 4  # TIFF tag, and its bits for a smaller copy and a transparency mask
+_MAX_PAGES = 16  # pages that are checked: more than any pyramid of smaller copies has
 
 _LARGE = MAX_PIXELS // 4
-_large_pictures = threading.BoundedSemaphore(2)  # of 2 GB each at worst, however many threads there are
+_large_images = threading.BoundedSemaphore(2)  # each takes up to 2 GB, however many threads there are
 
-# What is wrong with a file is its reason in rejected.csv: no second opinion on the terminal.
+# rejected.csv holds the reason for every file, so warnings on the terminal would only repeat it.
 warnings.filterwarnings("ignore", module="PIL")
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
-    """One picture; whether it can be read shows only when it is."""
+    """One image, without opening the file: `read` reports a damaged file."""
     return Contents((0,))
 
 
-class PictureFile:
-    """A file of one picture, see `formats.raw.ImageFile`; of a mask with `mask`: grey, its values as they are."""
+class RasterFile(ImageFile):
+    """A file of one image, as `formats.raw.ImageFile`; with `mask` it is read as grey and keeps its values."""
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self.path, self.preprocess, self.mask = path, preprocess, mask
 
     @property
-    def num_pictures(self) -> int:
-        """One, as files of several pages are refused."""
+    def num_images(self) -> int:
+        """Always 1: files of several pages are refused."""
         return 1
 
     def read(self, index: int) -> RawImage:
-        """The picture; `index` is 0.
+        """Read the image; `index` is 0.
 
         Raises:
-            UnreadableImage: the file is no such picture, is cut short, or is too large, or has several pages.
+            UnreadableImage: the file has another format, is cut short or too large, or has several pages.
         """
         return decode(_read_bytes(self.path), self.preprocess, self.mask)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing stays open."""
-
 
 def decode(data: bytes, preprocess: Preprocess, mask: bool = False, max_pixels: int = MAX_PIXELS) -> RawImage:
-    """As `PictureFile.read`, of a file's bytes; of more than `max_pixels` pixels none is decoded.
+    """Decode the bytes of a file, as `RasterFile.read`; an image of more than `max_pixels` pixels is refused.
 
-    With `preprocess.reduced_decode` a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves at least 4 times the side
-    of the square.
+    With `preprocess.reduced_decode` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves sides of at least
+    4 times `preprocess.image_size`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -97,18 +88,18 @@ def decode(data: bytes, preprocess: Preprocess, mask: bool = False, max_pixels: 
         raise UnreadableImage(_describe(data[:NUM_BYTES])) from None
     except Image.DecompressionBombError:
         raise UnreadableImage(f"more than {max_pixels // 1_000_000} megapixels") from None
-    except Exception as error:  # a decoder on damaged bytes raises anything; the file is to blame, not the run
+    except Exception as error:  # decoders raise errors of any type on damaged bytes
         raise UnreadableImage(f"damaged: {error}" if str(error) else f"damaged: {type(error).__name__}") from None
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
-            raise UnreadableImage("not a regular file")  # to open a pipe would wait for its writer
+            raise UnreadableImage("not a regular file")  # opening a pipe would wait for its writer
         with path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > _MAX_FILE_BYTES:
                 most = MAX_PIXELS // 1_000_000
-                raise UnreadableImage(f"{size // 1_000_000} MB, more than any picture of {most} megapixels")
+                raise UnreadableImage(f"{size // 1_000_000} MB, more than any image of {most} megapixels")
             return file.read()
     except OSError as error:
         raise UnreadableImage(error.strerror or type(error).__name__) from None
@@ -118,12 +109,12 @@ def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool,
     width, height = image.size
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} is more than {max_pixels // 1_000_000} megapixels")
-    if image.format == "TIFF" and _tile_pixels(image) > max_pixels:  # OpenCV takes memory for a whole one
+    if image.format == "TIFF" and _tile_pixels(image) > max_pixels:  # OpenCV allocates a whole tile
         raise UnreadableImage(f"its tiles have more than {max_pixels // 1_000_000} megapixels")
     if image.format == "TIFF" and _has_pages(data):
-        raise UnreadableImage("several pages; expected one picture a file: split it (tiffsplit)")
+        raise UnreadableImage("several pages; expected one image per file: split it (tiffsplit)")
     mode = image.mode  # Pillow may change it on loading
-    with _large_pictures if width * height > _LARGE else nullcontext():
+    with _large_images if width * height > _LARGE else nullcontext():
         return RawImage(_decode_pixels(image, data, preprocess, mask), (width, height), mode)
 
 
@@ -133,19 +124,19 @@ def _decode_pixels(image: Image.Image, data: bytes, preprocess: Preprocess, mask
     reduce_to = preprocess.image_size if preprocess.reduced_decode and not mask else None
     opencv = _opencv_flags(image, data, colour, reduce_to)
     decoded = None if opencv is None else cv2.imdecode(np.frombuffer(data, np.uint8), opencv)
-    # Pillow takes what OpenCV refuses or reads differently, and gives the reason for a damaged file
-    pixels = _pillow(image, colour) if decoded is None else _flat(decoded, colour, bgr=True)
-    if image.format != "TIFF":  # both libraries turn TIFFs upright themselves
+    # Pillow reads what OpenCV refuses or reads differently, and names the error in a damaged file
+    pixels = _decode_with_pillow(image, colour) if decoded is None else _to_grey_or_rgb(decoded, colour, bgr=True)
+    if image.format != "TIFF":  # both libraries apply the orientation of TIFFs themselves
         pixels = _UPRIGHT.get(orientation, np.asarray)(pixels)
-    if pixels.dtype == np.uint16 and not mask:  # a mask of 0 and 1 is no dark picture
-        pixels = _fill_depth(pixels)
+    if pixels.dtype == np.uint16 and not mask:  # the values of a mask must not change
+        pixels = _fill_bit_depth(pixels)
     return np.ascontiguousarray(pixels)
 
 
 def _opencv_flags(image: Image.Image, data: bytes, colour: bool, reduce_to: int | None) -> int | None:
-    """How OpenCV is to read this file, or None where Pillow has to."""
+    """Flags for OpenCV to read this file; None if Pillow has to read it."""
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
-        # OpenCV fills what is missing with grey; Pillow tells a cut file from one that lacks only its end marker
+        # OpenCV fills missing pixels with grey; Pillow distinguishes a cut file from one without only its end marker
         if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             return None
         scale = 1
@@ -160,15 +151,15 @@ def _opencv_flags(image: Image.Image, data: bytes, colour: bool, reduce_to: int 
 
 
 def _has_whole_chunks(png: bytes) -> bool:
-    """False where a chunk is longer than the file: OpenCV takes that much memory, up to 4 GB, before it looks."""
-    at = len(_PNG_SIGNATURE)
-    while at + 12 <= len(png) and png[at + 4 : at + 8] != b"IEND":
-        at += 12 + int.from_bytes(png[at : at + 4], "big")  # length, name, content, checksum
-    return at + 12 <= len(png)
+    """False if a chunk claims to be longer than the file: OpenCV would allocate that much memory, up to 4 GB."""
+    start = len(_PNG_SIGNATURE)
+    while start + 12 <= len(png) and png[start + 4 : start + 8] != b"IEND":
+        start += 12 + int.from_bytes(png[start : start + 4], "big")  # length, name, content, checksum
+    return start + 12 <= len(png)
 
 
 def _opencv_tiff_flags(image: Any) -> int | None:
-    """OpenCV reads 16 bits in several channels, of which Pillow would keep only 8."""
+    """Flags for 16-bit TIFFs of several channels, of which Pillow would keep only 8 bits."""
     bits = image.tag_v2.get(258, (1,))
     return int(cv2.IMREAD_UNCHANGED) if len(bits) > 1 and max(bits) == 16 else None
 
@@ -178,13 +169,13 @@ def _tile_pixels(image: Any) -> int:
 
 
 def _has_pages(data: bytes) -> bool:
-    """True where a TIFF has a second picture, which is no smaller copy and no mask of the first."""
+    """True if a TIFF has a second image that is neither a smaller copy nor a mask of the first."""
     with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
-        pages: Any = image  # apart from the one that is decoded, as to go on changes it
-        for page in range(1, _MAX_COPIES):
+        pages: Any = image  # opened again, because `seek` changes the image
+        for page in range(1, _MAX_PAGES):
             try:
                 pages.seek(page)
-            except Exception:  # the end, or what follows the picture is none
+            except Exception:  # the end, or the next page is damaged
                 return False
             if not int(pages.tag_v2.get(_SUBFILE_TYPE, 0)) & _SMALLER_OR_MASK:
                 return True
@@ -192,11 +183,12 @@ def _has_pages(data: bytes) -> bool:
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
-    if image.format == "PNG" and not any(mark in data for mark in _PNG_EXIF):
-        return 1  # to find none Pillow would decode the whole picture
+    """EXIF orientation, 1 to 8."""
+    if image.format == "PNG" and not any(name in data for name in _PNG_EXIF):
+        return 1  # Pillow would decode the whole image to find no EXIF
     try:
         return int(image.getexif().get(0x0112, 1))
-    except Exception:  # EXIF is a guest in the file; a broken one does not make the picture unreadable
+    except Exception:  # a damaged EXIF block does not make the image unreadable
         return 1
 
 
@@ -211,12 +203,12 @@ _UPRIGHT: dict[int, Callable[[Any], Any]] = {
 }
 
 
-def _pillow(image: Image.Image, colour: bool) -> Any:
+def _decode_with_pillow(image: Image.Image, colour: bool) -> Any:
     image.load()
     if image.mode.startswith("I;16"):
         deep: NDArray[np.uint16] = np.array(image, dtype=np.uint16)
         if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0:
-            np.invert(deep, out=deep)  # 0 is white there; Pillow turns only 8 bits round
+            np.invert(deep, out=deep)  # WhiteIsZero, which Pillow applies only to 8 bits
         return deep
     if image.mode == "I":
         wide: NDArray[np.int32] = np.asarray(image)
@@ -228,15 +220,15 @@ def _pillow(image: Image.Image, colour: bool) -> Any:
     if image.mode in ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"):
         transparent = "transparency" in image.info or image.mode in ("PA", "LA", "La", "RGBA", "RGBa")
         colours: NDArray[np.uint8] = np.asarray(image.convert("RGBA" if transparent else "RGB"))
-        return _flat(colours, colour, bgr=False)
-    raise UnreadableImage(f"pixels of kind {image.mode!r}; expected grey, colour or palette of 8 or 16 bits")
+        return _to_grey_or_rgb(colours, colour, bgr=False)
+    raise UnreadableImage(f"pixels of mode {image.mode!r}; expected grey, colour or palette of 8 or 16 bits")
 
 
-def _flat(pixels: Any, colour: bool, bgr: bool) -> Any:
-    """(H, W) or (H, W, 3 or 4) -> (H, W), luma as in ITU-R BT.601, or RGB (H, W, 3) where there is and shall be colour.
+def _to_grey_or_rgb(pixels: Any, colour: bool, bgr: bool) -> Any:
+    """(H, W) or (H, W, 3 or 4) -> (H, W), luma of ITU-R BT.601, or RGB (H, W, 3) if `colour` is set and not grey.
 
-    What is transparent becomes black: it is no picture, like the borders that padding adds. Alpha that is 0
-    everywhere was never set (32-bit BMP) and is ignored.
+    Transparent pixels become black, like the borders that padding adds. An alpha channel of zeros was never set
+    (32-bit BMP) and is ignored.
     """
     if pixels.ndim == 2:
         return pixels
@@ -253,7 +245,7 @@ def _flat(pixels: Any, colour: bool, bgr: bool) -> Any:
         return opaque
     share = alpha / float(full)
     blended = np.empty_like(opaque)
-    for plane, source in zip(_planes(blended), _planes(opaque), strict=True):  # one by one: these are 8 bytes a pixel
+    for plane, source in zip(_planes(blended), _planes(opaque), strict=True):  # one by one: floats take 8 bytes a pixel
         plane[...] = np.rint(source * share)
     return blended
 
@@ -263,21 +255,20 @@ def _planes(pixels: Any) -> list[Any]:
     return [pixels] if pixels.ndim == 2 else [pixels[:, :, channel] for channel in range(pixels.shape[2])]
 
 
-def _fill_depth(pixels: Any) -> Any:
-    """Shifts 16 bits so that the highest one that is used becomes the 16th.
+def _fill_bit_depth(pixels: Any) -> Any:
+    """Shift 16-bit values so that the highest used bit becomes bit 16; at least 8 bits count as used.
 
-    Detectors of 10, 12 and 14 bits write 16-bit files, which read as 16 bits would be black; and a 14-bit film whose
-    maximum is 4200 must not be darker than one of 4095. Below 8 bits of use a picture counts as 8: it is blank or
-    nearly so, and is to stay dark.
+    Detectors of 10, 12 and 14 bits write 16-bit files, which would be almost black without the shift. With fewer than
+    8 used bits an image is blank or nearly blank, and stays dark.
     """
     return pixels << 16 - max(8, int(pixels.max(initial=0)).bit_length())
 
 
 def _describe(start: bytes) -> str:
-    """Why Pillow knows no format, from the file's first bytes."""
-    if kind_of_start(start) == "picture":
+    """Description of a file that Pillow does not recognise, by its first bytes."""
+    if kind_of_start(start) == "raster":
         return "damaged: its header cannot be read"
     found = describe_start(start)
     if found in (EMPTY, LFS_POINTER):
         return found
-    return f"no PNG, JPEG, BMP or TIFF but {found}" if found else "no PNG, JPEG, BMP or TIFF"
+    return f"{found or 'an unknown format'}; expected PNG, JPEG, BMP or TIFF"

@@ -1,14 +1,14 @@
-"""A volume of NIfTI, MGZ or Analyze -> its slices, upright and in grey.
+"""Reader of NIfTI, MGZ and Analyze volumes: upright grey slices.
 
-contents = inspect(Path("T1.nii.gz"), preprocess)   # the slices that preprocess.volume asks for, from the header alone
+contents = inspect(Path("T1.nii.gz"), preprocess)   # the slices that preprocess.volume selects, from the header alone
 with VolumeFile(path, preprocess) as file:
     raw = file.read(contents.indices[0])
 
-nibabel reads the header; the voxels are read here, one frame of them and nothing else, so that neither a long series
-nor a header that lies can fill the memory. A large volume is mapped from a temporary file without a name, so that
-memory stays bounded however many threads each have one open.
+nibabel reads the header. This module reads the voxels, one frame only, so that neither a long series nor a false header
+can fill the memory. A large volume is mapped from an unnamed temporary file, which bounds the memory even if every
+thread has a volume open.
 
-Shapes: X Y Z the volume's sides, to the patient's Right, front (Anterior) and head (Superior).
+Shapes: X Y Z the volume's sides towards the patient's Right, Anterior and Superior (RAS); A B C its sides as stored.
 """
 
 import gzip
@@ -22,33 +22,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, cast
+from typing import IO, Any, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.ingest.formats.arrays import spill
-from medgen.ingest.formats.raw import MAX_PIXELS, Contents, LeftOut, RawImage, UnreadableImage
+from medgen.ingest.formats.raw import MAX_PIXELS, Contents, ImageFile, LeftOutImage, RawImage, UnreadableImage
+from medgen.ingest.formats.streams import CHUNK, copy_to_mmap, max_inflated_bytes, open_inflated
 
-_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # in X Y Z
+_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # indices into X Y Z
 _MAX_VOXELS = 1 << 28  # of a frame: 512 x 512 x 1024, a long CT
 _MAX_VOXELS_IN_MEMORY = 1 << 25  # 320 x 320 x 320
-_MAX_RATIO = 1032  # deflate makes no byte more than this (zlib.net/zlib_tech.html)
-_NUM_SAMPLES = 1 << 21  # voxels that the window is found from
-_CHUNK = 1 << 20
+_NUM_SAMPLES = 1 << 21  # voxels from which the window is computed
 _PAIR = re.compile(r"(.+)\.(hdr|img)((?:\.gz)?)", re.IGNORECASE)
-_SQUARE = 1.01  # pixels of sides nearer than this are square
+_MAX_SIDE_RATIO = 1.01  # of the sides of a pixel that counts as square
 
 
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
-    """Numbers of the slices along `preprocess.volume.axis`, counted from left, back and foot.
+    """Indices of the slices along `preprocess.volume.axis`, counted from the patient's left, back and foot.
 
-    Volumes as long as each other along the axis have the same numbers.
+    They depend only on the length of the axis: an image and a mask of equal length have the same indices.
 
     Raises:
-        UnreadableImage: it is no volume, is damaged or too large, or is the .img of a .hdr, which is the file to read.
+        UnreadableImage: the file is not a volume, is damaged or too large, or is the .img of a .hdr (read the .hdr).
     """
     header = _read_header(path, preprocess, mask=False)
     volume, length = preprocess.volume, header.num_slices(_AXES[preprocess.volume.axis])
@@ -59,12 +57,12 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
     )
 
 
-class VolumeFile:
-    """One volume, or one frame of a series; loaded at the first `read`. A mask of one volume serves any frame.
+class VolumeFile(ImageFile):
+    """One volume, or one frame of a series; the first `read` loads it. A mask of one volume serves any frame.
 
-    Axial slices have the patient's front at the top, coronal and sagittal ones the head. Left and right are as
-    radiologists look at them, and as DICOM slices come: the patient's right is on the picture's left, and a sagittal
-    slice looks to the left.
+    Axial slices have the patient's front at the top, coronal and sagittal slices the head. Left and right follow the
+    radiological convention, as DICOM slices do: the patient's right is on the left of the image, and the front is on
+    the left of a sagittal slice.
     """
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
@@ -72,42 +70,45 @@ class VolumeFile:
         self._axis = _AXES[preprocess.volume.axis]
         self._header = _read_header(path, preprocess, mask)
         self._voxels: NDArray[Any] | None = None  # (X, Y, Z) as stored, unscaled
-        self._reason = ""  # why they cannot be loaded
+        self._reason = ""  # error message if the voxels could not be loaded
         self._window = _Window(0.0, 0.0, 0.0)
         self._lock = threading.Lock()
 
     @property
-    def num_pictures(self) -> int:
-        """All slices along the axis: a mask must have as many as its image."""
+    def num_images(self) -> int:
+        """Number of all slices along the axis: a mask must have as many as its image."""
         return self._header.num_slices(self._axis)
 
     def read(self, index: int) -> RawImage:
-        """That slice: uint16, the volume's window stretched over it; of a mask uint8, 255 where it is not zero,
-        or uint16, its values, where `preprocess.mask_values` tells them apart.
+        """Read one slice.
+
+        An image is uint16, where 0 and 65535 are the ends of the volume's window. A mask is uint8, 255 where it is not
+        zero; with `preprocess.mask_values` it is uint16 and keeps its values.
 
         Raises:
             UnreadableImage: the volume is damaged.
-            LeftOut: less of the slice is foreground than `preprocess.volume.min_foreground`.
+            LeftOutImage: the share of foreground in the slice is below `preprocess.volume.min_foreground`.
         """
         voxels = self._load()
         if not 0 <= index < voxels.shape[self._axis]:
             raise UnreadableImage(f"slice {index} of {voxels.shape[self._axis]}")
         plane = voxels[(slice(None),) * self._axis + (index,)]
-        upright = self._header.scale(plane[::-1, ::-1].T)  # Z or Y downwards, X or Y to the left
+        upright = self._header.scale(plane[::-1, ::-1].T)  # Z or Y point up, X or Y to the left
         finite = np.isfinite(upright)
         if self._mask and self._keeps_values:
             whole = np.where(finite, upright, 0).clip(0, 65535).round().astype(np.uint16)
-            return self._picture(whole, cv2.INTER_NEAREST)
+            return self._to_raw(whole, cv2.INTER_NEAREST)
         if self._mask:
-            return self._picture(np.where((upright != 0) & finite, np.uint8(255), np.uint8(0)), cv2.INTER_NEAREST)
+            return self._to_raw(np.where((upright != 0) & finite, np.uint8(255), np.uint8(0)), cv2.INTER_NEAREST)
         share = float(np.mean(finite & (upright > self._window.foreground)))
         if share < self._volume.min_foreground:
-            raise LeftOut(f"empty slice: {100 * share:.3g} % foreground, less than preprocess.volume.min_foreground")
-        return self._picture(self._window.stretch(upright, finite), cv2.INTER_LINEAR)
+            percent = f"{100 * share:.3g} %"
+            raise LeftOutImage(f"empty slice: {percent} foreground, less than preprocess.volume.min_foreground")
+        return self._to_raw(self._window.stretch(upright, finite), cv2.INTER_LINEAR)
 
-    def _picture(self, pixels: Any, interpolation: int) -> RawImage:
+    def _to_raw(self, pixels: Any, interpolation: int) -> RawImage:
         height, width = pixels.shape
-        target = self._header.picture_size(self._axis)
+        target = self._header.slice_size(self._axis)
         if target != (width, height):
             pixels = cv2.resize(pixels, target, interpolation=interpolation)
         return RawImage(pixels, (width, height), self._header.dtype.name)
@@ -122,13 +123,10 @@ class VolumeFile:
                     if not self._mask:
                         self._window = _find_window(self._header.scale(_sample(voxels)), self._volume.window)
                 except UnreadableImage as error:
-                    self._reason = str(error)  # once for all slices, as a damaged file may be long
+                    self._reason = str(error)  # for all slices: loading again would take as long
                     raise
-                self._voxels = _turn(voxels, self._header)
+                self._voxels = _to_ras(voxels, self._header)
             return self._voxels
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -141,7 +139,7 @@ class VolumeFile:
 
 @dataclass(frozen=True)
 class _Header:
-    """What is needed of a header, checked. A, B and C are the file's own axes, in its own order."""
+    """Checked fields of a header."""
 
     voxels_path: Path
     shape: tuple[int, int, int]  # A, B, C
@@ -149,18 +147,16 @@ class _Header:
     start: int  # of the frame, in bytes
     slope: float
     intercept: float
-    orientation: NDArray[
-        Any
-    ]  # (3, 2): of A, B and C the axis in X Y Z, and 1 or -1 for its direction; as nibabel has it
+    orientation: NDArray[Any]  # (3, 2) as in nibabel: for each of A B C its axis in X Y Z, and its direction, 1 or -1
     voxel_sizes: tuple[float, float, float]  # mm along A, B, C
 
     @property
     def axes(self) -> list[int]:
-        """Which of A, B, C runs along X, Y and Z."""
+        """Index into A B C of the axes X, Y and Z."""
         return [int(axis) for axis in np.argsort(self.orientation[:, 0])]
 
     def num_slices(self, axis: int) -> int:
-        """Across that axis of X Y Z."""
+        """Number of slices along one axis of X Y Z."""
         return self.shape[self.axes[axis]]
 
     @property
@@ -168,33 +164,34 @@ class _Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def scale(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Apply the rescale slope and intercept."""
         with np.errstate(all="ignore"):
             return values.astype(np.float64) * self.slope + self.intercept
 
-    def picture_size(self, axis: int) -> tuple[int, int]:
-        """Width and height of a slice across that axis of X Y Z, in square pixels as small as the smaller side."""
+    def slice_size(self, axis: int) -> tuple[int, int]:
+        """Width and height of a slice across one axis of X Y Z, in square pixels of the shorter voxel side."""
         across, upwards = (file_axis for place, file_axis in enumerate(self.axes) if place != axis)
         sides = self.voxel_sizes[across], self.voxel_sizes[upwards]
         counts = self.shape[across], self.shape[upwards]
-        if max(sides) <= _SQUARE * min(sides):
+        if max(sides) <= _MAX_SIDE_RATIO * min(sides):
             return counts
         width, height = (round(count * side / min(sides)) for count, side in zip(counts, sides, strict=True))
         return width, height
 
 
 def _read_header(path: Path, preprocess: Preprocess, mask: bool) -> _Header:
-    with _reasons():
-        voxels_path = _voxels_path(path)
-        with _open(path) as stream:
+    with _unreadable_errors():
+        voxels_path = _find_voxels(path)
+        with open_inflated(path) as stream:
             parsed = _parse(stream.read(540), is_pair=voxels_path != path)
-        with np.errstate(all="ignore"):  # of an affine with values that no scanner wrote
+        with np.errstate(all="ignore"):  # damaged affines overflow
             header = _check(parsed, voxels_path, preprocess, mask)
         _check_length(header)
     return header
 
 
-def _voxels_path(path: Path) -> Path:
-    """The file with the voxels: the file itself, or the .img of a .hdr."""
+def _find_voxels(path: Path) -> Path:
+    """Path of the file with the voxels: the file itself, or the .img of a .hdr."""
     match = _PAIR.fullmatch(path.name)
     if match is None:
         return path
@@ -202,17 +199,17 @@ def _voxels_path(path: Path) -> Path:
     if suffix.lower() == "img":
         here = any(path.with_name(f"{stem}.{word}{zipped}").is_file() for word in ("hdr", "HDR"))
         raise UnreadableImage(
-            "the voxels of a .hdr, which is the file to read" if here else "the voxels of a .hdr that is not here"
+            "voxels of the .hdr file, which is read instead" if here else "voxels whose .hdr is not in this folder"
         )
     other = ".IMG" if suffix.isupper() else ".img"
     for name in (f"{stem}{other}{zipped}", f"{stem}{other}", f"{stem}{other}.gz"):
         if path.with_name(name).is_file():
             return path.with_name(name)
-    raise UnreadableImage(f"a header without its voxels: {stem[:100]}{other} is not here")
+    raise UnreadableImage(f"a header without its voxels: {stem[:100]}{other} is not in this folder")
 
 
 def _parse(block: bytes, is_pair: bool) -> Any:
-    """nibabel's header of the file's first bytes. Only the fixed fields: extensions can be of any length."""
+    """Parse a file's first bytes with nibabel: the fixed fields only, as extensions can have any length."""
     nibabel = _nibabel()
     if len(block) < 4:
         raise UnreadableImage("cut short" if block else "empty file")
@@ -226,27 +223,27 @@ def _parse(block: bytes, is_pair: bool) -> Any:
             return nibabel.spm2analyze.Spm2AnalyzeHeader(block[:348], check=False)
     if block[:4] == b"\0\0\0\1" and len(block) >= 284:
         return nibabel.freesurfer.mghformat.MGHHeader(block[:90], check=False)
-    raise UnreadableImage("no header of NIfTI, MGZ or Analyze, or one that is cut short")
+    raise UnreadableImage("not a header of NIfTI, MGZ or Analyze, or one that is cut short")
 
 
 def _check(parsed: Any, voxels_path: Path, preprocess: Preprocess, mask: bool) -> _Header:
-    shape, num_frames = _shape(parsed)
+    shape, num_frames = _check_shape(parsed)
     frame = 0 if mask and num_frames == 1 else preprocess.volume.frame
     if frame >= num_frames:
         raise UnreadableImage(f"a series of {num_frames}; preprocess.volume.frame is {frame}, counted from 0")
     dtype = np.dtype(parsed.get_data_dtype())
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         kind = "colours" if dtype.names else dtype.name
-        raise UnreadableImage(f"voxels are {kind}; expected whole or real numbers of at most 64 bits")
+        raise UnreadableImage(f"voxels are {kind}; expected integers or floats of at most 64 bits")
     start = int(parsed.get_data_offset())
     if start < (0 if _PAIR.fullmatch(voxels_path.name) else parsed.template_dtype.itemsize):
-        raise UnreadableImage(f"voxels begin at byte {start}, before the header's end")
+        raise UnreadableImage(f"voxels begin at byte {start}, before the end of the header")
     affine = np.asarray(parsed.get_best_affine(), np.float64)
     if not np.isfinite(affine).all():
         raise UnreadableImage("the affine is not finite")
     orientation = _nibabel().orientations.io_orientation(affine)
     if not np.isfinite(orientation).all():
-        raise UnreadableImage("the affine does not say how the volume lies")
+        raise UnreadableImage("the affine gives no orientation")
     slope, intercept = parsed.get_slope_inter()
     header = _Header(
         voxels_path,
@@ -258,16 +255,16 @@ def _check(parsed: Any, voxels_path: Path, preprocess: Preprocess, mask: bool) -
         orientation,
         cast(tuple[float, float, float], tuple(float(size) for size in _nibabel().affines.voxel_sizes(affine))),
     )
-    width, height = header.picture_size(_AXES[preprocess.volume.axis])
+    width, height = header.slice_size(_AXES[preprocess.volume.axis])
     if width * height > MAX_PIXELS:
         raise UnreadableImage(
-            f"a slice of {width} x {height} square pixels is more than {MAX_PIXELS // 10**6} megapixels"
+            f"a slice of {width} x {height} square pixels, more than {MAX_PIXELS // 10**6} megapixels"
         )
     return header
 
 
-def _shape(parsed: Any) -> tuple[tuple[int, int, int], int]:
-    """The volume's sides and the number of volumes."""
+def _check_shape(parsed: Any) -> tuple[tuple[int, int, int], int]:
+    """Sides of the volume (A, B, C) and number of volumes in the series."""
     sides = [int(side) for side in parsed.get_data_shape()]
     text = " x ".join(map(str, sides))
     if len(sides) < 2 or min(sides) < 1 or any(side > 1 for side in sides[4:]):
@@ -279,12 +276,10 @@ def _shape(parsed: Any) -> tuple[tuple[int, int, int], int]:
 
 
 def _check_length(header: _Header) -> None:
-    """A header may promise more than there is: nothing is allocated for that."""
-    with header.voxels_path.open("rb") as file:
-        is_zipped = file.read(2) == b"\x1f\x8b"
-    length = header.voxels_path.stat().st_size * (_MAX_RATIO if is_zipped else 1)
-    if header.start + header.num_bytes > length:
-        raise UnreadableImage(f"cut short: the voxels should reach byte {header.start + header.num_bytes}")
+    """Compare the size in the header with the file's, before any memory is allocated."""
+    end = header.start + header.num_bytes
+    if end > max_inflated_bytes(header.voxels_path):
+        raise UnreadableImage(f"cut short: the voxels should reach byte {end}")
 
 
 # the voxels
@@ -292,35 +287,35 @@ def _check_length(header: _Header) -> None:
 
 def _read_voxels(header: _Header) -> NDArray[Any]:
     """One frame (A, B, C), as stored."""
-    with _reasons(), _open(header.voxels_path) as stream:
-        stream.seek(header.start)  # gzip's seek inflates piece by piece and keeps nothing
+    with _unreadable_errors(), open_inflated(header.voxels_path) as stream:
+        stream.seek(header.start)  # gzip inflates in pieces up to there and keeps nothing
         large = math.prod(header.shape) > _MAX_VOXELS_IN_MEMORY
-        values: Any = spill(stream, header.num_bytes) if large else _take(stream, header.num_bytes)
-        stream.read(1)  # where it is the end, gzip compares its checksum
+        values: Any = (copy_to_mmap if large else _read_into_memory)(stream, header.num_bytes)
+        stream.read(1)  # gzip compares its checksum if this is the end
     return np.frombuffer(values, header.dtype).reshape(header.shape, order="F")
 
 
-def _take(stream: IO[bytes], num_bytes: int) -> NDArray[np.uint8]:
+def _read_into_memory(stream: IO[bytes], num_bytes: int) -> NDArray[np.uint8]:
     buffer = np.empty(num_bytes, np.uint8)
     view, filled = buffer.data, 0
     while filled < num_bytes:
-        count = cast(Any, stream).readinto(view[filled : filled + _CHUNK])
+        count = cast(Any, stream).readinto(view[filled : filled + CHUNK])
         if not count:
             raise UnreadableImage(f"cut short: {filled} of {num_bytes} bytes of the voxels")
         filled += count
     return buffer
 
 
-def _turn(voxels: NDArray[Any], header: _Header) -> NDArray[Any]:
+def _to_ras(voxels: NDArray[Any], header: _Header) -> NDArray[Any]:
     """(A, B, C) -> (X, Y, Z), without a copy."""
     return cast(NDArray[Any], _nibabel().orientations.apply_orientation(voxels, header.orientation))
 
 
 def _sample(voxels: NDArray[Any]) -> NDArray[Any]:
-    """Enough voxels for percentiles, the same ones each time.
+    """Voxels (`_NUM_SAMPLES`) for percentiles, the same ones each time.
 
-    Multiples of the golden ratio, modulo 1, lie evenly and in step with no side of the volume (Knuth, The Art of
-    Computer Programming 3, 6.4).
+    Multiples of the golden ratio modulo 1 are evenly distributed and do not align with the sides of the volume (Knuth,
+    The Art of Computer Programming 3, 6.4).
     """
     flat: NDArray[Any] = voxels.reshape(-1, order="F")
     if flat.size <= _NUM_SAMPLES:
@@ -332,7 +327,7 @@ def _sample(voxels: NDArray[Any]) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class _Window:
-    """Values that become black and white, and the one above which there is tissue."""
+    """Values that become black and white, and the foreground threshold."""
 
     black: float
     white: float
@@ -347,38 +342,25 @@ class _Window:
 
 
 def _find_window(samples: NDArray[np.float64], percentiles: tuple[float, float]) -> _Window:
-    """The window of a volume's values.
+    """Window of a volume, from a sample of its values.
 
-    Foreground is what lies more than a tenth of the way from the 2nd to the 98th percentile, the rule by which BET
-    tells a head from the air around it (Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002):
-    it ignores the air's noise and single bright voxels, and holds too where the air is all zeros because the brain was
-    cut out. It does not move with `volume.window`, which is a matter of contrast.
+    The foreground threshold is a tenth of the way from the 2nd to the 98th percentile, as BET separates the head from
+    the air (Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002): noise of the air and single
+    bright voxels do not change it, and it also holds for skull-stripped volumes, whose background is zero. It does not
+    depend on `volume.window`, which sets the contrast.
     """
     samples = samples[np.isfinite(samples)]
     if not samples.size:
         raise UnreadableImage("no voxel has a finite value")
     black, white, darkest, brightest = np.percentile(samples, [*percentiles, 2, 98]).tolist()
-    if black == white:  # nearly all is background, as in the map of a lesion
+    if black == white:  # nearly all voxels are background, as in a lesion map
         black, white = float(samples.min()), float(samples.max())
     return _Window(black, white, darkest + 0.1 * (brightest - darkest))
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, inflated where it is gzip: its content decides, not its name."""
-    with path.open("rb") as file:
-        is_zipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if not is_zipped:
-            yield file
-            return
-        with gzip.open(file) as stream:
-            yield cast(IO[bytes], stream)
-
-
-@contextmanager
-def _reasons() -> Iterator[None]:
-    """What gzip, numpy and nibabel raise on a damaged file, as a reason."""
+def _unreadable_errors() -> Iterator[None]:
+    """Raise what gzip, numpy and nibabel raise on a damaged file as UnreadableImage."""
     nibabel = _nibabel()
     try:
         yield
@@ -398,7 +380,7 @@ def _reasons() -> Iterator[None]:
 
 
 def _nibabel() -> Any:
-    """nibabel, most of which has no types; imported where a volume is read, as it takes a moment."""
+    """Import nibabel when a volume is read, because the import is slow; most of it has no types."""
     import nibabel
 
     return nibabel

@@ -1,12 +1,12 @@
-"""What a reader gives: a file's pictures, each with its whole range of grey or colour.
+"""Types that every reader of image files shares.
 
-Every format has one module with the same two words, which data/images.py chooses between:
+Each format is one module with a function `inspect` and a class that implements `ImageFile`:
 
-contents = dicom.inspect(path, preprocess)     # how many pictures, and what the file says of them; no pixels are read
+contents = dicom.inspect(path, preprocess)     # number of images, labels, splits, patient; reads no pixels
 with dicom.DicomFile(path, preprocess) as file:
     raw = file.read(0)
 
-Shapes: H W height and width of the picture.
+Shapes: H W height and width of an image.
 """
 
 from collections.abc import Sequence
@@ -20,57 +20,75 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
-MAX_PIXELS = 100_000_000  # 10,000 x 10,000; the largest detectors have a fifth of it
+MAX_PIXELS = 100_000_000  # 10,000 x 10,000; the largest detectors have a fifth of that
+MIN_SIDE = 4  # pixels; smaller images carry no content, and a small file could claim a million of them
 
 
 class UnreadableImage(ValueError):
-    """A file, or a picture of it, that cannot be read; the message is the reason that rejected.csv shows."""
+    """A file or an image that cannot be read; the message is the reason shown in rejected.csv."""
 
 
-class LeftOut(UnreadableImage):
-    """A picture that could be read and is not wanted, such as an empty slice: listed, but no sign of damage."""
+class LeftOutImage(UnreadableImage):
+    """An undamaged image or file that is left out, such as an empty slice; rejected.csv lists it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """One picture, upright; 0 is black and the highest value of its type is white."""
+    """One upright image; 0 is black and the highest value of its type is white."""
 
     pixels: Pixels  # (H, W), or (H, W, 3) RGB where preprocess.channels is 3; uint8 or uint16
     size: tuple[int, int]  # width, height as stored in the file
-    mode: str  # the file's own kind of pixels: Pillow's name such as "RGB" or "I;16", or DICOM's, NIfTI's
+    mode: str  # pixel type in the format's own terms: Pillow's mode such as "RGB" or "I;16", or DICOM's or NIfTI's
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a file says of its pictures before any is read."""
+    """Metadata of a file's images, known before any pixels are read."""
 
-    indices: Sequence[int]  # what `read` takes; (0,) for a file of one picture
-    labels: Sequence[str | None] | None = None  # one for each index, where the file has them
-    splits: Sequence[str | None] | None = None  # train, val or test for each index, where the file says so
-    patient: str | None = None  # the identifier as it stands in the file: to be hashed, never shown
-    independent: bool = False  # each picture is of its own patient, as in a file of thousands of digits
-    companions: Sequence[Path] = ()  # files that belong to this one, such as its labels
+    indices: Sequence[int]  # arguments of `read`; (0,) for a file of one image
+    labels: Sequence[str | None] | None = None  # one per index, if the file has labels
+    splits: Sequence[str | None] | None = None  # train, val or test per index, if the file has splits
+    patient: str | None = None  # identifier exactly as in the file: hash it before use, never show it
+    independent: bool = False  # every image belongs to a different patient, as in a file of thousands of digits
+    companions: Sequence[Path] = ()  # further files that belong to this one, such as its labels
 
 
 class ImageFile(Protocol):
-    """An open file. `read` may be called by several threads; pictures are cheapest in the order of their index."""
+    """An open image file, and the base class of the readers.
+
+    Several threads may call `read`; reading in the order of the indices is fastest.
+    """
 
     @property
-    def num_pictures(self) -> int:
-        """Of the file, asked for or not: a mask has as many as its image."""
+    def num_images(self) -> int:
+        """Number of images in the file, selected or not: a mask file must have as many as its image file."""
         ...
 
     def read(self, index: int) -> RawImage:
-        """The picture of that index of `Contents.indices`.
+        """Read the image at one of `Contents.indices`.
 
         Raises:
-            UnreadableImage: it cannot be read, is damaged or too large.
-            LeftOut: it is not wanted.
+            UnreadableImage: the image cannot be read, is damaged or is too large.
+            LeftOutImage: preprocess.volume leaves the image out.
         """
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        """Release what is loaded; a reader that opens the file anew for each `read` has nothing to release."""
+
+
+def check_size(width: int, height: int, prefix: str = "") -> None:
+    """Check the size of an image that a header claims, before any memory is allocated for it.
+
+    Raises:
+        UnreadableImage: a side is shorter than `MIN_SIDE`, or there are more than `MAX_PIXELS` pixels.
+    """
+    if min(width, height) < MIN_SIDE:
+        raise UnreadableImage(f"{prefix}images of {width} x {height}; expected at least {MIN_SIDE} x {MIN_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{prefix}images of {width} x {height}, more than {MAX_PIXELS // 10**6} megapixels")

@@ -1,36 +1,36 @@
-"""What a file is, from its first bytes. Of its text nothing is ever repeated: it may name a patient.
+"""Recognises a file by its first bytes. No result quotes the file's text, which may name a patient.
 
-kind_of_start(b"\\x89PNG\\r\\n\\x1a\\n…")   # "picture"
+kind_of_start(b"\\x89PNG\\r\\n\\x1a\\n…")   # "raster"
 describe_start(b"%PDF-1.7…")             # "a PDF document"
 """
 
 import codecs
 import re
 
-NUM_BYTES = 512  # as many as the tables below look at
+NUM_BYTES = 512  # that the tables below need
 EMPTY = "empty file"
 TEXT = "a text file"
-LFS_POINTER = "a Git LFS pointer, not the picture itself (run: git lfs pull)"
+LFS_POINTER = "a Git LFS pointer instead of the file (run: git lfs pull)"
 
-_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# DICOM without its preamble: group 2 or 8 with an explicit type, or group 8's length or character set without one
+_RASTER_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# DICOM without a preamble: group 2 or 8 with explicit VR, or the length or character set of group 8 with implicit VR
 _DATA_SET = re.compile(rb"[\x02\x08]\0..(?:UL|CS|UI|OB|DA|LO)|\x08\0(?:\0\0\x04|\x05\0.)\0\0\0", re.DOTALL)
-_KINDS = {"picture": "a PNG, JPEG, BMP or TIFF picture", "dicom": "a DICOM file", "volume": "a NIfTI volume"}
+_KINDS = {"raster": "a PNG, JPEG, BMP or TIFF image", "dicom": "a DICOM file", "volume": "a NIfTI volume"}
 _CONVERT = "convert it to PNG"
 _UNPACK = "unpack it"
 
-_OTHERS = (  # where, what stands there, what it is; the first that fits decides
+_OTHERS = (  # offset, bytes at that offset, description; the first match counts
     (0, b"version https://git-lfs", LFS_POINTER),
-    (0, b"GIF87a", f"a GIF picture: {_CONVERT}"),
-    (0, b"GIF89a", f"a GIF picture: {_CONVERT}"),
-    (8, b"WEBP", f"a WebP picture: {_CONVERT}"),
-    (4, b"jP  \r\n\x87\n", f"a JPEG 2000 picture: {_CONVERT}"),
-    (0, b"\xff\x4f\xff\x51", f"a JPEG 2000 picture: {_CONVERT}"),
-    (4, b"JXL \r\n\x87\n", f"a JPEG XL picture: {_CONVERT}"),
-    (4, b"ftypavif", f"an AVIF picture: {_CONVERT}"),
-    (4, b"ftyphei", f"a HEIC picture: {_CONVERT}"),
-    (4, b"ftypmif1", f"a HEIC picture: {_CONVERT}"),
-    (0, b"8BPS", f"a Photoshop picture: {_CONVERT}"),
+    (0, b"GIF87a", f"a GIF image: {_CONVERT}"),
+    (0, b"GIF89a", f"a GIF image: {_CONVERT}"),
+    (8, b"WEBP", f"a WebP image: {_CONVERT}"),
+    (4, b"jP  \r\n\x87\n", f"a JPEG 2000 image: {_CONVERT}"),
+    (0, b"\xff\x4f\xff\x51", f"a JPEG 2000 image: {_CONVERT}"),
+    (4, b"JXL \r\n\x87\n", f"a JPEG XL image: {_CONVERT}"),
+    (4, b"ftypavif", f"an AVIF image: {_CONVERT}"),
+    (4, b"ftyphei", f"a HEIC image: {_CONVERT}"),
+    (4, b"ftypmif1", f"a HEIC image: {_CONVERT}"),
+    (0, b"8BPS", f"a Photoshop image: {_CONVERT}"),
     (4, b"ftyp", "a video"),
     (8, b"AVI ", "a video"),
     (0, b"CDF\1", "NetCDF, such as MINC: convert MINC with mnc2nii"),
@@ -62,25 +62,25 @@ _TEXT_CONTROLS = frozenset(b"\t\n\r\f\x1b")
 
 
 def kind_of_start(start: bytes) -> str | None:
-    """`picture`, `dicom` or `volume`, as medgen/ingest/images.py names the kinds, or None."""
-    if start[128:132] == b"DICM" or _DATA_SET.match(start):  # what stands before may be a TIFF header (PS3.10, 7.1)
+    """`raster`, `dicom` or `volume`, the kinds of medgen/ingest/images.py, or None."""
+    if start[128:132] == b"DICM" or _DATA_SET.match(start):  # the preamble may be a TIFF header (PS3.10, 7.1)
         return "dicom"
-    is_bmp = start.startswith(b"BM") and start[6:10] == bytes(4)  # with two letters texts begin too
-    if is_bmp or start.startswith(_PICTURES):
-        return "picture"
-    # the magic words of NIfTI-1 and NIfTI-2 (nifti1.h, nifti2.h), each in one file or in two
+    is_bmp = start.startswith(b"BM") and start[6:10] == bytes(4)  # a text can begin with BM too
+    if is_bmp or start.startswith(_RASTER_STARTS):
+        return "raster"
+    # magic strings of NIfTI-1 and NIfTI-2 (nifti1.h, nifti2.h), each in one file or in two
     if start[344:348] in (b"n+1\0", b"ni1\0") or start[4:12] in (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"):
         return "volume"
     return None
 
 
 def describe_start(start: bytes) -> str | None:
-    """A few words on what the first `NUM_BYTES` bytes are of; None where they say nothing."""
+    """Short description of a file by its first `NUM_BYTES` bytes; None if they are not known."""
     if not start:
         return EMPTY
-    for at, mark, words in _OTHERS:
-        if start.startswith(mark, at):
-            return words
+    for offset, signature, description in _OTHERS:
+        if start.startswith(signature, offset):
+            return description
     if kind := kind_of_start(start):
         return _KINDS[kind]
     if start.lstrip().lower().startswith(_HTML):
@@ -91,11 +91,11 @@ def describe_start(start: bytes) -> str | None:
 
 
 def _is_text(start: bytes) -> bool:
-    """No control characters, and UTF-8, or one byte a letter with no more than some accents."""
+    """True for UTF-8, or a single-byte encoding with few accents, without control characters."""
     if any(byte < 32 and byte not in _TEXT_CONTROLS for byte in start):
         return False
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)  # whose last letter may be cut off here
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # the last letter may be cut off
     except UnicodeDecodeError:
         return 4 * sum(byte >= 128 for byte in start) < len(start)
     return True

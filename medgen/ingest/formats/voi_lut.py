@@ -1,8 +1,8 @@
-"""Stored values of a DICOM frame -> shades of grey, by the transformations of PS3.3 C.11.
+"""Greyscale transformation of a DICOM frame: modality LUT, VOI LUT or window, inversion and padding (PS3.3 C.11).
 
-grey = render(stored, shades)  # (H, W) uint16
+grey = apply_voi(stored, transform)  # (H, W) uint16
 
-Shapes: H W height and width of a frame, F the stretch of it that is worked on at a time.
+Shapes: H W height and width of a frame, F a flat block of it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,37 +12,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 1 << 20  # values worked on at a time, so that 64-bit arithmetic takes no memory worth speaking of
+_BLOCK = 1 << 20  # values per block: bounds the memory of 64-bit arithmetic
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """The values of a frame as they are stored."""
+class StoredPixels:
+    """Pixel values of a frame as they are stored."""
 
-    codes: Any  # (H, W) or (H, W, 3), unsigned, nothing above `bits`; or floats
+    codes: Any  # (H, W) or (H, W, 3): unsigned integers of `bits` bits, or floats
     bits: int
-    signed: bool  # the codes are two's complement
-    ycc: bool = False  # colours that are YCbCr
+    is_signed: bool  # the codes are two's complement
+    is_ycc: bool = False  # the colours are YCbCr
 
     @property
-    def tabular(self) -> bool:
-        """There are few enough different values to do the arithmetic once for each."""
+    def fits_table(self) -> bool:
+        """True if a table of all possible values is small."""
         return self.codes.dtype.kind == "u" and self.bits <= 16
 
-    def values(self, codes: Any) -> Any:
-        """The numbers that some of the codes stand for."""
+    def to_values(self, codes: Any) -> Any:
+        """Codes (F) -> signed or unsigned values (F)."""
         if codes.dtype.kind != "u":
             return codes.astype(np.float64)
         wide = codes.astype(np.int64)
-        return np.where(wide >> (self.bits - 1) == 1, wide - (1 << self.bits), wide) if self.signed else wide
+        return np.where(wide >> (self.bits - 1) == 1, wide - (1 << self.bits), wide) if self.is_signed else wide
 
     def blocks(self) -> Iterator[slice]:
-        """Stretches that cover the flat codes."""
+        """Slices that cover the flat codes."""
         return (slice(start, start + _BLOCK) for start in range(0, self.codes.size, _BLOCK))
 
-    def look_up(self, function: Callable[[Any], Any]) -> Any:
-        """`function` of each value, by a table of all values."""
-        table = function(self.values(np.arange(1 << self.bits, dtype=np.uint32)))
+    def map_values(self, function: Callable[[Any], Any]) -> Any:
+        """Apply `function` to each value, through a table of all values."""
+        table = function(self.to_values(np.arange(1 << self.bits, dtype=np.uint32)))
         flat = self.codes.reshape(-1)
         out = np.empty((flat.size, *table.shape[1:]), table.dtype)
         for block in self.blocks():
@@ -51,8 +51,8 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """A lookup table of the file (PS3.3 C.11.1.1): values below or above it are its ends'."""
+class LookupTable:
+    """A lookup table of the file (PS3.3 C.11.1.1); values outside its range map to its first or last entry."""
 
     first: int
     entries: NDArray[np.float64]
@@ -82,61 +82,61 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Shades:
-    """The way from a stored value to a shade."""
+class VoiTransform:
+    """Transformation of stored values to grey values."""
 
     slope: float
     intercept: float
-    modality: Table | None
-    voi: Callable[[Any], Any] | None  # a value -> 0..1; None: the range of the frame
-    inverted: bool
-    padding: tuple[float, float] | None  # stored values that are no picture
+    modality_lut: LookupTable | None  # replaces slope and intercept
+    voi: LookupTable | Window | None  # modality value -> 0..1; None: the frame's own range
+    is_inverted: bool
+    padding: tuple[float, float] | None  # smallest and largest stored value that is padding
 
-    def measured(self, values: Any) -> Any:
-        """Stored values (F) -> what they measure, such as Hounsfield units (F)."""
-        return self.modality(values) if self.modality else values * self.slope + self.intercept
+    def to_modality(self, values: Any) -> Any:
+        """Stored values (F) -> modality values such as Hounsfield units (F)."""
+        return self.modality_lut(values) if self.modality_lut else values * self.slope + self.intercept
 
-    def is_picture(self, values: Any) -> Any:
-        """Which stored values (F) are neither padding nor no numbers at all."""
+    def is_valid(self, values: Any) -> Any:
+        """Stored values (F) -> True where they are finite and not padding (F)."""
         if self.padding is None:
             return np.isfinite(values)
         return np.isfinite(values) & ((values < self.padding[0]) | (values > self.padding[1]))
 
-    def ends(self, parts: Iterable[Any]) -> tuple[float, float]:
-        """The smallest and the largest value measured over parts of a frame, each (F)."""
+    def find_range(self, blocks: Iterable[Any]) -> tuple[float, float]:
+        """Smallest and largest modality value in blocks of stored values, each (F)."""
         low, high = np.inf, -np.inf
-        for values in parts:
-            measured = self.measured(values[self.is_picture(values)])
-            measured = measured[np.isfinite(measured)]
-            low = min(low, float(measured.min(initial=np.inf)))
-            high = max(high, float(measured.max(initial=-np.inf)))
+        for values in blocks:
+            modality = self.to_modality(values[self.is_valid(values)])
+            modality = modality[np.isfinite(modality)]
+            low = min(low, float(modality.min(initial=np.inf)))
+            high = max(high, float(modality.max(initial=-np.inf)))
         return low, high
 
-    def grey(self, values: Any, low: float, high: float) -> NDArray[np.uint16]:
-        """Stored values (F) -> 0..65535 (F); `low` and `high` are the frame's ends, used where there is no window."""
+    def to_grey(self, values: Any, low: float, high: float) -> NDArray[np.uint16]:
+        """Stored values (F) -> 0..65535 (F); `low` and `high` are the frame's range, used if there is no window."""
         if self.voi is None and not 0 < high - low < np.inf:
             return np.zeros(values.shape, np.uint16)
-        picture = self.is_picture(values)
-        measured = self.measured(np.where(picture, values, 0))
-        share = self.voi(measured) if self.voi else np.clip((measured - low) / (high - low), 0, 1)
-        share = np.where(picture & np.isfinite(share), 1 - share if self.inverted else share, 0)
-        shades: NDArray[np.uint16] = np.rint(share * 65535).astype(np.uint16)
-        return shades
+        valid = self.is_valid(values)
+        modality = self.to_modality(np.where(valid, values, 0))
+        share = self.voi(modality) if self.voi else np.clip((modality - low) / (high - low), 0, 1)
+        share = np.where(valid & np.isfinite(share), 1 - share if self.is_inverted else share, 0)
+        grey: NDArray[np.uint16] = np.rint(share * 65535).astype(np.uint16)
+        return grey
 
 
-def render(stored: Stored, shades: Shades) -> NDArray[np.uint16]:
-    """Stored grey values (H, W) -> (H, W) uint16 that fill the range."""
+def apply_voi(stored: StoredPixels, transform: VoiTransform) -> NDArray[np.uint16]:
+    """Stored grey values (H, W) -> (H, W) uint16; black is 0 and white is 65535."""
     flat = stored.codes.reshape(-1)
-    with np.errstate(all="ignore"):  # of hostile slopes and floats; what is not finite is no picture
-        if stored.tabular:
+    with np.errstate(all="ignore"):  # damaged slopes and floats overflow; results that are not finite become black
+        if stored.fits_table:
             present = np.zeros(1 << stored.bits, bool)
             for block in stored.blocks():
                 present[flat[block]] = True
-            ends = shades.ends([stored.values(np.flatnonzero(present).astype(np.uint32))])
-            table: NDArray[np.uint16] = stored.look_up(lambda values: shades.grey(values, *ends))
+            limits = transform.find_range([stored.to_values(np.flatnonzero(present).astype(np.uint32))])
+            table: NDArray[np.uint16] = stored.map_values(lambda values: transform.to_grey(values, *limits))
             return table
-        ends = shades.ends(stored.values(flat[block]) for block in stored.blocks())
+        limits = transform.find_range(stored.to_values(flat[block]) for block in stored.blocks())
         grey = np.empty(flat.shape, np.uint16)
         for block in stored.blocks():
-            grey[block] = shades.grey(stored.values(flat[block]), *ends)
+            grey[block] = transform.to_grey(stored.to_values(flat[block]), *limits)
     return np.reshape(grey, stored.codes.shape)

@@ -1,8 +1,7 @@
-"""Each kind of file of many pictures gives what numpy, gzip and pickle give of it; a damaged one gives a reason."""
+"""npz, idx and CIFAR files: images, labels and splits as numpy and gzip read them, and errors for damaged files."""
 
 import contextlib
 import gzip
-import io
 import pickle
 import struct
 import threading
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medgen.config import Preprocess
-from medgen.ingest.formats import arrays
+from medgen.ingest.formats import arrays, streams
 from medgen.ingest.formats.arrays import CifarFile, IdxFile, NpzFile, inspect, is_cifar_batch, is_idx_images
 from medgen.ingest.formats.raw import ImageFile, RawImage, UnreadableImage
 
@@ -58,7 +57,7 @@ def save_npz(path: Path, save: Callable[..., None] = np.savez_compressed, **chan
     return arrays
 
 
-def test_the_classes_of_a_published_set_have_names(tmp_path: Path) -> None:
+def test_labels_of_a_medmnist_set_are_its_class_names(tmp_path: Path) -> None:
     stored = save_npz(tmp_path / "pneumoniamnist.npz", **{
         f"{split}_labels": random_pixels(count, 1, top=2) for split, count in (("train", 5), ("val", 2), ("test", 3))
     })  # fmt: skip
@@ -68,7 +67,7 @@ def test_the_classes_of_a_published_set_have_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_medmnist_runs_through_train_val_and_test(tmp_path: Path, save: Callable[..., None]) -> None:
+def test_medmnist_images_come_in_the_order_train_val_test(tmp_path: Path, save: Callable[..., None]) -> None:
     path = tmp_path / "set.npz"
     stored = save_npz(path, save)
     contents = inspect(path, GREY)
@@ -83,7 +82,7 @@ def test_medmnist_runs_through_train_val_and_test(tmp_path: Path, save: Callable
     assert {(raw.size, raw.mode, raw.pixels.dtype.name) for raw in found} == {((7, 6), "L", "uint8")}
 
 
-def test_colour_is_kept_where_asked_and_luma_elsewhere(tmp_path: Path) -> None:
+def test_colour_images_are_rgb_or_luma(tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     rgb = random_pixels(5, 6, 7, 3)
     save_npz(path, train_images=np.asfortranarray(rgb))
@@ -95,7 +94,7 @@ def test_colour_is_kept_where_asked_and_luma_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2"])
-def test_deep_pictures_fill_the_range_of_their_array(tmp_path: Path, dtype: str) -> None:
+def test_16_bit_images_are_shifted_to_fill_the_range(tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "set.npz"
     deep = random_pixels(5, 6, 7, dtype=np.uint16, top=1000).astype(dtype)
     deep[0] //= 100
@@ -114,18 +113,20 @@ def test_deep_pictures_fill_the_range_of_their_array(tmp_path: Path, dtype: str)
         (np.array([3, 12, 0, 7, 12]), ["03", "12", "00", "07", "12"]),
         (np.array([[3], [2], [0], [1], [2]], np.int64), ["03", "02", "00", "01", "02"]),  # others reach 12
         (np.array([True, False, True, True, False]), ["01", "00", "01", "01", "00"]),
-        (np.zeros((5, 14), np.uint8), None),  # several findings to a picture
+        (np.zeros((5, 14), np.uint8), None),  # several labels per image
         (None, None),
     ],
 )
-def test_labels_sort_as_numbers(tmp_path: Path, labels: np.ndarray | None, expected: list[str] | None) -> None:
+def test_labels_are_padded_to_sort_as_numbers(
+    tmp_path: Path, labels: np.ndarray | None, expected: list[str] | None
+) -> None:
     path = tmp_path / "set.npz"
     save_npz(path, train_labels=labels, val_labels=np.array([12, 1]))
     found = inspect(path, GREY).labels
     assert (None if found is None else list(found[:5])) == expected
 
 
-def test_a_split_may_be_absent(tmp_path: Path) -> None:
+def test_a_split_may_be_missing(tmp_path: Path) -> None:
     save_npz(tmp_path / "set.npz", val_images=None, val_labels=None)
     assert inspect(tmp_path / "set.npz", GREY).splits == ["train"] * 5 + ["test"] * 3
 
@@ -138,24 +139,24 @@ def test_a_split_may_be_absent(tmp_path: Path) -> None:
         ({"train_images": np.zeros((5, 4, 4), np.uint32)}, "holds uint32"),
         ({"train_images": np.zeros((5, 4), np.uint8)}, r"has shape \(5, 4\)"),
         ({"train_images": np.zeros((), np.uint8)}, r"has shape \(\)"),
-        ({"train_images": np.zeros((5, 0, 4), np.uint8)}, "pictures of 4 x 0; expected at least 4 x 4"),
-        ({"train_images": np.zeros((5, 9, 3), np.uint8)}, "train_images holds pictures of 3 x 9; expected at least 4"),
+        ({"train_images": np.zeros((5, 0, 4), np.uint8)}, "images of 4 x 0; expected at least 4 x 4"),
+        ({"train_images": np.zeros((5, 9, 3), np.uint8)}, "train_images holds images of 3 x 9; expected at least 4"),
         ({"train_images": np.array([[[None]]])}, "Python objects"),
         ({"train_labels": np.array([None] * 5)}, "Python objects"),
         ({"train_labels": np.zeros(5)}, "train_labels holds float64"),
-        ({"train_labels": np.zeros(4, int)}, r"\(4,\) for 5 pictures"),
+        ({"train_labels": np.zeros(4, int)}, r"\(4,\) for 5 images"),
         ({"train_labels": np.full(5, -1)}, "labels down to -1"),
         ({f"{split}_images": np.zeros((0, 4, 4), np.uint8) for split in ("train", "val", "test")}
-         | {f"{split}_labels": None for split in ("train", "val", "test")}, "0 pictures"),
+         | {f"{split}_labels": None for split in ("train", "val", "test")}, "0 images"),
     ],
 )  # fmt: skip
-def test_other_arrays_give_a_reason(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+def test_unsupported_arrays_are_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     save_npz(tmp_path / "set.npz", **changes)
     with pytest.raises(UnreadableImage, match=reason):
         inspect(tmp_path / "set.npz", GREY)
 
 
-def test_another_layout_is_named_by_its_keys(tmp_path: Path) -> None:
+def test_another_layout_is_refused_with_its_keys(tmp_path: Path) -> None:
     np.savez(tmp_path / "mnist.npz", x_train=np.zeros(3), y_train=np.zeros(3))
     with pytest.raises(UnreadableImage, match=r"^arrays 'x_train', 'y_train'; expected MedMNIST's train_images"):
         inspect(tmp_path / "mnist.npz", GREY)
@@ -175,9 +176,9 @@ def save_zip(path: Path, method: int = zipfile.ZIP_DEFLATED, **members: bytes) -
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (npy((5, 4, 4), b"abc"), "by its header, and does not"),
-        (npy((5, 4, 4), bytes(81)), "by its header, and does not"),
-        (npy((1 << 40, 1, 1), bytes(80)), "should take 1099511627861 bytes"),
+        (npy((5, 4, 4), b"abc"), "bytes long, as its header says"),
+        (npy((5, 4, 4), bytes(81)), "bytes long, as its header says"),
+        (npy((1 << 40, 1, 1), bytes(80)), "train_images is not 1099511627861 bytes long"),
         (npy((-5, 4, 4), bytes(80)), "has shape"),
         (npy((5, 4, 4), bytes(80), "'|O'"), "Python objects"),
         (npy((5, 4, 4), bytes(80), "__import__('os').getcwd()"), "damaged"),
@@ -188,7 +189,7 @@ def save_zip(path: Path, method: int = zipfile.ZIP_DEFLATED, **members: bytes) -
         (b"", "damaged"),
     ],
 )
-def test_an_array_that_lies_gives_a_reason(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_a_false_npy_header_is_refused_without_using_memory(tmp_path: Path, content: bytes, reason: str) -> None:
     save_zip(tmp_path / "set.npz", train_images=content)
     tracemalloc.start()
     with pytest.raises(UnreadableImage, match=reason):
@@ -197,25 +198,25 @@ def test_an_array_that_lies_gives_a_reason(tmp_path: Path, content: bytes, reaso
     tracemalloc.stop()
 
 
-def test_a_size_that_the_bytes_cannot_reach_is_refused_unread(tmp_path: Path) -> None:
-    """npy header and zip directory agree on 3 GB, of which some 200 bytes are there."""
+def test_a_size_beyond_the_deflate_ratio_is_refused(tmp_path: Path) -> None:
+    """The npy header and the zip directory claim 3 GB; the file has 200 bytes."""
     content = npy((1 << 20, 50, 60), bytes(100))
     save_zip(tmp_path / "set.npz", train_images=content)
     data = bytearray((tmp_path / "set.npz").read_bytes())
     claimed = len(content) - 100 + (1 << 20) * 50 * 60
     struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, claimed)
     (tmp_path / "set.npz").write_bytes(data)
-    with pytest.raises(UnreadableImage, match=f"should take {claimed} bytes by its header, and does not"):
+    with pytest.raises(UnreadableImage, match=f"train_images is not {claimed} bytes long, as its header says"):
         inspect(tmp_path / "set.npz", GREY)
 
 
-def test_a_file_of_a_kilobyte_is_no_million_pictures(tmp_path: Path) -> None:
+def test_a_kilobyte_cannot_claim_a_million_images(tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
-    for shape, reason in (((1 << 20, 1, 1), "pictures of 1 x 1; expected"), ((1 << 17, 4, 4), "does not")):
+    for shape, reason in (((1 << 20, 1, 1), "images of 1 x 1; expected"), ((1 << 17, 4, 4), "as its header says")):
         save_zip(path, train_images=npy(shape, bytes(1 << 20)))
         data = bytearray(path.read_bytes())
         assert len(data) < 1500
-        entry = data.rindex(b"PK\x01\x02")  # its list of members claims four times what is there
+        entry = data.rindex(b"PK\x01\x02")  # the directory claims four times the real size
         struct.pack_into("<I", data, entry + 20, 4000)
         struct.pack_into("<I", data, entry + 24, len(npy(shape)) + (shape[0] * shape[1] * shape[2]))
         path.write_bytes(data)
@@ -223,29 +224,29 @@ def test_a_file_of_a_kilobyte_is_no_million_pictures(tmp_path: Path) -> None:
             inspect(path, GREY)
 
 
-def test_the_number_of_pictures_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays, "_MAX_PICTURES", 9)
+def test_the_number_of_images_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "_MAX_IMAGES", 9)
     save_npz(tmp_path / "set.npz")
-    with pytest.raises(UnreadableImage, match=r"^10 pictures; expected 1 to 9$"):
+    with pytest.raises(UnreadableImage, match=r"^10 images; expected 1 to 9$"):
         inspect(tmp_path / "set.npz", GREY)
 
 
-def test_a_zip_bomb_is_mapped_or_refused_but_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zip_bomb_is_mapped_from_disk_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "set.npz"
     side = 8000  # 64 MB of zeros in 64 kB
     save_zip(path, train_images=npy((1, side, side), bytes(side * side)))
     tracemalloc.start()
     with NpzFile(path, GREY) as file:
         file.read(0)
-    assert tracemalloc.get_traced_memory()[1] < 2.2 * side * side  # the picture itself, and no more
+    assert tracemalloc.get_traced_memory()[1] < 2.2 * side * side  # the image itself, and no more
     tracemalloc.stop()
-    monkeypatch.setattr(arrays.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 20})())
-    with NpzFile(path, GREY) as file, pytest.raises(UnreadableImage, match=r"takes 61 MiB, .* has 1 MiB"):
+    monkeypatch.setattr(streams.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 20})())
+    with NpzFile(path, GREY) as file, pytest.raises(UnreadableImage, match=r"takes 61 MiB, .* has 1 MiB free"):
         file.read(0)
 
 
-def test_a_long_list_of_members_is_not_read(tmp_path: Path) -> None:
-    """Names of 64 KiB each make a directory that is larger than the pictures it is for."""
+def test_a_long_list_of_members_is_refused(tmp_path: Path) -> None:
+    """Names of 64 KiB each make the directory larger than the arrays."""
     with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
         for number in range(100):
             archive.writestr(f"{number:060000d}", b"")
@@ -298,7 +299,7 @@ def test_idx_files_with_their_labels(tmp_path: Path, images: str, labels: str, s
     assert found[0].size == (6, 5) and found[0].mode == "L"
 
 
-def test_emnist_is_written_column_by_column(tmp_path: Path) -> None:
+def test_emnist_images_are_transposed(tmp_path: Path) -> None:
     path = tmp_path / "emnist-letters-train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(idx_images(DIGITS)))
     contents = inspect(path, GREY)
@@ -318,7 +319,7 @@ def test_emnist_is_written_column_by_column(tmp_path: Path) -> None:
         ("train-images-idx3-ubyte.zip", False),
     ],
 )
-def test_only_pictures_are_an_idx_file(name: str, expected: bool) -> None:
+def test_idx_image_files_are_recognised_by_name(name: str, expected: bool) -> None:
     assert is_idx_images(name) is expected
 
 
@@ -327,11 +328,11 @@ BAD_IDX = {
     "short header": (idx_images(DIGITS)[:10], "cut short"),
     "labels": (idx_labels([1, 2, 3]) * 2, "00 00 08 03"),
     "html": (b"<html><body>404 Not Found</body></html>", "00 00 08 03"),
-    "no pictures": (struct.pack(">4I", 0x803, 0, 28, 28), "0 pictures"),
-    "too many": (struct.pack(">4I", 0x803, 2**32 - 1, 1, 1), "4294967295 pictures"),
+    "no images": (struct.pack(">4I", 0x803, 0, 28, 28), "0 images"),
+    "too many": (struct.pack(">4I", 0x803, 2**32 - 1, 1, 1), "4294967295 images"),
     "too large": (struct.pack(">4I", 0x803, 1, 2**31, 2**31), "more than 100 megapixels"),
     "no pixels": (struct.pack(">4I", 0x803, 1, 0, 28), "28 x 0; expected at least 4 x 4"),
-    "specks": (struct.pack(">4I", 0x803, 9, 1, 1) + bytes(9), "^pictures of 1 x 1; expected at least 4 x 4$"),
+    "specks": (struct.pack(">4I", 0x803, 9, 1, 1) + bytes(9), "^images of 1 x 1; expected at least 4 x 4$"),
     "a claim": (struct.pack(">4I", 0x803, 1 << 20, 28, 28) + bytes(1 << 20), "cut short: it should hold 1048576"),
     "bomb": (struct.pack(">4I", 0x803, 1000, 9000, 9000), "cut short: it should hold 1000"),
     "cut": (idx_images(DIGITS)[:-1], "cut short"),
@@ -343,7 +344,7 @@ BAD_IDX = {
 
 
 @pytest.mark.parametrize("name", BAD_IDX)
-def test_a_bad_idx_file_gives_a_reason(tmp_path: Path, name: str) -> None:
+def test_a_damaged_idx_file_is_refused(tmp_path: Path, name: str) -> None:
     content, reason = BAD_IDX[name]
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(content)
@@ -354,13 +355,13 @@ def test_a_bad_idx_file_gives_a_reason(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (idx_labels([1, 2, 3]), "t10k-labels-idx1-ubyte: 3 labels for 4 pictures"),
+        (idx_labels([1, 2, 3]), "t10k-labels-idx1-ubyte: 3 labels for 4 images"),
         (idx_labels([1, 2, 3, 4])[:-1], "cut short"),
         (idx_labels([1, 2, 3, 4]) + b"5", "longer"),
         (idx_images(DIGITS), "00 00 08 01"),
     ],
 )
-def test_labels_that_do_not_fit_are_told_of(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_idx_labels_that_do_not_fit_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_images(DIGITS))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(content)
     with pytest.raises(UnreadableImage, match=reason):
@@ -369,35 +370,36 @@ def test_labels_that_do_not_fit_are_told_of(tmp_path: Path, content: bytes, reas
 
 # CIFAR
 
-ROWS = random_pixels(3, 3072)
+PIXELS = random_pixels(3, 3072)
 
 
-def python_2(batch: dict[str, Any]) -> bytes:
-    """As CIFAR's authors wrote: protocol 2, and every key bytes when Python 3 reads it."""
-    return pickle.dumps({key.encode(): value for key, value in batch.items()}, 2)
+def cifar(*labels: list[int], pixels: np.ndarray = PIXELS) -> bytes:
+    """Rows of the binary edition: the label bytes, then red, green and blue."""
+    return b"".join(bytes(row) + image.tobytes() for row, image in zip(labels, pixels, strict=True))
 
 
-@pytest.mark.parametrize("dump", [python_2, lambda batch: pickle.dumps(batch, 4)])
+TEN = cifar([0], [9], [5])
+HUNDRED = cifar([19, 99], [0, 0], [3, 5])
+
+
 @pytest.mark.parametrize(
-    ("name", "batch", "labels", "split"),
+    ("name", "content", "labels", "split"),
     [
-        ("data_batch_1", {"labels": [0, 10, 9]}, ["00", "10", "09"], "train"),
-        ("test_batch", {"labels": [1, 1, 0]}, ["1", "1", "0"], "test"),
-        ("train", {"fine_labels": [99, 0, 5], "coarse_labels": [1, 2, 3]}, ["99", "00", "05"], "train"),
-        ("test", {}, None, "test"),
+        ("data_batch_1.bin", TEN, ["0", "9", "5"], "train"),
+        ("test_batch.bin", TEN, ["0", "9", "5"], "test"),
+        ("train.bin", HUNDRED, ["99", "00", "05"], "train"),
+        ("test.bin", HUNDRED, ["99", "00", "05"], "test"),
     ],
 )
-def test_cifar_batches(
-    tmp_path: Path, dump: Callable[..., bytes], name: str, batch: dict, labels: list[str] | None, split: str
-) -> None:
+def test_cifar_batches(tmp_path: Path, name: str, content: bytes, labels: list[str], split: str) -> None:
     path = tmp_path / name
-    path.write_bytes(dump(batch | {"data": ROWS, "filenames": ["a.png", "b.png", "c.png"]}))
+    path.write_bytes(content)
     assert is_cifar_batch(path)
     contents = inspect(path, COLOUR)
-    assert list(contents.indices) == [0, 1, 2] and contents.independent
+    assert list(contents.indices) == [0, 1, 2] and contents.independent and contents.companions == ()
     assert contents.labels == labels
     assert contents.splits == [split] * 3
-    expected = np.stack([ROWS[:, :1024], ROWS[:, 1024:2048], ROWS[:, 2048:]], axis=-1).reshape(3, 32, 32, 3)
+    expected = np.stack([PIXELS[:, :1024], PIXELS[:, 1024:2048], PIXELS[:, 2048:]], axis=-1).reshape(3, 32, 32, 3)
     assert np.array_equal([raw.pixels for raw in read_all(path, COLOUR)], expected)
     for raw, rgb in zip(read_all(path), expected, strict=True):
         assert np.abs(raw.pixels - luma(rgb)).max() <= 1.0
@@ -405,57 +407,77 @@ def test_cifar_batches(
 
 
 @pytest.mark.parametrize(
-    ("name", "meta", "key"), [("test_batch", "batches.meta", "label_names"), ("test", "meta", "fine_label_names")]
+    ("name", "content", "names"),
+    [
+        ("test_batch.bin", cifar([2], [0], [1]), "batches.meta.txt"),
+        ("test.bin", cifar([9, 2], [9, 0], [9, 1]), "fine_label_names.txt"),
+    ],
 )
-def test_classes_have_their_names_where_these_are(tmp_path: Path, name: str, meta: str, key: str) -> None:
-    labels = {"test_batch": "labels", "test": "fine_labels"}[name]
-    (tmp_path / name).write_bytes(python_2({"data": ROWS, labels: [2, 0, 1]}))
-    (tmp_path / meta).write_bytes(f"(dp1\nS'{key}'\np2\n(lp3\nS'airplane'\naS'car'\naS'bird'\nas.".encode())
+def test_cifar_class_names_are_read_from_their_file(tmp_path: Path, name: str, content: bytes, names: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / names).write_text("airplane\ncar\nbird\n\n")
     contents = inspect(tmp_path / name, GREY)
     assert contents.labels == ["bird", "airplane", "car"]
-    assert contents.companions == (tmp_path / meta,)
-    (tmp_path / name).write_bytes(python_2({"data": ROWS, labels: [2, 0, 3]}))
-    with pytest.raises(UnreadableImage, match=f"labels from 0 to 3; {meta} names 3 classes"):
-        inspect(tmp_path / name, GREY)
+    assert contents.companions == (tmp_path / names,)
+    for text, reason in (
+        ("airplane\ncar\n", f"labels from 0 to 2; {names} names 2 classes"),
+        ("a\0b\n", f"{names}: its lines are not class names"),
+        ("\N{SNOWMAN}".encode("utf-16").decode("latin-1"), f"{names}: its lines"),
+    ):
+        (tmp_path / names).write_text(text)
+        with pytest.raises(UnreadableImage, match=reason):
+            inspect(tmp_path / name, GREY)
 
 
 @pytest.mark.parametrize(
-    ("batch", "reason"),
+    ("name", "content", "reason"),
     [
-        ({"labels": [1]}, "no 'data'"),
-        ({"data": ROWS[:, :3000]}, "N x 3072"),
-        ({"data": ROWS.astype(np.int16)}, "N x 3072"),
-        ({"data": ROWS.tolist()}, "N x 3072"),
-        ({"data": ROWS[:0]}, "damaged|0 pictures"),
-        ({"data": ROWS, "labels": [1, 2]}, "labels of 3 pictures"),
-        ({"data": ROWS, "labels": [1, 2, "3"]}, "labels of 3 pictures"),
-        ({"data": ROWS, "labels": [1, 2, -3]}, "down to -3"),
-        ({"data": ROWS, "labels": [1, 2, 10**30]}, "damaged|pictures"),
-        ([1, 2], "no dictionary"),
+        ("test_batch.bin", TEN[:-1], "not a CIFAR-10 batch: its size is not a multiple of 3073 bytes"),
+        ("test_batch.bin", cifar([0], [10], [5]), "not a CIFAR-10 batch: a label byte is 10; expected 0 to 9"),
+        ("test_batch.bin", b"", "0 images"),
+        ("train.bin", TEN, "not a CIFAR-100 batch: its size is not a multiple of 3074 bytes"),
+        ("train.bin", cifar([20, 1], [0, 0], [3, 5]), "not a CIFAR-100 batch: a label byte is 20; expected 0 to 19"),
+        ("train.bin", cifar([0, 1], [0, 100], [3, 5]), "not a CIFAR-100 batch: a label byte is 100; expected 0 to 99"),
+        ("train", b"a text", "not a CIFAR batch; expected data_batch_1.bin"),
     ],
 )
-def test_other_pickles_give_a_reason(tmp_path: Path, batch: object, reason: str) -> None:
-    (tmp_path / "test_batch").write_bytes(pickle.dumps(batch))
-    with pytest.raises(UnreadableImage, match=reason):
-        inspect(tmp_path / "test_batch", GREY)
+def test_other_files_are_not_cifar_batches(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert not is_cifar_batch(tmp_path / name)
+    with pytest.raises(UnreadableImage, match=f"^{reason}"):
+        inspect(tmp_path / name, GREY)
 
 
-def test_a_file_that_is_only_called_train_is_no_batch(tmp_path: Path) -> None:
-    (tmp_path / "train").write_bytes(b"a text")
-    (tmp_path / "test").mkdir()
-    assert not is_cifar_batch(tmp_path / "train")
-    assert not is_cifar_batch(tmp_path / "test")
-    assert not is_cifar_batch(tmp_path / "meta")
+def test_cifar_batches_are_recognised_by_name(tmp_path: Path) -> None:
+    for name in ("model.bin", "data_batch_1.bin.gz", "my_test_batch.bin", "test_batch"):
+        (tmp_path / name).write_bytes(TEN)
+        assert not is_cifar_batch(tmp_path / name)
+    (tmp_path / "test.bin").mkdir()
+    assert not is_cifar_batch(tmp_path / "test.bin") and not is_cifar_batch(tmp_path / "train.bin")
 
 
-# all of them
+@pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "train", "test"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickled_cifar_batch_is_refused_and_never_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, protocol: int
+) -> None:
+    (tmp_path / name).write_bytes(pickle.dumps({b"data": PIXELS, b"labels": [1, 2, 3]}, protocol))
+    monkeypatch.setattr(pickle, "load", None)
+    monkeypatch.setattr(pickle, "loads", None)
+    assert is_cifar_batch(tmp_path / name)
+    for use in (inspect, CifarFile):
+        with pytest.raises(UnreadableImage, match=r"^a pickled .*cifar-10-binary\.tar\.gz.*data fetch cifar10"):
+            use(tmp_path / name, GREY)
+
+
+# all formats
 
 
 def write_samples(folder: Path) -> list[Path]:
     save_npz(folder / "set.npz")
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx_images(DIGITS))
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_images(DIGITS)))
-    (folder / "test_batch").write_bytes(pickle.dumps({"data": ROWS, "labels": [1, 2, 3]}))
+    (folder / "test_batch.bin").write_bytes(TEN)
     return sorted(folder.iterdir())
 
 
@@ -464,7 +486,7 @@ def test_threads_share_a_file(tmp_path: Path) -> None:
         expected = [raw.pixels for raw in read_all(path)]
         found: list[list[np.ndarray]] = []
         with open_file(path) as file:
-            assert file.num_pictures == len(expected)
+            assert file.num_images == len(expected)
             run = lambda: found.append([file.read(index).pixels for index in range(len(expected))])  # noqa: E731, B023
             threads = [threading.Thread(target=run) for _ in range(4)]
             for thread in threads:
@@ -475,7 +497,7 @@ def test_threads_share_a_file(tmp_path: Path) -> None:
 
 
 def damage(path: Path) -> None:
-    """Leaves the header and the claims, and spoils the last bytes of the pictures."""
+    """Damage the last bytes of the images, but not the header."""
     data = bytearray(path.read_bytes())
     if path.suffix == ".npz":
         end = data.index(b"PK\x03\x04", 4)  # of the first member
@@ -487,14 +509,14 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_file_is_loaded_once_and_each_picture_has_its_own_error(
+def test_a_damaged_file_is_loaded_once_and_each_image_raises_a_new_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = {path: open_file(path) for path in write_samples(tmp_path)}
+    opened = {path: open_file(path) for path in write_samples(tmp_path) if path.suffix != ".bin"}
     for path in opened:
         damage(path)
     loads: list[str] = []
-    for name in ("_open_npz", "_open_idx", "_read_batch"):
+    for name in ("_open_npz", "open_inflated"):
         whole = getattr(arrays, name)
         monkeypatch.setattr(arrays, name, lambda *given, name=name, whole=whole: loads.append(name) or whole(*given))
     for path, file in opened.items():
@@ -508,10 +530,10 @@ def test_a_damaged_file_is_loaded_once_and_each_picture_has_its_own_error(
         assert len({str(error) for error in errors}) == 1 and len(set(map(id, errors))) == 5
 
 
-def test_a_picture_that_is_not_there_gives_a_reason(tmp_path: Path) -> None:
+def test_a_missing_image_or_file_is_refused(tmp_path: Path) -> None:
     for path in write_samples(tmp_path):
         for index in (-1, 10):
-            with open_file(path) as file, pytest.raises(UnreadableImage, match=f"picture {index} of"):
+            with open_file(path) as file, pytest.raises(UnreadableImage, match=f"image {index} of"):
                 file.read(index)
         path.unlink()
         with pytest.raises(UnreadableImage, match="No such file"):
@@ -523,14 +545,14 @@ def test_a_picture_that_is_not_there_gives_a_reason(tmp_path: Path) -> None:
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
     st.floats(0, 1) | st.just(1.0),
 )
-def test_damage_gives_pictures_or_a_reason(
+def test_random_damage_raises_only_unreadable_image(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, int]], share: float
 ) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     for path in write_samples(folder):
         data = bytearray(path.read_bytes())
         for place, value in changes:
-            # headers are short: half of the changes go to the first and the last 128 bytes
+            # headers are short, so half of the changes are in the first and last 128 bytes
             at = int(place * 2 * len(data)) if place < 0.5 else int((place - 0.75) * 512)
             data[max(-len(data), min(at, len(data) - 1))] = value
         path.write_bytes(data[: max(1, int(share * len(data)))])
@@ -557,25 +579,20 @@ def test_real_mnist(shared_data: Callable[[str], Path]) -> None:
     path = folder / "t10k-images-idx3-ubyte.gz"
     contents = inspect(path, GREY)
     assert len(contents.indices) == 10_000
-    assert "".join(contents.labels[:10]) == "7210414959"  # as its authors show them
+    assert "".join(contents.labels[:10]) == "7210414959"  # as its authors publish them
     assert contents.companions == (folder / "t10k-labels-idx1-ubyte.gz",)
     stored = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
     with IdxFile(path, GREY) as file:
         for index in (0, 1, 9999):
             pixels = file.read(index).pixels
             assert np.array_equal(pixels, stored[index])
-            assert np.median(pixels) == 0 and pixels.max() > 200  # white on black
+            assert np.median(pixels) == 0 and pixels.max() > 200  # white digits on black
     assert not is_idx_images("train-labels-idx1-ubyte.gz")
 
 
-def test_real_cifar_format(shared_data: Callable[[str], Path]) -> None:
+def test_real_pickled_cifar_batches_are_refused(shared_data: Callable[[str], Path]) -> None:
     paths = sorted(path for path in shared_data("cifar_format").iterdir() if is_cifar_batch(path))
     assert len(paths) == 6
     for path in paths:
-        contents = inspect(path, COLOUR)
-        assert len(contents.indices) == 250
-        assert contents.splits[0] == ("test" if path.name == "test_batch" else "train")
-        batch = pickle.load(io.BytesIO(path.read_bytes()))
-        with CifarFile(path, COLOUR) as file:
-            assert np.array_equal(file.read(7).pixels, batch["data"][7].reshape(3, 32, 32).transpose(1, 2, 0))
-        assert [int(label) for label in contents.labels] == batch["labels"]
+        with pytest.raises(UnreadableImage, match=r"^a pickled CIFAR batch"):
+            inspect(path, COLOUR)

@@ -1,4 +1,4 @@
-"""A volume's slices are those of nibabel's own slow road: the whole array as floats, turned to RAS axes."""
+"""NIfTI, MGZ and Analyze volumes: slices equal those of nibabel's full float array in RAS orientation."""
 
 import contextlib
 import gzip
@@ -20,7 +20,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from medgen.config import Preprocess, Volume
 from medgen.ingest.formats import nifti
 from medgen.ingest.formats.nifti import VolumeFile, inspect
-from medgen.ingest.formats.raw import LeftOut, RawImage, UnreadableImage
+from medgen.ingest.formats.raw import LeftOutImage, RawImage, UnreadableImage
 
 AXES = ("sagittal", "coronal", "axial")
 RANDOM = np.random.default_rng(0)
@@ -43,24 +43,24 @@ def ras(path: Path, frame: int = 0) -> np.ndarray:
 
 
 def upright(volume: np.ndarray, axis: str, index: int) -> np.ndarray:
-    """Front or head at the top, the patient's right (or front) at the left, pixel by pixel."""
+    """Slice with front or head at the top and the patient's right (or front) at the left, pixel by pixel."""
     plane = np.take(volume, index, AXES.index(axis))
     width, height = plane.shape
     return np.array([[plane[width - 1 - x, height - 1 - y] for x in range(width)] for y in range(height)])
 
 
-def windowed(picture: np.ndarray, volume: np.ndarray, window: tuple[float, float] = (0.5, 99.5)) -> np.ndarray:
+def windowed(plane: np.ndarray, volume: np.ndarray, window: tuple[float, float] = (0.5, 99.5)) -> np.ndarray:
     black, white = np.percentile(volume[np.isfinite(volume)], window)
-    return np.rint(np.clip(np.where(np.isfinite(picture), (picture - black) / (white - black), 0), 0, 1) * 65535)
+    return np.rint(np.clip(np.where(np.isfinite(plane), (plane - black) / (white - black), 0), 0, 1) * 65535)
 
 
 def head(shape: tuple[int, ...] = (9, 10, 11), dtype: Any = np.int16) -> np.ndarray:
-    """Every voxel its own value."""
+    """A volume in which every voxel has another value."""
     return RANDOM.permutation(math.prod(shape)).reshape(shape).astype(dtype)
 
 
 def oriented(codes: str, sizes: tuple[float, float, float] = (1, 1, 1), shape: tuple[int, ...] = (9, 10, 11)) -> Any:
-    """The affine of a volume whose axes run as the letters say."""
+    """Affine of a volume with these axis codes."""
     turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(codes))
     affine = np.eye(4) @ inv_ornt_aff(turn, shape)
     affine[:3, :3] *= sizes
@@ -77,7 +77,7 @@ ORIENTATIONS = ["RAS", "LAS", "LPS", "RSA", "PIR", "SLA", "AIL", "IPL", "ASR"]
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_slices_are_upright_however_the_file_lies(tmp_path: Path, codes: str, axis: str) -> None:
+def test_slices_are_upright_in_every_orientation(tmp_path: Path, codes: str, axis: str) -> None:
     path = save(tmp_path / "v.nii", nibabel.Nifti1Image(head(), oriented(codes)))
     volume = ras(path)
     found = read_all(path, settings_of(axis=axis, window=(0, 100)))
@@ -89,8 +89,8 @@ def test_slices_are_upright_however_the_file_lies(tmp_path: Path, codes: str, ax
         assert np.abs(raw.pixels - windowed(expected, volume, (0, 100))).max() <= 1
 
 
-def test_the_patients_right_is_on_the_left_and_the_front_above(tmp_path: Path) -> None:
-    """Said once more without a formula: one bright voxel near the right, front and head of a patient."""
+def test_the_patients_right_is_on_the_left_and_the_front_at_the_top(tmp_path: Path) -> None:
+    """Test without a formula: one bright voxel near the patient's right, front and head."""
     for codes in ORIENTATIONS:
         volume = np.zeros((9, 10, 11), np.uint8)
         volume[7, 8, 9] = 200  # in RAS axes
@@ -149,8 +149,8 @@ def with_holes(volume: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of nibabel's and the test's own arithmetic on infinities
-def test_every_kind_of_volume(tmp_path: Path, name: str, axis: str) -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # arithmetic on infinities in nibabel and the test
+def test_every_format_and_data_type(tmp_path: Path, name: str, axis: str) -> None:
     path = MAKERS[name](tmp_path)
     volume = ras(path)
     found = read_all(path, settings_of(axis=axis))
@@ -160,10 +160,10 @@ def test_every_kind_of_volume(tmp_path: Path, name: str, axis: str) -> None:
 
 
 def test_a_2d_nifti_is_one_slice(tmp_path: Path) -> None:
-    picture = head((9, 10))
-    path = save(tmp_path / "v.nii", nibabel.Nifti1Image(picture, np.eye(4)))
+    plane = head((9, 10))
+    path = save(tmp_path / "v.nii", nibabel.Nifti1Image(plane, np.eye(4)))
     (raw,) = read_all(path)
-    assert np.abs(raw.pixels - windowed(picture[::-1, ::-1].T.astype(float), picture)).max() <= 1
+    assert np.abs(raw.pixels - windowed(plane[::-1, ::-1].T.astype(float), plane)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_a_2d_nifti_is_one_slice(tmp_path: Path) -> None:
         ({"axis": "sagittal", "last": 0.5}, range(4)),
     ],
 )
-def test_which_slices_are_asked_for(tmp_path: Path, volume: dict[str, Any], expected: Any) -> None:
-    """11 axial slices, whichever way the file lies; known from its header."""
+def test_selected_slices(tmp_path: Path, volume: dict[str, Any], expected: Any) -> None:
+    """A volume has 11 axial slices in any orientation, by its header."""
     path = save(tmp_path / "v.nii", nibabel.Nifti1Image(np.zeros((11, 9, 10), np.uint8), oriented("SLA")))
     contents = inspect(path, settings_of(**volume))
     assert list(contents.indices) == list(expected)
@@ -190,25 +190,25 @@ def test_which_slices_are_asked_for(tmp_path: Path, volume: dict[str, Any], expe
 
 
 @pytest.mark.parametrize(("name", "voxels"), [("v.hdr", "v.img"), ("v.hdr.gz", "v.img.gz"), ("V.HDR", "V.IMG")])
-def test_a_header_brings_its_voxels(tmp_path: Path, name: str, voxels: str) -> None:
+def test_a_header_is_read_with_its_voxels(tmp_path: Path, name: str, voxels: str) -> None:
     save(tmp_path / name, nibabel.Nifti1Pair(head(), np.eye(4)))
     assert inspect(tmp_path / name, EVERY).companions == (tmp_path / voxels,)
-    with pytest.raises(UnreadableImage, match=r"the voxels of a \.hdr, which is the file to read"):
+    with pytest.raises(UnreadableImage, match=r"voxels of the \.hdr file, which is read instead"):
         inspect(tmp_path / voxels, EVERY)
     (tmp_path / name).unlink()
-    with pytest.raises(UnreadableImage, match="that is not here"):
+    with pytest.raises(UnreadableImage, match=r"voxels whose \.hdr is not in this folder"):
         inspect(tmp_path / voxels, EVERY)
 
 
-def test_a_header_without_voxels_gives_a_reason(tmp_path: Path) -> None:
+def test_a_header_without_voxels_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "v.hdr", nibabel.AnalyzeImage(head(), None))
     (tmp_path / "v.img").unlink()
-    with pytest.raises(UnreadableImage, match=r"without its voxels: v\.img is not here"):
+    with pytest.raises(UnreadableImage, match=r"without its voxels: v\.img is not in this folder"):
         inspect(tmp_path / "v.hdr", EVERY)
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mgz"])
-def test_a_frame_of_a_series(tmp_path: Path, suffix: str) -> None:
+def test_one_frame_of_a_series_is_read(tmp_path: Path, suffix: str) -> None:
     kind = nibabel.MGHImage if suffix == ".mgz" else nibabel.Nifti1Image
     path = save(tmp_path / f"v{suffix}", kind(head((5, 6, 7, 4), np.int32), oriented("LPS", shape=(5, 6, 7))))
     for frame in range(4):
@@ -221,7 +221,7 @@ def test_a_frame_of_a_series(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_a_long_series_costs_one_frame_of_memory(tmp_path: Path, zipped: bool) -> None:
+def test_a_long_series_takes_the_memory_of_one_frame(tmp_path: Path, zipped: bool) -> None:
     side, num_frames = 64, 200 if zipped else 5000  # 105 MB and 2.6 GB
     header = nibabel.Nifti1Header()
     header.set_data_dtype(np.int16)
@@ -241,22 +241,20 @@ def test_a_long_series_costs_one_frame_of_memory(tmp_path: Path, zipped: bool) -
         else:
             file.truncate(352 + num_frames * len(frame))
     preprocess = settings_of(frame=num_frames - 2, window=(0, 100))
-    inspect(path, preprocess)  # brings nibabel
+    inspect(path, preprocess)  # imports nibabel
     tracemalloc.start()
     with VolumeFile(path, preprocess) as file:
         pixels = file.read(5).pixels
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 12 * len(frame)  # the frame, and its voxels as floats and sorted while the window is found
+    assert peak < 12 * len(frame)  # the frame, and its voxels as sorted floats for the window
     volume = np.frombuffer(frame, np.int16).reshape((side,) * 3, order="F").astype(float)
-    expected = windowed(upright(volume[::-1], "axial", 5), volume, (0, 100))  # without an affine NIfTI is LAS
+    expected = windowed(upright(volume[::-1], "axial", 5), volume, (0, 100))  # NIfTI without an affine is LAS
     assert np.abs(pixels - expected).max() <= 1
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_a_large_volume_is_the_same_and_takes_no_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
-) -> None:
+def test_a_large_volume_is_mapped_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
     volume = np.zeros((96, 96, 120), np.float64)  # 9 MB
     volume[20:80, 30:90, 20:100] = RANDOM.normal(100, 20, (60, 60, 80))
     series = np.stack([volume, volume[::-1]], axis=-1)
@@ -277,13 +275,13 @@ def test_a_large_volume_is_the_same_and_takes_no_memory(
             path_cut = tmp_path / ("cut.nii.gz" if zipped else "cut.nii")
             path_cut.write_bytes(path.read_bytes()[:-20])
             with VolumeFile(path_cut, settings_of(frame=0)) as file:
-                file.read(3)  # what is missing is of the other frame
+                file.read(3)  # the missing bytes belong to the other frame
             if zipped:
                 with VolumeFile(path_cut, settings_of(frame=1)) as file, pytest.raises(UnreadableImage, match="cut"):
                     file.read(3)
 
 
-def test_a_damaged_volume_is_loaded_once_and_each_slice_has_its_own_error(
+def test_a_damaged_volume_is_loaded_once_and_each_slice_raises_a_new_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path / "v.nii.gz", nibabel.Nifti1Image(head(), np.eye(4)))
@@ -309,31 +307,31 @@ def test_one_mask_serves_every_frame_of_a_series(tmp_path: Path, shape: tuple[in
         preprocess = settings_of(frame=frame, first=0.2, last=0.7, step=2)
         indices = inspect(series, preprocess).indices
         with VolumeFile(path, preprocess, mask=True) as mask, VolumeFile(series, preprocess) as image:
-            assert mask.num_pictures == image.num_pictures == 11
+            assert mask.num_images == image.num_images == 11
             volume = ras(path).reshape(9, 10, 11)
             for index in indices:
                 assert np.array_equal(mask.read(index).pixels, 255 * (upright(volume, "axial", index) != 0))
     for opening in (inspect, VolumeFile):
         with pytest.raises(UnreadableImage, match="a series of 1; preprocess"):
-            opening(path, settings_of(frame=2))  # as a picture it lacks the frame
+            opening(path, settings_of(frame=2))  # only a mask may lack the frame
     both = save(tmp_path / "both.nii", nibabel.Nifti1Image(np.stack([head(), head()], -1), np.eye(4)))
     with pytest.raises(UnreadableImage, match="a series of 2; preprocess"):
         VolumeFile(both, settings_of(frame=2), mask=True)
 
 
-def test_a_mask_that_lies_otherwise_has_the_same_slices(tmp_path: Path) -> None:
+def test_a_mask_in_another_orientation_has_the_same_slices(tmp_path: Path) -> None:
     preprocess = settings_of(first=0.1, last=0.8, step=3)
     volume = head()
     image = nibabel.Nifti1Image(volume, np.eye(4))
     turned = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt("SLA")))
     paths = [save(tmp_path / f"{number}.nii", each) for number, each in enumerate((image, turned))]
     assert [inspect(path, preprocess).indices for path in paths] == [range(1, 9, 3)] * 2
-    assert [VolumeFile(path, preprocess, mask=True).num_pictures for path in paths] == [11, 11]
+    assert [VolumeFile(path, preprocess, mask=True).num_images for path in paths] == [11, 11]
 
 
-def test_a_large_volumes_window_is_found_from_a_sample(tmp_path: Path) -> None:
+def test_the_window_of_a_large_volume_is_computed_from_a_sample(tmp_path: Path) -> None:
     volume = RANDOM.gamma(2.0, 100.0, (160, 160, 160)).astype(np.float32)
-    volume[::2] *= 3  # a sample in step with the sides would see only one half
+    volume[::2] *= 3  # a sample aligned with the sides would contain only one half
     path = save(tmp_path / "v.nii", nibabel.Nifti1Image(volume, np.eye(4)))
     with VolumeFile(path, EVERY) as file:
         found = file.read(80).pixels
@@ -341,7 +339,7 @@ def test_a_large_volumes_window_is_found_from_a_sample(tmp_path: Path) -> None:
     assert np.abs(found - expected).mean() < 65535 * 0.002
 
 
-def test_voxels_that_are_not_cubes_become_square_pixels(tmp_path: Path) -> None:
+def test_anisotropic_voxels_become_square_pixels(tmp_path: Path) -> None:
     volume = head((40, 8, 30), np.uint8)
     path = save(tmp_path / "v.nii", nibabel.Nifti1Image(volume, oriented("RSA", (1, 5, 1), (40, 8, 30))))
     for axis, stored, shown in (("axial", (40, 30), (40, 30)), ("sagittal", (30, 8), (30, 40)),
@@ -358,12 +356,12 @@ def test_voxels_that_are_not_cubes_become_square_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_a_mask_is_everything_that_is_not_zero(tmp_path: Path, dtype: Any) -> None:
+def test_a_mask_is_white_where_it_is_not_zero(tmp_path: Path, dtype: Any) -> None:
     volume = np.zeros((9, 10, 11), dtype)
     volume[2:4, 3:6, 5] = [[1, 2, 3], [200, 5, 1]]
     volume[8, 9, 5] = 1
     path = save(tmp_path / "m.nii", nibabel.Nifti1Image(volume, np.eye(4)))
-    found = read_all(path, Preprocess(), mask=True)  # empty slices of a mask are no less wanted
+    found = read_all(path, Preprocess(), mask=True)  # empty slices of a mask are kept
     assert len(found) == 11
     for index, raw in enumerate(found):
         assert raw.pixels.dtype == np.uint8
@@ -371,7 +369,7 @@ def test_a_mask_is_everything_that_is_not_zero(tmp_path: Path, dtype: Any) -> No
 
 
 def test_empty_slices_are_left_out(tmp_path: Path) -> None:
-    """A head in noisy air: slices are kept where it covers a twentieth of them."""
+    """A head in noisy air: slices are kept if it covers at least a twentieth of them."""
     volume = RANDOM.rayleigh(5.0, (50, 50, 40)).astype(np.float32)
     x, y, z = np.mgrid[:50, :50, :40]
     inside = (x - 25) ** 2 + (y - 25) ** 2 + (z - 20) ** 2 < 15**2
@@ -383,7 +381,7 @@ def test_empty_slices_are_left_out(tmp_path: Path) -> None:
             try:
                 file.read(index)
                 kept.append(index)
-            except LeftOut as reason:
+            except LeftOutImage as reason:
                 reasons[index] = str(reason)
     assert kept == [index for index in range(40) if inside[:, :, index].mean() >= 0.05]
     assert reasons[0] == "empty slice: 0 % foreground, less than preprocess.volume.min_foreground"
@@ -391,13 +389,13 @@ def test_empty_slices_are_left_out(tmp_path: Path) -> None:
     assert 0 < share < 5 and f"{share:.3g} %" in reasons[kept[0] - 1]
 
 
-def test_a_map_that_is_nearly_all_background_keeps_its_spot(tmp_path: Path) -> None:
+def test_a_volume_of_mostly_background_keeps_its_foreground(tmp_path: Path) -> None:
     volume = np.zeros((30, 30, 30), np.float32)
     volume[10:13, 10:13, 15] = 2.5
     path = save(tmp_path / "v.nii", nibabel.Nifti1Image(volume, np.eye(4)))
     with VolumeFile(path, Preprocess(volume=Volume(min_foreground=0.009))) as file:
         assert np.array_equal(file.read(15).pixels, upright(volume, "axial", 15) / 2.5 * 65535)
-        with pytest.raises(LeftOut):
+        with pytest.raises(LeftOutImage):
             file.read(14)
 
 
@@ -406,7 +404,7 @@ def test_a_volume_of_one_value_is_black(tmp_path: Path) -> None:
     assert not any(raw.pixels.any() for raw in read_all(path))
 
 
-def test_threads_share_one_reading(tmp_path: Path) -> None:
+def test_threads_share_a_file(tmp_path: Path) -> None:
     path = save(tmp_path / "v.nii.gz", nibabel.Nifti1Image(head((30, 30, 30)), np.eye(4)))
     expected = [raw.pixels for raw in read_all(path)]
     found: list[list[np.ndarray]] = []
@@ -443,8 +441,8 @@ def of_type(dtype: Any) -> bytes:
 DIM, OFFSET, SFORM, CODES = 40, 108, 280, 252
 BAD = {
     "empty": (b"", "empty file"),
-    "text": (b"#?RADIANCE and so on" * 100, "no header"),
-    "short header": (PLAIN_BYTES[:200], "no header"),
+    "text": (b"#?RADIANCE and so on" * 100, "not a header"),
+    "short header": (PLAIN_BYTES[:200], "not a header"),
     "no voxels": (PLAIN_BYTES[:352], "cut short"),
     "cut": (PLAIN_BYTES[:-1], "cut short: the voxels should reach byte 2332"),
     "negative side": (patched(DIM + 2, "<h", -9), "an array of -9 x 10 x 11"),
@@ -459,10 +457,10 @@ BAD = {
     "voxels at infinity": (patched(OFFSET, "<f", math.inf), "damaged header"),
     "voxels nowhere": (patched(OFFSET, "<f", math.nan), "damaged header"),
     "voxels before": (patched(OFFSET, "<f", -1000), "begin at byte -1000"),
-    "voxels in the header": (patched(OFFSET, "<f", 0), "begin at byte 0, before"),
+    "voxels in the header": (patched(OFFSET, "<f", 0), "begin at byte 0, before the end"),
     "unknown type": (patched(70, "<h", 77), "damaged header"),
     "infinite intercept": (patched(112, "<2f", 2.0, math.inf), "damaged header"),
-    "flat affine": (patched(SFORM, "<12f", *[0.0] * 12), "does not say how"),
+    "flat affine": (patched(SFORM, "<12f", *[0.0] * 12), "gives no orientation"),
     "infinite affine": (patched(SFORM, "<f", math.inf), "not finite"),
     "a slice stretched without end": (patched(SFORM, "<f", 1e-9), "megapixels"),
     "bad quaternion": (patched(CODES, "<2h3f", 1, 0, 9.0, 9.0, 9.0), "damaged header"),
@@ -475,7 +473,7 @@ BAD = {
     "mgh huge": (patched(4, ">4i", 1 << 30, 1 << 30, 1 << 30, 1, data=MGH_BYTES), "expected at most"),
     "mgh unknown type": (patched(20, ">i", 99, data=MGH_BYTES), "damaged header"),
     "gz bomb": (gzip.compress(patched(DIM, "<4h", 3, 600, 600, 600) + bytes(1000)), "cut short"),
-    "gz of too much": (gzip.compress(PLAIN_BYTES + bytes(50_000_000)), None),  # never read
+    "gz of too much": (gzip.compress(PLAIN_BYTES + bytes(50_000_000)), None),  # the rest is not read
     "gz of too little": (gzip.compress(patched(DIM, "<4h", 3, 64, 64, 64)), "cut short: 1980 of 524288"),
     "gz cut": (gzip.compress(PLAIN_BYTES)[:-100], "damaged or cut"),
     "gz changed": (gzip.compress(PLAIN_BYTES)[:-8] + bytes(8), "damaged or cut"),
@@ -483,8 +481,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN cast while the test makes its file
-def test_a_header_that_lies_costs_no_memory(tmp_path: Path, name: str) -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, when the test casts NaN
+def test_damaged_files_are_refused_without_using_memory(tmp_path: Path, name: str) -> None:
     content, reason = BAD[name]
     path = tmp_path / "v.nii.gz"
     path.write_bytes(content)
@@ -498,7 +496,7 @@ def test_a_header_that_lies_costs_no_memory(tmp_path: Path, name: str) -> None:
     tracemalloc.stop()
 
 
-def test_a_missing_file_or_slice_gives_a_reason(tmp_path: Path) -> None:
+def test_a_missing_file_or_slice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match="No such file"):
         inspect(tmp_path / "absent.nii", EVERY)
     path = save(tmp_path / "v.nii", PLAIN)
@@ -517,7 +515,7 @@ SAMPLES = {"v.nii": PLAIN_BYTES, "w.nii": NIFTI2_BYTES, "v.mgh": MGH_BYTES, "v.n
     st.integers(1, 4000),
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_damage_gives_slices_or_a_reason(
+def test_random_damage_raises_only_unreadable_image(
     tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[int, int]], length: int
 ) -> None:
     data = bytearray(SAMPLES[name])
@@ -562,13 +560,13 @@ def test_real_volumes(shared_data: Callable[[str], Path]) -> None:
             inspect(folder / "nibabel" / name, EVERY)
 
 
-def test_a_real_brain_keeps_its_slices_and_leaves_the_air(shared_data: Callable[[str], Path]) -> None:
-    """MNI 152: 189 axial slices of 1 mm, of which the brain fills some 140."""
+def test_slices_of_air_around_a_real_brain_are_left_out(shared_data: Callable[[str], Path]) -> None:
+    """MNI 152: 189 axial slices of 1 mm; the brain covers about 140."""
     path = shared_data("formats") / "nifti/nilearn/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
     kept = []
     with VolumeFile(path, Preprocess()) as file:
         for index in inspect(path, Preprocess()).indices:
-            with contextlib.suppress(LeftOut):
+            with contextlib.suppress(LeftOutImage):
                 file.read(index)
                 kept.append(index)
     assert kept == list(range(kept[0], kept[-1] + 1))

@@ -1,6 +1,6 @@
-"""Figures of a search: history, importances, parallel coordinates, slices, the front.
+"""Draw the figures of a search: history, importances, parallel coordinates, slices, Pareto front.
 
-Optuna's own are made for short names and pyplot; dotted keys stand on top of each other there.
+Optuna's own figures need pyplot, and in them dotted keys overlap.
 """
 
 import re
@@ -25,35 +25,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#9a9a9a"
-FAR = 4.0  # times as far from the best as three quarters of the trials: further out is drawn at the edge
-LABEL_LENGTH = 18  # characters of a key in a line, where keys stand side by side
+# a trial is drawn at the edge if it is this many times further from the best than the upper quartile of the trials
+OUTLIER_FACTOR = 4.0
+LABEL_LENGTH = 18  # characters of a key in one line, where keys are side by side
 
 
 @dataclass(frozen=True)
-class Scale:
-    """An objective's axis. A trial that went far wrong is drawn at the edge, and does not flatten the others."""
+class ObjectiveScale:
+    """The axis of an objective. Outliers are drawn at its edge, so that they do not compress the other trials."""
 
-    position: int  # of the objective among the study's
+    position: int  # index of the objective in the study
     label: str
-    sign: float  # 1.0 where less is better
+    sign: float  # 1.0 if lower is better, else -1.0
     best: float
-    worst: float  # that is shown
+    worst: float  # end of the axis
 
     @property
     def span(self) -> float:
-        """From the best to the worst shown, never 0."""
+        """Length of the axis, never 0."""
         return abs(self.worst - self.best) or abs(self.best) or 1.0
 
-    def place(self, trial: FrozenTrial) -> float:
-        """Where the trial is drawn."""
+    def clip(self, trial: FrozenTrial) -> float:
+        """The trial's value, limited to the worst end of the axis."""
         return self.sign * min(self._loss(trial), self.sign * self.worst)
 
-    def is_beyond(self, trial: FrozenTrial) -> bool:
-        """Whether it lies further out than where it is drawn."""
+    def is_outlier(self, trial: FrozenTrial) -> bool:
+        """True if the trial's value is beyond the worst end of the axis."""
         return self._loss(trial) > self.sign * self.worst
 
     def limits(self, beyond: float = 0.06) -> tuple[float, float]:
-        """Ends of the axis, `beyond` of its length past the worst."""
+        """Limits of the axis, with a margin of `beyond` of its length at the worst end."""
         ends = (self.best - self.sign * 0.06 * self.span, self.worst + self.sign * beyond * self.span)
         return min(ends), max(ends)
 
@@ -62,33 +63,33 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Board:
-    """A study's trials, as figures tell them apart."""
+class TrialGroups:
+    """The trials of a study, in the groups that figures distinguish."""
 
     study: Study
     trials: list[FrozenTrial]  # all
-    good: list[FrozenTrial]  # complete, and they hold the SSIM floor
-    poor: list[FrozenTrial]  # complete, below it
+    good: list[FrozenTrial]  # complete, at or above the SSIM floor
+    poor: list[FrozenTrial]  # complete, below the SSIM floor
     best: FrozenTrial | None
 
     @property
     def complete(self) -> list[FrozenTrial]:
-        """Trials with values, by number."""
+        """All complete trials, by number."""
         return sorted(self.good + self.poor, key=lambda trial: trial.number)
 
     @property
     def first(self) -> FrozenTrial | None:
-        """Trial 0, where it is complete."""
+        """Trial 0, if it is complete."""
         return next((trial for trial in self.complete if trial.number == 0), None)
 
     @cached_property
     def front(self) -> list[FrozenTrial]:
-        """Of two objectives the trials that no other beats in both, by the first."""
+        """The Pareto front, sorted by the first objective; empty with one objective."""
         optimal = self.study.optuna.best_trials if self.study.objective.is_pareto else []
         return sorted(optimal, key=lambda trial: (trial.values[0], trial.number))
 
     def ended(self) -> dict[str, list[FrozenTrial]]:
-        """Trials that have no value, by what became of them."""
+        """The trials that ended without a value, by reason."""
         groups: dict[str, list[FrozenTrial]] = {"pruned": [], "not finite": [], "failed": []}
         for trial in self.trials:
             if trial.state == TrialState.PRUNED:
@@ -97,24 +98,24 @@ class Board:
                 groups["failed"].append(trial)
         return {name: group for name, group in groups.items() if group}
 
-    def scale(self, position: int) -> Scale:
-        """The axis of an objective; the best trial, trial 0 and the front are never drawn at its edge."""
+    def scale(self, position: int) -> ObjectiveScale:
+        """The axis of an objective; the best trial, trial 0 and the front are never treated as outliers."""
         objective = self.study.objective
         sign = 1.0 if objective.directions[position] == "minimize" else -1.0
         losses = sign * np.array([trial.values[position] for trial in self.complete])
         kept = [trial for trial in (self.first, self.best, *self.front) if trial is not None]
         best = losses.min()
-        reach = FAR * (np.quantile(losses, 0.75) - best)
+        reach = OUTLIER_FACTOR * (np.quantile(losses, 0.75) - best)
         near = losses[losses <= best + reach] if reach > 0 else losses
         worst = max([near.max(), *(sign * trial.values[position] for trial in kept)])
-        return Scale(position, objective.labels[position], sign, float(sign * best), float(sign * worst))
+        return ObjectiveScale(position, objective.labels[position], sign, float(sign * best), float(sign * worst))
 
-    def scales(self) -> list[Scale]:
-        """All objectives' axes."""
+    def scales(self) -> list[ObjectiveScale]:
+        """The axes of all objectives."""
         return [self.scale(position) for position in range(len(self.study.objective.keys))]
 
 
-MARKS: dict[str, dict[str, Any]] = {  # how a trial is drawn, by what became of it
+MARKERS: dict[str, dict[str, Any]] = {  # style of a trial, by group
     "complete": {"marker": "o", "s": 24, "facecolor": BLUE, "edgecolor": "white", "linewidth": 0.5, "zorder": 3},
     "below the SSIM floor": {"marker": "o", "s": 22, "facecolor": "white", "edgecolor": GREY, "zorder": 2.5},
     "pruned": {"marker": "x", "s": 22, "color": GREY, "linewidth": 1.2, "zorder": 3},
@@ -126,71 +127,68 @@ MARKS: dict[str, dict[str, Any]] = {  # how a trial is drawn, by what became of 
 
 
 def write_figures(study: Study, folder: Path, best: FrozenTrial | None) -> list[Path]:
-    """Draws history, importances, parallel_coordinates, slice and front as PNGs, as far as the trials allow.
+    """Draw history, importances, parallel_coordinates, slice and front as PNG files.
 
     Args:
         study: the search.
-        folder: where they are written.
-        best: its trial that is marked as the winner.
+        folder: folder of the files.
+        best: trial that is marked as the winner.
 
     Returns:
-        The files. A figure that cannot be drawn yet is left out, and an older one of its name is removed.
+        The files. A figure that needs more trials is left out, and an older file of its name is removed.
     """
     trials, good = study.trials, study.complete()
     numbers = {trial.number for trial in good}
     poor = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.number not in numbers]
-    board = Board(study, trials, good, poor, best)
+    groups = TrialGroups(study, trials, good, poor, best)
     written = []
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
         with plot_style():
-            figure = draw(board)
+            figure = draw(groups)
             if figure is None:
                 path.unlink(missing_ok=True)
                 continue
+            _add_legend(figure)
             write_plot(path, figure)
         written.append(path)
     return written
 
 
-def draw_history(board: Board) -> "Figure | None":
-    """The objective by trial, its best value so far, and below it which trials have no value; of one objective."""
-    if board.study.objective.is_pareto or not board.complete:
+def draw_history(groups: TrialGroups) -> "Figure | None":
+    """One objective by trial number with its best value so far; a panel below shows trials without a value."""
+    if groups.study.objective.is_pareto or not groups.complete:
         return None
-    scale, ended = board.scale(0), board.ended()
-    figure = _figure(8.0, 4.2 + 0.25 * len(ended))
+    scale, ended = groups.scale(0), groups.ended()
+    figure = _new_figure(8.0, 4.2 + 0.25 * len(ended))
     heights = [12.0, len(ended) + 0.4] if ended else [1.0]
     panels: Any = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    _scatter(panels[0], board, lambda trial: trial.number, scale)
-    best = [np.nan] * len(board.trials)
-    for trial in board.good:
+    _scatter_complete(panels[0], groups, lambda trial: trial.number, scale)
+    best = [np.nan] * len(groups.trials)
+    for trial in groups.good:
         best[trial.number] = scale.sign * trial.values[0]
     curve = scale.sign * np.fmin.accumulate(best)
     panels[0].step(range(len(curve)), curve, where="post", color=GREEN, label="best value so far", zorder=2)
     panels[0].set(ylim=scale.limits(), ylabel=scale.label)
     if ended:
         for row, (name, group) in enumerate(ended.items()):
-            panels[1].scatter([trial.number for trial in group], [row] * len(group), **MARKS[name])
+            panels[1].scatter([trial.number for trial in group], [row] * len(group), **MARKERS[name])
         panels[1].set(yticks=range(len(ended)), yticklabels=list(ended), ylim=(len(ended) - 0.4, -0.6))
         panels[1].spines["left"].set_visible(False)
         panels[1].tick_params(left=False)
-    panels[-1].set(xlabel="trial", xlim=(-0.7, max(len(board.trials), 2) - 0.3))
+    panels[-1].set(xlabel="trial", xlim=(-0.7, max(len(groups.trials), 2) - 0.3))
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, panels[:1])
     return figure
 
 
-def draw_importances(board: Board) -> "Figure | None":
-    """How much of what sets the best tenth of the trials apart each key explains, in PED-ANOVA (Watanabe et al. 2023);
-    of two objectives for each.
-    """
-    keys = list(board.study.space)
-    for position in range(len(board.study.objective.keys)):
-        if len({trial.values[position] for trial in board.complete}) < 2:
-            return None
-    shares = {scale.label: _importances(board.study, scale) for scale in board.scales()}
-    keys.sort(key=lambda key: sum(share[key] for share in shares.values()))
-    figure = _figure(8.0, 1.2 + 0.34 * len(keys) * (1 + 0.5 * (len(shares) - 1)))
+def draw_importances(groups: TrialGroups) -> "Figure | None":
+    """The importance of each key for the best tenth of trials, per objective, by PED-ANOVA (Watanabe et al. 2023)."""
+    values = [trial.values for trial in groups.complete]
+    if not values or any(len(set(column)) < 2 for column in zip(*values, strict=True)):
+        return None
+    shares = {scale.label: _compute_importances(groups.study, scale) for scale in groups.scales()}
+    keys = sorted(groups.study.space, key=lambda key: sum(share[key] for share in shares.values()))
+    figure = _new_figure(8.0, 1.2 + 0.34 * len(keys) * (1 + 0.5 * (len(shares) - 1)))
     axes = figure.subplots()
     height = 0.72 / len(shares)
     for number, (label, share) in enumerate(shares.items()):
@@ -198,111 +196,100 @@ def draw_importances(board: Board) -> "Figure | None":
         bars = axes.barh(places, [share[key] for key in keys], height, color=(BLUE, ORANGE)[number], label=label)
         axes.bar_label(bars, fmt="{:.2f}", padding=3, fontsize=9)
     axes.set(yticks=range(len(keys)), yticklabels=keys, xlim=(0.0, 1.1 * max(max(s.values()) for s in shares.values())))
-    axes.set_xlabel(f"importance, in parts of 1, from {len(board.complete)} trials")
+    axes.set_xlabel(f"importance (sum 1), from {len(groups.complete)} trials")
     axes.grid(axis="y", visible=False)
     axes.set_axisbelow(True)
     axes.tick_params(left=False)
-    _legend(figure, [axes])
     return figure
 
 
-def draw_parallel_coordinates(board: Board) -> "Figure | None":
-    """Each complete trial as a line through its values; the objective is the last axis, and the lines' colour."""
+def draw_parallel_coordinates(groups: TrialGroups) -> "Figure | None":
+    """Each complete trial as a line through its values; the last axis and the colour are the objective."""
     import matplotlib as mpl
 
-    if len(board.complete) < 2:
+    if len(groups.complete) < 2:
         return None
-    axes_of: list[Dimension | Scale] = [*board.study.space.values(), *board.scales()]
-    scale = board.scale(len(board.study.objective.keys) - 1)
-    figure = _figure(max(6.0, 1.55 * len(axes_of)), 5.0)
+    coordinates: list[Dimension | ObjectiveScale] = [*groups.study.space.values(), *groups.scales()]
+    scale = groups.scale(len(groups.study.objective.keys) - 1)
+    figure = _new_figure(max(6.0, 1.55 * len(coordinates)), 5.0)
     axes = figure.subplots()
-    for number, along in enumerate(axes_of):
+    for number, coordinate in enumerate(coordinates):
         axes.axvline(number, color="#b0b0b0", linewidth=0.8, zorder=1)
-        for height, text in _ticks(along):
+        for height, text in _tick_positions(coordinate):
             axes.plot([number - 0.02, number + 0.02], [height] * 2, color="#707070", linewidth=0.8, zorder=7)
             box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
             axes.text(number + 0.05, height, text, va="center", fontsize=8, bbox=box, zorder=7)
     colours = mpl.colormaps["viridis"]
-    for rank, trial in enumerate(sorted(board.complete, key=lambda trial: -scale.sign * trial.values[-1])):
-        heights = [_height(board.study, trial, along) for along in axes_of]
-        style: dict[str, Any] = {"color": colours(0.95 * _fraction(scale, trial)), "linewidth": 1.0, "alpha": 0.75}
-        if trial in board.poor:
+    for rank, trial in enumerate(sorted(groups.complete, key=lambda trial: -scale.sign * trial.values[-1])):
+        heights = [_relative_position(groups.study, trial, coordinate) for coordinate in coordinates]
+        style: dict[str, Any] = {"color": colours(0.95 * _relative_loss(scale, trial)), "linewidth": 1.0, "alpha": 0.75}
+        if trial in groups.poor:
             style = {"color": "#c8c8c8", "linewidth": 0.8, "label": "below the SSIM floor"}
-        axes.plot(heights, **({"zorder": 2 + rank / 1000} | style | _role(board, trial)))
-    axes.set(xlim=(-0.15, len(axes_of) - 0.4), ylim=(-0.04, 1.04), yticks=[])
-    axes.set_xticks(range(len(axes_of)), [_broken(along) for along in axes_of])
+        axes.plot(heights, **({"zorder": 2 + rank / 1000} | style | _highlight(groups, trial)))
+    axes.set(xlim=(-0.15, len(coordinates) - 0.4), ylim=(-0.04, 1.04), yticks=[])
+    axes.set_xticks(range(len(coordinates)), [_wrap_label(coordinate) for coordinate in coordinates])
     axes.tick_params(bottom=False)
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _legend(figure, [axes])
     return figure
 
 
-def draw_slice(board: Board) -> "Figure | None":
-    """The objective over each key alone; trials without a value stand in a strip past its worst end."""
-    if len(board.complete) < 2:
+def draw_slice(groups: TrialGroups) -> "Figure | None":
+    """The objectives over each key; trials without a value are in a strip beyond the worst end."""
+    if len(groups.complete) < 2:
         return None
-    space, scales, ended = board.study.space, board.scales(), board.ended()
+    space, scales, ended = groups.study.space, groups.scales(), groups.ended()
     columns = min(3, len(space))
     blocks = -(-len(space) // columns)  # rows of panels for an objective
-    figure = _figure(max(5.0, 3.5 * columns), 0.8 + 2.7 * blocks * len(scales))
+    figure = _new_figure(max(5.0, 3.5 * columns), 0.8 + 2.7 * blocks * len(scales))
     panels = figure.subplots(blocks * len(scales), columns, squeeze=False)
     for scale, (number, (key, dimension)) in ((s, item) for s in scales for item in enumerate(space.items())):
         row, column = divmod(number, columns)
         axes: Axes = panels[scale.position * blocks + row, column]
 
-        def across(trial: FrozenTrial, along: Dimension = dimension) -> float:
-            return _height(board.study, trial, along) + _jitter(trial, along)
+        def across(trial: FrozenTrial, coordinate: Dimension = dimension) -> float:
+            return _relative_position(groups.study, trial, coordinate) + _jitter(trial, coordinate)
 
-        _scatter(axes, board, across, scale)
+        _scatter_complete(axes, groups, across, scale)
         strip = scale.worst + scale.sign * 0.17 * scale.span
         for name, group in ended.items():
             shown = [trial for trial in group if key in trial.params]  # a trial may fail before it has values
-            axes.scatter([across(trial) for trial in shown], [strip] * len(shown), label=name, **MARKS[name])
+            axes.scatter([across(trial) for trial in shown], [strip] * len(shown), label=name, **MARKERS[name])
         if ended:
             axes.axhspan(scale.worst + scale.sign * 0.08 * scale.span, strip + scale.sign * scale.span, color="#f2f2f2")
         axes.set(xlim=(-0.05, 1.05), ylim=scale.limits(0.26 if ended else 0.06), xlabel=key)
-        axes.set_xticks(*zip(*_ticks(dimension), strict=True))
+        axes.set_xticks(*zip(*_tick_positions(dimension), strict=True))
         axes.set_ylabel(scale.label if column == 0 else "")
         axes.tick_params(labelleft=column == 0)
     for axes in panels.flat:
         axes.set_visible(axes.has_data())
-    _legend(figure, panels.flat)
     return figure
 
 
-def draw_front(board: Board) -> "Figure | None":
-    """Two objectives against each other, and the trials that no other beats in both."""
-    if not board.study.objective.is_pareto or len(board.complete) < 2:
+def draw_front(groups: TrialGroups) -> "Figure | None":
+    """A scatter plot of two objectives with the Pareto front."""
+    if not groups.study.objective.is_pareto or len(groups.complete) < 2:
         return None
-    across, up = board.scales()
-    figure = _figure(6.4, 5.0)
+    across, up = groups.scales()
+    figure = _new_figure(6.4, 5.0)
     axes = figure.subplots()
-    _scatter(axes, board, across.place, up)
-    line = [[trial.values[position] for trial in board.front] for position in (0, 1)]
-    axes.step(
-        *line,
-        where="post",
-        color=GREEN,
-        zorder=2,
-        marker=".",
-        label="front, by trial number",
-    )
+    _scatter_complete(axes, groups, across.clip, up)
+    line = [[trial.values[position] for trial in groups.front] for position in (0, 1)]
+    axes.step(*line, where="post", color=GREEN, zorder=2, marker=".", label="front, by trial number")
     labelled: list[tuple[float, float]] = []
-    for trial in board.front:
-        place = _fraction(across, trial), _fraction(up, trial)
+    for trial in groups.front:
+        place = _relative_loss(across, trial), _relative_loss(up, trial)
         if all(abs(place[0] - x) > 0.05 or abs(place[1] - y) > 0.04 for x, y in labelled):
             labelled.append(place)
             where: dict[str, Any] = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
             axes.annotate(str(trial.number), trial.values, fontsize=8, color=GREEN, **where)
     axes.set(xlim=across.limits(), ylim=up.limits(), xlabel=across.label, ylabel=up.label)
     axes.grid(visible=True)
-    _legend(figure, [axes])
     return figure
 
 
-FIGURES: dict[str, Callable[[Board], "Figure | None"]] = {
+FIGURES: dict[str, Callable[[TrialGroups], "Figure | None"]] = {
     "history": draw_history,
     "importances": draw_importances,
     "parallel_coordinates": draw_parallel_coordinates,
@@ -311,16 +298,16 @@ FIGURES: dict[str, Callable[[Board], "Figure | None"]] = {
 }
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _legend(figure: "Figure", panels: Any) -> None:
-    """One legend over all panels, each name once, outside them: it covers nothing."""
+def _add_legend(figure: "Figure") -> None:
+    """Add one legend above all panels, with each label once."""
     named: dict[str, Any] = {}
-    for axes in panels:
+    for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     if len(named) > 1:
@@ -329,65 +316,67 @@ def _legend(figure: "Figure", panels: Any) -> None:
         figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns)
 
 
-def _scatter(axes: "Axes", board: Board, across: Callable[[FrozenTrial], float], scale: Scale) -> None:
-    """Complete trials as points: below the floor, those at the edge, trial 0 and the best told apart."""
-    special = [trial for trial in (board.first, board.best) if trial is not None]
-    for name, group in (("complete", board.good), ("below the SSIM floor", board.poor)):
+def _scatter_complete(
+    axes: "Axes", groups: TrialGroups, across: Callable[[FrozenTrial], float], scale: ObjectiveScale
+) -> None:
+    """Draw complete trials as points, with markers for those below the SSIM floor, outliers, trial 0 and the best."""
+    special = [trial for trial in (groups.first, groups.best) if trial is not None]
+    for name, group in (("complete", groups.good), ("below the SSIM floor", groups.poor)):
         plain = [trial for trial in group if trial not in special]
-        for beyond in (False, True):
-            shown = [trial for trial in plain if scale.is_beyond(trial) == beyond]
-            style = MARKS[name] | ({"marker": "^" if scale.sign > 0 else "v"} if beyond else {})
-            label = "off the scale" if beyond else name
+        for is_outlier in (False, True):
+            shown = [trial for trial in plain if scale.is_outlier(trial) == is_outlier]
+            style = MARKERS[name] | ({"marker": "^" if scale.sign > 0 else "v"} if is_outlier else {})
+            label = "off the scale" if is_outlier else name
             if shown:
-                axes.scatter([across(t) for t in shown], [scale.place(t) for t in shown], label=label, **style)
-    for name, trial in (("trial 0", board.first), ("best", board.best)):
-        if trial is not None and not (name == "trial 0" and trial == board.best):
-            axes.scatter([across(trial)], [scale.place(trial)], label=_title(board, trial), **MARKS[name])
+                axes.scatter([across(t) for t in shown], [scale.clip(t) for t in shown], label=label, **style)
+    for name, trial in (("trial 0", groups.first), ("best", groups.best)):
+        if trial is not None and not (name == "trial 0" and trial == groups.best):
+            axes.scatter([across(trial)], [scale.clip(trial)], label=_trial_label(groups, trial), **MARKERS[name])
 
 
-def _title(board: Board, trial: FrozenTrial) -> str:
-    """What a trial is called in a legend."""
-    own = "trial 0: " + ("params.yaml" if is_start(board.study, trial) else "params.yaml as it was")
-    best = "the best" if not board.study.objective.is_pareto else "the one chosen"
-    if trial != board.best:
+def _trial_label(groups: TrialGroups, trial: FrozenTrial) -> str:
+    """The label of trial 0 or the best trial in a legend."""
+    own = "trial 0: " + ("params.yaml" if is_start(groups.study, trial) else "former params.yaml")
+    best = "chosen" if groups.study.objective.is_pareto else "the best"
+    if trial != groups.best:
         return own
     return f"{own}, still {best}" if trial.number == 0 else f"trial {trial.number}: {best}"
 
 
-def _role(board: Board, trial: FrozenTrial) -> dict[str, Any]:
-    """How the line of trial 0 and of the best differs from the others'."""
-    if trial == board.best:
-        return {"color": ORANGE, "linewidth": 2.4, "alpha": 1.0, "zorder": 5, "label": _title(board, trial)}
+def _highlight(groups: TrialGroups, trial: FrozenTrial) -> dict[str, Any]:
+    """The line style of trial 0 and the best trial; empty for others."""
+    if trial == groups.best:
+        return {"color": ORANGE, "linewidth": 2.4, "alpha": 1.0, "zorder": 5, "label": _trial_label(groups, trial)}
     if trial.number == 0:
         style = {"color": BLACK, "linewidth": 1.8, "linestyle": "--", "alpha": 1.0, "zorder": 4}
-        return style | {"label": _title(board, trial)}
+        return style | {"label": _trial_label(groups, trial)}
     return {}
 
 
-def _importances(study: Study, scale: Scale) -> dict[str, float]:
-    """Key -> importance in one objective, in parts of 1."""
+def _compute_importances(study: Study, scale: ObjectiveScale) -> dict[str, float]:
+    """Importance of each key for one objective; they sum to 1."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it minimises what it is given: the sign is turned here
+        warnings.simplefilter("ignore")  # that it minimizes the target, which the sign accounts for
         return optuna.importance.get_param_importances(
             study.optuna, params=list(study.space), target=lambda trial: scale.sign * trial.values[scale.position]
         )
 
 
-def _fraction(scale: Scale, trial: FrozenTrial) -> float:
-    """0 the best, 1 the worst shown."""
-    return abs(scale.place(trial) - scale.best) / scale.span
+def _relative_loss(scale: ObjectiveScale, trial: FrozenTrial) -> float:
+    """The distance from the best value as a fraction of the axis: 0 the best, 1 the worst."""
+    return abs(scale.clip(trial) - scale.best) / scale.span
 
 
-def _height(study: Study, trial: FrozenTrial, along: Dimension | Scale) -> float:
-    """Where a trial lies on an axis from 0 to 1."""
-    if isinstance(along, Scale):
-        low, high = sorted((along.best, along.worst))
-        return (along.place(trial) - low) / ((high - low) or 1.0)
-    return _share(along, study.tried(trial)[along.key])
+def _relative_position(study: Study, trial: FrozenTrial, coordinate: Dimension | ObjectiveScale) -> float:
+    """The position of a trial on an axis, from 0 to 1."""
+    if isinstance(coordinate, ObjectiveScale):
+        low, high = sorted((coordinate.best, coordinate.worst))
+        return (coordinate.clip(trial) - low) / ((high - low) or 1.0)
+    return _relative_value(coordinate, study.values_of(trial)[coordinate.key])
 
 
-def _share(dimension: Dimension, value: Value) -> float:
-    """Where a value lies between the ends of its range, or among its choices: 0 to 1."""
+def _relative_value(dimension: Dimension, value: Value) -> float:
+    """The position of a value in its range or among its choices, from 0 to 1."""
     values = dimension.values
     if values.choices is not None:
         return (values.choices.index(value) + 0.5) / len(values.choices)
@@ -399,25 +388,25 @@ def _share(dimension: Dimension, value: Value) -> float:
 
 
 def _jitter(trial: FrozenTrial, dimension: Dimension) -> float:
-    """Parts of the axis: trials of the same choice stand beside each other, always in the same way."""
+    """A fixed offset, as a fraction of the axis, that keeps trials with the same choice from overlapping."""
     if dimension.values.choices is None:
         return 0.0
     return (trial.number * 0.618 % 1.0 - 0.5) * 0.5 / len(dimension.values.choices)
 
 
-def _ticks(along: Dimension | Scale) -> list[tuple[float, str]]:
-    """Place from 0 to 1, and text."""
+def _tick_positions(coordinate: Dimension | ObjectiveScale) -> list[tuple[float, str]]:
+    """The ticks of an axis: position from 0 to 1, and label."""
     from matplotlib.ticker import MaxNLocator
 
-    if isinstance(along, Scale):
-        low, high = sorted((along.best, along.worst))
+    if isinstance(coordinate, ObjectiveScale):
+        low, high = sorted((coordinate.best, coordinate.worst))
         if low == high:
-            return [(0.0, _short(low))]
+            return [(0.0, _format_tick(low))]
         found = [x for x in MaxNLocator(6).tick_values(low, high) if low <= x <= high]
-        return [((x - low) / (high - low), _short(x)) for x in found]
-    values = along.values
+        return [((x - low) / (high - low), _format_tick(x)) for x in found]
+    values = coordinate.values
     if values.choices is not None:
-        return [(_share(along, choice), as_yaml(choice)) for choice in values.choices]
+        return [(_relative_value(coordinate, choice), as_yaml(choice)) for choice in values.choices]
     assert values.low is not None and values.high is not None
     if values.log:
         low, high = np.log10([values.low, values.high])
@@ -425,19 +414,20 @@ def _ticks(along: Dimension | Scale) -> list[tuple[float, str]]:
         decades = range(int(np.floor(low)), int(np.ceil(high)) + 1, max(1, int(high - low) // 3))
         found = [float(f"{step}e{decade}") for decade in decades for step in steps]
     else:
-        found = list(MaxNLocator(4, integer=isinstance(along.start, int)).tick_values(values.low, values.high))
+        found = list(MaxNLocator(4, integer=isinstance(coordinate.start, int)).tick_values(values.low, values.high))
     inside = [x for x in found if values.low <= x <= values.high]
-    return [(_share(along, x), _short(x)) for x in (inside if len(inside) > 1 else (values.low, values.high))]
+    shown = inside if len(inside) > 1 else [values.low, values.high]
+    return [(_relative_value(coordinate, x), _format_tick(x)) for x in shown]
 
 
-def _short(number: float) -> str:
+def _format_tick(number: float) -> str:
     return f"{number:g}" if abs(number) >= 1e-3 or number == 0 else shortest(f"{number:.2e}")
 
 
-def _broken(along: Dimension | Scale) -> str:
-    """A key in lines that stand beside others, broken after dots and slashes."""
+def _wrap_label(coordinate: Dimension | ObjectiveScale) -> str:
+    """The label of an axis, wrapped after dots and slashes."""
     lines = [""]
-    for part in re.findall(r"[^./]+[./]?", along.key if isinstance(along, Dimension) else along.label):
+    for part in re.findall(r"[^./]+[./]?", coordinate.key if isinstance(coordinate, Dimension) else coordinate.label):
         if lines[-1] and len(lines[-1] + part) > LABEL_LENGTH:
             lines.append("")
         lines[-1] += part

@@ -1,4 +1,4 @@
-"""A registered version behind HTTP: its files are fetched, and this process becomes medgen/serving/app.py."""
+"""`medgen serve`: downloads a registered version and replaces this process by medgen/serving/app.py."""
 
 import json
 import os
@@ -14,12 +14,13 @@ from typing import NoReturn
 
 from medgen.config import Project, Registry, Tracking
 from medgen.errors import UserError
+from medgen.machine import signal_handler
 from medgen.registry.model_package import PACKAGE
-from medgen.registry.versions import CHAMPION, Version, answering, fetch, find
+from medgen.registry.versions import CHAMPION, Version, download_files, find_version, mlflow_errors
 from medgen.tracking.mlflow_sync import connect
 
-GATEWAY = PACKAGE / "serving" / "app.py"
-ENDINGS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+APP = PACKAGE / "serving" / "app.py"
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def serve(
@@ -31,32 +32,29 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
 ) -> NoReturn:
-    """Answers HTTP with a version's images until Ctrl-C or SIGTERM, which end this process with exit code 130 or 0.
+    """Serve a version over HTTP until Ctrl-C (exit code 130) or SIGTERM (exit code 0).
 
-    The store is asked at the start only: it may go away then.
+    The MLflow store is used only at the start and may become unavailable afterwards.
 
     Args:
-        project: whose store has the version, unless tracking.uri names another.
-        tracking: where that store is.
-        registry: the name of the model.
         model: models:/NAME@ALIAS or models:/NAME/NUMBER; None is the champion.
-        host: address to listen at.
-        port: 0 takes any that is free.
+        host: address to listen on.
+        port: port to listen on; 0 is any free one.
 
     Raises:
-        UserError: there is no such version, the store does not answer, or the port is taken.
+        UserError: there is no such version, the MLflow store does not answer, or the port is in use.
     """
     with _listen(host, port) as listener:
-        with answering(project, tracking, "the model cannot be found: start the server first"):
+        with mlflow_errors(project, tracking, "the model cannot be found: start the server first"):
             client, _ = connect(project, tracking)
-            version = find(client, registry.model_name, model or CHAMPION)
+            version = find_version(client, registry.model_name, model or CHAMPION)
         with _temporary_folder() as folder:
-            files = fetch(version.uri, "", folder, project, tracking)
-            _become_gateway(version, files, folder, listener)
+            files = download_files(version.uri, "", folder, project, tracking)
+            _exec_app(version, files, folder, listener)
 
 
-def _become_gateway(version: Version, files: Path, folder: Path, listener: socket.socket) -> NoReturn:
-    """A new program in this process: signals reach it, and nothing that was imported so far takes memory."""
+def _exec_app(version: Version, files: Path, folder: Path, listener: socket.socket) -> NoReturn:
+    """Replace the program of this process, so that signals reach the app and unused imports take no memory."""
     about = {
         "uri": version.uri,
         "model": version.name,
@@ -64,17 +62,17 @@ def _become_gateway(version: Version, files: Path, folder: Path, listener: socke
         "run": version.tags.get("run"),
         "dataset": version.tags.get("dataset.fingerprint"),
     }
-    command = [sys.executable, "-P", str(GATEWAY), str(files), "--temporary", str(folder)]
+    command = [sys.executable, "-P", str(APP), str(files), "--temporary", str(folder)]
     command += ["--fd", str(listener.fileno()), "--about", json.dumps(about)]
     listener.set_inheritable(True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # until the gateway can remove the folder
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the app is ready to remove the folder
     os.chdir(folder)
     sys.stdout.flush()
     os.execve(sys.executable, command, _environment())
 
 
 def _environment() -> dict[str, str]:
-    """Without what would put other code before the version's own, and without the store's address and passwords."""
+    """Environment without paths that could hide the version's own code, and without the store's credentials."""
     return {
         name: text
         for name, text in os.environ.items()
@@ -84,23 +82,22 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """Removed when what is within fails or is told to end; the gateway removes it otherwise."""
+    """A folder that is removed after an error or SIGTERM within the block; once started, the app removes it."""
     folder = Path(tempfile.mkdtemp(prefix="medgen-serve-"))
-    earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        yield folder
+        with signal_handler([signal.SIGTERM], lambda *_: sys.exit(0)):
+            yield folder
     finally:
-        signal.signal(signal.SIGTERM, earlier)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens; bound here, nobody can take the port while the model is loaded."""
+    """A listening socket, bound before the model is loaded so that no other process takes the port."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
-        raise UserError(f"--host {host}: no address; expected one of this machine, such as 127.0.0.1") from None
+        raise UserError(f"--host {host}: not an address; expected one of this machine, such as 127.0.0.1") from None
     try:
         listener = socket.create_server(address, family=family)
     except OSError as error:

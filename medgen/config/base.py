@@ -1,0 +1,66 @@
+"""Base class and number types of the sections of params.yaml; hashes and seeds made from values."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    renamed: ClassVar[Mapping[str, str]] = {}  # earlier name of a key -> its name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {cls.renamed.get(key, key): value for key, value in values.items()}
+
+
+class FamilySection(Section):
+    """A section whose `name` chooses a family, with keys that only some families use.
+
+    A dump has the chosen family's keys only, so that the others do not change a fingerprint.
+    """
+
+    family_keys: ClassVar[Mapping[str, frozenset[str]]]  # family -> its keys, besides those of all families
+
+    @classmethod
+    def foreign_keys(cls, name: str | None) -> frozenset[str]:
+        """Keys that the family does not use; none if the family is not known."""
+        own = cls.family_keys.get(name or "")
+        return frozenset() if own is None else frozenset().union(*cls.family_keys.values()) - own
+
+    @model_serializer(mode="wrap")
+    def _own_keys_only(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        foreign = self.foreign_keys(getattr(self, "name", None))
+        return {key: value for key, value in dump(self).items() if key not in foreign}
+
+
+def fingerprint(*parts: object) -> str:
+    """First twelve hexadecimal digits of the SHA-256 of JSON-serialisable values or sections."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def seed_of(*parts: int) -> int:
+    """63-bit seed from integers such as (seed, step, rank); neighbouring integers give unrelated seeds."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,72 @@
+"""Sections `data` and `preprocess`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from medgen.config.base import Count, Fraction, NonNegative, Section
+
+GreyLevel = Annotated[int, Field(ge=0, le=65535)]
+Percentile = Annotated[float, Field(ge=0.0, le=100.0)]
+
+
+class Data(Section):
+    """The raw images."""
+
+    path: str = "data"  # folder tracked by data.dvc, relative to the project's folder
+    name: str = "phantom-chest"  # the dataset's name in MLflow
+    patient_pattern: str | None = None  # regular expression for file names; group 1 is the patient
+    keep_patient_ids: bool = False  # False: the store holds salted hashes of them
+    splits: Literal["given", "own"] = "given"  # use the dataset's own train/val/test splits, or make new ones
+    duplicates: Literal["keep", "drop", "error"] = "keep"  # files with identical bytes; a new split keeps them together
+    # patients, duplicates and near-duplicates in two splits; move: to the split that has most of their images
+    leaks: Literal["warn", "error", "move"] = "warn"
+
+
+class Volume(Section):
+    """Slices of a volume (NIfTI, MGZ, Analyze), in RAS orientation."""
+
+    axis: Literal["axial", "coronal", "sagittal"] = "axial"
+    first: Fraction = 0.0  # first slice, as a fraction of the axis
+    last: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # last slice
+    step: Count = 1  # keep every n-th slice
+    frame: Annotated[int, Field(ge=0)] = 0  # frame of a 4-D series
+    min_foreground: Fraction = 0.05  # skip slices with a smaller fraction of tissue
+    window: tuple[Percentile, Percentile] = (0.5, 99.5)  # percentiles of the volume mapped to black and white
+
+    @model_validator(mode="after")
+    def _ranges_are_not_empty(self) -> Self:
+        if self.first >= self.last:
+            raise ValueError(f"first must lie below last, found {self.first} and {self.last}")
+        if self.window[0] >= self.window[1]:
+            raise ValueError(f"window must rise, found {self.window}")
+        return self
+
+
+class Preprocess(Section):
+    """From image files to the uint8 store."""
+
+    image_size: Annotated[int, Field(ge=16, le=1024, multiple_of=4)] = 64
+    channels: Literal[1, 3] = 1  # greyscale or RGB
+    volume: Volume = Volume()
+    fit: Literal["pad", "squash"] = "pad"  # keep the aspect ratio with black borders, or stretch
+    clahe_clip: NonNegative = 2.0  # contrast limit of CLAHE; 0 disables it
+    clahe_tiles: Count = 8  # CLAHE uses tiles x tiles regions
+    # grey value of each class in the mask files, class 0 first, such as [0, 85, 170, 255]; None: binary masks
+    mask_values: Annotated[tuple[GreyLevel, ...], Field(min_length=2, max_length=256)] | None = None
+    reduced_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 if the output is that much smaller
+    val_fraction: Fraction = 0.1
+    test_fraction: Fraction = 0.2  # if the dataset has no split of its own
+    max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05  # stop if a larger fraction of images is unreadable
+    seed: int = 0
+
+    @property
+    def mask_classes(self) -> int:
+        """Number of classes in a mask, 2 for binary masks."""
+        return 2 if self.mask_values is None else len(self.mask_values)
+
+    @model_validator(mode="after")
+    def _mask_values_differ(self) -> Self:
+        if self.mask_values is not None and len(set(self.mask_values)) != len(self.mask_values):
+            raise ValueError(f"mask_values must differ, found {list(self.mask_values)}")
+        return self

@@ -1,0 +1,41 @@
+"""Section `evaluate`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from medgen.config.base import Count, Positive, Section
+
+
+class LocalNetwork(Section):
+    """A feature network from a local file: safetensors of a torchvision architecture, or TorchScript (docs/data.md)."""
+
+    path: str  # relative to the project's folder
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    architecture: Literal["resnet18", "resnet34", "resnet50", "densenet121", "torchscript"]
+    image_size: Count = 224  # images are resized to this side
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of its training images, in [0, 1]
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+
+class Evaluate(Section):
+    """Evaluation on the test split."""
+
+    num_generated: Count = 2000  # comparisons of models need many samples
+    batch_size: Count = 64
+    seed: int = 0
+    grid_images: Count = 36
+    # feature networks; inception adds IS, FID and KID (`medgen weights fetch inception`), local FID and KID
+    extractors: tuple[Literal["domain", "inception", "local"], ...] = ("domain",)
+    local: LocalNetwork | None = None
+    save_images: bool = False  # write the compared images to reports/images/generated and reports/images/real
+
+    @model_validator(mode="after")
+    def _extractors_are_complete(self) -> Self:
+        if "domain" not in self.extractors:
+            raise ValueError(f"extractors must hold domain, found {list(self.extractors)}")
+        if "local" in self.extractors and self.local is None:
+            raise ValueError(
+                "extractors hold local, but there is no section evaluate.local: {path, sha256, architecture}"
+            )
+        return self

@@ -1,0 +1,37 @@
+"""Section `model`."""
+
+from typing import ClassVar, Literal
+
+from medgen.config.base import Count, FamilySection, Positive
+
+_GRID = frozenset({"latent_size", "latent_channels"})
+_RESIDUAL = _GRID | {"blocks_per_stage", "attention_resolutions"}
+_RESAMPLING = frozenset({"down", "up"})
+
+
+class Model(FamilySection):
+    """Network and its sizes. Image size and number of classes come from the store."""
+
+    name: str = "spatial_vae"
+    base_channels: Count = 32  # channels after the first convolution; doubled at each stage
+    max_channels: Count = 512
+    blocks_per_stage: Count = 1
+    latent_size: Count | None = None  # side of the latent grid, which sets the number of stages; None: by image size
+    latent_channels: Count | None = None  # None: the latent has a quarter as many dimensions as the image has pixels
+    attention_resolutions: tuple[int, ...] = (16,)  # sides of the grids with self-attention
+    logvar_bound: Positive = 10.0  # log-variance is bound * tanh(x / bound)
+    num_embeddings: Count = 512  # vqvae: size of the codebook
+    codebook: Literal["ema", "gradient", "cosine"] = "ema"  # vqvae: how codes are updated; cosine: nearest by angle
+    label_channels: Count = 32  # cvae: dimensions of the label embedding
+    down: Literal["maxpool", "strided"] = "maxpool"  # autoencoder, unet
+    up: Literal["transposed", "upsample"] = "transposed"  # autoencoder, unet
+
+    family_keys: ClassVar = {
+        "autoencoder": _GRID | _RESAMPLING,
+        "vae": _GRID | {"logvar_bound"},
+        "cvae": _GRID | {"logvar_bound", "label_channels"},
+        "spatial_vae": _RESIDUAL | {"logvar_bound"},
+        "vqvae": _RESIDUAL | {"num_embeddings", "codebook"},
+        "unet": _RESAMPLING,
+    }
+    renamed: ClassVar = {"num_codes": "num_embeddings"}

@@ -1,0 +1,116 @@
+"""Sections `loss` and `train`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, SerializationInfo, field_serializer, field_validator, model_validator
+
+from medgen.config.base import Count, Fraction, NonNegative, Positive, Section
+
+
+class Beta(Section):
+    """Weight of the KL term during a phase."""
+
+    schedule: Literal["constant", "linear", "cyclical"] = "constant"
+    start: NonNegative = 0.0  # linear, cyclical: value at the beginning
+    end: NonNegative = 0.0  # the value itself for constant
+    epochs: Count = 1  # linear: length of the ramp; cyclical: length of one cycle
+
+
+class Schedule(Section):
+    """Factor of the phase's learning rate."""
+
+    name: Literal["constant", "cosine_restarts", "plateau"] = "constant"
+    period: Count = 10  # cosine_restarts: epochs to the first restart
+    period_factor: Count = 1  # cosine_restarts: each period is this many times the last
+    min_factor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # plateau: factor of each reduction
+    patience: Count = 5  # plateau: epochs without a lower val/objective
+
+
+class Weights(Section):
+    """Weights of the image terms; each term is a mean over pixels."""
+
+    l1: NonNegative = 0.0
+    mse: NonNegative = 0.0
+    bce: NonNegative = 0.0
+    ssim: NonNegative = 0.0  # of 1 - SSIM
+    perceptual: NonNegative = 0.0  # VGG16 features; needs `medgen weights fetch vgg16`
+    sigma: NonNegative = 0.0  # Gaussian likelihood with its optimal variance, which needs β = 1
+    dice: NonNegative = 0.0  # of 1 - Dice, for masks
+
+    @model_validator(mode="after")
+    def _some_weight_is_positive(self) -> Self:
+        if not any(self.model_dump().values()):
+            raise ValueError("no term has a weight; expected at least one above 0, such as {l1: 1.0}")
+        return self
+
+
+class Loss(Section):
+    """The objective. β is set for each phase."""
+
+    weights: Weights = Weights(l1=1.0, ssim=0.5)
+    # elbo: β·KL/(C·H·W), so that β = 1 is the evidence lower bound; sum: β·KL; mean: β·KL/D
+    kl_reduction: Literal["elbo", "sum", "mean"] = "elbo"
+    free_bits: NonNegative = 0.0  # nats per latent channel without cost
+    commitment_cost: NonNegative = 0.25  # vqvae: weight of the commitment term
+
+    renamed: ClassVar = {"commitment": "commitment_cost"}
+
+
+class Phase(Section):
+    """A phase of training, with its own optimizer."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w -]*$")]
+    epochs: Annotated[int, Field(ge=0)]
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: Positive = 1e-4
+    weight_decay: NonNegative = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Schedule = Schedule()
+    beta: Beta = Beta()
+    weights: Weights | None = None  # replaces loss.weights during this phase
+
+
+class Train(Section):
+    """Training of the model."""
+
+    seed: int = 0
+    batch_size: Count = 32  # over all processes
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(name="train", epochs=1),)
+    clip_norm: Positive = 1.0
+    ema_decay: Fraction = 0.0  # of averaged weights; 0: none
+    horizontal_flip: bool = False  # off by default, since it mirrors the heart
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    keep: Literal["last", "best"] = "last"  # exported weights; best: of the epoch with the lowest val/objective
+    on_nonfinite: Literal["raise", "rollback"] = "raise"
+    max_rollbacks: Count = 3
+    sample_every: Count = 10  # epochs between grids of samples and reconstructions
+    checkpoint_seconds: NonNegative = 60.0  # between checkpoints; one is also saved after each epoch
+    subset: Count | None = None  # number of training images, spread over the split; None: all
+
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _name_phases(cls, phases: Any) -> Any:
+        """Read a mapping from a phase's name to its keys."""
+        if not isinstance(phases, Mapping):
+            return phases
+        return [
+            {**(keys or {}), "name": name} if isinstance(keys, Mapping | None) else keys
+            for name, keys in phases.items()
+        ]
+
+    @field_serializer("phases")
+    def _map_phases(self, phases: tuple[Phase, ...], info: SerializationInfo) -> dict[str, Any]:
+        return {phase.name: phase.model_dump(mode=info.mode, exclude={"name"}) for phase in phases}
+
+    @model_validator(mode="after")
+    def _phase_names_differ(self) -> Self:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phase names must differ, found {names}")
+        if not any(phase.epochs for phase in self.phases):
+            raise ValueError("phases have no epochs; expected at least one")
+        return self

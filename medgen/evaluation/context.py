@@ -1,0 +1,183 @@
+"""The parts of an evaluation, loaded and checked: model, prior, refiner, data and feature networks.
+
+Shapes: N images, C channels, H W height and width, D features, R radial frequencies.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from medgen.config import Evaluate, Project
+from medgen.console import warn
+from medgen.data.store import Split, Store
+from medgen.datasets.weights import WEIGHTS, checked_weights
+from medgen.errors import UserError
+from medgen.metrics.comparison import ImageSet
+from medgen.metrics.features import DomainExtractor, load_extractor, unrecognised_classes
+from medgen.metrics.inception import Inception, load_inception
+from medgen.metrics.local_network import LocalNetwork, load_local_network
+from medgen.metrics.mmd import median_distance
+from medgen.metrics.spectrum import radial_power
+from medgen.models import GenerativeModel, bundle
+from medgen.models.bundle import BundleInfo
+from medgen.priors import Prior, is_conditional, load_prior
+from medgen.priors.refiner import Refiner, load_refiner
+
+MIN_IMAGES = 3  # in each set: KID needs two images after one is left out
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """A generative model with the data, networks and settings to evaluate it."""
+
+    store: Store
+    held_out: Split  # test, or val during a search
+    model: GenerativeModel
+    info: BundleInfo
+    prior: Prior
+    refiner: Refiner | None
+    extractor: DomainExtractor
+    extractor_sha256: str
+    unrecognised: tuple[str, ...]  # classes that the extractor does not recognise
+    inception: Inception | None  # None if it is not configured or its weights are missing
+    local: LocalNetwork | None
+    device: torch.device
+    params: Evaluate
+
+    @property
+    def num_latent(self) -> int:
+        """Number of latent dimensions; with a codebook, of code indices, which determine the codes' vectors."""
+        shape = self.model.latent_shape
+        return math.prod(shape if self.model.codebook is None else shape[1:])
+
+    @property
+    def conditional(self) -> bool:
+        """True if a label changes the generated images."""
+        return is_conditional(self.prior, self.model)
+
+    @property
+    def sample_labels(self) -> Tensor | None:
+        """Label (num_generated,) of each evaluated sample, in the class proportions of the train split."""
+        if not self.conditional:
+            return None
+        return proportional_labels(self.prior.frequencies, self.params.num_generated)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the weights of each feature network."""
+        hashes = {"domain": self.extractor_sha256}
+        if self.inception:
+            hashes["inception"] = WEIGHTS["inception"].sha256
+        if self.local:
+            hashes["local"] = self.local.params.sha256
+        return hashes
+
+
+class FeatureSets(NamedTuple):
+    """Domain features (N, 128) and radial power (N, R) of the three sets of images."""
+
+    samples: ImageSet
+    train: ImageSet  # the whole split
+    held_out: ImageSet
+
+    @property
+    def bandwidth(self) -> float:
+        """Bandwidth of the RBF kernel, the same for all models of this dataset and extractor."""
+        return median_distance(self.train.features)
+
+
+def load_context(
+    project: Project, store: Store, model: GenerativeModel, info: BundleInfo, evaluate: Evaluate, split: str = "test"
+) -> EvaluationContext:
+    """Load the other parts of an evaluation.
+
+    Raises:
+        UserError: a part is missing or damaged, parts do not belong together, or a set is too small.
+    """
+    device = next(model.parameters()).device
+    weights = bundle.digest(project.model)
+    prior = load_prior(project.prior, weights, device)
+    refiner = load_refiner(project.refiner, weights, device)
+    extractor, digest = load_extractor(project.features, store.fingerprint)
+    for name in ("train", split):
+        if store.counts[name] < MIN_IMAGES:
+            raise UserError(
+                f"{project.dataset}: {store.counts[name]} images in the {name} split, expected at least {MIN_IMAGES}; "
+                f"change preprocess.{split}_fraction or add images"
+            )
+    if evaluate.num_generated < MIN_IMAGES:
+        raise UserError(f"evaluate.num_generated: found {evaluate.num_generated}, expected at least {MIN_IMAGES}")
+    return EvaluationContext(
+        store=store,
+        held_out=store.split(split),
+        model=model,
+        info=info,
+        prior=prior,
+        refiner=refiner,
+        extractor=extractor.to(device),
+        extractor_sha256=digest,
+        unrecognised=unrecognised_classes(project.features),
+        inception=find_inception(evaluate, device),
+        local=find_local_network(evaluate, project.root, device),
+        device=device,
+        params=evaluate,
+    )
+
+
+def find_inception(params: Evaluate, device: torch.device) -> Inception | None:
+    """The Inception network if evaluate.extractors has it; None with a warning if its weights are missing."""
+    if "inception" not in params.extractors:
+        return None
+    try:
+        return load_inception(checked_weights("inception")).to(device)
+    except UserError as error:
+        warn(f"no Inception Score and no FID: {error}")
+        return None
+
+
+def find_local_network(params: Evaluate, root: Path, device: torch.device) -> LocalNetwork | None:
+    """The network that evaluate.local describes, if evaluate.extractors has it."""
+    if "local" not in params.extractors or params.local is None:
+        return None
+    return load_local_network(params.local, root).to(device)
+
+
+def describe_images(context: EvaluationContext, images: Tensor) -> ImageSet:
+    """Domain features and radial power of images (N, C, H, W) uint8."""
+    return ImageSet(extract_features(context, images), radial_power(images))
+
+
+@torch.no_grad()
+def extract_features(context: EvaluationContext, images: Tensor) -> Tensor:
+    """Domain features (N, 128), on the CPU, of images (N, C, H, W) uint8."""
+    parts = torch.split(images, context.params.batch_size)
+    return torch.cat([context.extractor(part.to(context.device).float() / 255.0).cpu() for part in parts])
+
+
+def load_images(split: Split) -> Tensor:
+    """All images (N, C, H, W) uint8 of a split."""
+    return torch.from_numpy(split.images.copy())
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floats in [0, 1] as uint8, the type of real images; otherwise a classifier could separate the two by rounding.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    if not bool(torch.isfinite(images).all()):
+        raise UserError("the model's images hold values that are not finite; train the model again")
+    return (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+
+
+def proportional_labels(frequencies: Tensor, n: int) -> Tensor:
+    """`n` sorted labels in proportion to `frequencies` (K,), rounded by largest remainder."""
+    exact = frequencies.double() / frequencies.sum() * n
+    counts = exact.floor().long()
+    remainder = (exact - counts).argsort(descending=True, stable=True)[: n - int(counts.sum())]
+    counts[remainder] += 1
+    return torch.repeat_interleave(torch.arange(len(counts)), counts)

@@ -1,0 +1,222 @@
+"""Evaluate samples of the prior against held-out images, and train images for reference.
+
+Shapes: N images, C channels, H W height and width, D features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from medgen.config import seed_of
+from medgen.evaluation.context import MIN_IMAGES, EvaluationContext, FeatureSets, to_uint8
+from medgen.metrics.c2st import MIN_GROUPS, linear_auc, network_auc
+from medgen.metrics.comparison import ImageSet
+from medgen.metrics.generation import (
+    frechet_distance,
+    frechet_interval,
+    ms_ssim_diversity,
+    prdc,
+    prdc_intervals,
+    subsample,
+)
+from medgen.metrics.inception import inception_score
+from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metrics, select_groups
+from medgen.metrics.mmd import kid, median_distance, mmd
+from medgen.metrics.spectrum import log_power, spectrum_metrics
+from medgen.models.base import Decoder
+from medgen.priors import iterate_samples
+from medgen.priors.refiner import Refiner
+
+MIN_CLASS_IMAGES = 20  # held-out images of a class for metrics by class
+
+
+class Samples(NamedTuple):
+    """The evaluated samples as saved images, in the class proportions of the train split."""
+
+    images: Tensor  # (N, C, H, W) uint8, refined if there is a refiner
+    decoded: Tensor | None  # (N, C, H, W) uint8, the same samples before refinement; None without a refiner
+
+
+@dataclass(frozen=True)
+class RecordingRefiner:
+    """A refiner that also records the unrefined images, so that one draw from a slow prior gives both.
+
+    Args:
+        refiner: the refiner.
+        decoded: each batch (B, C, H, W) uint8, on the CPU, is appended to it.
+    """
+
+    refiner: Refiner
+    decoded: list[Tensor]
+
+    def sample(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """See `medgen.priors.ImageRefiner`."""
+        self.decoded.append(to_uint8(decoder.decode(latents, labels).float().cpu()))
+        return self.refiner.sample(decoder, latents, labels, generator)
+
+
+@torch.no_grad()
+def draw_samples(context: EvaluationContext) -> Samples:
+    """Draw the samples to evaluate.
+
+    Raises:
+        UserError: the model, its prior or its refiner gives values that are not finite.
+    """
+    params, decoded = context.params, list[Tensor]()
+    batches = iterate_samples(
+        context.prior,
+        context.model,
+        params.num_generated,
+        context.sample_labels,
+        params.seed,
+        params.batch_size,
+        RecordingRefiner(context.refiner, decoded) if context.refiner else None,
+    )
+    images = torch.cat([to_uint8(batch) for batch, _ in batches])
+    return Samples(images, torch.cat(decoded) if decoded else None)
+
+
+def evaluate_samples(
+    context: EvaluationContext, samples: Tensor, held_out: Tensor, features: FeatureSets
+) -> dict[str, float]:
+    """Metrics of samples (N, C, H, W) uint8 against held-out images, with 95 % intervals by patient."""
+    groups = context.held_out.patients
+    intervals = domain_distances(features.samples, features.held_out, features.bandwidth, groups)
+    intervals |= prdc_intervals(features.held_out.content, features.samples.content, groups)
+    if context.held_out.name == "test":  # a search does not use it, and it trains networks
+        intervals |= classifier_tests(context, samples, features.samples, held_out, features.held_out)
+    spectrum = spectrum_metrics("generation", features.samples.power, features.held_out.power)
+    return interval_metrics("generation", intervals) | spectrum
+
+
+def evaluate_reference(
+    context: EvaluationContext, samples: Tensor, train: Tensor, test: Tensor, features: FeatureSets
+) -> dict[str, float]:
+    """The same metrics of up to `num_generated` train images, and the diversity of samples and test images."""
+    seed = seed_of(context.params.seed)
+    rows, groups = reference_rows(context)
+    reference = ImageSet(features.train.features[rows], features.train.power[rows])
+    intervals = domain_distances(
+        reference, features.held_out, features.bandwidth, context.held_out.patients, groups
+    ) | classifier_tests(context, train[rows], reference, test, features.held_out, groups)
+    metrics = {f"generation/{name}_floor": interval.value for name, interval in intervals.items()}
+    spectrum = spectrum_metrics("generation", reference.power, features.held_out.power)
+    metrics["generation/spectrum_distance_floor"] = spectrum["generation/spectrum_distance"]
+    if context.refiner:
+        metrics |= {f"{key}_floor": value for key, value in spectrum.items()}
+    metrics["generation/ms_ssim_diversity"] = ms_ssim_diversity(samples, seed=seed)
+    metrics["generation/ms_ssim_diversity_real"] = ms_ssim_diversity(test, seed=seed)
+    shares = prdc(features.held_out.content, reference.content)._asdict()
+    return metrics | {f"generation/{name}_real": value for name, value in shares.items()}
+
+
+def evaluate_classes(context: EvaluationContext, features: FeatureSets) -> dict[str, float]:
+    """Spectrum and MMD of the refined samples of each class against its held-out images; empty without a refiner.
+
+    Classes with fewer than 20 held-out images are left out. Keys contain the index of the class, because MLflow does
+    not allow some characters that a class name may contain.
+    """
+    sample_labels, labels = context.sample_labels, torch.from_numpy(context.held_out.labels.copy())
+    if context.refiner is None or sample_labels is None:
+        return {}
+    metrics: dict[str, float] = {}
+    for label in range(len(context.store.classes)):
+        rows, sample_rows = (labels == label).nonzero()[:, 0], (sample_labels == label).nonzero()[:, 0]
+        groups = select_groups(context.held_out.patients, rows)
+        num_smallest = min(len(sample_rows), len(group_rows(len(rows), groups)))
+        if len(rows) < MIN_CLASS_IMAGES or num_smallest < MIN_IMAGES:
+            continue
+        samples, real, prefix = features.samples, features.held_out, f"generation/class_{label}"
+        metrics |= spectrum_metrics(prefix, samples.power[sample_rows], real.power[rows])
+        distance = mmd(real.features[rows], samples.features[sample_rows], features.bandwidth, groups)
+        metrics |= interval_metrics(prefix, {"mmd_domain": distance.interval})
+    return metrics
+
+
+def domain_distances(
+    images: ImageSet, held_out: ImageSet, bandwidth: float, groups: Groups, image_groups: Groups = None
+) -> dict[str, Interval]:
+    """KID, MMD and Fréchet distance of a set from the held-out images by domain features."""
+    return {
+        "kid_domain": kid(held_out.features, images.features, groups, image_groups),
+        "mmd_domain": mmd(held_out.features, images.features, bandwidth, groups, image_groups).interval,
+        "fd_domain": frechet_interval(held_out.features, images.features, groups, image_groups),
+    }
+
+
+def classifier_tests(
+    context: EvaluationContext,
+    images: Tensor,
+    features: ImageSet,
+    held_out: Tensor,
+    held_out_features: ImageSet,
+    image_groups: Groups = None,
+) -> dict[str, Interval]:
+    """AUC of classifiers of a set against the held-out images, by input and the highest; empty for too few groups."""
+    groups = context.held_out.patients
+    if min(len(group_rows(len(images), image_groups)), len(group_rows(len(held_out), groups))) < MIN_GROUPS:
+        return {}
+    seed = seed_of(context.params.seed, 3) % 2**31
+    power, held_out_power = log_power(features.power), log_power(held_out_features.power)
+    intervals = {
+        "spectrum": linear_auc(held_out_power, power, groups, image_groups),
+        "domain": linear_auc(held_out_features.features, features.features, groups, image_groups),
+        "pixels": network_auc(held_out, images, groups, image_groups, seed, context.device),
+    }
+    highest = max(intervals.values(), key=lambda interval: interval.value)
+    return {"c2st_auc": highest} | {f"c2st_auc_{name}": interval for name, interval in intervals.items()}
+
+
+def evaluate_networks(context: EvaluationContext, samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
+    """Distances by features of the Inception and local networks, and the Inception Score; images as uint8."""
+    metrics: dict[str, float] = {}
+    rows, train_groups = reference_rows(context)
+    sets = (samples, train[rows], held_out)
+    if context.inception:
+        outputs = [context.inception(images) for images in sets]
+        metrics |= network_distances(context, "inception", [output.features for output in outputs], train_groups)
+        seed = seed_of(context.params.seed)
+        metrics["generation/inception_score"] = inception_score(outputs[0].logits, seed)
+        metrics["generation/inception_score_real"] = inception_score(outputs[2].logits, seed)
+    if context.local:
+        metrics |= network_distances(context, "local", [context.local(images) for images in sets], train_groups)
+    return metrics
+
+
+def network_distances(
+    context: EvaluationContext, name: str, features: Sequence[Tensor], train_groups: Groups
+) -> dict[str, float]:
+    """KID, MMD and Fréchet distance from the held-out images, of samples and of train images for reference.
+
+    The Fréchet distance has no interval, which would take a hundred eigendecompositions of 2,048 features.
+
+    Args:
+        context: gives the patients of the held-out split.
+        name: of the network, in the metric keys.
+        features: (N, D) of samples, train and held-out images.
+        train_groups: patients of the train images.
+    """
+    samples, train, held_out = features
+    groups = context.held_out.patients
+    bandwidth = median_distance(train)
+    intervals = {
+        f"kid_{name}": kid(held_out, samples, groups),
+        f"mmd_{name}": mmd(held_out, samples, bandwidth, groups).interval,
+    }
+    values = {
+        f"fd_{name}": frechet_distance(held_out, samples),
+        f"fd_{name}_floor": frechet_distance(held_out, train),
+        f"kid_{name}_floor": kid(held_out, train, groups, train_groups).value,
+        f"mmd_{name}_floor": mmd(held_out, train, bandwidth, groups, train_groups).interval.value,
+    }
+    return interval_metrics("generation", intervals) | {f"generation/{key}": value for key, value in values.items()}
+
+
+def reference_rows(context: EvaluationContext) -> tuple[Tensor, Groups]:
+    """Rows of up to `num_generated` train images, spread evenly, and their patients."""
+    split = context.store.split("train")
+    rows = subsample(torch.arange(len(split.images)), min(len(split.images), context.params.num_generated))
+    return rows, select_groups(split.patients, rows)

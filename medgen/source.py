@@ -1,0 +1,103 @@
+"""Hash the source code that each stage of dvc.yaml runs, so that DVC reruns the stages whose code has changed.
+
+medgen code     (the first stage of `dvc repro`)
+
+artifacts/code/STAGE.json lists the files that the stage's module imports, directly or through others. Comments,
+docstrings and blank lines do not count, and neither does code that cannot change a result.
+"""
+
+import ast
+import hashlib
+import io
+import json
+import tokenize
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import medgen
+from medgen.config import Project
+from medgen.io import hash_file, write_atomic
+
+STAGES = {
+    "preprocess": "medgen.ingest.preprocess",
+    "features": "medgen.training.extractor",
+    "train": "medgen.training.train",
+    "prior": "medgen.training.prior",
+    "refiner": "medgen.training.refiner",
+    "evaluate": "medgen.evaluation.evaluate",
+}
+# code that cannot change a stage's result: where runs are recorded, where data comes from, messages, file writing
+IGNORED = ("tracking", "datasets", "console.py", "errors.py", "io.py", "machine.py", "source.py")
+# files that decide the result of every training
+TRAINING = tuple(f"training/{name}.py" for name in ("guard", "loader", "loop", "losses", "optimizers", "state"))
+PACKAGE = Path(medgen.__file__).parent
+
+
+def run(project: Project) -> None:
+    """Write artifacts/code/STAGE.json for each stage: source file to the SHA-256 of its code."""
+    for stage, module in STAGES.items():
+        text = json.dumps(stage_hashes(module), indent=2)
+        write_atomic(project.root / "artifacts" / "code" / f"{stage}.json", f"{text}\n".encode())
+
+
+def stage_hashes(module: str) -> Mapping[str, str]:
+    """SHA-256 of the code of each file that can change the result of a stage's module, by sorted path."""
+    files = {path for path in imported_files(module) if path.parts[0] not in IGNORED}
+    hashes = {path: hash_code(PACKAGE / path) for path in files}
+    for folder in {path.parent for path in files if path.parent != Path()}:
+        templates = (PACKAGE / folder / "templates").glob("*")
+        hashes |= {path.relative_to(PACKAGE): hash_file(path) for path in templates}
+    return {f"medgen/{path.as_posix()}": hashes[path] for path in sorted(hashes)}
+
+
+def imported_files(module: str) -> set[Path]:
+    """Files of medgen, relative to its folder, that a module imports, directly or through others; itself included."""
+    found: set[Path] = set()
+    names = [module]
+    while names:
+        package, *parts = names.pop().split(".")
+        for length in range(1, len(parts) + 1) if package == "medgen" else ():  # a package's __init__ runs first
+            place = PACKAGE.joinpath(*parts[:length])
+            for path in (place.with_suffix(".py"), place / "__init__.py"):
+                if path.is_file() and (relative := path.relative_to(PACKAGE)) not in found:
+                    found.add(relative)
+                    names += _imported_names(path)
+    return found
+
+
+@cache
+def fingerprint(*patterns: str) -> str:
+    """SHA-256 of the code of medgen's files that match glob patterns relative to its folder."""
+    files = sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
+    lines = (f"{path.relative_to(PACKAGE).as_posix()} {hash_code(path)}\n" for path in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def hash_code(path: Path) -> str:
+    """SHA-256 of a Python file without its comments, docstrings and blank lines; the same for every Python version."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            docstring = node.body[0]
+            for row in range(docstring.lineno - 1, docstring.end_lineno or docstring.lineno):
+                lines[row] = ""
+    code = "\n".join(line.rstrip() for line in lines if line.strip())
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def _imported_names(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names

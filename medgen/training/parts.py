@@ -1,0 +1,80 @@
+"""Train a part of a model that has its own stage (domain extractor, prior, refiner), and record it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from medgen.config import Project, Section, Tracking
+from medgen.io import hash_file, to_json, write_atomic
+from medgen.models.bundle import BundleInfo
+from medgen.reports.figures import write_curves
+from medgen.tracking import Tracker, history, lineage
+from medgen.training.distributed import World
+from medgen.training.loop import train_to_end
+from medgen.training.state import TrainingTask, TrainState
+
+LOSSES = ("train/loss", "val/loss")
+
+
+@contextmanager
+def trained(
+    task: TrainingTask, world: World, scratch: Path, project: Project, name: str
+) -> Iterator[TrainState | None]:
+    """Train to the end, resumed from `scratch`; the state with the weights to export, or None in other processes.
+
+    The epochs are recorded in `scratch`, and not in the run of the model.
+    """
+    state = TrainState(task, world, scratch)
+    with state.stop.listening():
+        if not world.is_main:
+            train_to_end(state, None)
+            yield None
+            return
+        with Tracker.open(scratch, Tracking(enabled=False), project, name) as tracker:
+            train_to_end(state, tracker)
+        with state.final_weights():
+            yield state
+
+
+def draw_losses(scratch: Path, path: Path) -> float:
+    """Write the loss curves of the training recorded in `scratch`; return its last train loss."""
+    records = history(scratch)
+    write_curves(path, {key: [record[key] for record in records] for key in LOSSES}, log=False, y_label="loss")
+    return float(records[-1]["train/loss"])
+
+
+def record(
+    project: Project,
+    info: BundleInfo,
+    tracking: Tracking,
+    section: Section,
+    description: Path,
+    metrics: Mapping[str, float],
+    figures: Sequence[Path],
+    origin: str,
+) -> None:
+    """Add a part's parameters, metrics and files to the record of the run that trained the model.
+
+    Args:
+        project: the project.
+        info: the model's description, which names its run.
+        tracking: where runs are recorded.
+        section: the part's parameters, as they were used.
+        description: the part's JSON file, whose stem names the part.
+        metrics: name to value.
+        figures: image files.
+        origin: name of the file in the run's folder that keeps the part's hash and lineage.
+    """
+    scratch, name = project.runs / info.run, description.stem
+    with Tracker.open(scratch, tracking, project, info.model.name) as tracker:
+        records = history(scratch)
+        tracker.params({name: section})
+        tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
+        for path in (description, *figures):
+            tracker.artifact(path, name)
+    content = {
+        "sha256": hash_file(description),
+        name: section.model_dump(mode="json"),
+        "lineage": lineage(project, section),
+    }
+    write_atomic(scratch / origin, to_json(content))
