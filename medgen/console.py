@@ -36,7 +36,6 @@ def configure(verbose: bool = False, quiet: bool = False, log_file: Path | None 
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         LOG.addHandler(handler)
     ERR.quiet = quiet
-    OUT.quiet = False
 
 
 def say(text: str) -> None:

@@ -71,7 +71,11 @@ def run(
 def show(results: Sequence[Check], as_json: bool = False) -> bool:
     """Print results as a table or as JSON, and return True if nothing failed."""
     if as_json:
-        rows = [{"name": each.name, "level": each.level, "found": each.found, "fix": each.fix} for each in results]
+        rows = [
+            # the second name of `fix` is that of the version before
+            {"name": each.name, "level": each.level, "found": each.found, "fix": each.fix, "mend": each.fix}
+            for each in results
+        ]
         print(json.dumps(rows, indent=2))
     else:
         table = Table("", "", "found", "what to do", box=None, padding=(0, 1))

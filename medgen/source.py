@@ -44,7 +44,7 @@ def run(project: Project) -> None:
 def stage_hashes(module: str) -> Mapping[str, str]:
     """SHA-256 of the code of each file that can change the result of a stage's module, by sorted path."""
     files = {path for path in imported_files(module) if path.parts[0] not in IGNORED}
-    hashes = {path: hash_code(PACKAGE / path) for path in files}
+    hashes = {path: _hash_once(PACKAGE / path) for path in files}
     for folder in {path.parent for path in files if path.parent != Path()}:
         templates = (PACKAGE / folder / "templates").glob("*")
         hashes |= {path.relative_to(PACKAGE): hash_file(path) for path in templates}
@@ -70,7 +70,7 @@ def imported_files(module: str) -> set[Path]:
 def fingerprint(*patterns: str) -> str:
     """SHA-256 of the code of medgen's files that match glob patterns relative to its folder."""
     files = sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
-    lines = (f"{path.relative_to(PACKAGE).as_posix()} {hash_code(path)}\n" for path in files)
+    lines = (f"{path.relative_to(PACKAGE).as_posix()} {_hash_once(path)}\n" for path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -93,6 +93,13 @@ def hash_code(path: Path) -> str:
     return hashlib.sha256(code.encode()).hexdigest()
 
 
+@cache
+def _hash_once(path: Path) -> str:
+    """`hash_code` of a file of medgen, which several stages import."""
+    return hash_code(path)
+
+
+@cache
 def _imported_names(path: Path) -> list[str]:
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

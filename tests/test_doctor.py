@@ -62,7 +62,8 @@ def test_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     good = doctor.Check("disk", "ok", "lots [here]")
     bad = doctor.Check("dvc", "fail", "none", "get some")
     assert doctor.show([good], as_json=True)
-    assert json.loads(capsys.readouterr().out) == [{"name": "disk", "level": "ok", "found": "lots [here]", "fix": ""}]
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row == {"name": "disk", "level": "ok", "found": "lots [here]", "fix": "", "mend": ""}
     assert not doctor.show([good, bad])
     table = capsys.readouterr().out
     assert "lots [here]" in table

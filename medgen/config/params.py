@@ -63,9 +63,9 @@ def replace(params: Params, values: Mapping[str, Any], source: str) -> Params:
         UserError: a key is unknown or a value is invalid.
     """
     tree = params.model_dump(mode="json")
-    for section, name in ((section, values.get(f"{section}.name")) for section in _families()):
-        if isinstance(name, str):  # keys of the family before would be refused
-            foreign = _families()[section].foreign_keys(name)
+    for section, family in _families().items():
+        if isinstance(name := values.get(f"{section}.name"), str):  # keys of the family before would be refused
+            foreign = family.foreign_keys(name)
             tree[section] = {key: value for key, value in tree[section].items() if key not in foreign}
     for key, value in values.items():
         set_at(tree, key, value, f"{source}.{key}")

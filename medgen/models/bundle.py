@@ -52,16 +52,21 @@ def load_info(folder: Path) -> BundleInfo:
     Raises:
         UserError: the bundle is missing or damaged.
     """
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[BundleInfo, str | None]:
+    """Description of a model and the SHA-256 of its weights; bundles of earlier versions have no SHA-256."""
     path = folder / DESCRIPTION
     description = read_description(folder, "model", COMMAND)
-    description.pop("sha256", None)  # `load` compares it with the weights
+    weights = description.pop("sha256", None)
     with parsing(path, COMMAND):
         info = TypeAdapter(BundleInfo).validate_python(description)
     if info.schema != SCHEMA:
         raise UserError(
             f"{path}: found schema {info.schema}, expected {SCHEMA}; use the version of medgen that wrote the file"
         )
-    return info
+    return info, weights
 
 
 def load_for(store: Store, folder: Path, device: torch.device | str = "cpu") -> tuple[ImageModel, BundleInfo]:
@@ -85,10 +90,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ImageModel, 
     Raises:
         UserError: the bundle is missing or damaged.
     """
-    info = load_info(folder)
+    info, weights = _read(folder)
     model = build_model(info.model, info.image_shape, len(info.classes), info.preprocess.mask_classes)
-    expected = read_description(folder, "model", COMMAND).get("sha256")  # bundles of earlier versions have none
-    tensors = read_tensors(folder, "model", COMMAND, expected)
+    tensors = read_tensors(folder, "model", COMMAND, weights)
     with parsing(folder / WEIGHTS, COMMAND):
         model.load_state_dict(tensors)
     return model.to(device).eval(), info
