@@ -28,7 +28,7 @@ class Prior(FamilySection):
     name: str | None = None  # None: tokens for models with a codebook, gmm for others
     conditional: bool = True  # on the class, if the dataset has labels
     seed: int = 0
-    components: tuple[Count, ...] = (1, 2, 4, 8)  # gmm: candidates; the best held-out likelihood wins
+    components: tuple[Count, ...] = (1, 2, 4, 8, 16, 32)  # gmm: candidates; the best held-out likelihood wins
     variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95  # gmm: fraction of the latent variance in the mixture
     # flow and tokens are networks, trained on the latents in epochs of 100 steps
     channels: Annotated[int, Field(ge=8, multiple_of=8)] = 64  # width of the network

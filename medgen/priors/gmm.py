@@ -5,10 +5,11 @@ Latents have too many dimensions to fit a mixture in all of them. The mixture is
 whitened; the residual axes are independent Gaussians with each class's own mean and variances, which keep the fine
 detail of the images.
 
-A component's covariance is its own full scatter, shrunk slightly towards the diagonal so that it stays invertible. More
-shrinkage would give a higher held-out likelihood in so many axes, but samples farther from real images, because it
-removes the correlations between axes within a class (docs/results.md). The number of components is chosen per class by
-the likelihood of a held-out fifth of the patients' images; then all images of the class are fitted.
+Clusters are found by k-means in the leading axes, unwhitened: in whitened axes they are no wider apart than noise. A
+component's covariance is the mean of its own and the class's pooled one, shrunk slightly towards the diagonal so that
+it stays invertible. Alone, a cluster's own covariance overfits, and a class would get a single component, whose draws
+mix the clusters: MRI slices of different planes, for example (docs/results.md). The number of components is chosen per
+class by the likelihood of a held-out fifth of the patients' images; then all images of the class are fitted.
 
 Shapes: N latents, D dimensions of a latent, R axes, of which K under the mixture and S = R - K residual ones,
 M components over all classes.
@@ -30,7 +31,9 @@ from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 RARE = 50  # a class with fewer images gets its own mean and the covariance of all classes
 _FOLDS = 5  # one part in so many is held out to choose the number of components
 _ROWS_PER_COMPONENT = 10  # fewer are too few even for variances
-_STARTS = 4  # of EM: in whitened axes clusters are no wider apart than noise, and a single start often misses them
+_STARTS = 4  # of k-means
+_LEADING = 50  # axes that decide clusters and their number: in more, a held-out likelihood mostly measures noise
+_POOLING = 0.5  # weight of the class's pooled covariance in that of a component
 _SHRINKAGE = 0.05  # of a covariance towards its diagonal
 _VARIANCE_FLOOR = 1e-2  # of a whitened coordinate, whose variance is 1
 _RESIDUAL_SHARE = 0.999  # of the variance; the axes after that would double the file and change nothing visible
@@ -116,7 +119,8 @@ class GaussianMixture:
             members = {c: labels.cpu() == c for c in range(num_classes) if bool(frequencies[c] > 0)}
         pooled = torch.cat([white[rows] - white[rows].mean(0) for rows in members.values()])  # (N, R)
         fits = [
-            _fit_class(owner, white[rows], patient_ids[rows], pooled, kept, params) for owner, rows in members.items()
+            _fit_class(owner, white[rows], patient_ids[rows], pooled, axes.scales[:kept], params)
+            for owner, rows in members.items()
         ]
         tensors = {
             **axes.tensors(),
@@ -184,7 +188,7 @@ class GaussianMixture:
         return weights / sums
 
 
-def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, kept: int, params: Prior) -> _ClassFit:
+def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, scales: Tensor, params: Prior) -> _ClassFit:
     """Fit one class.
 
     Args:
@@ -192,10 +196,11 @@ def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, kept:
         rows: (N, R) whitened coordinates of its images.
         patients: (N,) int64, index of each image's patient.
         pooled: (all images, R) differences from their own class's mean, whose covariance a rare class borrows.
-        kept: K, number of axes of the mixture.
+        scales: (K,) standard deviations of the mixture's axes.
         params: the parameters.
     """
     choice: dict[str, Any] = {"class": owner, "rows": len(rows)}
+    kept = len(scales)
     mean, own = rows.mean(0), rows - rows.mean(0)
     if len(rows) < RARE:
         own = pooled
@@ -203,25 +208,25 @@ def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, kept:
         mixture = _Mixture(torch.ones(1).to(rows), mean[None, :kept], scatter[None])
         choice |= {"components": 1, "held_out": None}
     else:
-        mixture, chosen = _fit_mixture(rows[:, :kept], patients, params)
+        mixture, chosen = _fit_mixture(rows[:, :kept], scales, patients, params)
         choice |= chosen
     return _ClassFit(mixture, mean[kept:], own[:, kept:].square().mean(0).sqrt(), choice)
 
 
-def _fit_mixture(rows: Tensor, patients: Tensor, params: Prior) -> tuple[_Mixture, dict[str, Any]]:
+def _fit_mixture(rows: Tensor, scales: Tensor, patients: Tensor, params: Prior) -> tuple[_Mixture, dict[str, Any]]:
     """Fit a mixture to `rows` (N, K) and choose its number of components; see `_fit_class`."""
     chosen = _hold_out(patients, params.seed)
-    held_out, used = rows[chosen], rows[~chosen]
+    held_out, used = rows[chosen, :_LEADING], rows[~chosen, :_LEADING]
     scores: dict[int, Tensor] = {}  # number of components -> log density of held-out rows (N,)
     affordable = {c for c in params.components if c * _ROWS_PER_COMPONENT <= len(used)} or {1}
     for components in sorted(affordable):
-        mixture = _expectation_maximisation(used, components, params.seed)
+        mixture = _cluster(used, scales[:_LEADING], components, params.seed)
         factors = torch.linalg.cholesky(mixture.covariances())
         densities = mixture.weights.log() + _component_densities(held_out, mixture.centres, factors)
         scores[components] = torch.logsumexp(densities, dim=1)
-    components = _fewest_within_one_standard_error(scores)
-    score = float(scores[components].mean()) / rows.shape[1]
-    mixture = _expectation_maximisation(rows, components, params.seed)
+    components = max(scores, key=lambda number: float(scores[number].mean()))
+    score = float(scores[components].mean()) / held_out.shape[1]
+    mixture = _cluster(rows, scales, components, params.seed)
     return mixture, {"components": components, "held_out": round(score, 4)}
 
 
@@ -244,42 +249,22 @@ def _hold_out(patients: Tensor, seed: int) -> Tensor:
     return held_out[groups]
 
 
-def _fewest_within_one_standard_error(scores: Mapping[int, Tensor]) -> int:
-    """Least number of components whose held-out likelihood is within one standard error of the best.
-
-    The one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, on paired differences.
-    """
-    best = max(scores.values(), key=lambda score: float(score.mean()))
-    for components in sorted(scores):
-        loss = best - scores[components]
-        if float(loss.mean()) <= float(loss.std()) / len(loss) ** 0.5:
-            return components
-    raise AssertionError("the best is within its own error")
-
-
-def _expectation_maximisation(rows: Tensor, components: int, seed: int) -> _Mixture:
-    """Mixture of sklearn's responsibilities (diagonal, stable with few rows) and each component's full scatter."""
-    from sklearn import mixture
+def _cluster(rows: Tensor, scales: Tensor, components: int, seed: int) -> _Mixture:
+    """Mixture of the clusters that k-means finds in the leading axes of `rows` (N, K), scaled by `scales` (K,)."""
+    from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    model = mixture.GaussianMixture(
-        components,
-        covariance_type="diag",
-        reg_covar=_VARIANCE_FLOOR,
-        max_iter=200,
-        n_init=_STARTS,
-        random_state=seed,
-    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out likelihood evaluates the result
-        responsibilities = torch.from_numpy(model.fit(rows.numpy()).predict_proba(rows.numpy()))  # (N, M)
-    counts = responsibilities.sum(0).clamp_min(1e-9)
-    centres = responsibilities.T @ rows / counts[:, None]
-    scatters = []
-    for m in range(components):
-        centred = rows - centres[m]
-        scatters.append((centred.T * responsibilities[:, m]) @ centred / counts[m])
-    return _Mixture(counts / counts.sum(), centres, torch.stack(scatters))
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than components
+        leading = (rows * scales)[:, :_LEADING].numpy()
+        labels = torch.from_numpy(KMeans(components, n_init=_STARTS, random_state=seed).fit(leading).labels_)
+    clusters = [rows[labels == label] for label in labels.unique()]
+    weights = torch.tensor([len(cluster) / len(rows) for cluster in clusters]).double()
+    centres = torch.stack([cluster.mean(0) for cluster in clusters])
+    centred = [cluster - cluster.mean(0) for cluster in clusters]
+    scatters = torch.stack([cluster.T @ cluster / len(cluster) for cluster in centred])
+    pooled = torch.cat(centred)
+    return _Mixture(weights, centres, torch.lerp(scatters, pooled.T @ pooled / len(rows), _POOLING))
 
 
 def _component_densities(rows: Tensor, centres: Tensor, factors: Tensor) -> Tensor:

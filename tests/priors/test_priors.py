@@ -219,6 +219,16 @@ def test_held_out_likelihood_finds_the_number_of_clusters(num_clusters):
     np.testing.assert_allclose(np.cov(drawn.T.numpy()), np.cov(latents.T.numpy()), rtol=0.1, atol=0.6)
 
 
+def test_clusters_with_fewer_images_than_axes_are_found():
+    """As of MRI slices in several planes: own covariances alone would overfit and leave one component."""
+    generator = torch.Generator().manual_seed(1)
+    owner = torch.arange(480) % 4
+    latents = 8.0 * torch.eye(150)[owner] + torch.randn(480, 150, generator=generator)
+    prior = ANALYTIC["gmm"].fit(latents, None, 0, Prior(variance_kept=1.0))
+    assert prior.choices[0]["components"] == 4
+    assert sorted(prior.axes.colour(prior.centres).argmax(1).tolist()) == [0, 1, 2, 3]
+
+
 def test_mixture_beats_the_gaussian_on_unseen_clusters():
     generator = torch.Generator().manual_seed(1)
     latents = 8.0 * torch.eye(4)[torch.arange(1200) % 4] + torch.randn(1200, 4, generator=generator)
