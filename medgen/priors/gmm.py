@@ -258,7 +258,7 @@ def _cluster(rows: Tensor, scales: Tensor, components: int, seed: int) -> _Mixtu
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than components
         leading = (rows * scales)[:, :_LEADING].numpy()
         labels = torch.from_numpy(KMeans(components, n_init=_STARTS, random_state=seed).fit(leading).labels_)
-    clusters = [rows[labels == label] for label in labels.unique()]
+    clusters = [rows[labels == label] for label in sorted(set(labels.tolist()))]
     weights = torch.tensor([len(cluster) / len(rows) for cluster in clusters]).double()
     centres = torch.stack([cluster.mean(0) for cluster in clusters])
     centred = [cluster - cluster.mean(0) for cluster in clusters]

@@ -6,7 +6,6 @@ medgen features
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen import source
-from medgen.config import Features, Phase, Project, Schedule, Train, fingerprint, seed_of
+from medgen.config import Features, Phase, Project, fingerprint, seed_of
 from medgen.console import say, show, warn
 from medgen.data.store import Store, open_store
 from medgen.metrics.degradations import DEGRADATIONS, degrade
@@ -23,7 +22,8 @@ from medgen.metrics.features import CLEAN, DomainExtractor, ExtractorSizes, save
 from medgen.training.distributed import World, pick_device
 from medgen.training.loader import Batch, Loader
 from medgen.training.losses import Losses
-from medgen.training.parts import trained
+from medgen.training.parts import one_phase, trained
+from medgen.training.state import TrainingTask
 
 NUM_TURNS = 4
 # source files that decide the trained weights
@@ -121,7 +121,7 @@ class Questions(NamedTuple):
     kinds: Tensor  # (2 B,) CLEAN or the kind of degradation
 
 
-class ExtractorTask:
+class ExtractorTask(TrainingTask):
     """Train the domain extractor's two heads with cross-entropy.
 
     The class head sees clean images, equally many of each class. Without classes it predicts by how many quarter turns
@@ -129,12 +129,16 @@ class ExtractorTask:
     The quality head sees each clean image and a degraded copy, and predicts the kind of degradation, or none.
     """
 
+    model: DomainExtractor
+
     def __init__(self, store: Store, features: Features, device: torch.device) -> None:
         self.features = features
         split, val = store.split("train"), store.split("val")
         self.files = split.paths
         self.loader = Loader(split, features.batch_size, device, features.seed)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
+        warmup_steps = max(1, features.epochs * self.num_batches // 10)
+        self.train = one_phase(features, "extractor", warmup_steps, 0.0, clip_norm=10.0, compile="off")
         self.validation = Loader(val if len(val.images) else split, 2 * features.batch_size, device)
         self.by_class = len(store.classes) > 1
         turns = [f"turned by {90 * count} degrees" for count in range(NUM_TURNS)]
@@ -154,27 +158,6 @@ class ExtractorTask:
         # A batch has as many clean images as degraded ones of all kinds together: every answer counts equally.
         self.quality_weights = torch.ones(1 + len(DEGRADATIONS), device=device)
         self.quality_weights[CLEAN] = 1 / len(DEGRADATIONS)
-
-    @property
-    def train(self) -> Train:
-        """One phase with a cosine schedule."""
-        features = self.features
-        phase = Phase(
-            name="extractor",
-            epochs=features.epochs,
-            learning_rate=features.learning_rate,
-            weight_decay=1e-2,
-            warmup_steps=max(1, features.epochs * self.num_batches // 10),
-            schedule=Schedule(name="cosine_restarts", period=features.epochs, min_factor=0.0),
-        )
-        return Train(
-            seed=features.seed,
-            batch_size=features.batch_size,
-            phases=(phase,),
-            clip_norm=10.0,
-            on_nonfinite="rollback",
-            compile="off",
-        )
 
     def batch(self, position: int) -> Questions:
         """Images drawn with replacement, augmented, with a degraded copy of each."""
@@ -209,14 +192,6 @@ class ExtractorTask:
                 count += int((target >= 0).sum())
         loss = total / max(1.0, count)
         return {"loss": loss, "objective": loss}
-
-    def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
-        """Nothing besides the losses."""
-        return {}
-
-    def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
-        """No figures."""
-        return {}
 
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
         """Images of the step at `position`, and their files."""

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from medgen.config import Project, Section, Tracking
+from medgen.config import Features, Phase, Prior, Project, Refiner, Schedule, Section, Tracking, Train
 from medgen.io import hash_file, to_json, write_atomic
 from medgen.models.bundle import BundleInfo
 from medgen.reports.figures import write_curves
@@ -14,6 +15,21 @@ from medgen.training.loop import train_to_end
 from medgen.training.state import TrainingTask, TrainState
 
 LOSSES = ("train/loss", "val/loss")
+
+
+def one_phase(
+    params: Features | Prior | Refiner, name: str, warmup_steps: int, min_factor: float, **train: Any
+) -> Train:
+    """Section `train` of a part: one phase with a cosine schedule, and a rollback after a loss that is not finite."""
+    phase = Phase(
+        name=name,
+        epochs=params.epochs,
+        learning_rate=params.learning_rate,
+        weight_decay=1e-2,
+        warmup_steps=warmup_steps,
+        schedule=Schedule(name="cosine_restarts", period=params.epochs, min_factor=min_factor),
+    )
+    return Train(seed=params.seed, batch_size=params.batch_size, phases=(phase,), on_nonfinite="rollback", **train)
 
 
 @contextmanager

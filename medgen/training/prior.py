@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medgen import config, source
-from medgen.config import Phase, Project, Schedule, Tracking, Train, fingerprint, seed_of, unknown_name
+from medgen.config import Phase, Project, Tracking, fingerprint, seed_of, unknown_name
 from medgen.console import say, warn
 from medgen.data.store import Split, open_store
 from medgen.io import to_json, write_folder
@@ -23,8 +23,8 @@ from medgen.reports.figures import write_grid
 from medgen.tracking import PRIOR_ORIGIN
 from medgen.training.distributed import World, pick_device
 from medgen.training.loader import Loader
-from medgen.training.losses import Losses
-from medgen.training.parts import draw_losses, record, trained
+from medgen.training.parts import draw_losses, one_phase, record, trained
+from medgen.training.state import TrainingTask
 
 BATCH_SIZE = 64
 MAX_LATENT_VALUES = 1 << 28  # in memory at once, 1 GiB; of a larger split, images spread over it are used
@@ -94,7 +94,7 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
     return made
 
 
-class LatentTask:
+class LatentTask(TrainingTask):
     """Train a prior's network on the latents of the train split and validate it on those of the val split."""
 
     num_batches = STEPS_PER_EPOCH
@@ -111,34 +111,8 @@ class LatentTask:
         self.prior, self.decoder, self.data, self.params = prior, model, train, params
         self.validation = val if len(val.labels) else train
         self.batch_size, self.device = params.batch_size, device
-        prior.network.to(device)
-
-    @property
-    def model(self) -> nn.Module:
-        """The prior's network."""
-        return self.prior.network
-
-    @property
-    def train(self) -> Train:
-        """One phase with a cosine schedule; keep the averaged weights with the lowest validation loss."""
-        params = self.params
-        phase = Phase(
-            name="prior",
-            epochs=params.epochs,
-            learning_rate=params.learning_rate,
-            weight_decay=1e-2,
-            warmup_steps=STEPS_PER_EPOCH,
-            schedule=Schedule(name="cosine_restarts", period=params.epochs, min_factor=0.02),
-        )
-        return Train(
-            seed=params.seed,
-            batch_size=params.batch_size,
-            phases=(phase,),
-            ema_decay=0.999,
-            on_nonfinite="rollback",
-            keep="best",
-            compile="off",
-        )
+        self.model = prior.network.to(device)
+        self.train = one_phase(params, "prior", STEPS_PER_EPOCH, 0.02, ema_decay=0.999, keep="best", compile="off")
 
     def batch(self, position: int) -> tuple[Tensor, Tensor, torch.Generator]:
         """Latents, labels and the generator of the step's random draws."""
@@ -148,10 +122,6 @@ class LatentTask:
     def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor, torch.Generator]) -> Tensor:
         """Loss of the prior, which its family defines."""
         return self.prior.loss(*batch)
-
-    def objective(self, output: Tensor, batch: object, phase: Phase, epoch: float) -> Losses:
-        """The loss itself."""
-        return Losses(total=output, terms={})
 
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
@@ -163,10 +133,6 @@ class LatentTask:
                 total += len(rows) * float(self.prior.loss(*self._latents(data, rows), generator))
         loss = total / (NUM_DRAWS * len(data.labels))
         return {"loss": loss, "objective": loss}
-
-    def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
-        """Nothing besides the loss."""
-        return {}
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
         """Write a grid of samples."""

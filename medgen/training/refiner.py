@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medgen import config, source
-from medgen.config import Phase, Project, Schedule, Tracking, Train, fingerprint, seed_of
+from medgen.config import Phase, Project, Tracking, fingerprint, seed_of
 from medgen.console import say
 from medgen.data.store import Store, open_store
 from medgen.metrics.spectrum import radial_index, radial_power
@@ -22,8 +22,8 @@ from medgen.reports.figures import write_stacks
 from medgen.tracking import REFINER_ORIGIN
 from medgen.training.distributed import World, join, pick_precision
 from medgen.training.loader import Loader
-from medgen.training.losses import Losses
-from medgen.training.parts import draw_losses, record, trained
+from medgen.training.parts import draw_losses, one_phase, record, trained
+from medgen.training.state import TrainingTask
 
 NUM_SHOWN = 8
 MIN_RESIDUAL = 1e-3  # a perfect decoder leaves nothing to scale
@@ -78,7 +78,7 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
         return load_refiner(project.refiner, digest, world.device)
 
 
-class RefinerTask:
+class RefinerTask(TrainingTask):
     """Train a refiner on the images of the train split and validate it on those of the val split."""
 
     def __init__(self, model: GenerativeModel, store: Store, params: config.Refiner, world: World) -> None:
@@ -99,33 +99,8 @@ class RefinerTask:
         self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale)
         loader = Loader(split, params.batch_size, world.device)
         self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(loader)
-        self.refiner.network.to(world.device)
-
-    @property
-    def model(self) -> nn.Module:
-        """The refiner's network."""
-        return self.refiner.network
-
-    @property
-    def train(self) -> Train:
-        """One phase with a cosine schedule; keep the averaged weights with the lowest validation loss."""
-        params = self.params
-        phase = Phase(
-            name="refiner",
-            epochs=params.epochs,
-            learning_rate=params.learning_rate,
-            weight_decay=1e-2,
-            warmup_steps=100,
-            schedule=Schedule(name="cosine_restarts", period=params.epochs, min_factor=0.01),
-        )
-        return Train(
-            seed=params.seed,
-            batch_size=params.batch_size,
-            phases=(phase,),
-            ema_decay=params.ema_decay,
-            on_nonfinite="rollback",
-            keep="best",
-        )
+        self.model = self.refiner.network.to(world.device)
+        self.train = one_phase(params, "refiner", 100, 0.01, ema_decay=params.ema_decay, keep="best")
 
     def batch(self, position: int) -> tuple[Any, ...]:
         """Images, decoded noisy latents, noise levels, labels and the generator of the step's random draws."""
@@ -138,10 +113,6 @@ class RefinerTask:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             return self.refiner.loss(network, *batch)
 
-    def objective(self, output: Tensor, batch: object, phase: Phase, epoch: float) -> Losses:
-        """The loss itself."""
-        return Losses(total=output, terms={})
-
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
         """Loss on the val split (on the train split if that is empty), with the same random draws each time."""
@@ -153,10 +124,6 @@ class RefinerTask:
             total += len(batch.image) * float(loss)
         mean = total / len(self.validation.images)
         return {"loss": mean, "objective": mean}
-
-    def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
-        """Nothing besides the loss."""
-        return {}
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
         """Write a figure of validation images, their reconstructions and the refined reconstructions."""

@@ -4,11 +4,12 @@ import math
 import shutil
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from medgen.training.losses import Losses
 from medgen.training.optimizers import AveragedWeights, Plateau, build_optimizer, rate_factor
 
 
-class TrainingTask(Protocol):
+class TrainingTask(ABC):
     """A model, its batches and its objective.
 
     Each method is a pure function of its arguments and of torch's global generator, which the loop seeds at each step,
@@ -31,48 +32,40 @@ class TrainingTask(Protocol):
 
     num_batches: int  # steps in an epoch
     batch_size: int  # over all processes
+    train: Train  # phases, optimizer and policies
+    model: nn.Module  # the network that is trained, on its device
 
-    @property
-    def train(self) -> Train:
-        """Phases, optimizer and policies."""
-        ...
-
-    @property
-    def model(self) -> nn.Module:
-        """The network that is trained, on its device."""
-        ...
-
+    @abstractmethod
     def batch(self, position: int) -> Any:
         """Input of the step at `position`, counted from the start of the training."""
-        ...
 
+    @abstractmethod
     def forward(self, network: nn.Module, batch: Any) -> Any:
         """Output for a batch; `network` is the model, compiled or wrapped for data parallel training."""
-        ...
 
     def objective(self, output: Any, batch: Any, phase: Phase, epoch: float) -> Losses:
-        """Loss of an output, `epoch` epochs (with a fraction) into the phase."""
-        ...
+        """Loss of an output, `epoch` epochs (with a fraction) into the phase; by default the output itself."""
+        return Losses(total=output, terms={})
 
+    @abstractmethod
     def validate(self, phase: Phase) -> dict[str, float]:
         """Metrics of the whole validation split, without randomness, among them `objective`.
 
         The lower objective is better: it decides which epoch `train.keep: best` keeps, and the plateau schedule. It is
         the same function of the weights in all epochs of a phase.
         """
-        ...
 
     def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
         """Values to log besides losses and learning rate, such as β."""
-        ...
+        return {}
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
         """Write image grids of the epoch below `folder`; return their paths by name."""
-        ...
+        return {}
 
+    @abstractmethod
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
         """Input tensor of the step at `position`, and the files it comes from."""
-        ...
 
 
 @dataclass

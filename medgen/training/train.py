@@ -20,14 +20,14 @@ from medgen.errors import UserError
 from medgen.io import to_json, write_atomic
 from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model, bundle
-from medgen.models.base import ModelOutput
+from medgen.models.base import ImageModel, ModelOutput
 from medgen.tracking import Tracker, history, lineage
 from medgen.training.distributed import World, join, pick_precision
 from medgen.training.loader import Batch, Loader
 from medgen.training.loop import AfterEpoch, train_to_end
 from medgen.training.losses import SCORES, Losses, Objective, beta_at
 from medgen.training.report import draw_epoch, write_report
-from medgen.training.state import TrainState
+from medgen.training.state import TrainingTask, TrainState
 
 # source files that decide the trained weights: a change starts a new run instead of resuming
 CODE = ("nn/*.py", "models/*.py", "training/train.py")
@@ -71,8 +71,10 @@ def run(
         return state.scratch
 
 
-class ModelTask:
+class ModelTask(TrainingTask):
     """Train an image model on the train split and validate it on the val split."""
+
+    model: ImageModel
 
     def __init__(self, project: Project, world: World, model: Model, loss: Loss, train: Train) -> None:
         self.params, self.loss, self.train, self.device = model, loss, train, world.device
