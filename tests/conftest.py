@@ -1,4 +1,4 @@
-"""Fixtures every room shares."""
+"""Fixtures that all tests share."""
 
 import itertools
 import os
@@ -38,14 +38,14 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: begun last, one of them would keep a single worker busy after all others ended."""
+    """Run files with slow tests first: started last, one would keep a single worker busy after all others ended."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """No test meets the store of one before it: `mlflow.set_tracking_uri` sets this for all that the process does."""
+    """Forget the store of the previous test: `mlflow.set_tracking_uri` sets this variable for the whole process."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 

@@ -39,7 +39,7 @@ def test_each_stage_depends_on_the_code_it_imports(pipeline):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_a_stage_loads_is_among_its_files(stage):
-    """Compared with a process that imports the stage's module; what is imported within functions comes on top."""
+    """Compare with a process that imports the stage's module; the files also include imports within functions."""
     code = (
         f"import sys, {STAGES[stage]}; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('medgen.')))"
     )
@@ -71,7 +71,7 @@ def test_every_picture_among_the_plots_is_made_by_a_stage(pipeline):
 
 
 def test_every_params_file_is_valid_and_has_the_sections_dvc_asks_for(root, pipeline):
-    """DVC knows no defaults: a section that a stage names must stand in the file, be it empty."""
+    """DVC knows no defaults: a section that a stage names must be in the file, even if it is empty."""
     sections = {section for stage in pipeline["stages"].values() for section in stage.get("params", [])}
     files = [root / "params.yaml", *(root / "recipes").glob("*.yaml")]
     assert len(files) >= 3

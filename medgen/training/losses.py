@@ -17,6 +17,7 @@ from medgen.config import Beta, Loss, Weights
 from medgen.models.base import Latent, ModelOutput
 
 VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3
+TERM_WEIGHTS = {"commitment": "commitment_cost"}  # term of a model -> its weight in `loss`; others have weight 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Objective(nn.Module):
                 total = total + self.kl_weight(beta, kl[0].numel()) * free_bits(kl, self.loss.free_bits)
         for name, term in output.terms.items():
             terms[name] = term.detach()
-            total = total + (self.loss.commitment_cost if name == "commitment" else 1.0) * term
+            weight = getattr(self.loss, TERM_WEIGHTS[name]) if name in TERM_WEIGHTS else 1.0
+            total = total + weight * term
         return Losses(total, terms)
 
     def kl_weight(self, beta: float, latent_numel: int) -> float:

@@ -324,3 +324,7 @@ def test_the_description_holds_the_chosen_components(tmp_path):
     plain = json.loads((tmp_path / "prior.json").read_text())
     assert [choice["rows"] for choice in plain["choices"]] == [200, 22, 400]
     assert plain["latent_shape"] == [4, 3, 3]
+
+
+def test_every_prior_lists_its_keys():
+    assert {*ANALYTIC, *NEURAL} == set(Prior.family_keys)
