@@ -12,8 +12,8 @@ run: setup  ## install, then preprocess, train, evaluate and register a model (d
 	$(UV) run --no-sync dvc repro --pull
 	@echo
 	@echo "Done. Open reports/index.html (images and metrics), then run:"
-	@echo "  $(UV) run medgen ui                                     runs and the registered model in MLflow"
-	@echo "  $(UV) run medgen generate --n 25 --out outputs/first    new images"
+	@echo "  .venv/bin/medgen ui                                     runs and the registered model in MLflow"
+	@echo "  .venv/bin/medgen generate --n 25 --out outputs/first    new images"
 
 setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## install uv if it is missing, and the locked packages
 	@# compile bytecode once: with PYTHONDONTWRITEBYTECODE every process would otherwise compile for 15 s

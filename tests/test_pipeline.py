@@ -168,7 +168,7 @@ def test_the_committed_lock_belongs_to_the_committed_code(root):
     for stage, module in STAGES.items():
         text = json.dumps(source.stage_hashes(module), indent=2) + "\n"
         assert locked[f"artifacts/code/{stage}.json"] == hashlib.md5(text.encode()).hexdigest(), (
-            f"dvc.lock was made by other code of {stage}; run `uv run dvc repro`, commit dvc.lock and metrics.json"
+            f"dvc.lock was made by other code of {stage}; run `dvc repro`, commit dvc.lock and metrics.json"
         )
     params = YAML(typ="safe").load((root / "params.yaml").read_text())
     for entry in lock["stages"].values():

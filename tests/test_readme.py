@@ -14,12 +14,13 @@ import pytest
 
 ELSEWHERE = {
     "make test": "it runs this test",
-    "uv run medgen serve": "it runs until it is stopped: tests/serving/test_serve.py",
+    "source .venv/bin/activate": "the commands are in PATH already",
+    "medgen serve": "it runs until it is stopped: tests/serving/test_serve.py",
 }
 # Importing torch and MLflow takes several seconds of processor time. One process imports them, and each command of
 # medgen runs in a fork of it: the programs below stand before the real ones in PATH.
 UV = """#!/bin/sh
-# the environment is ready, so `uv sync` does nothing and `uv run COMMAND` is COMMAND
+# what `make` calls: the environment is ready, so `uv sync` does nothing and `uv run COMMAND` is COMMAND
 [ "$1" = run ] || exit 0
 shift
 [ "$1" = --no-sync ] && shift
@@ -130,6 +131,7 @@ def test_every_command_of_the_readme_runs(root, clone, environment, tmp_path):
     for command in commands:
         if command in ELSEWHERE:
             continue
+        assert not command.startswith("uv "), f"{command}: uv is not in PATH where `make` fetched it"
         words = re.sub(r"\bPATH\b", str(tmp_path / "own"), command)
         words = words.replace("--trials 50", "--trials 2")  # as small as the params
         done = subprocess.run(words, shell=True, cwd=clone, env=environment, capture_output=True, text=True)
