@@ -30,13 +30,24 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder, which replaces `folder` at the end of the block; after an error it is deleted."""
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
+    building.mkdir(parents=True)
+    try:
+        yield building
+        swap(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder of files, which replaces an earlier one after all of them are on disk."""
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    for name, content in files.items():
-        write_atomic(building / name, content)
-    swap(building, folder)
+    with replace_folder(folder) as building:
+        for name, content in files.items():
+            write_atomic(building / name, content)
 
 
 def swap(new: Path, target: Path) -> None:

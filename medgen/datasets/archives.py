@@ -2,8 +2,7 @@
 
 unpack(Path("kaggle.zip"), Path("runs/unpacked"))
 
-Archives are untrusted input. Only plain files and folders with names inside the target folder are unpacked. Limits
-apply to the bytes written, because the sizes in an archive's headers can be wrong.
+Archives are untrusted input. Only plain files and folders with names inside the target folder are unpacked.
 """
 
 import gzip
@@ -22,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from medgen.errors import UserError
-from medgen.io import swap
+from medgen.io import replace_folder
 
 MAX_MEMBERS = 500_000
 MAX_INDEX = 64 << 20  # bytes of a zip's central directory, which zipfile reads into memory
@@ -63,15 +62,12 @@ def unpack(archive: Path, folder: Path) -> int:
         UserError: not an archive, or damaged; a member name that leads outside the folder, is absolute, too long or
             repeated; a link or device; encryption; more files or bytes than the limits allow; disk full.
     """
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
     try:
         with archive.open("rb") as file:
             is_zip = file.read(2) == _ZIP
-        building.mkdir(parents=True)
-        writer = _Writer(archive, building)
-        (_unpack_zip if is_zip else _unpack_tar)(archive, writer)
-        swap(building, folder)
+        with replace_folder(folder) as building:
+            writer = _Writer(archive, building)
+            (_unpack_zip if is_zip else _unpack_tar)(archive, writer)
         return writer.num_files
     except _DAMAGE as error:
         raise _damaged(archive, error) from None
@@ -79,15 +75,16 @@ def unpack(archive: Path, folder: Path) -> int:
         if error.errno is None:  # raised by gzip and bz2 themselves
             raise _damaged(archive, error) from None
         raise UserError(
-            f"{error.filename or building}: {error.strerror}; expected to unpack {archive.name} there. "
+            f"{error.filename or folder}: {error.strerror}; expected to unpack {archive.name} there. "
             "Free disk space or grant write permission"
         ) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 class _Writer:
-    """Checks the members of an archive, writes them to a folder, and counts files and bytes."""
+    """Checks the members of an archive, writes them to a folder, and counts files.
+
+    The limit on bytes applies to the declared sizes: zipfile and tarfile give at most that many bytes of a member.
+    """
 
     def __init__(self, archive: Path, folder: Path) -> None:
         self.archive = archive
@@ -95,7 +92,6 @@ class _Writer:
         self.num_files = 0
         self._num_members = 0
         self._num_bytes = 0
-        self._num_declared_bytes = 0
         allowed = max(ALWAYS_ALLOWED, MAX_RATIO * archive.stat().st_size)
         free = shutil.disk_usage(folder).free - SPARE
         self._max_bytes = min(allowed, free)
@@ -111,9 +107,9 @@ class _Writer:
         self._num_members += 1
         if self._num_members > MAX_MEMBERS:
             raise self.refusal(f"more than {MAX_MEMBERS} members", "Unpack it by hand and import the folder")
-        self._num_declared_bytes += max(size, 0)
-        if size < 0 or self._num_declared_bytes > self._max_bytes:
-            raise self._too_large()
+        self._num_bytes += max(size, 0)
+        if size < 0 or self._num_bytes > self._max_bytes:
+            raise UserError(f"{self.archive}: too large when unpacked; nothing was written. {self._limit}")
         return self._target(name)
 
     def write(self, target: Path, stream: IO[bytes]) -> None:
@@ -121,11 +117,7 @@ class _Writer:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as file:
-                while chunk := stream.read(CHUNK):
-                    self._num_bytes += len(chunk)
-                    if self._num_bytes > self._max_bytes:
-                        raise self._too_large()
-                    file.write(chunk)
+                shutil.copyfileobj(stream, file, CHUNK)
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
             raise self._duplicate(target) from None
         self.num_files += 1
@@ -155,9 +147,6 @@ class _Writer:
 
     def _duplicate(self, target: Path) -> UserError:
         return self.refusal(f"member {target.relative_to(self.folder).as_posix()!a} occurs twice")
-
-    def _too_large(self) -> UserError:
-        return UserError(f"{self.archive}: too large when unpacked; nothing was written. {self._limit}")
 
 
 def _unpack_zip(archive: Path, writer: _Writer) -> None:

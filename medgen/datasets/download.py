@@ -11,32 +11,31 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from medgen.console import ERR, note
 from medgen.errors import UserError
 
 _CHUNK = 1 << 20
 _SPARE = 64 << 20  # bytes to leave free on the disk
+NUM_ATTEMPTS = 4  # in all; only errors that may be temporary are tried again
+_TIMEOUT = 30.0  # seconds without a byte after which an attempt fails
 _MAX_WAIT = 120.0  # seconds; if a server asks for a longer wait, the download fails
 _NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
-def download_file(
-    url: str,
-    destination: Path,
-    checksum: str | None,
-    *,
-    num_attempts: int = 4,
-    timeout: float = 30.0,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Path:
+def cache_folder(kind: str) -> Path:
+    """Folder of the downloads of a kind, "datasets" or "weights": $MEDGEN_KIND, or ~/.cache/medgen/KIND."""
+    chosen = os.environ.get(f"MEDGEN_{kind.upper()}")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "medgen" / kind
+
+
+def download_file(url: str, destination: Path, checksum: str | None) -> Path:
     """Download a file to `destination`, resume a broken download, and check the file before it gets its name.
 
     The bytes are in `<destination>.part` until the checksum matches. A finished file is checked, not downloaded.
@@ -46,9 +45,6 @@ def download_file(
         destination: the file to write; its folder is created.
         checksum: SHA-256 in hexadecimal digits or their beginning, "md5:" and an MD5, or None if the publisher gives
             none: then the SHA-256 of the download is printed.
-        num_attempts: attempts in all; only errors that may be temporary are tried again.
-        timeout: seconds without a byte after which an attempt fails.
-        sleep: wait between attempts; tests replace it.
 
     Raises:
         UserError: unreachable, not found, refused, checksum mismatch, disk full, or `destination` is another file.
@@ -60,10 +56,10 @@ def download_file(
         return destination
     part = destination.with_name(destination.name + ".part")
     problem = ""
-    for attempt in range(num_attempts):
+    for attempt in range(NUM_ATTEMPTS):
         try:
             is_resumed = part.exists() and part.stat().st_size > 0
-            _transfer(url, part, timeout)
+            _transfer(url, part)
             mismatch = _checksum_mismatch(part, checksum)
         except OSError as error:
             raise UserError(
@@ -73,8 +69,8 @@ def download_file(
             problem, wait = str(error), error.wait if error.wait is not None else 2.0**attempt
             if wait > _MAX_WAIT:
                 raise UserError(f"{url}: {problem}, retry after {wait:.0f} s. Run the command again then") from None
-            if attempt < num_attempts - 1:
-                sleep(wait)
+            if attempt < NUM_ATTEMPTS - 1:
+                time.sleep(wait)
             continue
         if mismatch is None:
             os.replace(part, destination)
@@ -88,7 +84,7 @@ def download_file(
                 f"{url}: checksum mismatch: {mismatch}. The server holds another file; {_get_elsewhere(destination)}"
             )
     raise UserError(
-        f"{url}: {problem} ({num_attempts} attempts). Run the command again later to resume the download, or "
+        f"{url}: {problem} ({NUM_ATTEMPTS} attempts). Run the command again later to resume the download, or "
         f"{_get_elsewhere(destination)}"
     )
 
@@ -111,7 +107,7 @@ class _TemporaryError(Exception):
         self.wait = wait
 
 
-def _transfer(url: str, part: Path, timeout: float) -> None:
+def _transfer(url: str, part: Path) -> None:
     """Append the missing bytes of the file to `part`, in one attempt."""
     start = part.stat().st_size if part.exists() else 0
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +115,7 @@ def _transfer(url: str, part: Path, timeout: float) -> None:
     if start:
         request.add_header("Range", f"bytes={start}-")
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             if response.status != http.client.PARTIAL_CONTENT:
                 start = 0  # the server sends the complete file
             elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -144,15 +140,9 @@ def _transfer(url: str, part: Path, timeout: float) -> None:
 
 def _copy(response: http.client.HTTPResponse, file: BinaryIO, start: int, total: int | None, name: str) -> int:
     """Write a response to a file, show a progress bar, and return the number of bytes."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     received = 0
-    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
+    with Progress("{task.description}", *columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
         task = progress.add_task(name, total=total, completed=start)
         while chunk := response.read(_CHUNK):
             file.write(chunk)

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 from medgen import config
@@ -25,7 +26,6 @@ from medgen.errors import UserError
 from medgen.io import swap
 
 SPARE = 256 << 20  # bytes to leave free on the disk
-NUM_ATTEMPTS = 4
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
@@ -38,8 +38,8 @@ def fetch(project: Project, data: config.Data, preprocess: config.Preprocess, na
     """
     dataset = find(name)
     import_data.require_replaceable(project, data)
-    folder = datasets_folder() / name
-    _print_terms(dataset)
+    folder = download.cache_folder("datasets") / name
+    note(f"{dataset.title}\n  licence: {dataset.license}\n  cite:    {dataset.citation}")
     try:
         source = _get(project, name, dataset, folder)
     except OSError as error:
@@ -48,16 +48,6 @@ def fetch(project: Project, data: config.Data, preprocess: config.Preprocess, na
             "Free disk space, grant write permission, or set MEDGEN_DATASETS to another folder"
         ) from None
     return import_data.import_folder(project, data, preprocess, source)
-
-
-def datasets_folder() -> Path:
-    """Folder of the downloads: $MEDGEN_DATASETS, or ~/.cache/medgen/datasets."""
-    chosen = os.environ.get("MEDGEN_DATASETS")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "medgen" / "datasets"
-
-
-def _print_terms(dataset: Dataset) -> None:
-    note(f"{dataset.title}\n  licence: {dataset.license}\n  cite:    {dataset.citation}")
 
 
 def _get(project: Project, name: str, dataset: Dataset, folder: Path) -> Path:
@@ -99,10 +89,8 @@ def _complete_files(folder: Path) -> list[Path]:
 def _require_space(project: Project, name: str, dataset: Dataset, folder: Path) -> None:
     """Check the disks before the download: the cache holds archive and images, the project data/ and DVC's cache."""
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    needed: dict[int, int] = {}  # bytes by device
-    for place, size in ((folder, max(0, 2 * dataset.size - present)), (project.root, 2 * dataset.size)):
-        device = place.stat().st_dev
-        needed[device] = needed.get(device, 0) + size
+    needed = Counter({folder.stat().st_dev: max(0, 2 * dataset.size - present)})  # bytes by device
+    needed[project.root.stat().st_dev] += 2 * dataset.size
     for place in (folder, project.root):
         free, expected = shutil.disk_usage(place).free, needed[place.stat().st_dev] + SPARE
         if free < expected:
@@ -137,7 +125,7 @@ def _download(file: WebFile, folder: Path) -> None:
     urls = (file.url, *file.mirrors)
     for url in urls:
         try:
-            download.download_file(url, folder / file.name, checksum, num_attempts=NUM_ATTEMPTS, sleep=time.sleep)
+            download.download_file(url, folder / file.name, checksum)
             return
         except UserError:
             if url == urls[-1]:
@@ -149,29 +137,26 @@ def _download_from_kaggle(name: str, source: Kaggle, folder: Path) -> Path:
     import requests
     from kagglehub.exceptions import DataCorruptionError  # type: ignore[import-untyped]
 
-    for attempt in range(NUM_ATTEMPTS):
-        is_last = attempt == NUM_ATTEMPTS - 1
+    for attempt in range(download.NUM_ATTEMPTS):
         try:
             return _call_kagglehub(source, folder)
         except requests.HTTPError as error:
             status = error.response.status_code if error.response is not None else 0
-            if status not in download.RETRY_STATUSES or is_last:
-                raise _kaggle_error(name, source, folder, status) from None
+            is_final, problem = status not in download.RETRY_STATUSES, _explain_status(status)
         except requests.RequestException as error:
-            if is_last:
-                problem = f"not reachable or interrupted ({type(error).__name__}, {NUM_ATTEMPTS} attempts)"
-                hint = f"Run the command again to resume. {_browser_steps(name, folder)}"
-                raise UserError(f"{source.page}: {problem}. {hint}") from None
+            attempts = f"{type(error).__name__}, {download.NUM_ATTEMPTS} attempts"
+            is_final, problem = False, f"not reachable or interrupted ({attempts}). Run the command again to resume"
         except (DataCorruptionError, zipfile.BadZipFile, EOFError, ValueError) as error:
             dataset = source.handle.partition("/versions")[0]
             for partial in _kagglehub_cache(folder).glob(f"datasets/{dataset}/*.archive"):
                 partial.unlink()
-            if is_last or type(error) is ValueError:  # a ValueError can also mean an invalid kaggle.json
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                hint = f"Run the command again. {_browser_steps(name, folder)}"
-                raise UserError(f"{source.page}: {reason}. {hint}") from None
+            is_final = type(error) is ValueError  # it can also mean an invalid kaggle.json
+            problem = f"{(str(error).strip() or type(error).__name__).splitlines()[0]}. Run the command again"
+        if is_final or attempt == download.NUM_ATTEMPTS - 1:
+            break
         time.sleep(2.0**attempt)
-    raise AssertionError("the last attempt returns or raises")
+    steps = f"Or download the zip there in a browser. {_manual_steps(name, folder)}"
+    raise UserError(f"{source.page}: {problem}. {steps}")
 
 
 def _call_kagglehub(source: Kaggle, folder: Path) -> Path:
@@ -190,23 +175,17 @@ def _kagglehub_cache(folder: Path) -> Path:
     return Path(os.environ.get("KAGGLEHUB_CACHE") or folder / "kagglehub")
 
 
-def _kaggle_error(name: str, source: Kaggle, folder: Path, status: int) -> UserError:
-    """The error for an HTTP status of Kaggle."""
+def _explain_status(status: int) -> str:
+    """The problem that an HTTP status of Kaggle means, and what to do."""
     if status in (401, 403):
         problem = (
             "Kaggle needs an account. Sign in there and accept the terms; create a token on "
             "https://www.kaggle.com/settings and save it as ~/.kaggle/access_token or set KAGGLE_API_TOKEN "
             "(an older ~/.kaggle/kaggle.json works too); then run the command again"
         )
-    elif status == 404:
-        problem = "not found"
     else:
-        problem = "unexpected answer of Kaggle. Run the command again later"
-    return UserError(f"{source.page}: HTTP {status}: {problem}. {_browser_steps(name, folder)}")
-
-
-def _browser_steps(name: str, folder: Path) -> str:
-    return f"Or download the zip there in a browser. {_manual_steps(name, folder)}"
+        problem = "not found" if status == 404 else "unexpected answer of Kaggle. Run the command again later"
+    return f"HTTP {status}: {problem}"
 
 
 def _manual_steps(name: str, folder: Path) -> str:

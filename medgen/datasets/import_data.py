@@ -25,7 +25,7 @@ from medgen.errors import UserError
 from medgen.ingest import dataset_scan, images, patients
 from medgen.ingest.dataset_scan import ScanResult
 from medgen.ingest.manifest import MANIFEST
-from medgen.io import swap
+from medgen.io import replace_folder
 
 NUM_REASONS = 5  # reasons for skipped files that the summary lists
 
@@ -61,10 +61,8 @@ def draw_sample(
     """
     folder = project.root / data.path
     require_replaceable(project, data)
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    sample.draw(building, num_images, seed=seed)
-    swap(building, folder)
+    with replace_folder(folder) as building:
+        sample.draw(building, num_images, seed=seed)
     _print_summary(f"drawn with seed {seed}", dataset_scan.scan(folder, data, preprocess), folder)
     _add_to_dvc(project, data)
 
@@ -89,25 +87,21 @@ def _as_folder(project: Project, source: Path) -> Iterator[Path]:
 
 def _copy(source: Path, listing: ScanResult, folder: Path) -> None:
     """Copy the files: DVC makes the files it tracks read-only, and a hard link would pass that on to the originals."""
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # of an import that was killed
     names = {name for record in listing.records for name in (record.path, record.mask) if name is not None}
     names |= {*listing.companions, MANIFEST}
     try:
-        for name in sorted(names):
-            if (source / name).exists():  # preprocess reports files that the manifest lists and the folder lacks
-                target = building / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, target)
-        _add_salt(source, listing, folder, building)
-        swap(building, folder)
+        with replace_folder(folder) as building:
+            for name in sorted(names):
+                if (source / name).exists():  # preprocess reports files that the manifest lists and the folder lacks
+                    target = building / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source / name, target)
+            _add_salt(source, listing, folder, building)
     except OSError as error:
         raise UserError(
-            f"{error.filename2 or error.filename or building}: {error.strerror}; expected to copy the images there. "
+            f"{error.filename2 or error.filename or folder}: {error.strerror}; expected to copy the images there. "
             "Free disk space or grant write permission; data/ is unchanged"
         ) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _add_salt(source: Path, listing: ScanResult, folder: Path, building: Path) -> None:

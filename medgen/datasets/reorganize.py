@@ -6,7 +6,8 @@ Each function changes a freshly unpacked folder in place: reorganize("montgomery
 import csv
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,33 +51,29 @@ def _reorganize_nlm(folder: Path) -> None:
             images[path.name] = path
         elif name.fullmatch(path.name) and path.parent.name.lower() in ("leftmask", "rightmask"):
             masks.setdefault(path.name, []).append(path)
-    new = _start(folder, images, "X-rays MCUCXR_NNNN_N.png or CHNCXR_NNNN_N.png in CXR_png/")
-    rows: list[_Row] = []
-    for file, path in sorted(images.items()):
-        match = name.fullmatch(file)
-        assert match is not None
-        _move(path, new / "images" / file)
-        if file in masks:
-            _join_masks(masks[file], new / "masks" / file)
-        rows.append((f"images/{file}", ("normal", "tuberculosis")[int(match["label"])], match["patient"], ""))
-    _finish(folder, new, rows)
+    with _rebuild(folder, images, "X-rays MCUCXR_NNNN_N.png or CHNCXR_NNNN_N.png in CXR_png/") as (new, rows):
+        for file, path in sorted(images.items()):
+            match = name.fullmatch(file)
+            assert match is not None
+            _move(path, new / "images" / file)
+            if file in masks:
+                _join_masks(masks[file], new / "masks" / file)
+            rows.append((f"images/{file}", ("normal", "tuberculosis")[int(match["label"])], match["patient"], ""))
 
 
 def _reorganize_pets(folder: Path) -> None:
     """Oxford-IIIT Pet: keep the images of trainval.txt and test.txt, with their trimaps as masks."""
     files = {path.name: path for path in _files(folder) if not path.name.startswith(".")}
-    new = _start(folder, files.keys() & {"trainval.txt"}, "annotations/trainval.txt and test.txt")
-    rows: list[_Row] = []
-    for split, list_name in (("train", "trainval.txt"), ("test", "test.txt")):
-        lines = files[list_name].read_text(encoding="utf-8").splitlines() if list_name in files else []
-        for stem in sorted(line.split()[0] for line in lines if line.strip()):
-            if f"{stem}.jpg" not in files:
-                continue
-            _move(files[f"{stem}.jpg"], new / "images" / f"{stem}.jpg")
-            if f"{stem}.png" in files:
-                _write_pet_mask(files[f"{stem}.png"], new / "masks" / f"{stem}.png")
-            rows.append((f"images/{stem}.jpg", stem.rpartition("_")[0], "", split))
-    _finish(folder, new, rows)
+    with _rebuild(folder, files.keys() & {"trainval.txt"}, "annotations/trainval.txt and test.txt") as (new, rows):
+        for split, list_name in (("train", "trainval.txt"), ("test", "test.txt")):
+            lines = files[list_name].read_text(encoding="utf-8").splitlines() if list_name in files else []
+            for stem in sorted(line.split()[0] for line in lines if line.strip()):
+                if f"{stem}.jpg" not in files:
+                    continue
+                _move(files[f"{stem}.jpg"], new / "images" / f"{stem}.jpg")
+                if f"{stem}.png" in files:
+                    _write_pet_mask(files[f"{stem}.png"], new / "masks" / f"{stem}.png")
+                rows.append((f"images/{stem}.jpg", stem.rpartition("_")[0], "", split))
 
 
 _FUNCTIONS: dict[str, Callable[[Path], None]] = {
@@ -94,28 +91,23 @@ def _files(folder: Path) -> list[Path]:
 
 def _flatten(folder: Path, files: list[Path], expected: str) -> None:
     """Keep these files only, without their folders: a folder's name would be read as a class."""
-    new = _start(folder, files, expected)
-    for path in files:
-        _move(path, new / path.name)
-    _finish(folder, new)
+    with _rebuild(folder, files, expected) as (new, _):
+        for path in files:
+            _move(path, new / path.name)
 
 
-def _start(folder: Path, found: Collection[object], expected: str) -> Path:
-    """Create a folder inside `folder` for the files to keep."""
+@contextmanager
+def _rebuild(folder: Path, found: Collection[object], expected: str) -> Iterator[tuple[Path, list[_Row]]]:
+    """Yield a folder for the files to keep and a list for the rows of their manifest.csv; then delete all other files.
+
+    Raises:
+        UserError: nothing was found.
+    """
     if not found:
         raise UserError(f"{folder}: expected {expected}, found none. The dataset may have changed: report it")
-    new = folder / ".reorganized"
+    new, rows = folder / ".reorganized", list[_Row]()
     new.mkdir()
-    return new
-
-
-def _move(path: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    path.rename(target)
-
-
-def _finish(folder: Path, new: Path, rows: list[_Row] | None = None) -> None:
-    """Delete all files that were not moved to `new`, and write manifest.csv if there are rows."""
+    yield new, rows
     for path in folder.iterdir():
         if path != new:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -125,6 +117,11 @@ def _finish(folder: Path, new: Path, rows: list[_Row] | None = None) -> None:
     if rows:
         with (folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("path", "label", "patient", "split"), *rows])
+
+
+def _move(path: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
 
 
 def _join_masks(parts: list[Path], target: Path) -> None:

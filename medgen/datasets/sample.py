@@ -12,10 +12,7 @@ the midline (0) to the widest point of the rib cage (1), t from the apex (0) to 
 -1 for the patient's right (image left) and +1 for the left. Attenuation 1 is the chest without air.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -25,6 +22,7 @@ from rich.progress import track
 
 from medgen.console import ERR
 from medgen.errors import UserError
+from medgen.io import replace_folder
 
 CLASSES = ("NORMAL", "PNEUMONIA", "COVID19")
 MIDLINE = np.array([0.5, 0.0])
@@ -35,52 +33,6 @@ SUPERSAMPLING = 2  # side of the canvas over side of the image; the canvas is av
 Map = NDArray[np.float32]  # (S, S) attenuation or weight on the canvas
 Points = NDArray[np.float64]  # (N, 2)
 Outline = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Properties of a patient, the same in all images; lengths as shares of the image's side."""
-
-    half_width: float  # midline to the widest point of the rib cage
-    apex: float  # y of the lung apices
-    base: float  # y of the costophrenic angles
-    dome: float  # height of the right diaphragm above the costophrenic angle, in t
-    dome_step: float  # height of the right over the left diaphragm, in t
-    heart: float  # size; 1 is a cardiothoracic ratio of about 0.5
-    heart_drop: float  # downward shift, in t; the heart of slim patients is lower
-    knob: float  # radius of the aortic knob
-    wall: float  # thickness of the chest wall outside the ribs
-    shoulder: float  # y of the shoulder joint
-    arm_angle: float  # radians from straight down
-    breast: float  # 0 (none) to 1
-    stomach: float  # gas under the left diaphragm, 0 (none) to 1
-    num_ribs: int
-    rib_drop: float  # slope of the ribs
-    rib_width: float
-    bone: float  # bone density
-    scoliosis: float  # sideways bend of the spine
-    trachea: float  # x offset of the trachea
-    vessels: float  # contrast of the lung vessels
-    lobe: int  # index in LOBES, for PNEUMONIA
-    severity: float  # share of the air that disease replaces
-
-
-@dataclass(frozen=True)
-class View:
-    """Properties of one exposure, different in each image of a patient."""
-
-    rotation: float  # degrees
-    scale: float
-    shift: tuple[float, float]
-    inspiration: float  # shift of the diaphragm, as a share of lung height
-    exposure: float  # attenuation of middle grey
-    contrast: float  # width of the response curve, in attenuation
-    detail: float  # strength of the sharpening
-    noise: float
-    severity: float  # factor of the patient's severity
-    marker: str  # "R", "L" or "" for none
-    marker_at: tuple[float, float]
-    collimation: tuple[float, float, float, float]  # dark border: left, top, right, bottom
 
 
 # side, u, t, radius in lung heights: upper, middle, lower right; upper, lower left
@@ -111,24 +63,22 @@ def draw(folder: Path, num_images: int = 480, size: int = 256, seed: int = 0) ->
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: already contains files; expected a new or empty folder. Empty it or choose another")
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     visits = list(_visits(num_images, seed))
-    for patient, image in track(visits, "drawing images", console=ERR, transient=True):
-        label = CLASSES[patient % len(CLASSES)]
-        pixels, mask = render(label, seed, patient, image, size)
-        name = f"person{patient + 1:03d}_{label.lower()}_{image + 1}"
-        _write(part / "images" / label / f"{name}.jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        _write(part / "masks" / label / f"{name}.png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 9])
-    os.replace(part, folder)
+    with replace_folder(folder) as part:
+        for patient, image in track(visits, "drawing images", console=ERR, transient=True):
+            label = CLASSES[patient % len(CLASSES)]
+            pixels, mask = render(label, seed, patient, image, size)
+            name = f"person{patient + 1:03d}_{label.lower()}_{image + 1}"
+            _write(part / "images" / label / f"{name}.jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+            _write(part / "masks" / label / f"{name}.png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 9])
 
 
 def render(
     label: str, seed: int, patient: int, image: int, size: int = 256
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """An image and its lung mask, both (size, size) uint8; the mask is 0 or 255."""
-    anatomy = _draw_anatomy(_generator("anatomy", seed, patient))
-    view = _draw_view(_generator("view", seed, patient, image))
+    anatomy = Anatomy(_generator("anatomy", seed, patient))
+    view = View(_generator("view", seed, patient, image))
     canvas = size * SUPERSAMPLING
     attenuation, lungs = _draw_chest(label, anatomy, view, canvas, _generator("texture", seed, patient))
     attenuation, lungs = (_pose(layer, view, size) for layer in (attenuation, lungs))
@@ -155,56 +105,59 @@ def _visits(num_images: int, seed: int) -> Iterator[tuple[int, int]]:
         patient += 1
 
 
-def _draw_anatomy(random: np.random.Generator) -> Anatomy:
-    """Draw a patient; a common factor, the build, correlates the measures of the body."""
-    build = float(np.clip(random.normal(0, 1), -2, 2))  # -2 slim to 2 broad
+class Anatomy:
+    """Properties of a patient, the same in all images; lengths as shares of the image's side.
 
-    def about(mean: float, spread: float, with_build: float = 0.0) -> float:
-        return mean + spread * float(np.clip(random.normal(0, 1), -2, 2)) + with_build * build
+    A common factor, the build, correlates the measures of the body.
+    """
 
-    return Anatomy(
-        half_width=about(0.350, 0.010, 0.016),
-        apex=about(0.135, 0.012),
-        base=about(0.825, 0.016, -0.016),
-        dome=about(0.145, 0.014, 0.006),
-        dome_step=about(0.035, 0.010),
-        heart=about(1.0, 0.09, 0.05),
-        heart_drop=about(0.0, 0.012, -0.012),
-        knob=about(0.042, 0.005),
-        wall=about(0.062, 0.010, 0.016),
-        shoulder=about(0.195, 0.015),
-        arm_angle=about(0.60, 0.16),
-        breast=max(0.0, random.uniform(-1, 1)),
-        stomach=max(0.0, random.uniform(-1, 1)),
-        num_ribs=int(random.integers(9, 11)),
-        rib_drop=about(0.155, 0.012, -0.008),
-        rib_width=about(0.0235, 0.0015),
-        bone=about(1.0, 0.12),
-        scoliosis=about(0.0, 0.006),
-        trachea=about(-0.006, 0.004),
-        vessels=about(1.0, 0.18),
-        lobe=int(random.integers(len(LOBES))),
-        severity=random.uniform(0.55, 0.95),
-    )
+    def __init__(self, random: np.random.Generator) -> None:
+        build = float(np.clip(random.normal(0, 1), -2, 2))  # -2 slim to 2 broad
+
+        def about(mean: float, spread: float, with_build: float = 0.0) -> float:
+            return mean + spread * float(np.clip(random.normal(0, 1), -2, 2)) + with_build * build
+
+        self.half_width = about(0.350, 0.010, 0.016)  # midline to the widest point of the rib cage
+        self.apex = about(0.135, 0.012)  # y of the lung apices
+        self.base = about(0.825, 0.016, -0.016)  # y of the costophrenic angles
+        self.dome = about(0.145, 0.014, 0.006)  # height of the right diaphragm above the costophrenic angle, in t
+        self.dome_step = about(0.035, 0.010)  # height of the right over the left diaphragm, in t
+        self.heart = about(1.0, 0.09, 0.05)  # size; 1 is a cardiothoracic ratio of about 0.5
+        self.heart_drop = about(0.0, 0.012, -0.012)  # downward shift, in t; the heart of slim patients is lower
+        self.knob = about(0.042, 0.005)  # radius of the aortic knob
+        self.wall = about(0.062, 0.010, 0.016)  # thickness of the chest wall outside the ribs
+        self.shoulder = about(0.195, 0.015)  # y of the shoulder joint
+        self.arm_angle = about(0.60, 0.16)  # radians from straight down
+        self.breast = max(0.0, random.uniform(-1, 1))  # 0 (none) to 1
+        self.stomach = max(0.0, random.uniform(-1, 1))  # gas under the left diaphragm, 0 (none) to 1
+        self.num_ribs = int(random.integers(9, 11))
+        self.rib_drop = about(0.155, 0.012, -0.008)  # slope of the ribs
+        self.rib_width = about(0.0235, 0.0015)
+        self.bone = about(1.0, 0.12)  # bone density
+        self.scoliosis = about(0.0, 0.006)  # sideways bend of the spine
+        self.trachea = about(-0.006, 0.004)  # x offset of the trachea
+        self.vessels = about(1.0, 0.18)  # contrast of the lung vessels
+        self.lobe = int(random.integers(len(LOBES)))  # index in LOBES, for PNEUMONIA
+        self.severity = random.uniform(0.55, 0.95)  # share of the air that disease replaces
 
 
-def _draw_view(random: np.random.Generator) -> View:
-    borders = random.uniform(0.01, 0.05, 4) * (random.random(4) < 0.15)
-    left, top, right, bottom = (float(border) for border in borders)
-    return View(
-        rotation=random.normal(0, 1.6),
-        scale=random.uniform(1.05, 1.18),
-        shift=(random.normal(0, 0.012), random.normal(0, 0.012)),
-        inspiration=random.normal(0, 0.015),
-        exposure=random.uniform(0.66, 0.84),
-        contrast=random.uniform(0.30, 0.40),
-        detail=random.uniform(0.15, 0.6),
-        noise=random.uniform(0.004, 0.012),
-        severity=random.uniform(0.85, 1.1),
-        marker=str(random.choice(["", "", "R", "L"], p=[0.4, 0.2, 0.3, 0.1])),
-        marker_at=(random.uniform(0.05, 0.10), random.uniform(0.07, 0.30)),
-        collimation=(left, top, right, bottom),
-    )
+class View:
+    """Properties of one exposure, different in each image of a patient."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        borders = random.uniform(0.01, 0.05, 4) * (random.random(4) < 0.15)
+        self.collimation: list[float] = borders.tolist()  # width of the dark border: left, top, right, bottom
+        self.rotation = random.normal(0, 1.6)  # degrees
+        self.scale = random.uniform(1.05, 1.18)
+        self.shift = (random.normal(0, 0.012), random.normal(0, 0.012))
+        self.inspiration = random.normal(0, 0.015)  # shift of the diaphragm, as a share of lung height
+        self.exposure = random.uniform(0.66, 0.84)  # attenuation of middle grey
+        self.contrast = random.uniform(0.30, 0.40)  # width of the response curve, in attenuation
+        self.detail = random.uniform(0.15, 0.6)  # strength of the sharpening
+        self.noise = random.uniform(0.004, 0.012)
+        self.severity = random.uniform(0.85, 1.1)  # factor of the patient's severity
+        self.marker = str(random.choice(["", "", "R", "L"], p=[0.4, 0.2, 0.3, 0.1]))  # "" for none
+        self.marker_at = (random.uniform(0.05, 0.10), random.uniform(0.07, 0.30))
 
 
 # ---------------------------------------------------------------- drawing
@@ -239,13 +192,17 @@ def _ribbon(layer: Map, path: Points, width: NDArray[np.float64] | float, value:
     widths = np.broadcast_to(np.asarray(width, dtype=np.float64), len(path))[:, None]
     values = np.broadcast_to(np.asarray(value, dtype=np.float64), len(path))
     across = _normals(np.gradient(path, axis=0)) * widths / 2
-    left, right = path + across, path - across
-    _paint(layer, np.stack([left[:-1], left[1:], right[1:], right[:-1]], 1), (values[:-1] + values[1:]) / 2)
+    _paint(layer, _quads(path[:-1], path[1:], across[:-1], across[1:]), (values[:-1] + values[1:]) / 2)
 
 
 def _normals(along: Points) -> Points:
     length = np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-9)
     return np.asarray(np.stack([-along[:, 1], along[:, 0]], 1) / length)
+
+
+def _quads(start: Points, end: Points, across_start: Points, across_end: Points) -> NDArray[np.float64]:
+    """Quadrilaterals (N, 4, 2) between points, whose corners lie `across` on both sides of them."""
+    return np.stack([start + across_start, end + across_end, end - across_end, start - across_start], 1)
 
 
 def _paint(layer: Map, quads: NDArray[np.float64], values: NDArray[np.float64]) -> None:
@@ -506,10 +463,9 @@ def _spine(anatomy: Anatomy, size: int) -> Map:
             (0, edge * 0.93), (-half, edge), (-half * 0.88, 0), (-half, -edge)
         ]  # fmt: skip
         centre = np.array([0.5 + bend, middle])
-        outline = np.asarray(waist) + centre
-        cv2.fillPoly(layer, [_pixels(outline, size)], 0.120 * anatomy.bone, cv2.LINE_8, 4)
-        inner = np.asarray(waist) * (0.86, 0.74) + centre
-        cv2.fillPoly(layer, [_pixels(inner, size)], 0.095 * anatomy.bone, cv2.LINE_8, 4)
+        for scale, density in ((1.0, 1.0), 0.120), ((0.86, 0.74), 0.095):  # dense cortex around marrow
+            outline = np.asarray(waist) * scale + centre
+            cv2.fillPoly(layer, [_pixels(outline, size)], density * anatomy.bone, cv2.LINE_8, 4)
         for side in (-1, 1):
             pedicle = centre + np.array([[side * half * 0.68, -0.010], [side * half * 0.68, 0.004]])
             _ribbon(details, pedicle, 0.011, 0.055)
@@ -541,16 +497,8 @@ def _joint(anatomy: Anatomy) -> float:
 def _clavicle(anatomy: Anatomy, size: int, side: int) -> Map:
     """S-shaped bone from the sternum, where it is thickest, over the lung apex to the shoulder."""
     sternum, top, end = anatomy.apex + 0.085, anatomy.shoulder, 0.95 * _joint(anatomy)
-    path = _side_curve(
-        side,
-        [
-            (0.040, sternum),
-            (0.095, sternum - 0.022),
-            (0.185, sternum - 0.045),
-            (0.265, top - 0.020),
-            (end, top - 0.045),
-        ],
-    )
+    medial = [(0.040, sternum), (0.095, sternum - 0.022), (0.185, sternum - 0.045)]
+    path = _side_curve(side, [*medial, (0.265, top - 0.020), (end, top - 0.045)])
     width = np.interp(np.linspace(0, 1, len(path)), [0, 0.12, 0.5, 1], [0.034, 0.024, 0.021, 0.027])
     return _bone(path, size, width, 0.19)
 
@@ -619,10 +567,7 @@ def _tree(
 ) -> None:
     """Paint trees whose branches split in two until they are too thin to be visible.
 
-    Args:
-        starts: roots (N, 2) in lung coordinates.
-        angles: (N,) radians; 0 is lateral, positive is down.
-        width: of the trunks, as a share of the image's side.
+    The roots `starts` (N, 2) are in lung coordinates; angle 0 is lateral, positive is down.
     """
     widths = np.full(len(starts), width)
     drawn: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
@@ -631,13 +576,11 @@ def _tree(
         lengths = random.uniform(0.05, 0.08, count) * (widths / width) ** 0.25
         bends = random.normal(0, 0.14, count)
         for angle in (angles + bends, angles + 2 * bends):
-            ends = starts + lengths[:, None] * np.stack(
-                [1.35 * np.cos(angle), np.sin(angle)], 1
-            )  # lungs are taller than wide
+            step = np.stack([1.35 * np.cos(angle), np.sin(angle)], 1)  # lungs are taller than wide
+            ends = starts + lengths[:, None] * step
             path = _to_image(anatomy, side, np.vstack([starts, ends])).reshape(2, count, 2)
             across = _normals(path[1] - path[0]) * widths[:, None] / 2
-            quads = np.stack([path[0] + across, path[1] + across, path[1] - across, path[0] - across], 1)
-            drawn.append((quads, 0.01 + 8.5 * widths))
+            drawn.append((_quads(path[0], path[1], across, across), 0.01 + 8.5 * widths))
             starts = ends
         splits = random.uniform(0.13, 0.50, (2, count)) * [[1], [-1]]
         starts, angles = np.vstack([starts, starts]), (angles + 2 * bends + splits).ravel()

@@ -5,7 +5,6 @@ medgen weights fetch vgg16
 medgen weights verify vgg16
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from medgen.config import unknown_name
 from medgen.console import say, show
-from medgen.datasets.download import check, download_file
+from medgen.datasets.download import cache_folder, check, download_file
 from medgen.errors import UserError
 
 
@@ -50,8 +49,7 @@ WEIGHTS = {
 
 def weights_folder() -> Path:
     """Folder of the weights: $MEDGEN_WEIGHTS, or ~/.cache/medgen/weights."""
-    chosen = os.environ.get("MEDGEN_WEIGHTS")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "medgen" / "weights"
+    return cache_folder("weights")
 
 
 def weights_path(name: str) -> Path:
@@ -88,9 +86,7 @@ def checked_weights(name: str) -> Path:
 def fetch_weights(name: str, base_url: str | None = None) -> Path:
     """Download weights to the weights folder if they are not there yet, and return the file.
 
-    Args:
-        name: a key of WEIGHTS.
-        base_url: address of a folder that holds the file under the same name; default: the publisher's.
+    `base_url` is the address of a folder that holds the file under the same name; default: the publisher's.
 
     Raises:
         UserError: unknown name, or as `download_file`.

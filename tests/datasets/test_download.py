@@ -18,8 +18,16 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-def fetch(server: Any, path: Path, checksum: str | None = SHA256, waits: list[float] | None = None) -> Path:
-    return download.download_file(server.url, path, checksum, sleep=(waits if waits is not None else []).append)
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between attempts, in seconds; nothing waits."""
+    waits: list[float] = []
+    monkeypatch.setattr(download.time, "sleep", waits.append)
+    return waits
+
+
+def fetch(server: Any, path: Path, checksum: str | None = SHA256) -> Path:
+    return download.download_file(server.url, path, checksum)
 
 
 def part(path: Path) -> Path:
@@ -33,14 +41,9 @@ def test_download_leaves_only_the_file(server: Any, tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_the_first_digits_of_a_checksum_suffice(server: Any, tmp_path: Path) -> None:
-    assert fetch(server, tmp_path / "file", SHA256[:8]).read_bytes() == CONTENT
-
-
-def test_interrupted_transfer_is_resumed(server: Any, tmp_path: Path) -> None:
+def test_interrupted_transfer_is_resumed(server: Any, tmp_path: Path, waits: list[float]) -> None:
     server.drop_after(100_000)
-    waits: list[float] = []
-    assert fetch(server, tmp_path / "file", waits=waits).read_bytes() == CONTENT
+    assert fetch(server, tmp_path / "file").read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=100000-"]
     assert len(waits) == 1
 
@@ -51,25 +54,24 @@ def test_interrupted_command_is_resumed(server: Any, tmp_path: Path) -> None:
     assert server.ranges == ["bytes=1000-"]
 
 
-def test_server_without_range_support_sends_the_complete_file(server: Any, tmp_path: Path) -> None:
-    server.supports_range = False
-    part(tmp_path / "file").write_bytes(CONTENT[:1000])
-    assert fetch(server, tmp_path / "file").read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("partial", [b"of another file", CONTENT + b"too long", CONTENT])
-def test_wrong_partial_download_is_replaced(server: Any, tmp_path: Path, partial: bytes) -> None:
+@pytest.mark.parametrize(
+    ("partial", "supports_range"),
+    [(b"of another file", True), (CONTENT + b"too long", True), (CONTENT, True), (CONTENT[:1000], False)],
+)
+def test_unusable_partial_download_is_replaced(
+    server: Any, tmp_path: Path, partial: bytes, supports_range: bool
+) -> None:
+    server.supports_range = supports_range
     part(tmp_path / "file").write_bytes(partial)
     assert fetch(server, tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_number_of_attempts_is_limited(server: Any, tmp_path: Path) -> None:
+def test_number_of_attempts_is_limited(server: Any, tmp_path: Path, waits: list[float]) -> None:
     server.drop_after(10)
     for _ in range(10):
         server.refuse(503)
-    waits: list[float] = []
     with pytest.raises(UserError, match=r"503.*to resume the download"):
-        fetch(server, tmp_path / "file", waits=waits)
+        fetch(server, tmp_path / "file")
     assert not (tmp_path / "file").exists()
     assert len(server.ranges) == 4
     assert waits == [1.0, 2.0, 4.0]  # no wait after the last attempt
@@ -91,11 +93,10 @@ def test_not_found_is_not_tried_again(server: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_header_sets_the_wait(server: Any, tmp_path: Path, form: str) -> None:
+def test_retry_after_header_sets_the_wait(server: Any, tmp_path: Path, waits: list[float], form: str) -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     server.refuse(429, "7" if form == "seconds" else later)
-    waits: list[float] = []
-    assert fetch(server, tmp_path / "file", waits=waits).read_bytes() == CONTENT
+    assert fetch(server, tmp_path / "file").read_bytes() == CONTENT
     (wait,) = waits
     assert wait == 7 if form == "seconds" else 30 < wait <= 60
 
@@ -109,7 +110,7 @@ def test_long_retry_after_fails(server: Any, tmp_path: Path) -> None:
 def test_offline_error_explains_a_manual_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(UserError, match=r"not reachable.*another machine.* and save it as"):
-        download.download_file("http://127.0.0.1:1/file", tmp_path / "file", SHA256, sleep=lambda _: None)
+        download.download_file("http://127.0.0.1:1/file", tmp_path / "file", SHA256)
 
 
 def test_disk_space_is_checked_first(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +151,8 @@ def test_only_http_addresses(tmp_path: Path) -> None:
         download.download_file("file:///etc/passwd", tmp_path / "file", SHA256)
 
 
-@pytest.mark.parametrize("checksum", [f"md5:{MD5}", f"sha256:{SHA256}"])
-def test_checksum_algorithms(server: Any, tmp_path: Path, checksum: str) -> None:
+@pytest.mark.parametrize("checksum", [f"md5:{MD5}", f"sha256:{SHA256}", SHA256[:8]])
+def test_checksum_algorithms_and_first_digits(server: Any, tmp_path: Path, checksum: str) -> None:
     assert fetch(server, tmp_path / "file", checksum).read_bytes() == CONTENT
     server.content = b"another"
     with pytest.raises(UserError, match="expected MD5" if "md5" in checksum else "expected SHA-256"):

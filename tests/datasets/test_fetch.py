@@ -19,6 +19,7 @@ from medgen.config import Preprocess, Project
 from medgen.datasets import catalog
 from medgen.datasets import fetch as fetch_module
 from medgen.datasets.catalog import Manual, Web, WebFile
+from medgen.datasets.download import cache_folder
 from medgen.errors import UserError
 from medgen.ingest.dataset_scan import scan
 from medgen.ingest.transforms import resize_mask
@@ -49,6 +50,12 @@ def set_files(monkeypatch: pytest.MonkeyPatch, name: str, *files: WebFile) -> No
     """Replace the source of a dataset by other web files."""
     source = Web(page="https://example.org", files=files)
     monkeypatch.setitem(DATASETS, name, DATASETS[name].model_copy(update={"source": source, "size": 1000}))
+
+
+def serve(server: Any, monkeypatch: pytest.MonkeyPatch, name: str, **files: bytes) -> None:
+    """Replace the source of a dataset by files on the local server, without checksums."""
+    server.files |= files
+    set_files(monkeypatch, name, *(WebFile(url=f"{server.address}/{file}") for file in files))
 
 
 def files_in(folder: Path) -> list[str]:
@@ -139,7 +146,7 @@ def test_failed_download_leaves_no_complete_file(
         fetch(project, "pneumoniamnist")
     assert words in str(error.value)
     assert files_in(project.root) == []
-    folder = fetch_module.datasets_folder() / "pneumoniamnist"
+    folder = cache_folder("datasets") / "pneumoniamnist"
     assert not (folder / "ready").exists()
     assert not (folder / "download" / "pneumoniamnist.npz").exists()
     if fault == "never":  # the same command resumes
@@ -150,7 +157,7 @@ def test_failed_download_leaves_no_complete_file(
 
 def test_file_in_the_download_folder_is_used(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     content = serve_npz(server, monkeypatch)
-    folder = fetch_module.datasets_folder() / "pneumoniamnist" / "download"
+    folder = cache_folder("datasets") / "pneumoniamnist" / "download"
     folder.mkdir(parents=True)
     (folder / "pneumoniamnist.npz").write_bytes(content)
     assert fetch(project, "pneumoniamnist") == 6
@@ -160,8 +167,7 @@ def test_file_in_the_download_folder_is_used(server: Any, project: Project, monk
 def test_html_page_instead_of_an_archive_is_refused(
     server: Any, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.files["master.zip"] = b"<html>log in to the hospital's network</html>"
-    set_files(monkeypatch, "openist", WebFile(url=f"{server.address}/master.zip"))
+    serve(server, monkeypatch, "openist", **{"master.zip": b"<html>log in to the hospital's network</html>"})
     with pytest.raises(UserError, match=r"master\.zip: damaged or incomplete.*Remove it"):
         fetch(project, "openist")
     assert "gives no checksum" in capsys.readouterr().err
@@ -202,7 +208,7 @@ def test_cache_folder_that_cannot_be_written(
 def test_manual_download_is_explained(project: Project, name: str) -> None:
     with pytest.raises(UserError) as error:
         fetch(project, name)
-    folder = fetch_module.datasets_folder() / name / "download"
+    folder = cache_folder("datasets") / name / "download"
     for word in ("sites.wustl.edu/oasisbrains", str(folder), f"medgen data fetch {name}", "medgen data import"):
         assert word in str(error.value)
     assert error.value.exit_code == 2
@@ -210,7 +216,7 @@ def test_manual_download_is_explained(project: Project, name: str) -> None:
 
 
 def put(name: str, **archives: bytes) -> None:
-    folder = fetch_module.datasets_folder() / name / "download"
+    folder = cache_folder("datasets") / name / "download"
     folder.mkdir(parents=True)
     for file, content in archives.items():
         (folder / file).write_bytes(content)
@@ -224,7 +230,7 @@ def test_oasis_slices_in_the_download_folder(project: Project, monkeypatch: pyte
         members[f"{root}_seg_{split}/seg_00{case}_slice_0.nii.png"] = png(85)
     put("oasis-slices", **{"slices.zip": zip_of(**members)})
     assert fetch(project, "oasis-slices") == 3
-    assert not (fetch_module.datasets_folder() / "oasis-slices" / "download").exists()  # its files are in ready/
+    assert not (cache_folder("datasets") / "oasis-slices" / "download").exists()  # its files are in ready/
 
 
 def test_oasis_has_one_volume_per_session(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +245,7 @@ def test_oasis_has_one_volume_per_session(project: Project, monkeypatch: pytest.
     put("oasis1-volumes", **discs)
     monkeypatch.setattr(fetch_module.import_data, "import_folder", lambda *words: len(files_in(words[-1])))
     assert fetch(project, "oasis1-volumes") == 4
-    ready = fetch_module.datasets_folder() / "oasis1-volumes" / "ready"
+    ready = cache_folder("datasets") / "oasis1-volumes" / "ready"
     stems = [f"OAS1_{number}_MR1_mpr_n4_anon_111_t88_masked_gfc" for number in ("0001", "0042")]
     assert files_in(ready) == [f"{stem}{end}" for stem in stems for end in (".hdr", ".img")]
 
@@ -254,8 +260,7 @@ def test_montgomery_gets_labels_and_joined_masks(
         members[f"MontgomerySet/CXR_png/{image}"] = png()
         for side, mask in (("left", left), ("right", right)):
             members[f"MontgomerySet/ManualMask/{side}Mask/{image}"] = bytes(cv2.imencode(".png", mask)[1])
-    server.files["NLM-MontgomeryCXRSet.zip"] = zip_of(**members)
-    set_files(monkeypatch, "montgomery", WebFile(url=f"{server.address}/NLM-MontgomeryCXRSet.zip"))
+    serve(server, monkeypatch, "montgomery", **{"NLM-MontgomeryCXRSet.zip": zip_of(**members)})
     assert fetch(project, "montgomery") == 2
     data = project.root / "data"
     assert (data / "manifest.csv").read_text().splitlines()[1:] == [
@@ -269,8 +274,7 @@ def test_montgomery_gets_labels_and_joined_masks(
 def test_openist_keeps_only_images_with_masks(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     root = "OpenIST-master/Datasets/Chest_x-ray"
     members = {f"{root}/1-2-500.png": png(), f"{root}/1-2-500@.png": png(255), "OpenIST-master/docs/logo.png": png()}
-    server.files["master.zip"] = zip_of(**members)
-    set_files(monkeypatch, "openist", WebFile(url=f"{server.address}/master.zip"))
+    serve(server, monkeypatch, "openist", **{"master.zip": zip_of(**members)})
     assert fetch(project, "openist") == 1
     assert files_in(project.root / "data") == ["1-2-500.png", "1-2-500@.png"]
 
@@ -305,8 +309,7 @@ def test_cifar10_keeps_its_batches_and_class_names(
         **{f"cifar-10-batches-bin/{name}": member for name, member in members.items()},
         **{"cifar-10-batches-bin/readme.html": b"<html></html>"},
     )
-    server.files["cifar-10-binary.tar.gz"] = content
-    set_files(monkeypatch, "cifar10", WebFile(url=f"{server.address}/cifar-10-binary.tar.gz", md5=md5(content)))
+    serve(server, monkeypatch, "cifar10", **{"cifar-10-binary.tar.gz": content})
     assert fetch(project, "cifar10") == 3
     data = project.root / "data" / "cifar-10-batches-bin"
     assert {path.name: path.read_bytes() for path in data.iterdir()} == members
@@ -324,17 +327,15 @@ def test_pets_get_breed_split_and_mask(server: Any, project: Project, monkeypatc
     mask = bytes(cv2.imencode(".png", trimap)[1])
     stems = ("Maine_Coon_1", "pug_2", "pug_3")
     jpeg = bytes(cv2.imencode(".jpg", np.full((20, 20, 3), 90, np.uint8))[1])
-    server.files["images.tar.gz"] = tgz_of(
+    images = tgz_of(
         **{f"images/{stem}.jpg": jpeg for stem in stems}, **{"images/stray_1.jpg": jpeg, "images/a.mat": b"x"}
     )
-    server.files["annotations.tar.gz"] = tgz_of(
+    annotations = tgz_of(
         **{f"annotations/trimaps/{stem}.png": mask for stem in stems},
         **{"annotations/trimaps/._pug_2.png": b"x", "annotations/test.txt": b"pug_3 2 2 1\n"},
         **{"annotations/trainval.txt": b"pug_2 2 2 1\nMaine_Coon_1 1 1 1\n"},
     )
-    served = server.files.items()
-    web_files = [WebFile(url=f"{server.address}/{name}", md5=md5(content)) for name, content in served]
-    set_files(monkeypatch, "oxford-pet", *web_files)
+    serve(server, monkeypatch, "oxford-pet", **{"images.tar.gz": images, "annotations.tar.gz": annotations})
     assert fetch(project, "oxford-pet") == 3
     data = project.root / "data"
     assert (data / "manifest.csv").read_text().splitlines()[1:] == [
@@ -377,7 +378,7 @@ def test_kaggle_dataset_is_resumed_by_kagglehub(
         server.refuse(429)
     assert kaggle() == 2
     assert files_in(project.root / "data") == ["test/PNEUMONIA/person1_virus_6.png", "train/NORMAL/IM-0115-0001.png"]
-    assert (fetch_module.datasets_folder() / "chest-xray-pneumonia" / "kagglehub").is_dir()
+    assert (cache_folder("datasets") / "chest-xray-pneumonia" / "kagglehub").is_dir()
     if fault == "drop":
         assert server.ranges[-1] == f"bytes={2 << 20}-"  # after the last complete chunk
 

@@ -75,8 +75,8 @@ def test_images_and_patients_differ() -> None:
     first, second, other = (sample.render("NORMAL", 0, *key, SIZE)[0] for key in ((5, 0), (5, 1), (6, 0)))
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, other)
-    one, two = (sample._draw_anatomy(sample._generator("anatomy", 0, patient)) for patient in (5, 6))
-    assert one != two
+    one, two = (sample.Anatomy(sample._generator("anatomy", 0, patient)) for patient in (5, 6))
+    assert vars(one) != vars(two)
 
 
 def test_images_are_grey_with_full_contrast_and_small_files(folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_disease_brightens_the_lung(patient: int) -> None:
     assert min(covid) > 3
     lateral = np.abs(columns - SIZE / 2) > 0.25 * SIZE
     assert added["COVID19"][lungs & lateral].mean() > added["COVID19"][lungs & ~lateral].mean()
-    diseased_side = sample.LOBES[sample._draw_anatomy(sample._generator("anatomy", 2, patient)).lobe][0]
+    diseased_side = sample.LOBES[sample.Anatomy(sample._generator("anatomy", 2, patient)).lobe][0]
     assert int(np.argmax(pneumonia)) == (0 if diseased_side < 0 else 1)
 
 
