@@ -10,6 +10,7 @@ Sources: Lopez-Paz and Oquab, Revisiting classifier two-sample tests, 2017; DeLo
 correlated ROC curves, 1988 (the interval).
 """
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen.metrics.generation import subsample
-from medgen.metrics.intervals import Groups, Interval, group_rows, mean_variance
+from medgen.metrics.intervals import Groups, Interval, group_rows, mean_variance, select_groups
 
 INPUTS = ("spectrum", "domain", "pixels")  # of the classifiers in metrics.json: generation/c2st_auc_INPUT
 NUM_FOLDS = 5
@@ -30,6 +31,8 @@ _WIDTHS = (32, 64)
 _STEPS = 60  # training steps of each fold's network
 _BATCH_SIZE = 32  # half of it real
 _LEARNING_RATE = 3e-3
+
+Scores = Callable[[Tensor], Tensor]  # images or features (N, ...) -> scores (N,), higher for generated ones
 
 
 def assign_folds(count: int, groups: Groups = None, num_folds: int = NUM_FOLDS) -> Tensor:
@@ -47,24 +50,17 @@ def linear_auc(
     """AUC of a cross-validated linear discriminant on features (N, D) and (M, D), with an interval by group.
 
     Raises:
-        ValueError: a set has fewer than two groups.
+        ValueError: a set has fewer groups than folds.
     """
-    folds = assign_folds(len(real), real_groups), assign_folds(len(generated), generated_groups)
+
+    def fit(_: int, *kept: Tensor) -> Scores:
+        moments = [(images.mean(0), torch.cov(images.T, correction=0)) for images in kept]
+        direction = discriminant(*moments[0], *moments[1])
+        return lambda images: images @ direction
+
     scale, shift = _standardise(real, generated)
-    real, generated = (real.double() - shift) / scale, (generated.double() - shift) / scale
-    scores = torch.zeros(len(real), dtype=torch.float64), torch.zeros(len(generated), dtype=torch.float64)
-    for fold in range(NUM_FOLDS):
-        kept = real[folds[0] != fold], generated[folds[1] != fold]
-        if min(map(len, kept)) < 2:
-            raise ValueError(
-                f"c2st: expected {MIN_GROUPS} groups or more, found {len(real)} and {len(generated)} images"
-            )
-        direction = discriminant(
-            kept[0].mean(0), torch.cov(kept[0].T, correction=0), kept[1].mean(0), torch.cov(kept[1].T, correction=0)
-        )
-        for rows, images, own in zip(folds, (real, generated), scores, strict=True):
-            own[rows == fold] = images[rows == fold] @ direction
-    return auc_interval(*scores, *folds, real_groups, generated_groups)
+    sets = [(images.double() - shift) / scale for images in (real, generated)]
+    return _cross_validate(sets, (real_groups, generated_groups), NUM_FOLDS, fit)
 
 
 def network_auc(
@@ -83,27 +79,34 @@ def network_auc(
     Raises:
         ValueError: a set has fewer groups than folds.
     """
-    rows = [subsample(torch.arange(len(images)), min(len(images), _MAX_IMAGES)) for images in (real, generated)]
-    keys = [
-        None if groups is None else [groups[row] for row in own.tolist()]
-        for own, groups in zip(rows, (real_groups, generated_groups), strict=True)
-    ]
-    sets = real[rows[0]], generated[rows[1]]
-    folds = [assign_folds(len(own), groups, _NUM_NETWORK_FOLDS) for own, groups in zip(rows, keys, strict=True)]
-    if any(int(own.max()) < _NUM_NETWORK_FOLDS - 1 for own in folds):
-        raise ValueError(
-            f"c2st: expected {_NUM_NETWORK_FOLDS} groups or more, found {[len(own) for own in rows]} images"
-        )
-    scores = [torch.zeros(len(own)) for own in rows]
-    with torch.random.fork_rng():
-        for fold in range(_NUM_NETWORK_FOLDS):
-            generator = torch.Generator().manual_seed(seed + fold)
+
+    def fit(fold: int, kept_real: Tensor, kept_generated: Tensor) -> Scores:
+        with torch.random.fork_rng():
             torch.manual_seed(seed + fold)
-            kept = [images[own != fold] for images, own in zip(sets, folds, strict=True)]
-            network = _train(kept[0], kept[1], generator, device)
-            for images, own, found in zip(sets, folds, scores, strict=True):
-                found[own == fold] = _network_scores(network, images[own == fold], device)
-    return auc_interval(scores[0], scores[1], folds[0], folds[1], keys[0], keys[1])
+            network = _train(kept_real, kept_generated, torch.Generator().manual_seed(seed + fold), device)
+        return lambda images: _network_scores(network, images, device)
+
+    rows = [subsample(torch.arange(len(images)), min(len(images), _MAX_IMAGES)) for images in (real, generated)]
+    groups = [select_groups(keys, own) for keys, own in zip((real_groups, generated_groups), rows, strict=True)]
+    return _cross_validate([real[rows[0]], generated[rows[1]]], groups, _NUM_NETWORK_FOLDS, fit)
+
+
+def _cross_validate(
+    sets: Sequence[Tensor], groups: Sequence[Groups], num_folds: int, fit: Callable[..., Scores]
+) -> Interval:
+    """AUC of a classifier on real and generated images, each tested by the classifier of the other folds.
+
+    `fit` gets the index of a fold and the real and generated images of the others.
+    """
+    folds = [assign_folds(len(images), keys, num_folds) for images, keys in zip(sets, groups, strict=True)]
+    if any(int(own.max()) < num_folds - 1 for own in folds):
+        raise ValueError(f"c2st: expected {num_folds} groups or more, found {[len(images) for images in sets]} images")
+    scores = [torch.zeros(len(images), dtype=torch.float64) for images in sets]
+    for fold in range(num_folds):
+        score = fit(fold, *(images[own != fold] for images, own in zip(sets, folds, strict=True)))
+        for images, own, found in zip(sets, folds, scores, strict=True):
+            found[own == fold] = score(images[own == fold]).double()
+    return auc_interval(scores[0], scores[1], folds[0], folds[1], *groups)
 
 
 def discriminant(mean_real: Tensor, cov_real: Tensor, mean_generated: Tensor, cov_generated: Tensor) -> Tensor:

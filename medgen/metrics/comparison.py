@@ -11,19 +11,18 @@ Source: Good, Permutation, parametric and bootstrap tests of hypotheses, 2005, c
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from medgen.metrics.c2st import NUM_FOLDS, assign_folds, discriminant, placements
 from medgen.metrics.features import NUM_CONTENT
+from medgen.metrics.generation import NEIGHBOURS
 from medgen.metrics.intervals import (
     DETECTABLE_ERRORS,
-    MAX_BLOCKS,
     NORMAL_QUANTILE,
     Groups,
-    group_rows,
+    leave_out_blocks,
     leave_out_variance,
     mean_interval,
 )
@@ -31,7 +30,6 @@ from medgen.metrics.mmd import gaussian, mmd
 from medgen.metrics.spectrum import log_power
 
 NUM_PERMUTATIONS = 999
-NEIGHBOURS = 3  # k of recall, as in `medgen.metrics.generation.prdc`
 _NUM_NEAREST = 32  # nearest pooled samples that are kept; almost surely NEIGHBOURS of them belong to each model
 _PERMUTATIONS_PER_BLOCK = 100
 
@@ -63,23 +61,6 @@ class Comparison:
     detectable: float  # smallest difference that the uncorrected test finds 4 times out of 5
 
 
-class Statistic(Protocol):
-    """A statistic of both models and its differences after swaps."""
-
-    higher_is_worse: bool
-
-    def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
-        """Candidate minus reference (P,) after the swaps `signs` (P, M), 1 for unchanged and -1 for swapped.
-
-        `kept` (n,) are the rows of the held-out images to use.
-        """
-        ...
-
-    def observed(self) -> tuple[float, float]:
-        """The statistic of the candidate and of the reference, without swaps."""
-        ...
-
-
 def compare(
     candidate: ImageSet,
     reference: ImageSet,
@@ -96,14 +77,8 @@ def compare(
     time, so both models would have an AUC of 1 and a recall of 0. p-values are Holm-corrected: if any is below 0.05 the
     candidate is worse; for two equal models this happens in at most 5 % of cases.
 
-    Args:
-        candidate: M samples.
-        reference: M samples; row i is paired with row i of the candidate.
-        held_out: N real images.
-        bandwidth: of the MMD kernel.
-        groups: N keys, such as each held-out image's patient.
-        num_permutations: number of random swaps.
-        seed: of the swaps.
+    Row i of the candidate is paired with row i of the reference; `groups` are N keys, such as each held-out image's
+    patient; `bandwidth` is that of the MMD kernel.
 
     Returns:
         One `Comparison` for each of mmd, spectrum, c2st and recall.
@@ -117,7 +92,7 @@ def compare(
     generator = torch.Generator().manual_seed(seed)
     signs = 2.0 * torch.randint(2, (num_permutations + 1, size), generator=generator).float() - 1.0
     signs[0] = 1.0
-    statistics: dict[str, Statistic] = {
+    statistics: dict[str, _Statistic] = {
         "mmd": _MMD(candidate, reference, held_out, bandwidth, groups),
         "spectrum": _Spectrum(candidate, reference, held_out),
         "c2st": _C2ST(candidate, reference, held_out, groups),
@@ -156,34 +131,54 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _permutation_test(name: str, statistic: Statistic, signs: Tensor, num_held_out: int, groups: Groups) -> Comparison:
+def _permutation_test(
+    name: str, statistic: "_Statistic", signs: Tensor, num_held_out: int, groups: Groups
+) -> Comparison:
     """The test of one statistic, with p not yet corrected; row 0 of `signs` swaps nothing."""
-    all_rows, direction = torch.arange(num_held_out), 1.0 if statistic.higher_is_worse else -1.0
-    parts = torch.split(signs, _PERMUTATIONS_PER_BLOCK)
-    values = direction * torch.cat([statistic.differences(part, all_rows) for part in parts])
+    all_rows, parts = torch.arange(num_held_out), torch.split(signs, _PERMUTATIONS_PER_BLOCK)
+    values = torch.cat([statistic.differences(part, all_rows) for part in parts])
+    values = values if statistic.higher_is_worse else -values
     difference, under_swaps = float(values[0]), values[1:]
     p = (1 + int((under_swaps >= difference - 1e-12).sum())) / len(values)
     spread = float(under_swaps.std(correction=0))
-    members = group_rows(num_held_out, groups)
-    num_blocks = min(MAX_BLOCKS, len(members))
-    leave_one_out = []
-    for block in range(num_blocks):
-        kept = torch.ones(num_held_out, dtype=torch.bool)
-        kept[torch.cat(members[block::num_blocks])] = False
-        leave_one_out.append(statistic.differences(signs[:1], kept.nonzero()[:, 0]))
+    leave_one_out = [statistic.differences(signs[:1], rows) for rows in leave_out_blocks(num_held_out, groups)]
     error = (spread**2 + float(leave_out_variance(torch.cat(leave_one_out)))) ** 0.5
     low, high = difference - NORMAL_QUANTILE * error, difference + NORMAL_QUANTILE * error
     return Comparison(name, *statistic.observed(), difference, low, high, p, DETECTABLE_ERRORS * spread)
 
 
-class _MMD:
+class _Statistic:
+    """A statistic of both models, and its differences after swaps."""
+
+    higher_is_worse = True
+
+    def __init__(self, candidate: ImageSet, held_out: ImageSet) -> None:
+        self.num_samples, self.num_held_out = len(candidate.features), len(held_out.features)
+
+    def values(self, signs: Tensor, kept: Tensor) -> Tensor:
+        """Values (2, P) of candidate and reference; arguments as in `differences`."""
+        raise NotImplementedError
+
+    def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
+        """Candidate minus reference (P,) after the swaps `signs` (P, M), 1 for unchanged and -1 for swapped.
+
+        `kept` (n,) are the rows of the held-out images to use.
+        """
+        ours, theirs = self.values(signs, kept).unbind()
+        return ours - theirs
+
+    def observed(self) -> tuple[float, float]:
+        """The statistic of the candidate and of the reference, without swaps."""
+        ours, theirs = self.values(torch.ones(1, self.num_samples), torch.arange(self.num_held_out))[:, 0].tolist()
+        return ours, theirs
+
+
+class _MMD(_Statistic):
     """Squared RBF-MMD; the term of the real images alone cancels in the difference.
 
     With x the candidate's samples, y the reference's and s = ±1 their swaps, the difference is linear in s, since the
     terms in s_i s_j are the same for both models.
     """
-
-    higher_is_worse = True
 
     def __init__(
         self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet, bandwidth: float, groups: Groups
@@ -207,35 +202,14 @@ class _MMD:
         return ours, theirs
 
 
-class _PairedStatistic:
-    """A statistic that is computed for both models at once."""
-
-    num_samples: int
-    num_held_out: int
-
-    def values(self, signs: Tensor, kept: Tensor) -> Tensor:
-        """Values (2, P) of candidate and reference; arguments as in `Statistic.differences`."""
-        raise NotImplementedError
-
-    def differences(self, signs: Tensor, kept: Tensor) -> Tensor:
-        ours, theirs = self.values(signs, kept).unbind()
-        return ours - theirs
-
-    def observed(self) -> tuple[float, float]:
-        ours, theirs = self.values(torch.ones(1, self.num_samples), torch.arange(self.num_held_out))[:, 0].tolist()
-        return ours, theirs
-
-
-class _Spectrum(_PairedStatistic):
+class _Spectrum(_Statistic):
     """`spectrum_distance` of each model."""
 
-    higher_is_worse = True
-
     def __init__(self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet) -> None:
+        super().__init__(candidate, held_out)
         self.total = (candidate.power.double() + reference.power.double()).mean(0)  # (R,) of both models
         self.difference = (candidate.power.double() - reference.power.double()) / len(candidate.power)  # (M, R)
         self.real = held_out.power.double()
-        self.num_samples, self.num_held_out = len(candidate.power), len(self.real)
 
     def values(self, signs: Tensor, kept: Tensor) -> Tensor:
         shift = signs.double() @ self.difference
@@ -244,20 +218,18 @@ class _Spectrum(_PairedStatistic):
         return torch.stack([(spectrum - real).square().mean(1).sqrt() for spectrum in spectra])
 
 
-class _C2ST(_PairedStatistic):
+class _C2ST(_Statistic):
     """Cross-validated AUC of a linear discriminant on the content features.
 
     Sums and second moments of a model's samples are linear in the swaps, so those of each fold are computed once.
     """
 
-    higher_is_worse = True
-
     def __init__(self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet, groups: Groups) -> None:
+        super().__init__(candidate, held_out)
         scale = held_out.content.std(0, correction=0).clamp_min(1e-6)
         self.x, self.y, self.real = (images.content / scale for images in (candidate, reference, held_out))
         self.real_folds = assign_folds(len(self.real), groups)
         self.folds = [torch.arange(fold, len(self.x), NUM_FOLDS) for fold in range(NUM_FOLDS)]
-        self.num_samples, self.num_held_out = len(self.x), len(self.real)
 
     def values(self, signs: Tensor, kept: Tensor) -> Tensor:
         real, real_folds = self.real[kept], self.real_folds[kept]
@@ -287,12 +259,13 @@ def _moments(x: Tensor, y: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tenso
     return 0.5 * (x + y).sum(0), 0.5 * signs @ (x - y), 0.5 * (x.T @ x + y.T @ y), 0.5 * squares
 
 
-class _Recall(_PairedStatistic):
+class _Recall(_Statistic):
     """Recall of the content features, by balls around all M samples of a model."""
 
     higher_is_worse = False
 
     def __init__(self, candidate: ImageSet, reference: ImageSet, held_out: ImageSet) -> None:
+        super().__init__(candidate, held_out)
         pooled = torch.cat([candidate.content, reference.content])
         nearest = torch.cdist(pooled, pooled)
         nearest.fill_diagonal_(torch.inf)
@@ -301,7 +274,6 @@ class _Recall(_PairedStatistic):
         # No ball is larger than the distance to its last kept neighbour, so all other pairs can be dropped.
         self.sample, self.covered = (to_real <= self.distances[:, -1:]).nonzero().unbind(1)
         self.to_real = to_real[self.sample, self.covered]
-        self.num_samples, self.num_held_out = len(candidate.features), len(held_out.features)
 
     def values(self, signs: Tensor, kept: Tensor) -> Tensor:
         values = []

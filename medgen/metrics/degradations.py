@@ -30,14 +30,9 @@ class Degradation:
 
 
 def degrade(images: Tensor, kind: str, generator: torch.Generator, severity: float | None = None) -> Tensor:
-    """Degraded copies (B, C, H, W) of the images, on the CPU, in [0, 1].
+    """Degraded copies (B, C, H, W), on the CPU, in [0, 1]; `kind` is a key of DEGRADATIONS.
 
-    Args:
-        images: (B, C, H, W) in [0, 1].
-        kind: a key of DEGRADATIONS.
-        generator: draws the severities, the noise and the smoothed regions.
-        severity: of all images, from 0 (weakest) to 1 (strongest) on a logarithmic scale. None draws one for each
-            image, uniformly.
+    The severity is from 0 (weakest) to 1 (strongest) on a logarithmic scale. None draws one for each image, uniformly.
     """
     degradation = DEGRADATIONS[kind]
     share = torch.rand(len(images), generator=generator)
@@ -55,10 +50,6 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
     blurred = F.pad(images, (radius,) * 4, mode="reflect").transpose(0, 1)  # (C, B, H, W): one kernel per image
     blurred = F.conv2d(F.conv2d(blurred, kernel, groups=len(images)), kernel.transpose(2, 3), groups=len(images))
     return blurred.transpose(0, 1)
-
-
-def _gaussian_blur(images: Tensor, amount: Tensor, _: torch.Generator) -> Tensor:
-    return _blur(images, amount)
 
 
 def _noise(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
@@ -111,7 +102,7 @@ def _local_smoothing(images: Tensor, amount: Tensor, generator: torch.Generator)
 # Amounts: standard deviation in pixels (blur, local smoothing) or of values in [0, 1] (noise), 100 - quality (JPEG),
 # factor (downscaling), shortest wavelength kept in pixels (ringing).
 DEGRADATIONS: dict[str, Degradation] = {
-    "blur": Degradation(0.3, 2.0, _gaussian_blur),
+    "blur": Degradation(0.3, 2.0, lambda images, amount, _: _blur(images, amount)),
     "noise": Degradation(0.01, 0.1, _noise),
     "jpeg": Degradation(8.0, 80.0, _jpeg),
     "downscaling": Degradation(1.15, 4.0, _downscaling),

@@ -77,14 +77,10 @@ class DomainExtractor(nn.Module):
 
     @torch.no_grad()
     def standardise(self, clean: Iterable[Tensor], degraded: Iterable[Tensor]) -> None:
-        """Set the features' mean and scale, so that kernels get values around 1.
+        """Set the features' mean and scale from batches of train images, so that kernels get values around 1.
 
         The scale of a feature is its standard deviation over the clean images, or larger if degradations shift the
         feature so far that a slight blur would hide every other difference.
-
-        Args:
-            clean: batches of train images.
-            degraded: batches of degraded train images.
         """
         pooled = torch.cat([self._pooled(image) for image in clean]).double()
         moved = torch.cat([self._pooled(image) for image in degraded]).double() - pooled.mean(dim=0)
@@ -195,15 +191,9 @@ class _Block(nn.Module):
 
 
 def save_extractor(folder: Path, extractor: DomainExtractor, facts: dict[str, Any]) -> str:
-    """Write extractor.safetensors and extractor.json atomically, in place of the folder's old content.
+    """Write extractor.safetensors and extractor.json, which replace the folder's content; return the weights' SHA-256.
 
-    Args:
-        folder: destination.
-        extractor: the network.
-        facts: further JSON values, such as the task and the validation results.
-
-    Returns:
-        The SHA-256 of the weights file.
+    `facts` are further JSON values, such as the task and the validation results.
     """
     description = {"schema": SCHEMA, "sizes": asdict(extractor.sizes), **facts}
     return save_artifact(folder, "extractor", extractor.state_dict(), description)
@@ -212,9 +202,7 @@ def save_extractor(folder: Path, extractor: DomainExtractor, facts: dict[str, An
 def load_extractor(folder: Path, dataset: str | None = None) -> tuple[DomainExtractor, str]:
     """The extractor in evaluation mode, on the CPU, and the SHA-256 of its weights.
 
-    Args:
-        folder: as written by `save_extractor`.
-        dataset: fingerprint of the store that the extractor must be trained on; None accepts any.
+    `dataset` is the fingerprint of the store that the extractor must be trained on; None accepts any.
 
     Raises:
         UserError: a file is missing or damaged, or the extractor was trained on other data.

@@ -14,6 +14,8 @@ from medgen.metrics.intervals import Groups, Interval, select_groups, two_set_in
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first
 _SSIM_WINDOW = 11
 _PAIRS_PER_BATCH = 128
+NEIGHBOURS = 3  # k of precision and recall
+_DENSITY_NEIGHBOURS = 5  # k of density and coverage
 
 
 class PRDC(NamedTuple):
@@ -26,16 +28,10 @@ class PRDC(NamedTuple):
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
-    """Fréchet distance of the Gaussians with the two sets' means and covariances, float64.
+    """Fréchet distance of the Gaussians with the means and covariances of features (N, D) and (M, D); N, M > 1.
 
-    Biased upward in small sets, more so with fewer images per feature: compare only sets of equal sizes.
-
-    Args:
-        real: (N, D) features, N > 1.
-        generated: (M, D) features, M > 1.
-
-    Returns:
-        |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½), at least 0.
+    |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½), at least 0. Biased upward in small sets, more so with fewer images per
+    feature: compare only sets of equal sizes.
 
     Source: Heusel et al.: GANs trained by a two time-scale update rule, 2017, eq. 6.
     """
@@ -49,16 +45,11 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return max(0.0, float(shift + covariance_real.trace() + covariance_generated.trace() - 2 * cross))
 
 
-def prdc(real: Tensor, generated: Tensor, precision_neighbours: int = 3, density_neighbours: int = 5) -> PRDC:
-    """Precision, recall, density and coverage, from balls around each image up to its k-th nearest neighbour.
+def prdc(real: Tensor, generated: Tensor) -> PRDC:
+    """Precision, recall, density and coverage of features (N, D) and (M, D).
 
-    All four depend on the sizes of the sets, so the larger set is subsampled evenly to the size of the smaller.
-
-    Args:
-        real: (N, D) features.
-        generated: (M, D) features.
-        precision_neighbours: k of precision and recall.
-        density_neighbours: k of density and coverage. Either k is capped at the number of other images.
+    They count images inside balls around each image up to its k-th nearest neighbour; k is at most the number of other
+    images. All four depend on the sizes of the sets, so the larger set is subsampled evenly to the size of the smaller.
 
     Returns:
         precision: share of generated images inside the ball of a real image; recall: share of real images inside the
@@ -74,8 +65,7 @@ def prdc(real: Tensor, generated: Tensor, precision_neighbours: int = 3, density
     size = min(len(real), len(generated))
     if size < 2:
         raise ValueError(f"prdc: expected at least 2 images in each set, found {len(real)} and {len(generated)}")
-    distances = _all_distances(subsample(real, size), subsample(generated, size))
-    return PRDC(*_prdc(*distances, precision_neighbours, density_neighbours).tolist())
+    return PRDC(*_prdc(*_all_distances(subsample(real, size), subsample(generated, size))).tolist())
 
 
 def prdc_intervals(
@@ -110,15 +100,12 @@ def frechet_interval(
 
 
 def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> float:
-    """Mean MS-SSIM over random pairs of images of a set; above the real set's value, the images are too similar.
+    """Mean MS-SSIM over random pairs of images; above the real set's value, the images are too similar.
 
-    Uses as many of the five scales as fit an 11-pixel window (five above 160 pixels, four above 80, three above 40, two
-    above 20) and rescales their weights to a sum of 1, so compare only images of equal size.
-
-    Args:
-        images: (N, C, H, W), floats in [0, 1] or uint8, N > 1; a pair's value is the mean over channels.
-        num_pairs: number of pairs of different images, drawn with replacement.
-        seed: of the draw.
+    Images are (N, C, H, W), floats in [0, 1] or uint8, N > 1; a pair has different images, drawn with replacement, and
+    its value is the mean over channels. Uses as many of the five scales as fit an 11-pixel window (five above 160
+    pixels, four above 80, three above 40, two above 20) and rescales their weights to a sum of 1, so compare only
+    images of equal size.
 
     Source: Odena, Olah, Shlens: Conditional image synthesis with auxiliary classifier GANs, 2017, section 4.2.
     """
@@ -148,20 +135,14 @@ def subsample(rows: Tensor, size: int) -> Tensor:
     return rows[torch.arange(size) * len(rows) // size]
 
 
-def _prdc(
-    between: Tensor,
-    within_real: Tensor,
-    within_generated: Tensor,
-    precision_neighbours: int = 3,
-    density_neighbours: int = 5,
-) -> Tensor:
+def _prdc(between: Tensor, within_real: Tensor, within_generated: Tensor) -> Tensor:
     """The fields of `PRDC` (4,) from distances: real to generated (n, m), among real and among generated images."""
     num_others = min(between.shape) - 1
-    k = min(precision_neighbours, num_others)
+    k = min(NEIGHBOURS, num_others)
     # The balls are closed in the first paper (precision and recall) and open in the second.
     inside_real = between <= _radii(within_real, k)[:, None]
     inside_generated = between <= _radii(within_generated, k)[None, :]
-    k = min(density_neighbours, num_others)
+    k = min(_DENSITY_NEIGHBOURS, num_others)
     inside = between < _radii(within_real, k)[:, None]
     shares = (inside_real.any(dim=0), inside_generated.any(dim=1), inside.sum(dim=0) / k, inside.any(dim=1))
     return torch.stack([share.double().mean() for share in shares])

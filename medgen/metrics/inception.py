@@ -7,7 +7,6 @@ frechet_distance(inception(real).features, output.features), inception_score(out
 
 import io
 import pickle
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ class InceptionOutput(NamedTuple):
     logits: Tensor  # (N, 1008), without the last layer's bias, for the Inception Score
 
 
-class Inception:
+class Inception(nn.Module):
     """The Inception network of 2015 for images of any size.
 
     Grey is repeated to three channels and floats are rounded to uint8, as in a PNG. The network resizes to 299 x 299 as
@@ -38,20 +37,16 @@ class Inception:
 
     def __init__(self, network: nn.Module) -> None:
         """`network`: uint8 (B, 3, H, W) -> (features (B, 2048), logits (B, 1008))."""
+        super().__init__()
         self.network = network
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> InceptionOutput:
+    def forward(self, images: Tensor) -> InceptionOutput:
         """The output for images (N, 1 or 3, H, W), uint8 or floats in [0, 1]."""
         device = next(self.network.parameters()).device
         parts = [self.network(to_uint8_rgb(part).to(device)) for part in torch.split(images, _BATCH_SIZE)]
         features, logits = (torch.cat([part[i].float().cpu() for part in parts]) for i in range(2))
         return InceptionOutput(features, logits)
-
-    def to(self, device: torch.device) -> "Inception":
-        """Move the network to a device."""
-        self.network.to(device)
-        return self
 
 
 def load_inception(path: Path) -> Inception:
@@ -77,7 +72,7 @@ def load_inception(path: Path) -> Inception:
     except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not readable ({reason}); {expected}") from None
-    return Inception(network.eval())
+    return Inception(network).eval()
 
 
 def to_uint8_rgb(images: Tensor) -> Tensor:
@@ -91,27 +86,14 @@ def inception_score(logits: Tensor, seed: int = 0) -> float:
     """exp of the mean KL between each image's and the set's class probabilities, mean over ten random splits.
 
     From 1 (equal probabilities for all images) to the number of classes. Biased downward in small sets: the score of n
-    images is at most n. Computed by torchmetrics.
-
-    Args:
-        logits: (N, K).
-        seed: of the random splits.
+    images is at most n. From logits (N, K).
 
     Source: Salimans et al.: Improved techniques for training GANs, 2016, section 4.
     """
-    from torchmetrics.image.inception import InceptionScore  # slow to import
-
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # torchmetrics warns about memory use and the deviation of a single split
-        torch.manual_seed(seed)
-        metric = InceptionScore(feature=_Identity(logits.shape[1]), splits=NUM_SPLITS)
-        metric.update(logits.double())
-        return float(metric.compute()[0])
-
-
-class _Identity(nn.Identity):
-    """Replaces torchmetrics' network, since the logits are already computed."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
+    scores = []
+    for part in logits.double()[order].chunk(NUM_SPLITS):
+        shares = part.softmax(dim=1)
+        divergence = shares * (part.log_softmax(dim=1) - shares.mean(dim=0).log())
+        scores.append(divergence.sum(dim=1).mean().exp())
+    return float(torch.stack(scores).mean())

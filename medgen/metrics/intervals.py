@@ -1,6 +1,6 @@
 """Confidence intervals of statistics over images; the images of one patient are left out together."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,16 @@ def select_groups(groups: Groups, rows: Tensor) -> Groups:
     return None if groups is None else [groups[row] for row in rows.tolist()]
 
 
+def leave_out_blocks(count: int, groups: Groups) -> Iterator[Tensor]:
+    """Yield the rows of `count` images without one of at most 50 blocks, to which the groups are dealt in turn."""
+    members = group_rows(count, groups)
+    num_blocks = min(MAX_BLOCKS, len(members))
+    for block in range(num_blocks):
+        kept = torch.ones(count, dtype=torch.bool)
+        kept[torch.cat(members[block::num_blocks])] = False
+        yield kept.nonzero()[:, 0]
+
+
 def leave_out_variance(estimates: Tensor) -> Tensor:
     """Jackknife variance (...) from the statistic (G, ...) with each of G groups left out once.
 
@@ -83,35 +93,20 @@ def two_set_intervals(
     real_groups: Groups = None,
     generated_groups: Groups = None,
 ) -> list[Interval]:
-    """Intervals of statistics of two sets of images, by a delete-a-group jackknife over each set.
+    """Intervals around S statistics of two sets of images, by a delete-a-group jackknife over each set.
 
-    The groups of a set are dealt in turn to at most 50 blocks, and one block is left out at a time.
-
-    Args:
-        statistic: row indices of real (n,) and of generated images (m,) -> values of the statistics (S,).
-        num_real: N, number of real images.
-        num_generated: M, number of generated images.
-        real_groups: N keys, such as each image's patient.
-        generated_groups: M keys, if the second set consists of real images too.
-
-    Returns:
-        S intervals around the statistics of all images.
+    `statistic` maps row indices of real (n,) and of generated images (m,) to the values of the statistics (S,); the
+    generated images have groups if they are real images too.
 
     Source: Kott, The delete-a-group jackknife, 2001.
     """
-    sets = (torch.arange(num_real), torch.arange(num_generated))
-    value = statistic(*sets).double()
+    real, generated = torch.arange(num_real), torch.arange(num_generated)
+    value = statistic(real, generated).double()
     variance = torch.zeros_like(value)
-    for which, groups in enumerate((real_groups, generated_groups)):
-        members = group_rows(len(sets[which]), groups)
-        num_blocks = min(MAX_BLOCKS, len(members))
-        if num_blocks < 2:
-            continue
-        estimates = []
-        for block in range(num_blocks):
-            kept = torch.ones(len(sets[which]), dtype=torch.bool)
-            kept[torch.cat(members[block::num_blocks])] = False
-            rows = kept.nonzero()[:, 0]
-            estimates.append(statistic(rows, sets[1]) if which == 0 else statistic(sets[0], rows))
-        variance += leave_out_variance(torch.stack(estimates).double())
+    for estimates in (
+        [statistic(rows, generated) for rows in leave_out_blocks(num_real, real_groups) if len(rows)],
+        [statistic(real, rows) for rows in leave_out_blocks(num_generated, generated_groups) if len(rows)],
+    ):
+        if estimates:  # none for a single group
+            variance += leave_out_variance(torch.stack(estimates).double())
     return [Interval.from_error(float(v), float(e)) for v, e in zip(value, variance.sqrt(), strict=True)]

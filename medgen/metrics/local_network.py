@@ -27,7 +27,7 @@ _BATCH_SIZE = 16
 _MAX_NAMED = 3  # tensors named in an error message
 
 
-class LocalNetwork:
+class LocalNetwork(nn.Module):
     """A feature network for images of any size.
 
     Grey is repeated to three channels; images are resized (bilinear, antialiased) and standardised by
@@ -35,11 +35,15 @@ class LocalNetwork:
     """
 
     def __init__(self, network: nn.Module, params: Params, path: Path) -> None:
+        super().__init__()
         self.network, self.params, self.path = network, params, path
-        self.device = torch.device("cpu")
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(params.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(params.std).view(1, 3, 1, 1))
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Features (N, D), on the CPU, of images (N, 1 or 3, H, W) uint8.
 
         Raises:
@@ -47,21 +51,12 @@ class LocalNetwork:
         """
         return torch.cat([self._features(part) for part in torch.split(images, _BATCH_SIZE)])
 
-    def to(self, device: torch.device) -> "LocalNetwork":
-        """Move the network to a device."""
-        self.network.to(device)
-        self.device = device
-        return self
-
     def _features(self, images: Tensor) -> Tensor:
         side = self.params.image_size
-        values = images.to(self.device).float().expand(-1, 3, -1, -1) / 255.0
+        values = images.to(self.mean.device).float().expand(-1, 3, -1, -1) / 255.0
         values = F.interpolate(values, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-        mean, std = (
-            torch.tensor(part, device=self.device).view(1, 3, 1, 1) for part in (self.params.mean, self.params.std)
-        )
         try:
-            features = self.network((values - mean) / std)
+            features = self.network((values - self.mean) / self.std)
         except RuntimeError as error:  # includes TorchScript's errors; the last line names the cause
             reason = str(error).strip().rpartition("\n")[2]
             raise UserError(f"{self.path}: fails on images of shape {tuple(values.shape)}: {reason}") from None
@@ -78,9 +73,7 @@ class LocalNetwork:
 def load_local_network(params: Params, root: Path) -> LocalNetwork:
     """Load the network that evaluate.local describes, on the CPU, and test it on two blank images.
 
-    Args:
-        params: path, hash, architecture and preprocessing of the images.
-        root: folder of relative paths.
+    A relative path starts at `root`.
 
     Raises:
         UserError: the file is missing, has another SHA-256 or architecture, or gives no features.
@@ -102,7 +95,7 @@ def load_local_network(params: Params, root: Path) -> LocalNetwork:
     network = (
         _torchscript(content, path) if params.architecture == "torchscript" else _torchvision(content, path, params)
     )
-    loaded = LocalNetwork(network.eval(), params, path)
+    loaded = LocalNetwork(network, params, path).eval()
     loaded(torch.zeros(2, 1, params.image_size, params.image_size, dtype=torch.uint8))
     return loaded
 

@@ -37,21 +37,13 @@ class Discrepancy:
 
 
 def kid(real: Tensor, generated: Tensor, real_groups: Groups = None, generated_groups: Groups = None) -> Interval:
-    """Kernel Inception Distance: unbiased squared MMD under the kernel (x·y / D + 1)³, over the whole sets.
+    """Kernel Inception Distance: unbiased squared MMD under the kernel (x·y / D + 1)³ of features (N, D) and (M, D).
 
     The interval is the value ± 1.96 jackknife standard errors; each generated image and each real image (or group of
     real images) is left out in turn. It covers other draws of test images and of samples from the same model, not other
     trainings. The jackknife overestimates the variance (Efron and Stein, The jackknife estimate of variance, 1981),
-    most if the sets hardly differ.
-
-    Args:
-        real: (N, D) features.
-        generated: (M, D) features.
-        real_groups: N keys, such as each image's patient; with None every image is its own group.
-        generated_groups: M keys, if the second set consists of real images too.
-
-    Returns:
-        The value, which may be slightly negative for similar sets, and its interval.
+    most if the sets hardly differ. The value may be slightly negative for similar sets. The second set has groups if it
+    consists of real images too.
 
     Raises:
         ValueError: fewer than three images or groups in a set.
@@ -69,16 +61,10 @@ def mmd(
 
 
 def paired_mmd(real: Tensor, images: Tensor, bandwidth: float, groups: Groups = None) -> float:
-    """Unbiased squared MMD of images and their reconstructions, with the kernel of `mmd`.
+    """Unbiased squared MMD of features (N, D) of images and of their reconstructions, with the kernel of `mmd`.
 
     An image resembles its reconstruction, so pairs of one image or of one group are left out of all terms. The expected
     value is 0 if both sets have the same distribution.
-
-    Args:
-        real: (N, D) features.
-        images: (N, D) features, in the order of `real`.
-        bandwidth: of the kernel.
-        groups: N keys, such as each image's patient.
 
     Raises:
         ValueError: fewer than two groups.

@@ -86,13 +86,7 @@ class ClosestPairs(NamedTuple):
 
 
 def find_copies(samples: Nearest, held_out: Nearest, patients: Groups = None) -> Copies:
-    """Compare the distances of samples and of held-out real images to the same train images.
-
-    Args:
-        samples: of the generated images, by one distance.
-        held_out: of real images, by the same distance.
-        patients: each held-out image's patient; with None every image counts as a patient.
-    """
+    """Compare the distances of samples and of held-out real images, each with its patient, to the same train images."""
     smallest = _smallest_by_patient(held_out.distance, patients)
     limit, median = float(smallest.kthvalue(_rank(len(smallest))).values), float(held_out.distance.median())
     median = max(median, _TINY)

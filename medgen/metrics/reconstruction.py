@@ -86,19 +86,12 @@ def score_images(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def pca_ssim(train: Tensor, test: Tensor, num_components: Sequence[int]) -> dict[int, float]:
-    """Mean SSIM of the test split reconstructed from principal components of the train split, as a baseline.
+    """Mean SSIM, by number of components, of test images reconstructed from principal components of the train split.
 
-    PCA has the lowest squared error of all linear autoencoders with as many latent dimensions. The number of components
-    is at most min(N_train - 1, pixels); reconstructions are clipped to [0, 1]. If images and pixels both exceed 4,096,
-    the components come from 4,096 images spread evenly over the train split.
-
-    Args:
-        train: (N, C, H, W) uint8.
-        test: (M, C, H, W) uint8.
-        num_components: numbers of components to evaluate.
-
-    Returns:
-        Mean SSIM by the requested number of components.
+    Images are (N, C, H, W) and (M, C, H, W) uint8; reconstructions are clipped to [0, 1]. PCA has the lowest squared
+    error of all linear autoencoders with as many latent dimensions. The number of components is at most
+    min(N - 1, pixels). If images and pixels both exceed 4,096, the components come from 4,096 images spread evenly over
+    the train split.
     """
     num_pixels = train[0].numel()
     num_train = len(train) if num_pixels <= _MAX_SQUARE else min(len(train), _MAX_SQUARE)

@@ -44,12 +44,7 @@ def log_power(power: Tensor) -> Tensor:
 
 
 def band_ratios(power: Tensor, real: Tensor) -> list[float]:
-    """Ratio of mean power to that of real images in each of the five bands of `BAND_EDGES`; below 1 is blurred.
-
-    Args:
-        power: (N, R) radial power of the images.
-        real: (M, R) radial power of real images.
-    """
+    """Ratio of mean power (N, R) to that of real images (M, R) in each band of `BAND_EDGES`; below 1 is blurred."""
     num_frequencies = power.shape[1]
     share = torch.arange(1, num_frequencies + 1) / num_frequencies
     frequencies = torch.arange(1, num_frequencies + 1).double()  # proportional to the number of coefficients in a ring
