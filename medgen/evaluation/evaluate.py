@@ -78,11 +78,12 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
         (project.figures / name).unlink(missing_ok=True)
     shutil.rmtree(project.images, ignore_errors=True)
     if isinstance(model, GenerativeModel):
-        metrics, rows = _evaluate_images(project, store, model, info, evaluate)
+        metrics, page = _evaluate_images(project, store, model, info, evaluate)
     else:
-        metrics, rows = _evaluate_masks(project, store, model, info, evaluate)
+        metrics, page = _evaluate_masks(project, store, model, info, evaluate)
+    report.write_page(project.reports / "index.html", page)
     record_results(project, info, evaluate, tracking, metrics)
-    report.print_table(rows)
+    report.print_table(page.rows)
     return metrics
 
 
@@ -178,8 +179,8 @@ def image_data(context: EvaluationContext, ssim: Tensor, features: FeatureSets) 
 
 def _evaluate_images(
     project: Project, store: Store, model: GenerativeModel, info: BundleInfo, params: Evaluate
-) -> tuple[dict[str, float], list[report.Row]]:
-    """Evaluate a generative model and write its reports; the metrics and the rows of the table."""
+) -> tuple[dict[str, float], report.Page]:
+    """Evaluate a generative model and write its results and figures; the metrics and the report page."""
     context = load_context(project, store, model, info, params)
     result = evaluate_model(context)
     pca = evaluate_pca(context, result.train, result.held_out)
@@ -201,36 +202,21 @@ def _evaluate_images(
         findings.append(unrecognised_finding(context.unrecognised))
     if "inception" in params.extractors and context.inception is None:
         findings.append(NO_INCEPTION)
-    rows = report.image_rows(metrics, pca, context.num_latent)
-    report.write_page(
-        project.reports / "index.html",
-        report.REFINED_FIGURES if context.refiner else report.IMAGE_FIGURES,
-        findings,
-        rows,
-        _describe_context(context),
-        report.refiner_tables(metrics, store.classes),
-    )
-    return metrics, rows
+    captions = report.REFINED_FIGURES if context.refiner else report.IMAGE_FIGURES
+    rows, tables = report.image_rows(metrics, pca, context.num_latent), report.refiner_tables(metrics, store.classes)
+    return metrics, report.Page(captions, findings, rows, _describe_context(context), tables)
 
 
 def _evaluate_masks(
     project: Project, store: Store, model: ImageModel, info: BundleInfo, params: Evaluate
-) -> tuple[dict[str, float], list[report.Row]]:
+) -> tuple[dict[str, float], report.Page]:
     """As `_evaluate_images`, for a model that predicts masks."""
     result = evaluate_masks(store, model, params.batch_size)
     data = mask_data(store, result, "test")
     metrics = write_results(project, store, info, params, result.metrics, data, {})
     figures.write_masks(project.figures, result, params.grid_images)
-    rows = report.mask_rows(metrics)
-    report.write_page(
-        project.reports / "index.html",
-        report.MASK_FIGURES,
-        mask_findings(metrics),
-        rows,
-        _describe_model(store, info),
-        generative=False,
-    )
-    return metrics, rows
+    findings, rows, description = mask_findings(metrics), report.mask_rows(metrics), _describe_model(store, info)
+    return metrics, report.Page(report.MASK_FIGURES, findings, rows, description, generative=False)
 
 
 def _evaluate_split(

@@ -42,15 +42,10 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordingRefiner:
-    """A refiner that also records the unrefined images, so that one draw from a slow prior gives both.
-
-    Args:
-        refiner: the refiner.
-        decoded: each batch (B, C, H, W) uint8, on the CPU, is appended to it.
-    """
+    """A refiner that also records the unrefined images, so that one draw from a slow prior gives both."""
 
     refiner: Refiner
-    decoded: list[Tensor]
+    decoded: list[Tensor]  # batches (B, C, H, W) uint8, on the CPU
 
     def sample(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """See `medgen.priors.ImageRefiner`."""
@@ -191,13 +186,8 @@ def network_distances(
 ) -> dict[str, float]:
     """KID, MMD and Fréchet distance from the held-out images, of samples and of train images for reference.
 
-    The Fréchet distance has no interval, which would take a hundred eigendecompositions of 2,048 features.
-
-    Args:
-        context: gives the patients of the held-out split.
-        name: of the network, in the metric keys.
-        features: (N, D) of samples, train and held-out images.
-        train_groups: patients of the train images.
+    `features` (N, D) are of samples, train and held-out images; `name` is the network's, in the metric keys. The
+    Fréchet distance has no interval, which would take a hundred eigendecompositions of 2,048 features.
     """
     samples, train, held_out = features
     groups = context.held_out.patients

@@ -72,13 +72,21 @@ class PageTable(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
-def image_rows(metrics: Mapping[str, float], pca: Mapping[int, float], num_latent: int) -> list[Row]:
-    """Key metrics of a generative model.
+class Page(NamedTuple):
+    """The content of index.html."""
 
-    Args:
-        metrics: the content of metrics.json.
-        pca: SSIM by number of principal components.
-        num_latent: number of latent dimensions, or of code indices.
+    captions: Mapping[str, str]  # by file name of the figure
+    findings: Sequence[str]
+    rows: Sequence[Row]
+    description: Mapping[str, str]  # of the model and data, by name
+    tables: Sequence[PageTable] = ()
+    generative: bool = True  # False if `medgen generate` cannot use the model
+
+
+def image_rows(metrics: Mapping[str, float], pca: Mapping[int, float], num_latent: int) -> list[Row]:
+    """Key metrics of a generative model, from the content of metrics.json.
+
+    `pca` is the SSIM by number of principal components, `num_latent` the number of latent dimensions or code indices.
     """
     ssim = _interval(metrics, "reconstruction/ssim")
     return [
@@ -229,18 +237,17 @@ def _label_rows(metrics: Mapping[str, float]) -> list[Row]:
 
 
 def _latent_rows(metrics: Mapping[str, float]) -> list[Row]:
-    rows = []
-    if "latent/kl_nats" in metrics:
-        value = f"{metrics['latent/kl_nats']:.4g} nats"
-        rows.append(Row("KL of the posterior", value, "", "information in the latent about an image"))
-    if "latent/codebook_usage" in metrics:
-        usage, perplexity = f"{metrics['latent/codebook_usage']:.1%}", f"{metrics['latent/codebook_perplexity']:.4g}"
-        rows.append(Row("Codebook usage", usage, "", "share of the codes that occur in the test split"))
-        rows.append(Row("Codebook perplexity", perplexity, "", "equivalent number of evenly used codes"))
-    if "latent/active_units" in metrics:
-        active = f"{metrics['latent/active_units']:.0f}"
-        rows.append(Row("Active latent dimensions", active, "", "vary with the image (variance above 0.01)"))
-    return rows
+    names = {
+        "kl_nats": ("KL of the posterior", "{:.4g} nats", "information in the latent about an image"),
+        "codebook_usage": ("Codebook usage", "{:.1%}", "share of the codes that occur in the test split"),
+        "codebook_perplexity": ("Codebook perplexity", "{:.4g}", "equivalent number of evenly used codes"),
+        "active_units": ("Active latent dimensions", "{:.0f}", "vary with the image (variance above 0.01)"),
+    }
+    return [
+        Row(title, form.format(metrics[f"latent/{name}"]), "", explanation)
+        for name, (title, form, explanation) in names.items()
+        if f"latent/{name}" in metrics
+    ]
 
 
 def refiner_tables(metrics: Mapping[str, float], classes: Sequence[str]) -> list[PageTable]:
@@ -290,40 +297,12 @@ def print_table(rows: Sequence[Row]) -> None:
     show(table)
 
 
-def write_page(
-    path: Path,
-    captions: Mapping[str, str],
-    findings: Sequence[str],
-    rows: Sequence[Row],
-    description: Mapping[str, str],
-    tables: Sequence[PageTable] = (),
-    generative: bool = True,
-) -> None:
-    """Write index.html.
-
-    Args:
-        path: the page; its figures are in the folder figures/ next to it.
-        captions: by file name; figures that do not exist are left out.
-        findings: sentences.
-        rows: key metrics.
-        description: of the model and data, by name.
-        tables: shown after the key metrics.
-        generative: False if `medgen generate` cannot use the model.
-    """
-    files = {path.parent / "figures" / name: caption for name, caption in captions.items()}
+def write_page(path: Path, page: Page) -> None:
+    """Write index.html; its figures are in the folder figures/ next to it, and those that do not exist are left out."""
+    files = {path.parent / "figures" / name: caption for name, caption in page.captions.items()}
     figures = [
         (data_uri(file.read_bytes(), file.suffix.removeprefix(".")), caption)
         for file, caption in files.items()
         if file.is_file()
     ]
-    content = render(
-        "evaluation.html",
-        title="medgen: evaluation",
-        figures=figures,
-        findings=findings,
-        rows=rows,
-        description=description,
-        tables=tables,
-        generative=generative,
-    )
-    write_atomic(path, content)
+    write_atomic(path, render("evaluation.html", title="medgen: evaluation", figures=figures, **page._asdict()))

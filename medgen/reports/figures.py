@@ -6,7 +6,6 @@ cached by hash. Files are written atomically.
 
 import io
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +17,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from medgen.io import swap, write_atomic
+from medgen.io import replace_folder, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Pixels = npt.NDArray[np.uint8]
+Images = Tensor | npt.NDArray[Any]  # (N, 1 or 3, H, W), floats in [0, 1] or uint8
 
 _GAP = 2  # pixels between tiles
 _FONT_SIZE = 12
@@ -50,43 +50,32 @@ def write_image(path: Path, image: Tensor) -> None:
     """Write one image (1 or 3, H, W), uint8 or floats in [0, 1], as PNG."""
     if image.is_floating_point():
         image = (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
-    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    _save(path, Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()), "PNG")
 
 
 def write_images(folder: Path, images: Tensor) -> None:
     """Write images (N, 1 or 3, H, W) as 00000.png and so on, in a folder that replaces an earlier one."""
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    for number, image in enumerate(images):
-        write_image(building / f"{number:05d}.png", image)
-    swap(building, folder)
+    with replace_folder(folder) as building:
+        for number, image in enumerate(images):
+            write_image(building / f"{number:05d}.png", image)
 
 
 def write_grid(
     path: Path,
-    images: Tensor | npt.NDArray[Any],
+    images: Images,
     columns: int | None = None,
     captions: Sequence[str] | None = None,
     scale: int | None = None,
 ) -> None:
-    """Write images as one PNG, row by row.
+    """Write images as one PNG, row by row, each with a caption of one line below it; by default about square.
 
-    Args:
-        path: the PNG; its folder is created.
-        images: (N, C, H, W) with one or three channels, floats in [0, 1] or uint8.
-        columns: images per row; by default the grid is about square.
-        captions: one line under each image.
-        scale: integer factor of enlargement by pixel repetition; by default a tile has at least 96 pixels.
+    Pixels are repeated `scale` times; by default an image gets at least 96 pixels a side.
 
     Raises:
         ValueError: there is no image, the number of channels is wrong, or the number of captions differs.
     """
     tiles = _tiles(images, scale)
-    if captions is not None and len(captions) != len(tiles):
-        raise ValueError(f"captions: found {len(captions)} for {len(tiles)} images")
+    _check_captions(captions, len(tiles))
     columns = min(len(tiles), columns or math.ceil(math.sqrt(len(tiles))))
     height, width = tiles.shape[1:3]
     pitch = height + _GAP + (_CAPTION_HEIGHT if captions else 0)
@@ -99,59 +88,26 @@ def write_grid(
         left, top = _GAP + column * (width + _GAP), _GAP + row * pitch
         canvas.paste(Image.fromarray(tile), (left, top))
         if captions:
-            text = _shorten(draw, captions[position], width)
-            draw.text((left + width // 2, top + height + _CAPTION_HEIGHT // 2), text, _TEXT, _font(), anchor="mm")
+            _draw_caption(draw, (left + width // 2, top + height + _CAPTION_HEIGHT // 2), captions[position], width)
     _write_png(path, canvas)
 
 
-def write_pairs(
-    path: Path,
-    originals: Tensor | npt.NDArray[Any],
-    reconstructions: Tensor | npt.NDArray[Any],
-    columns: int = 8,
-    scale: int | None = None,
-) -> None:
-    """Write each original over its reconstruction, `columns` pairs side by side, as one PNG.
-
-    Args:
-        path: the PNG; its folder is created.
-        originals: (N, C, H, W), as in `write_grid`.
-        reconstructions: of the same shape.
-        columns: pairs per row.
-        scale: integer factor of enlargement, as in `write_grid`.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    write_stacks(path, {"original": originals, "reconstruction": reconstructions}, columns, scale)
-
-
 def write_stacks(
-    path: Path,
-    lines: Mapping[str, Tensor | npt.NDArray[Any]],
-    columns: int = 8,
-    scale: int | None = None,
-    captions: Sequence[str] | None = None,
+    path: Path, lines: Mapping[str, Images], columns: int = 8, captions: Sequence[str] | None = None
 ) -> None:
     """Write stacks of corresponding images, `columns` stacks side by side, as one PNG.
 
-    Args:
-        path: the PNG; its folder is created.
-        lines: name -> images (N, C, H, W), as in `write_grid`, from the top to the bottom of the stacks.
-        columns: stacks per row.
-        scale: integer factor of enlargement, as in `write_grid`.
-        captions: text under each stack, all with the same number of lines.
+    `lines` has the images of each level by name, from the top; `captions`, below the stacks, have equally many lines.
 
     Raises:
         ValueError: the shapes of the lines or the number of captions differ.
     """
-    tiled = {name: _tiles(images, scale) for name, images in lines.items()}
+    tiled = {name: _tiles(images, None) for name, images in lines.items()}
     first = next(iter(tiled.values()))
     for name, tiles in tiled.items():
         if tiles.shape != first.shape:
             raise ValueError(f"{name}s: expected shape {first.shape}, found {tiles.shape}")
-    if captions is not None and len(captions) != len(first):
-        raise ValueError(f"captions: found {len(captions)} for {len(first)} stacks")
+    _check_captions(captions, len(first))
     texts = [caption.split("\n") for caption in captions or ()]
     num_rows = math.ceil(len(first) / columns)
     columns = math.ceil(len(first) / num_rows)  # rows of about equal length
@@ -172,7 +128,7 @@ def write_stacks(
         centre = margin + column * (width + _GAP) + width // 2
         for line, words in enumerate(text):
             middle = _GAP + row * pitch + stack_height + line * _CAPTION_HEIGHT + _CAPTION_HEIGHT // 2
-            draw.text((centre, middle), _shorten(draw, words, width), _TEXT, _font(), anchor="mm")
+            _draw_caption(draw, (centre, middle), words, width)
     _write_png(path, canvas)
 
 
@@ -197,17 +153,11 @@ def write_curves(
     series: Mapping[str, Sequence[float]],
     log: bool = False,
     *,
-    x_label: str = "epoch",
     y_label: str = "value",
 ) -> None:
-    """Plot named series over their positions, counted from 1, as one PNG.
+    """Plot named series over epochs, counted from 1, as one PNG; NaN leaves a gap.
 
-    Args:
-        path: the PNG; its folder is created.
-        series: name -> values; NaN leaves a gap.
-        log: adds a second plot with a logarithmic axis, with gaps at values <= 0.
-        x_label: label of the positions.
-        y_label: label of the values, with their unit if they have one.
+    `log` adds a second plot with a logarithmic axis, with gaps at values <= 0.
 
     Raises:
         ValueError: there is no series.
@@ -226,7 +176,7 @@ def write_curves(
                 heights = np.where((heights > 0) | (scale == "linear"), heights, np.nan)
                 marker = "o" if len(heights) == 1 else None  # a single point has no line
                 axes.plot(np.arange(1, len(heights) + 1), heights, label=name, marker=marker)
-            axes.set(xlabel=x_label, ylabel=f"{y_label} ({scale})" if log else y_label, yscale=scale)
+            axes.set(xlabel="epoch", ylabel=f"{y_label} ({scale})" if log else y_label, yscale=scale)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.legend()
         write_plot(path, figure)
@@ -251,11 +201,6 @@ def write_plot(path: Path, figure: "Figure") -> None:
 def write_gif(path: Path, frames: Sequence[Path], seconds_per_frame: float = 0.5) -> None:
     """Write image files of one size as an endless animation whose last frame is shown four times as long.
 
-    Args:
-        path: the GIF; its folder is created.
-        frames: image files, in order.
-        seconds_per_frame: duration of each frame, in steps of 0.01 s.
-
     Raises:
         ValueError: there is no frame, or frames differ in size.
     """
@@ -279,12 +224,10 @@ def write_gif(path: Path, frames: Sequence[Path], seconds_per_frame: float = 0.5
     indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     milliseconds = 10 * max(1, round(100 * seconds_per_frame))
     durations = [milliseconds] * (len(indexed) - 1) + [4 * milliseconds]
-    buffer = io.BytesIO()
-    indexed[0].save(buffer, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
-    write_atomic(path, buffer.getvalue())
+    _save(path, indexed[0], "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
 
 
-def _tiles(images: Tensor | npt.NDArray[Any], scale: int | None) -> Pixels:
+def _tiles(images: Images, scale: int | None) -> Pixels:
     """RGB tiles (N, H * scale, W * scale, 3) of images (N, C, H, W)."""
     if isinstance(images, Tensor):
         images = images.detach().cpu()
@@ -303,20 +246,24 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(_FONT_SIZE)  # part of Pillow, so it is the same on every machine
 
 
-def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The text, cut with an ellipsis if it is wider than `width` pixels."""
-    if draw.textlength(text, _font()) <= width:
-        return text
-    while text and draw.textlength(text + "…", _font()) > width:
-        text = text[:-1]
-    return text + "…"
+def _check_captions(captions: Sequence[str] | None, expected: int) -> None:
+    if captions is not None and len(captions) != expected:
+        raise ValueError(f"captions: found {len(captions)}, expected {expected}")
+
+
+def _draw_caption(draw: ImageDraw.ImageDraw, centre: tuple[int, int], text: str, width: int) -> None:
+    """Draw a line of text, cut with an ellipsis if it is wider than `width` pixels."""
+    if draw.textlength(text, _font()) > width:
+        while text and draw.textlength(text + "…", _font()) > width:
+            text = text[:-1]
+        text += "…"
+    draw.text(centre, text, _TEXT, _font(), anchor="mm")
 
 
 def _vertical_caption(text: str, height: int) -> Image.Image:
     """A strip of `_CAPTION_HEIGHT` by `height` pixels with the text from bottom to top."""
     strip = Image.new("RGB", (height, _CAPTION_HEIGHT), _BACKGROUND)
-    draw = ImageDraw.Draw(strip)
-    draw.text((height // 2, _CAPTION_HEIGHT // 2), _shorten(draw, text, height), _TEXT, _font(), anchor="mm")
+    _draw_caption(ImageDraw.Draw(strip), (height // 2, _CAPTION_HEIGHT // 2), text, height)
     return strip.transpose(Image.Transpose.ROTATE_90)
 
 
@@ -324,6 +271,10 @@ def _write_png(path: Path, canvas: Image.Image) -> None:
     pixels = np.asarray(canvas)
     if (pixels[..., :1] == pixels).all():
         canvas = canvas.convert("L")  # a third of the bytes
+    _save(path, canvas, "PNG")
+
+
+def _save(path: Path, image: Image.Image, kind: str, **options: Any) -> None:
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG")
+    image.save(buffer, kind, **options)
     write_atomic(path, buffer.getvalue())

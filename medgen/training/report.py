@@ -12,7 +12,7 @@ from medgen.config import Prior
 from medgen.io import write_atomic
 from medgen.models import GenerativeModel, ImageModel
 from medgen.priors import ANALYTIC, sample_images
-from medgen.reports.figures import write_curves, write_gif, write_grid, write_pairs, write_stacks
+from medgen.reports.figures import write_curves, write_gif, write_grid, write_stacks
 from medgen.training.loader import Loader
 
 NUM_RECONSTRUCTIONS = 8
@@ -66,7 +66,8 @@ def _draw_images(
     paths = {name: _grid(scratch, name, epoch) for name in ("samples", "reconstructions")}
     batch = next(validation.sequential())
     image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
-    write_pairs(paths["reconstructions"], image.cpu(), model.reconstruct(image, label).float().cpu())
+    pairs = {"original": image.cpu(), "reconstruction": model.reconstruct(image, label).float().cpu()}
+    write_stacks(paths["reconstructions"], pairs)
 
     batches = islice(train.sequential(), -(-MAX_LATENTS // train.batch_size))
     latents, labels = zip(*[(model.encode(b.image, b.label).mean.cpu(), b.label.cpu()) for b in batches], strict=True)

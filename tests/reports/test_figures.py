@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medgen.reports.figures import write_curves, write_gif, write_grid, write_pairs, write_stacks
+from medgen.reports.figures import write_curves, write_gif, write_grid, write_stacks
 
 
 def images(count: int, size: int = 32, channels: int = 1) -> torch.Tensor:
@@ -24,7 +24,7 @@ def frames(folder: Path) -> list[Path]:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "grid.png": lambda path: write_grid(path, images(5), captions=["NORMAL", "COVID19", "", "x" * 80, "ü"]),
-    "pairs.png": lambda path: write_pairs(path, images(9), images(9)),
+    "pairs.png": lambda path: write_stacks(path, {"a": images(9), "b": images(9)}),
     "stacks.png": lambda path: write_stacks(path, {"a": images(3), "b": images(3)}, captions=["true: x\ngiven: y"] * 3),
     "curves.png": lambda path: write_curves(path, {"train": [1.0, 0.1], "val": [2.0, float("nan")]}, log=True),
     "progress.gif": lambda path: write_gif(path, frames(path.parent / "frames"), 0.2),
@@ -69,15 +69,15 @@ def test_colours_are_kept(tmp_path: Path) -> None:
     image = torch.zeros(1, 3, 96, 96)
     image[:, 0] = 1.0
     write_grid(tmp_path / "grid.png", image)
-    write_pairs(tmp_path / "pairs.png", image, image.flip(1))
+    write_stacks(tmp_path / "pairs.png", {"a": image, "b": image.flip(1)})
     drawn = np.asarray(Image.open(tmp_path / "grid.png"))
     np.testing.assert_array_equal(drawn[50, 50], [255, 0, 0])
     drawn = np.asarray(Image.open(tmp_path / "pairs.png"))
     np.testing.assert_array_equal(drawn[[50, 150], 60], [[255, 0, 0], [0, 0, 255]])
 
 
-def test_originals_are_over_their_reconstructions(tmp_path: Path) -> None:
-    write_pairs(tmp_path / "pairs.png", torch.ones(3, 1, 100, 100), torch.zeros(3, 1, 100, 100))
+def test_the_first_images_are_on_top(tmp_path: Path) -> None:
+    write_stacks(tmp_path / "pairs.png", {"a": torch.ones(3, 1, 100, 100), "b": torch.zeros(3, 1, 100, 100)})
     drawn = np.asarray(Image.open(tmp_path / "pairs.png"))
     assert (drawn[2:102, 22:120] == 255).all()
     assert (drawn[104:204, 22:120] == 0).all()
@@ -137,9 +137,9 @@ def test_curves_have_a_second_plot_with_a_logarithmic_axis(tmp_path: Path) -> No
     [
         (lambda path: write_grid(path, torch.zeros(0, 1, 8, 8)), "N > 0"),
         (lambda path: write_grid(path, torch.zeros(2, 2, 8, 8)), "1 or 3"),
-        (lambda path: write_grid(path, images(2), captions=["one"]), "1 for 2"),
-        (lambda path: write_pairs(path, images(2), images(3)), "reconstructions"),
-        (lambda path: write_stacks(path, {"a": images(2)}, captions=["one"]), "1 for 2"),
+        (lambda path: write_grid(path, images(2), captions=["one"]), "found 1, expected 2"),
+        (lambda path: write_stacks(path, {"a": images(2), "b": images(3)}), "bs: expected shape"),
+        (lambda path: write_stacks(path, {"a": images(2)}, captions=["one"]), "found 1, expected 2"),
         (lambda path: write_curves(path, {}), "found none"),
         (lambda path: write_gif(path, []), "found none"),
     ],
