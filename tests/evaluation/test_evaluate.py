@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from medgen.config import (
-    Evaluate,
-    Features,
-    LocalNetwork,
-    Model,
-    Preprocess,
-    Prior,
-    Project,
-    Refiner,
-    Tracking,
-    seed_of,
-)
+from medgen.config import Evaluate, LocalNetwork, Project, Refiner, Tracking, seed_of
 from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
 from medgen.evaluation import context, evaluate, figures
@@ -33,18 +23,19 @@ from medgen.metrics import generation, inception, mmd, reconstruction
 from medgen.metrics.features import load_extractor
 from medgen.metrics.local_network import load_local_network
 from medgen.metrics.privacy import CERTAIN_COPY, plausible_rate
-from medgen.models import build_model, bundle
-from medgen.priors import ANALYTIC, load_prior, sample_images, save_prior
+from medgen.models import bundle
+from medgen.priors import load_prior, sample_images
 from medgen.priors.generator import content_hash
 from medgen.priors.refiner import Refiner as ImageRefiner
 from medgen.priors.refiner import load_refiner, save_disabled, save_refiner
 from medgen.reports.figures import write_grid
 from medgen.tracking import history, read_run
-from medgen.training import extractor
+
+Trained = Callable[..., Project]
+Evaluated = tuple[Project, dict[str, float]]  # a project and its metrics
 
 OFF = Tracking(enabled=False)
 SMALL = Evaluate(num_generated=20, batch_size=7, grid_images=10)
-MODEL = Model(base_channels=8, latent_size=8, latent_channels=2, attention_resolutions=())
 KEYS = {
     *(f"reconstruction/{name}" for name in ("l1", "mse", "psnr", "ssim", "pca_ssim")),
     *(f"latent/{name}" for name in ("kl_nats", "active_units")),
@@ -92,39 +83,20 @@ REPORTS = (
 )
 
 
-def trained(project: Project, prior: str = "gmm", conditional: bool = True) -> Project:
-    """The project, with a model of random weights, a prior over its latents, and an extractor in artifacts/."""
-    store = open_store(project.dataset)
-    torch.manual_seed(0)
-    model = build_model(MODEL, store.image_shape, len(store.classes)).eval()
-    info = bundle.BundleInfo(
-        MODEL, Preprocess(image_size=32), store.image_shape, store.classes, store.fingerprint, "run0", torch.__version__
-    )
-    bundle.save(project.model, model, info)
-    train = store.split("train")
-    with torch.no_grad():
-        means = model.encode(torch.from_numpy(train.images.copy()).float() / 255).mean
-    labels = torch.from_numpy(train.labels.copy())
-    params = Prior(conditional=conditional, components=(1,))
-    save_prior(
-        project.prior, ANALYTIC[prior].fit(means, labels, len(store.classes), params), bundle.digest(project.model)
-    )
-    save_disabled(project.refiner, bundle.digest(project.model))
-    extractor.run(project, features=Features(width=8, epochs=1))
-    description = (
-        project.features / "extractor.json"
-    )  # after one epoch it recognises no class, but label accuracy is tested
-    description.write_text(json.dumps(json.loads(description.read_text()) | {"unrecognised": {}}))
-    return project
-
-
 @pytest.fixture(scope="module")
-def evaluated(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, float]]:
+def evaluated(tiny_store: Path, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     """A project after one evaluation, and its metrics."""
     project = Project(tmp_path_factory.mktemp("evaluated"))
     shutil.copytree(tiny_store, project.dataset)
     trained(project)
     return project, evaluate.run(project, evaluate=SMALL, tracking=OFF)
+
+
+@pytest.fixture
+def project(evaluated: Evaluated, tmp_path: Path) -> Project:
+    """Another project with the artifacts of the evaluated one."""
+    shutil.copytree(evaluated[0].root / "artifacts", tmp_path / "artifacts")
+    return Project(tmp_path)
 
 
 def add_refiner(project: Project) -> None:
@@ -137,9 +109,7 @@ def add_refiner(project: Project) -> None:
 
 
 @pytest.fixture(scope="module")
-def refined(
-    evaluated: tuple[Project, dict[str, float]], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Project, dict[str, float]]:
+def refined(evaluated: Evaluated, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     """The same project with a refiner of random weights, after one evaluation, and its metrics."""
     project = Project(tmp_path_factory.mktemp("refined"))
     shutil.copytree(evaluated[0].root / "artifacts", project.root / "artifacts")
@@ -147,7 +117,7 @@ def refined(
     return project, evaluate.run(project, evaluate=SMALL, tracking=OFF)
 
 
-def test_metrics_have_the_documented_keys_and_are_sorted(evaluated: tuple[Project, dict[str, float]]) -> None:
+def test_metrics_have_the_documented_keys_and_are_sorted(evaluated: Evaluated) -> None:
     project, metrics = evaluated
     text = (project.reports / "metrics.json").read_text()
     assert json.loads(text) == metrics
@@ -159,7 +129,7 @@ def test_metrics_have_the_documented_keys_and_are_sorted(evaluated: tuple[Projec
     assert metrics["run/num_generated"] == 20
 
 
-def test_reconstruction_metrics_cover_every_test_image(evaluated: tuple[Project, dict[str, float]]) -> None:
+def test_reconstruction_metrics_cover_every_test_image(evaluated: Evaluated) -> None:
     project, metrics = evaluated
     store, (model, _) = open_store(project.dataset), bundle.load(project.model)
     train, test = (torch.from_numpy(store.split(name).images.copy()) for name in ("train", "test"))
@@ -174,7 +144,7 @@ def test_reconstruction_metrics_cover_every_test_image(evaluated: tuple[Project,
     assert metrics["reconstruction/pca_ssim"] == pytest.approx(pca, rel=1e-4)
 
 
-def test_a_second_evaluation_writes_the_same_bytes(evaluated: tuple[Project, dict[str, float]]) -> None:
+def test_a_second_evaluation_writes_the_same_bytes(evaluated: Evaluated) -> None:
     project, _ = evaluated
     before = {name: (project.reports / name).read_bytes() for name in REPORTS}
     (project.images / "generated").mkdir(parents=True)  # of an earlier model
@@ -184,7 +154,7 @@ def test_a_second_evaluation_writes_the_same_bytes(evaluated: tuple[Project, dic
     assert not project.images.exists()
 
 
-def test_results_are_added_to_the_training_run(evaluated: tuple[Project, dict[str, float]]) -> None:
+def test_results_are_added_to_the_training_run(evaluated: Evaluated) -> None:
     project, metrics = evaluated
     scratch = project.runs / "run0"
     recorded = history(scratch)[-1]
@@ -195,9 +165,7 @@ def test_results_are_added_to_the_training_run(evaluated: tuple[Project, dict[st
     assert {"figures/samples.png", "figures/reconstructions.png", "reports/metrics.json"} <= kept
 
 
-def test_reports_contain_no_local_path_and_need_no_other_file(
-    evaluated: tuple[Project, dict[str, float]],
-) -> None:
+def test_reports_contain_no_local_path_and_need_no_other_file(evaluated: Evaluated) -> None:
     project, metrics = evaluated
     for name in ("metrics.json", "index.html", "provenance.json"):
         assert str(project.root) not in (project.reports / name).read_text()
@@ -212,7 +180,7 @@ def test_reports_contain_no_local_path_and_need_no_other_file(
     assert f"{metrics['reconstruction/pca_ssim']:.4g}" in page
 
 
-def test_provenance_has_extractor_data_and_versions(evaluated: tuple[Project, dict[str, float]]) -> None:
+def test_provenance_has_extractor_data_and_versions(evaluated: Evaluated) -> None:
     project, _ = evaluated
     found = json.loads((project.reports / "provenance.json").read_text())
     description = json.loads((project.features / "extractor.json").read_text())
@@ -221,9 +189,9 @@ def test_provenance_has_extractor_data_and_versions(evaluated: tuple[Project, di
     assert found["lineage"]["version.torch"] == importlib.metadata.version("torch")
 
 
-@pytest.mark.parametrize(("prior", "conditional"), [("normal", False), ("gmm", False)])
+@pytest.mark.parametrize("prior", ["normal", "gmm"])
 def test_samples_of_an_unconditional_prior_have_no_captions(
-    prior: str, conditional: bool, tiny_project: Project, monkeypatch: pytest.MonkeyPatch
+    prior: str, tiny_project: Project, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: dict[str, object] = {}
 
@@ -232,18 +200,24 @@ def test_samples_of_an_unconditional_prior_have_no_captions(
         write_grid(path, images, columns, captions)
 
     monkeypatch.setattr(figures, "write_grid", watched)
-    evaluate.run(trained(tiny_project, prior, conditional), evaluate=SMALL, tracking=OFF)
+    evaluate.run(trained(tiny_project, prior=prior, conditional=False), evaluate=SMALL, tracking=OFF)
     assert drawn == {"n": 10, "captions": None}
 
 
-def test_unlabelled_images_are_evaluated(tmp_path: Path) -> None:
-    project = Project(tmp_path)
+def make_project(folder: Path, images: Tensor, num_train: int, rows: list[dict[str, str]]) -> Project:
+    """A project with a store of images (N, 1, 32, 32) in [0, 1], the first in train and the others in test."""
+    project = Project(folder)
     project.dataset.parent.mkdir()
-    images = (torch.rand(30, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8).numpy()
     with StoreWriter(project.dataset, (1, 32, 32), with_masks=False) as writer:
-        for i, image in enumerate(images):
-            writer.add(image, None, {"path": f"{i}.png", "patient": ""})
-        writer.commit(["train"] * 20 + ["test"] * 10, [], {}, "")
+        for i, image in enumerate((images * 255).round().to(torch.uint8).numpy()):
+            writer.add(image, None, {"path": f"{i}.png", "patient": ""} | rows[i])
+        writer.commit(["train"] * num_train + ["test"] * (len(images) - num_train), [], {}, "")
+    return project
+
+
+def test_unlabelled_images_are_evaluated(trained: Trained, tmp_path: Path) -> None:
+    images = torch.rand(30, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    project = make_project(tmp_path, images, 20, [{}] * 30)
     metrics = evaluate.run(trained(project), evaluate=SMALL, tracking=OFF)
     assert set(metrics) == {name for name in KEYS if "label" not in name} | REALISM
     assert metrics["generation/c2st_auc"] == max(
@@ -260,17 +234,12 @@ def smooth_images(count: int, seed: int) -> Tensor:
 
 
 def test_a_model_that_copies_train_images_is_detected_and_a_generalising_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One model returns train images, blurred and half of them mirrored; the other returns new images."""
-    project = Project(tmp_path)
-    project.dataset.parent.mkdir()
     train_and_test = smooth_images(220, seed=0)
-    with StoreWriter(project.dataset, (1, 32, 32), with_masks=False) as writer:
-        for i, image in enumerate((train_and_test * 255).round().to(torch.uint8).numpy()):
-            writer.add(image, None, {"path": f"secret{i}.png", "patient": f"patient{i // 2}"})
-        writer.commit(["train"] * 100 + ["test"] * 120, [], {}, "")
-    trained(project)
+    rows = [{"path": f"secret{i}.png", "patient": f"patient{i // 2}"} for i in range(220)]
+    project = trained(make_project(tmp_path, train_and_test, 100, rows))
     shown = project.figures / "nearest_train.png"
     contents = {}
     replayed = torch.cat([train_and_test[:50], train_and_test[50:100].flip(-1)])
@@ -309,10 +278,8 @@ def bytes_of(folder: Path) -> Tensor:
 
 
 def test_inception_metrics_are_those_of_the_saved_images(
-    evaluated: tuple[Project, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: Evaluated, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = Project(tmp_path)
-    shutil.copytree(evaluated[0].root / "artifacts", tmp_path / "artifacts")
     torch.manual_seed(0)
     network = inception.Inception(SmallInception())
     monkeypatch.setattr(context, "checked_weights", Path)
@@ -343,13 +310,12 @@ def test_inception_metrics_are_those_of_the_saved_images(
 
 
 def test_without_weights_inception_metrics_are_absent_with_a_warning(
-    evaluated: tuple[Project, dict[str, float]],
+    evaluated: Evaluated,
+    project: Project,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    project = Project(tmp_path)
-    shutil.copytree(evaluated[0].root / "artifacts", tmp_path / "artifacts")
     monkeypatch.setenv("MEDGEN_WEIGHTS", str(tmp_path / "weights"))
     params = SMALL.model_copy(update={"extractors": ("domain", "inception")})
     assert evaluate.run(project, evaluate=params, tracking=OFF) == evaluated[1]
@@ -364,13 +330,11 @@ def test_without_weights_inception_metrics_are_absent_with_a_warning(
 
 
 def test_a_local_network_gives_distances_with_references(
-    evaluated: tuple[Project, dict[str, float]], tmp_path: Path
+    evaluated: Evaluated, project: Project, tmp_path: Path
 ) -> None:
     from safetensors.torch import save_file
     from torchvision.models import resnet18
 
-    project = Project(tmp_path)
-    shutil.copytree(evaluated[0].root / "artifacts", tmp_path / "artifacts")
     torch.manual_seed(0)
     save_file(resnet18(weights=None).state_dict(), tmp_path / "radiology.safetensors")
     digest = hash_file(tmp_path / "radiology.safetensors")
@@ -428,18 +392,16 @@ def other_model(project: Project) -> None:
     ids=["no model", "no prior", "no refiner", "no extractor", "extractor of other data", "prior of another model"],
 )
 def test_missing_or_mismatched_parts_are_errors_that_name_them(
-    damage: object, message: str, evaluated: tuple[Project, dict[str, float]], tmp_path: Path
+    damage: Callable[[Project], None], message: str, project: Project
 ) -> None:
-    project = Project(tmp_path)
-    shutil.copytree(evaluated[0].root / "artifacts", tmp_path / "artifacts")
-    damage(project)  # type: ignore[operator]
+    damage(project)
     with pytest.raises(UserError, match=message):
         evaluate.run(project, evaluate=SMALL, tracking=OFF)
     assert not project.reports.exists()
 
 
 def test_a_refiner_changes_generation_metrics_and_not_reconstruction_metrics(
-    evaluated: tuple[Project, dict[str, float]], refined: tuple[Project, dict[str, float]]
+    evaluated: Evaluated, refined: Evaluated
 ) -> None:
     (project, metrics), plain = refined, evaluated[1]
     assert set(metrics) == KEYS | REFINED_KEYS
@@ -457,7 +419,7 @@ def test_a_refiner_changes_generation_metrics_and_not_reconstruction_metrics(
     assert {name: (project.reports / name).read_bytes() for name in again} == again
 
 
-def test_saved_samples_are_refined_samples(refined: tuple[Project, dict[str, float]], tmp_path: Path) -> None:
+def test_saved_samples_are_refined_samples(refined: Evaluated, tmp_path: Path) -> None:
     project = Project(tmp_path)
     shutil.copytree(refined[0].root / "artifacts", tmp_path / "artifacts")
     evaluate.run(project, evaluate=SMALL.model_copy(update={"save_images": True}), tracking=OFF)
@@ -469,9 +431,7 @@ def test_saved_samples_are_refined_samples(refined: tuple[Project, dict[str, flo
     assert bytes_of(project.images / "generated").equal(to_uint8(expected))
 
 
-def test_refined_reconstructions_are_compared_with_their_originals(
-    refined: tuple[Project, dict[str, float]],
-) -> None:
+def test_refined_reconstructions_are_compared_with_their_originals(refined: Evaluated) -> None:
     """Computed again with the refiner's public functions."""
     project, metrics = refined
     test = open_store(project.dataset).split("test")
@@ -494,9 +454,7 @@ def test_refined_reconstructions_are_compared_with_their_originals(
     assert metrics["refined/fd_domain"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_page_compares_metrics_before_and_after_the_refiner(
-    evaluated: tuple[Project, dict[str, float]], refined: tuple[Project, dict[str, float]]
-) -> None:
+def test_the_page_compares_metrics_before_and_after_the_refiner(evaluated: Evaluated, refined: Evaluated) -> None:
     (project, metrics), plain = refined, evaluated[0]
     page = (project.reports / "index.html").read_text()
     assert "Fidelity and realism" in page and "perception-distortion" in page and page.count("<img") == 4
@@ -523,9 +481,7 @@ def test_the_page_compares_metrics_before_and_after_the_refiner(
         assert decoded.tobytes() == own.tobytes()
 
 
-def test_a_figure_of_an_earlier_refiner_is_deleted(
-    evaluated: tuple[Project, dict[str, float]], refined: tuple[Project, dict[str, float]], tmp_path: Path
-) -> None:
+def test_a_figure_of_an_earlier_refiner_is_deleted(evaluated: Evaluated, refined: Evaluated, tmp_path: Path) -> None:
     project = Project(tmp_path)
     shutil.copytree(refined[0].root, tmp_path, dirs_exist_ok=True)
     save_disabled(project.refiner, bundle.digest(project.model))
@@ -533,26 +489,18 @@ def test_a_figure_of_an_earlier_refiner_is_deleted(
     assert not (project.figures / "samples_decoded.png").exists()
 
 
-def test_a_search_does_not_evaluate_refined_reconstructions(
-    refined: tuple[Project, dict[str, float]], tmp_path: Path
-) -> None:
+def test_a_search_does_not_evaluate_refined_reconstructions(refined: Evaluated, tmp_path: Path) -> None:
     project = Project(tmp_path)
     shutil.copytree(refined[0].root / "artifacts", tmp_path / "artifacts")
     found = evaluate.evaluate_validation(project, evaluate=SMALL)
     assert "generation/mmd_domain" in found and not set(found) & REFINED_KEYS
 
 
-def test_classes_with_enough_images_have_their_own_metrics(tmp_path: Path) -> None:
+def test_classes_with_enough_images_have_their_own_metrics(trained: Trained, tmp_path: Path) -> None:
     """Keys have the index of the class, because MLflow does not allow all characters of class names."""
-    project = Project(tmp_path)
-    project.dataset.parent.mkdir()
-    splits = ["train"] * 24 + ["test"] * 30
     labels = ["b (früh)", "a"] * 12 + ["b (früh)"] * 21 + ["a"] * 9
-    with StoreWriter(project.dataset, (1, 32, 32), with_masks=False) as writer:
-        for i, image in enumerate((smooth_images(54, seed=0) * 255).round().to(torch.uint8).numpy()):
-            writer.add(image, None, {"path": f"{i}.png", "patient": "", "label": labels[i]})
-        writer.commit(splits, [], {}, "")
-    add_refiner(trained(project))
+    project = trained(make_project(tmp_path, smooth_images(54, seed=0), 24, [{"label": label} for label in labels]))
+    add_refiner(project)
     metrics = evaluate.run(project, evaluate=SMALL, tracking=OFF)
     names = (*SPECTRUM, *(f"mmd_domain{end}" for end in ("", "_ci_low", "_ci_high")))
     assert {name for name in metrics if "class_" in name} == {f"generation/class_1/{name}" for name in names}
@@ -568,13 +516,13 @@ def test_classes_with_enough_images_have_their_own_metrics(tmp_path: Path) -> No
     )
 
 
-def test_too_few_generated_images_are_an_error(evaluated: tuple[Project, dict[str, float]]) -> None:
+def test_too_few_generated_images_are_an_error(evaluated: Evaluated) -> None:
     with pytest.raises(UserError, match=r"evaluate\.num_generated: found 2, expected at least 3"):
         evaluate.run(evaluated[0], evaluate=Evaluate(num_generated=2), tracking=OFF)
 
 
 def test_a_model_trained_on_other_data_has_no_privacy_metrics(
-    evaluated: tuple[Project, dict[str, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A version in another folder; on the same data its metrics equal those of `run`."""
     project, metrics = evaluated

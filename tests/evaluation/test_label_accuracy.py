@@ -1,8 +1,6 @@
 """Label accuracy: wrong labels are uniform, balanced accuracy has intervals by patient; the figure."""
 
-import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,55 +9,40 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from medgen.config import Evaluate, Features, Model, Preprocess, Prior, Project, Tracking
+from medgen.config import Evaluate, Model, Project, Tracking
 from medgen.data.store import open_store
 from medgen.evaluation import evaluate, label_accuracy
 from medgen.evaluation.context import proportional_labels
 from medgen.metrics.features import load_extractor
 from medgen.metrics.latent import codebook_use
-from medgen.models import GenerativeModel, build_model, bundle
+from medgen.models import GenerativeModel, bundle
 from medgen.models.base import Latent
-from medgen.priors import ANALYTIC, load_prior, sample_images, save_prior
-from medgen.priors.refiner import save_disabled
-from medgen.training import extractor
+from medgen.priors import load_prior, sample_images
+
+Evaluated = Callable[..., tuple[Project, dict[str, float], GenerativeModel]]
 
 OFF = Tracking(enabled=False)
 SMALL = Evaluate(num_generated=12, batch_size=7, grid_images=6, seed=1)  # this seed draws wrong labels of every class
 
 
-def evaluate_random_model(
-    store_folder: Path, root: Path, sizes: Model, unrecognised: Sequence[str] = ()
-) -> tuple[Project, dict[str, float], GenerativeModel]:
-    """Evaluate a model of random weights; `unrecognised` are the classes of that list in extractor.json."""
-    project = Project(root)
-    shutil.copytree(store_folder, project.dataset)
-    store = open_store(project.dataset)
-    torch.manual_seed(0)
-    model = build_model(sizes, store.image_shape, len(store.classes)).eval()
-    assert isinstance(model, GenerativeModel)
-    info = bundle.BundleInfo(
-        sizes, Preprocess(image_size=32), store.image_shape, store.classes, store.fingerprint, "run0", torch.__version__
-    )
-    bundle.save(project.model, model, info)
-    train = store.split("train")
-    labels = torch.from_numpy(train.labels.copy())
-    with torch.no_grad():
-        means = model.encode(torch.from_numpy(train.images.copy()).float() / 255, labels).mean
-    prior = ANALYTIC["gaussian"].fit(means, labels, len(store.classes), Prior())
-    save_prior(project.prior, prior, bundle.digest(project.model))
-    save_disabled(project.refiner, bundle.digest(project.model))
-    extractor.run(project, features=Features(width=8, epochs=1))
-    description = project.features / "extractor.json"
-    stated = {"unrecognised": {"classes": list(unrecognised)}}
-    description.write_text(json.dumps(json.loads(description.read_text()) | stated))
-    return project, evaluate.run(project, evaluate=SMALL, tracking=OFF), model
+CVAE = Model(name="cvae", base_channels=4, latent_channels=4)
 
 
-def test_label_accuracy_of_a_conditional_model(tiny_store: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def evaluated(tiny_project: Project, trained: Callable[..., Project]) -> Evaluated:
+    """Function that evaluates a model of random weights."""
+
+    def run(sizes: Model, unrecognised: Sequence[str] = ()) -> tuple[Project, dict[str, float], GenerativeModel]:
+        trained(tiny_project, sizes, prior="gaussian", unrecognised=unrecognised)
+        metrics = evaluate.run(tiny_project, evaluate=SMALL, tracking=OFF)
+        return tiny_project, metrics, bundle.load_generative(tiny_project.model)[0]
+
+    return run
+
+
+def test_label_accuracy_of_a_conditional_model(evaluated: Evaluated) -> None:
     """Computed again image by image from the saved files."""
-    project, metrics, model = evaluate_random_model(
-        tiny_store, tmp_path, Model(name="cvae", base_channels=4, latent_channels=4)
-    )
+    project, metrics, model = evaluated(CVAE)
     store = open_store(project.dataset)
     extractor, _ = load_extractor(project.features)
     test = store.split("test")
@@ -93,10 +76,9 @@ def test_label_accuracy_of_a_conditional_model(tiny_store: Path, tmp_path: Path)
     ("unrecognised", "num_left"), [(("PNEUMONIA",), 2), (("PNEUMONIA", "NORMAL"), 0)], ids=["one", "all but one"]
 )
 def test_unrecognised_classes_are_reported_and_left_out(
-    unrecognised: tuple[str, ...], num_left: int, tiny_store: Path, tmp_path: Path
+    unrecognised: tuple[str, ...], num_left: int, evaluated: Evaluated
 ) -> None:
-    sizes = Model(name="cvae", base_channels=4, latent_channels=4)
-    project, metrics, _ = evaluate_random_model(tiny_store, tmp_path, sizes, unrecognised)
+    project, metrics, _ = evaluated(CVAE, unrecognised)
     assert f"does not recognise {', '.join(unrecognised)}" in (project.reports / "index.html").read_text()
     assert bool([key for key in metrics if "label_accuracy" in key]) == bool(num_left)
     if num_left:
@@ -108,12 +90,12 @@ def test_unrecognised_classes_are_reported_and_left_out(
         assert metrics["generation/label_accuracy_real"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_codebook_metrics_and_deletion_of_an_earlier_models_figure(tiny_store: Path, tmp_path: Path) -> None:
+def test_codebook_metrics_and_deletion_of_an_earlier_models_figure(evaluated: Evaluated, tmp_path: Path) -> None:
     stale = tmp_path / "reports" / "figures" / "wrong_labels.png"
     stale.parent.mkdir(parents=True)
     stale.touch()
     sizes = Model(name="vqvae", base_channels=8, latent_channels=4, latent_size=8, num_embeddings=16)
-    project, metrics, model = evaluate_random_model(tiny_store, tmp_path, sizes)
+    project, metrics, model = evaluated(sizes)
     images = torch.from_numpy(open_store(project.dataset).split("test").images.copy()).float() / 255
     with torch.no_grad():
         used = torch.cat([model.encode(image[None]).codes.flatten() for image in images])  # type: ignore[union-attr]

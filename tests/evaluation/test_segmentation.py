@@ -27,6 +27,8 @@ from medgen.serving import generate
 from medgen.tracking import history
 from medgen.training import prior, refiner, train
 
+Evaluated = tuple[Project, dict[str, float]]  # a project and its metrics
+
 OFF = Tracking(enabled=False)
 UNET = Model(name="unet", base_channels=4, max_channels=8)
 BOTH = Loss(weights=Weights(bce=1.0, dice=1.0))
@@ -53,7 +55,7 @@ def draw_shapes(folder: Path, num_images: int = 40) -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, float]]:
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     """A project after all stages, with masks of two and of three classes, and its metrics."""
     project = Project(tmp_path_factory.mktemp(f"masks{request.param}"))
     draw_shapes(project.root / "data")
@@ -69,7 +71,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return project, evaluate.run(project, evaluate=Evaluate(batch_size=5), tracking=OFF)
 
 
-def test_metrics_agree_with_scikit_learn_over_test_images_with_a_mask(done: tuple[Project, dict[str, float]]) -> None:
+def test_metrics_agree_with_scikit_learn_over_test_images_with_a_mask(done: Evaluated) -> None:
     project, metrics = done
     store, (model, info) = open_store(project.dataset), bundle.load(project.model)
     classes, split = info.preprocess.mask_classes, store.split("test")
@@ -90,7 +92,7 @@ def test_metrics_agree_with_scikit_learn_over_test_images_with_a_mask(done: tupl
     assert total == 38 and sum(store.counts.values()) == 40
 
 
-def test_all_outputs_in_dvc_yaml_exist(done: tuple[Project, dict[str, float]], root: Path) -> None:
+def test_all_outputs_in_dvc_yaml_exist(done: Evaluated, root: Path) -> None:
     from ruamel.yaml import YAML
 
     project, metrics = done
@@ -112,7 +114,7 @@ def test_all_outputs_in_dvc_yaml_exist(done: tuple[Project, dict[str, float]], r
         assert {plot["x"], *plot["y"]["reports/curves.csv"]} <= columns
 
 
-def test_the_loss_falls_and_results_are_recorded(done: tuple[Project, dict[str, float]]) -> None:
+def test_the_loss_falls_and_results_are_recorded(done: Evaluated) -> None:
     project, metrics = done
     records = history(next(project.runs.glob("*/")))
     assert records[1]["train/loss"] < records[0]["train/loss"]
@@ -147,9 +149,7 @@ class TrueMasks(UNet):
 
 @pytest.mark.parametrize("done", [3], indirect=True)
 @pytest.mark.parametrize(("left_out", "expected"), [((), 1.0), ((2,), 0.5), ((1, 2), 0.0)])
-def test_the_background_is_not_counted(
-    done: tuple[Project, dict[str, float]], left_out: tuple[int, ...], expected: float
-) -> None:
+def test_the_background_is_not_counted(done: Evaluated, left_out: tuple[int, ...], expected: float) -> None:
     store = open_store(done[0].dataset)
     split, model = store.split("test"), TrueMasks(UNET, (1, 32, 32), 0, 3)
     assert split.masks is not None
@@ -161,7 +161,7 @@ def test_the_background_is_not_counted(
 
 
 @pytest.mark.parametrize("done", [2], indirect=True)
-def test_empty_masks_are_an_error(done: tuple[Project, dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_masks_are_an_error(done: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
     def emptied(store: Store, name: str) -> Split:
         part = split(store, name)
         return part if part.masks is None else dataclasses.replace(part, masks=np.zeros_like(part.masks))
@@ -173,7 +173,7 @@ def test_empty_masks_are_an_error(done: tuple[Project, dict[str, float]], monkey
         evaluate_masks(store, model, 5)
 
 
-def test_commands_that_need_a_latent_are_errors(done: tuple[Project, dict[str, float]], tmp_path: Path) -> None:
+def test_commands_that_need_a_latent_are_errors(done: Evaluated, tmp_path: Path) -> None:
     project, _ = done
     for call in (
         lambda: generate.run(project, n=2, label=None, seed=0, model=None, out=tmp_path),
@@ -187,9 +187,7 @@ def test_commands_that_need_a_latent_are_errors(done: tuple[Project, dict[str, f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("done", [3], indirect=True)
-def test_a_registered_version_predicts_the_same_masks(
-    done: tuple[Project, dict[str, float]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_registered_version_predicts_the_same_masks(done: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
     project, _ = done
@@ -215,9 +213,7 @@ def test_a_registered_version_predicts_the_same_masks(
 @pytest.mark.parametrize(
     ("loss", "message"), [(Loss(), r"loss\.weights: ssim.*bce"), (Loss(weights=Weights(perceptual=1.0)), "perceptual")]
 )
-def test_losses_of_images_are_errors(
-    done: tuple[Project, dict[str, float]], loss: Loss, message: str, tmp_path: Path
-) -> None:
+def test_losses_of_images_are_errors(done: Evaluated, loss: Loss, message: str, tmp_path: Path) -> None:
     shutil.copytree(done[0].dataset, tmp_path / "artifacts" / "dataset")
     with pytest.raises(UserError, match=message):
         train.run(Project(tmp_path), model=UNET, loss=loss, train=TRAIN, tracking=OFF)
