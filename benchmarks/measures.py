@@ -262,8 +262,8 @@ def print_cases(reference: Reference) -> None:
         features = FeatureSets(reference.view(samples), reference.train_view, held_out)
         metrics = evaluate_samples(against, samples, images, features)
         if len(samples) == NUM_SAMPLES:
-            asked = context.params.model_copy(update={"num_generated": NUM_SAMPLES})
-            metrics |= evaluate_labels(replace(context, params=asked), samples, None)
+            params = context.params.model_copy(update={"num_generated": NUM_SAMPLES})
+            metrics |= evaluate_labels(replace(context, params=params), samples, None)
         version = promotions.version(samples, metrics, ssim)
         return metrics | version.metrics, version
 

@@ -67,7 +67,7 @@ def ms_ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def score_images(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """All metrics above, by name, of each image (N,) in batches of (original, reconstruction), float64.
+    """All metrics, by name, of each image (N,) in batches of (original, reconstruction), float64.
 
     `ms_ssim` is omitted if the images are too small for it.
 

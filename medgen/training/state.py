@@ -219,9 +219,9 @@ class TrainState:
         """Exception that ends a training which was asked to stop: KeyboardInterrupt after Ctrl-C."""
         if self.stop.signal == signal.SIGINT:
             return KeyboardInterrupt()
-        asked = "another process" if self.stop.signal is None else signal.Signals(self.stop.signal).name
+        name = "another process" if self.stop.signal is None else signal.Signals(self.stop.signal).name
         return TrainingInterrupted(
-            f"training stopped by {asked} after step {self.counters.position} and saved; run the same command to resume"
+            f"training stopped by {name} after step {self.counters.position} and saved; run the same command to resume"
         )
 
     def save(self) -> None:
