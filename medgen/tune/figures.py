@@ -8,16 +8,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import optuna
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from medgen.reports.figures import plot_style, write_plot
 from medgen.tune.params_file import as_yaml, shortest
-from medgen.tune.space import Dimension, Value
+from medgen.tune.space import Dimension
 from medgen.tune.study import Study, is_nonfinite, is_start
 
 if TYPE_CHECKING:
@@ -28,6 +30,16 @@ BLUE, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "
 # a trial is drawn at the edge if it is this many times further from the best than the upper quartile of the trials
 OUTLIER_FACTOR = 4.0
 LABEL_LENGTH = 18  # characters of a key in one line, where keys are side by side
+COMPLETE, POOR, PRUNED, NONFINITE, FAILED = "complete", "below the SSIM floor", "pruned", "not finite", "failed"
+MARKERS: dict[str, dict[str, Any]] = {  # style of a trial, by group
+    COMPLETE: {"marker": "o", "s": 24, "facecolor": BLUE, "edgecolor": "white", "linewidth": 0.5, "zorder": 3},
+    POOR: {"marker": "o", "s": 22, "facecolor": "white", "edgecolor": GREY, "zorder": 2.5},
+    PRUNED: {"marker": "x", "s": 22, "color": GREY, "linewidth": 1.2, "zorder": 3},
+    NONFINITE: {"marker": "x", "s": 26, "color": ORANGE, "linewidth": 1.5, "zorder": 3},
+    FAILED: {"marker": "+", "s": 40, "color": BLACK, "linewidth": 1.5, "zorder": 3},
+    "trial 0": {"marker": "D", "s": 46, "facecolor": BLACK, "edgecolor": "white", "linewidth": 0.8, "zorder": 5},
+    "best": {"marker": "*", "s": 150, "facecolor": ORANGE, "edgecolor": "white", "linewidth": 0.8, "zorder": 6},
+}
 
 
 @dataclass(frozen=True)
@@ -47,40 +59,39 @@ class ObjectiveScale:
 
     def clip(self, trial: FrozenTrial) -> float:
         """The trial's value, limited to the worst end of the axis."""
-        return self.sign * min(self._loss(trial), self.sign * self.worst)
+        return self.worst if self.is_outlier(trial) else float(trial.values[self.position])
 
     def is_outlier(self, trial: FrozenTrial) -> bool:
         """True if the trial's value is beyond the worst end of the axis."""
-        return self._loss(trial) > self.sign * self.worst
+        return self.sign * float(trial.values[self.position]) > self.sign * self.worst
+
+    def share(self, trial: FrozenTrial) -> float:
+        """The distance from the best value as a fraction of the axis: 0 the best, 1 the worst."""
+        return abs(self.clip(trial) - self.best) / self.span
 
     def limits(self, beyond: float = 0.06) -> tuple[float, float]:
         """Limits of the axis, with a margin of `beyond` of its length at the worst end."""
         ends = (self.best - self.sign * 0.06 * self.span, self.worst + self.sign * beyond * self.span)
         return min(ends), max(ends)
 
-    def _loss(self, trial: FrozenTrial) -> float:
-        return self.sign * float(trial.values[self.position])
 
-
-@dataclass(frozen=True)
 class TrialGroups:
-    """The trials of a study, in the groups that figures distinguish."""
+    """The trials of a study, in the groups that figures distinguish; `best` is marked as the winner."""
 
-    study: Study
-    trials: list[FrozenTrial]  # all
-    good: list[FrozenTrial]  # complete, at or above the SSIM floor
-    poor: list[FrozenTrial]  # complete, below the SSIM floor
-    best: FrozenTrial | None
-
-    @property
-    def complete(self) -> list[FrozenTrial]:
-        """All complete trials, by number."""
-        return sorted(self.good + self.poor, key=lambda trial: trial.number)
-
-    @property
-    def first(self) -> FrozenTrial | None:
-        """Trial 0, if it is complete."""
-        return next((trial for trial in self.complete if trial.number == 0), None)
+    def __init__(self, study: Study, best: FrozenTrial | None) -> None:
+        self.study, self.best, self.trials = study, best, study.trials
+        good = {trial.number for trial in study.complete()}
+        self.by_name: dict[str, list[FrozenTrial]] = {name: [] for name in (COMPLETE, POOR, PRUNED, NONFINITE, FAILED)}
+        for trial in self.trials:
+            if trial.state == TrialState.COMPLETE:
+                self.by_name[COMPLETE if trial.number in good else POOR].append(trial)
+            elif trial.state == TrialState.PRUNED:
+                self.by_name[NONFINITE if is_nonfinite(trial) else PRUNED].append(trial)
+            elif trial.state == TrialState.FAIL:
+                self.by_name[FAILED].append(trial)
+        self.complete = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
+        self.first = next((trial for trial in self.complete if trial.number == 0), None)
+        self.ended = {name: self.by_name[name] for name in (PRUNED, NONFINITE, FAILED) if self.by_name[name]}
 
     @cached_property
     def front(self) -> list[FrozenTrial]:
@@ -88,60 +99,31 @@ class TrialGroups:
         optimal = self.study.optuna.best_trials if self.study.objective.is_pareto else []
         return sorted(optimal, key=lambda trial: (trial.values[0], trial.number))
 
-    def ended(self) -> dict[str, list[FrozenTrial]]:
-        """The trials that ended without a value, by reason."""
-        groups: dict[str, list[FrozenTrial]] = {"pruned": [], "not finite": [], "failed": []}
-        for trial in self.trials:
-            if trial.state == TrialState.PRUNED:
-                groups["not finite" if is_nonfinite(trial) else "pruned"].append(trial)
-            elif trial.state == TrialState.FAIL:
-                groups["failed"].append(trial)
-        return {name: group for name, group in groups.items() if group}
-
-    def scale(self, position: int) -> ObjectiveScale:
-        """The axis of an objective; the best trial, trial 0 and the front are never treated as outliers."""
-        objective = self.study.objective
-        sign = 1.0 if objective.directions[position] == "minimize" else -1.0
-        losses = sign * np.array([trial.values[position] for trial in self.complete])
-        kept = [trial for trial in (self.first, self.best, *self.front) if trial is not None]
-        best = losses.min()
-        reach = OUTLIER_FACTOR * (np.quantile(losses, 0.75) - best)
-        near = losses[losses <= best + reach] if reach > 0 else losses
-        worst = max([near.max(), *(sign * trial.values[position] for trial in kept)])
-        return ObjectiveScale(position, objective.labels[position], sign, float(sign * best), float(sign * worst))
-
+    @cached_property
     def scales(self) -> list[ObjectiveScale]:
-        """The axes of all objectives."""
-        return [self.scale(position) for position in range(len(self.study.objective.keys))]
-
-
-MARKERS: dict[str, dict[str, Any]] = {  # style of a trial, by group
-    "complete": {"marker": "o", "s": 24, "facecolor": BLUE, "edgecolor": "white", "linewidth": 0.5, "zorder": 3},
-    "below the SSIM floor": {"marker": "o", "s": 22, "facecolor": "white", "edgecolor": GREY, "zorder": 2.5},
-    "pruned": {"marker": "x", "s": 22, "color": GREY, "linewidth": 1.2, "zorder": 3},
-    "not finite": {"marker": "x", "s": 26, "color": ORANGE, "linewidth": 1.5, "zorder": 3},
-    "failed": {"marker": "+", "s": 40, "color": BLACK, "linewidth": 1.5, "zorder": 3},
-    "trial 0": {"marker": "D", "s": 46, "facecolor": BLACK, "edgecolor": "white", "linewidth": 0.8, "zorder": 5},
-    "best": {"marker": "*", "s": 150, "facecolor": ORANGE, "edgecolor": "white", "linewidth": 0.8, "zorder": 6},
-}
+        """The axes of all objectives; the best trial, trial 0 and the front are never treated as outliers."""
+        kept = [trial for trial in (self.first, self.best, *self.front) if trial is not None]
+        scales = []
+        for position, (label, direction) in enumerate(
+            zip(self.study.objective.labels, self.study.objective.directions, strict=True)
+        ):
+            sign = 1.0 if direction == "minimize" else -1.0
+            losses = sign * np.array([trial.values[position] for trial in self.complete])
+            best = losses.min()
+            reach = OUTLIER_FACTOR * (np.quantile(losses, 0.75) - best)
+            near = losses[losses <= best + reach] if reach > 0 else losses
+            worst = max([near.max(), *(sign * trial.values[position] for trial in kept)])
+            scales.append(ObjectiveScale(position, label, sign, float(sign * best), float(sign * worst)))
+        return scales
 
 
 def write_figures(study: Study, folder: Path, best: FrozenTrial | None) -> list[Path]:
-    """Draw history, importances, parallel_coordinates, slice and front as PNG files.
-
-    Args:
-        study: the search.
-        folder: folder of the files.
-        best: trial that is marked as the winner.
+    """Draw history, importances, parallel_coordinates, slice and front as PNG files; `best` is marked as the winner.
 
     Returns:
         The files. A figure that needs more trials is left out, and an older file of its name is removed.
     """
-    trials, good = study.trials, study.complete()
-    numbers = {trial.number for trial in good}
-    poor = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.number not in numbers]
-    groups = TrialGroups(study, trials, good, poor, best)
-    written = []
+    groups, written = TrialGroups(study, best), []
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
         with plot_style():
@@ -159,13 +141,13 @@ def draw_history(groups: TrialGroups) -> "Figure | None":
     """One objective by trial number with its best value so far; a panel below shows trials without a value."""
     if groups.study.objective.is_pareto or not groups.complete:
         return None
-    scale, ended = groups.scale(0), groups.ended()
+    scale, ended = groups.scales[0], groups.ended
     figure = _new_figure(8.0, 4.2 + 0.25 * len(ended))
     heights = [12.0, len(ended) + 0.4] if ended else [1.0]
     panels: Any = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _scatter_complete(panels[0], groups, lambda trial: trial.number, scale)
     best = [np.nan] * len(groups.trials)
-    for trial in groups.good:
+    for trial in groups.by_name[COMPLETE]:
         best[trial.number] = scale.sign * trial.values[0]
     curve = scale.sign * np.fmin.accumulate(best)
     panels[0].step(range(len(curve)), curve, where="post", color=GREEN, label="best value so far", zorder=2)
@@ -186,7 +168,7 @@ def draw_importances(groups: TrialGroups) -> "Figure | None":
     values = [trial.values for trial in groups.complete]
     if not values or any(len(set(column)) < 2 for column in zip(*values, strict=True)):
         return None
-    shares = {scale.label: _compute_importances(groups.study, scale) for scale in groups.scales()}
+    shares = {scale.label: _compute_importances(groups.study, scale) for scale in groups.scales}
     keys = sorted(groups.study.space, key=lambda key: sum(share[key] for share in shares.values()))
     figure = _new_figure(8.0, 1.2 + 0.34 * len(keys) * (1 + 0.5 * (len(shares) - 1)))
     axes = figure.subplots()
@@ -209,29 +191,31 @@ def draw_parallel_coordinates(groups: TrialGroups) -> "Figure | None":
 
     if len(groups.complete) < 2:
         return None
-    coordinates: list[Dimension | ObjectiveScale] = [*groups.study.space.values(), *groups.scales()]
-    scale = groups.scale(len(groups.study.objective.keys) - 1)
+    coordinates: list[Dimension | ObjectiveScale] = [*groups.study.space.values(), *groups.scales]
     figure = _new_figure(max(6.0, 1.55 * len(coordinates)), 5.0)
     axes = figure.subplots()
-    for number, coordinate in enumerate(coordinates):
-        axes.axvline(number, color="#b0b0b0", linewidth=0.8, zorder=1)
-        for height, text in _tick_positions(coordinate):
-            axes.plot([number - 0.02, number + 0.02], [height] * 2, color="#707070", linewidth=0.8, zorder=7)
-            box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
-            axes.text(number + 0.05, height, text, va="center", fontsize=8, bbox=box, zorder=7)
-    colours = mpl.colormaps["viridis"]
-    for rank, trial in enumerate(sorted(groups.complete, key=lambda trial: -scale.sign * trial.values[-1])):
-        heights = [_relative_position(groups.study, trial, coordinate) for coordinate in coordinates]
-        style: dict[str, Any] = {"color": colours(0.95 * _relative_loss(scale, trial)), "linewidth": 1.0, "alpha": 0.75}
-        if trial in groups.poor:
-            style = {"color": "#c8c8c8", "linewidth": 0.8, "label": "below the SSIM floor"}
-        axes.plot(heights, **({"zorder": 2 + rank / 1000} | style | _highlight(groups, trial)))
-    axes.set(xlim=(-0.15, len(coordinates) - 0.4), ylim=(-0.04, 1.04), yticks=[])
+    scales = [axes.twinx() for _ in coordinates]
+    for each in figure.axes:
+        each.grid(visible=False)
+        each.spines[:].set_visible(False)
+    for number, (scale, coordinate) in enumerate(zip(scales, coordinates, strict=True)):
+        _set_up(scale, "y", coordinate)
+        scale.spines["right"].set(position=("data", number), visible=True, color="#b0b0b0")
+        scale.tick_params(labelsize=8)
+        for label in scale.get_yticklabels():
+            label.set_bbox({"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75})
+    colours, last = mpl.colormaps["viridis"], groups.scales[-1]
+    for rank, trial in enumerate(sorted(groups.complete, key=lambda trial: -last.sign * trial.values[-1])):
+        values = [_number(groups.study, trial, coordinate) for coordinate in coordinates]
+        points = zip(scales, values, strict=True)
+        heights = [(each.transScale + each.transLimits).transform((0.0, value))[1] for each, value in points]
+        style: dict[str, Any] = {"color": colours(0.95 * last.share(trial)), "linewidth": 1.0, "alpha": 0.75}
+        if trial in groups.by_name[POOR]:
+            style = {"color": "#c8c8c8", "linewidth": 0.8, "label": POOR}
+        axes.plot(heights, clip_on=False, **({"zorder": 2 + rank / 1000} | style | _highlight(groups, trial)))
+    axes.set(xlim=(-0.15, len(coordinates) - 0.4), ylim=(0.0, 1.0), yticks=[])
     axes.set_xticks(range(len(coordinates)), [_wrap_label(coordinate) for coordinate in coordinates])
     axes.tick_params(bottom=False)
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     return figure
 
 
@@ -239,17 +223,17 @@ def draw_slice(groups: TrialGroups) -> "Figure | None":
     """The objectives over each key; trials without a value are in a strip beyond the worst end."""
     if len(groups.complete) < 2:
         return None
-    space, scales, ended = groups.study.space, groups.scales(), groups.ended()
+    space, ended = groups.study.space, groups.ended
     columns = min(3, len(space))
     blocks = -(-len(space) // columns)  # rows of panels for an objective
-    figure = _new_figure(max(5.0, 3.5 * columns), 0.8 + 2.7 * blocks * len(scales))
-    panels = figure.subplots(blocks * len(scales), columns, squeeze=False)
-    for scale, (number, (key, dimension)) in ((s, item) for s in scales for item in enumerate(space.items())):
+    figure = _new_figure(max(5.0, 3.5 * columns), 0.8 + 2.7 * blocks * len(groups.scales))
+    panels = figure.subplots(blocks * len(groups.scales), columns, squeeze=False)
+    for scale, (number, (key, dimension)) in product(groups.scales, enumerate(space.items())):
         row, column = divmod(number, columns)
         axes: Axes = panels[scale.position * blocks + row, column]
 
         def across(trial: FrozenTrial, coordinate: Dimension = dimension) -> float:
-            return _relative_position(groups.study, trial, coordinate) + _jitter(trial, coordinate)
+            return _number(groups.study, trial, coordinate) + _jitter(trial, coordinate)
 
         _scatter_complete(axes, groups, across, scale)
         strip = scale.worst + scale.sign * 0.17 * scale.span
@@ -258,9 +242,10 @@ def draw_slice(groups: TrialGroups) -> "Figure | None":
             axes.scatter([across(trial) for trial in shown], [strip] * len(shown), label=name, **MARKERS[name])
         if ended:
             axes.axhspan(scale.worst + scale.sign * 0.08 * scale.span, strip + scale.sign * scale.span, color="#f2f2f2")
-        axes.set(xlim=(-0.05, 1.05), ylim=scale.limits(0.26 if ended else 0.06), xlabel=key)
-        axes.set_xticks(*zip(*_tick_positions(dimension), strict=True))
-        axes.set_ylabel(scale.label if column == 0 else "")
+        for points in axes.collections:
+            points.set_clip_on(False)  # a value may be an end of its range
+        _set_up(axes, "x", dimension)
+        axes.set(ylim=scale.limits(0.26 if ended else 0.06), xlabel=key, ylabel=scale.label if column == 0 else "")
         axes.tick_params(labelleft=column == 0)
     for axes in panels.flat:
         axes.set_visible(axes.has_data())
@@ -271,7 +256,7 @@ def draw_front(groups: TrialGroups) -> "Figure | None":
     """A scatter plot of two objectives with the Pareto front."""
     if not groups.study.objective.is_pareto or len(groups.complete) < 2:
         return None
-    across, up = groups.scales()
+    across, up = groups.scales
     figure = _new_figure(6.4, 5.0)
     axes = figure.subplots()
     _scatter_complete(axes, groups, across.clip, up)
@@ -279,7 +264,7 @@ def draw_front(groups: TrialGroups) -> "Figure | None":
     axes.step(*line, where="post", color=GREEN, zorder=2, marker=".", label="front, by trial number")
     labelled: list[tuple[float, float]] = []
     for trial in groups.front:
-        place = _relative_loss(across, trial), _relative_loss(up, trial)
+        place = across.share(trial), up.share(trial)
         if all(abs(place[0] - x) > 0.05 or abs(place[1] - y) > 0.04 for x, y in labelled):
             labelled.append(place)
             where: dict[str, Any] = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
@@ -321,8 +306,8 @@ def _scatter_complete(
 ) -> None:
     """Draw complete trials as points, with markers for those below the SSIM floor, outliers, trial 0 and the best."""
     special = [trial for trial in (groups.first, groups.best) if trial is not None]
-    for name, group in (("complete", groups.good), ("below the SSIM floor", groups.poor)):
-        plain = [trial for trial in group if trial not in special]
+    for name in (COMPLETE, POOR):
+        plain = [trial for trial in groups.by_name[name] if trial not in special]
         for is_outlier in (False, True):
             shown = [trial for trial in plain if scale.is_outlier(trial) == is_outlier]
             style = MARKERS[name] | ({"marker": "^" if scale.sign > 0 else "v"} if is_outlier else {})
@@ -362,65 +347,48 @@ def _compute_importances(study: Study, scale: ObjectiveScale) -> dict[str, float
         )
 
 
-def _relative_loss(scale: ObjectiveScale, trial: FrozenTrial) -> float:
-    """The distance from the best value as a fraction of the axis: 0 the best, 1 the worst."""
-    return abs(scale.clip(trial) - scale.best) / scale.span
-
-
-def _relative_position(study: Study, trial: FrozenTrial, coordinate: Dimension | ObjectiveScale) -> float:
-    """The position of a trial on an axis, from 0 to 1."""
+def _number(study: Study, trial: FrozenTrial, coordinate: Dimension | ObjectiveScale) -> float:
+    """The position of a trial on an axis: a number, or the index of a choice."""
     if isinstance(coordinate, ObjectiveScale):
-        low, high = sorted((coordinate.best, coordinate.worst))
-        return (coordinate.clip(trial) - low) / ((high - low) or 1.0)
-    return _relative_value(coordinate, study.values_of(trial)[coordinate.key])
-
-
-def _relative_value(dimension: Dimension, value: Value) -> float:
-    """The position of a value in its range or among its choices, from 0 to 1."""
-    values = dimension.values
-    if values.choices is not None:
-        return (values.choices.index(value) + 0.5) / len(values.choices)
-    assert values.low is not None and values.high is not None and not isinstance(value, str)
-    low, high, number = values.low, values.high, float(value)
-    if values.log:
-        low, high, number = np.log(low), np.log(high), np.log(number)
-    return float((number - low) / (high - low))
+        return coordinate.clip(trial)
+    value, values = study.values_of(trial)[coordinate.key], coordinate.distribution
+    return values.choices.index(value) if isinstance(values, CategoricalDistribution) else value  # type: ignore[return-value]
 
 
 def _jitter(trial: FrozenTrial, dimension: Dimension) -> float:
-    """A fixed offset, as a fraction of the axis, that keeps trials with the same choice from overlapping."""
-    if dimension.values.choices is None:
-        return 0.0
-    return (trial.number * 0.618 % 1.0 - 0.5) * 0.5 / len(dimension.values.choices)
+    """A fixed offset that keeps trials with the same choice from overlapping."""
+    is_choice = isinstance(dimension.distribution, CategoricalDistribution)
+    return (trial.number * 0.618 % 1.0 - 0.5) * 0.5 if is_choice else 0.0
 
 
-def _tick_positions(coordinate: Dimension | ObjectiveScale) -> list[tuple[float, str]]:
-    """The ticks of an axis: position from 0 to 1, and label."""
-    from matplotlib.ticker import MaxNLocator
+def _set_up(axes: "Axes", side: Literal["x", "y"], coordinate: Dimension | ObjectiveScale) -> None:
+    """Give an axis of a plot the scale, the range and the ticks of a searched key or an objective."""
+    from matplotlib.ticker import LogLocator
 
-    if isinstance(coordinate, ObjectiveScale):
-        low, high = sorted((coordinate.best, coordinate.worst))
-        if low == high:
-            return [(0.0, _format_tick(low))]
-        found = [x for x in MaxNLocator(6).tick_values(low, high) if low <= x <= high]
-        return [((x - low) / (high - low), _format_tick(x)) for x in found]
-    values = coordinate.values
-    if values.choices is not None:
-        return [(_relative_value(coordinate, choice), as_yaml(choice)) for choice in values.choices]
-    assert values.low is not None and values.high is not None
-    if values.log:
-        low, high = np.log10([values.low, values.high])
-        steps = (1, 2, 5) if high - low < 1.5 else (1, 3) if high - low < 2.5 else (1,)
-        decades = range(int(np.floor(low)), int(np.ceil(high)) + 1, max(1, int(high - low) // 3))
-        found = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    axis = getattr(axes, f"{side}axis")
+    values = coordinate.distribution if isinstance(coordinate, Dimension) else coordinate
+    if isinstance(values, CategoricalDistribution):
+        limits = (-0.5, len(values.choices) - 0.5)
+        labels = [as_yaml(choice) for choice in values.choices]  # type: ignore[arg-type]  # none is None
+        axis.set_ticks(range(len(labels)), labels)
+    elif isinstance(values, ObjectiveScale):
+        low = min(values.best, values.worst)
+        limits = (low, low + values.span)
+        axis.set_major_formatter(_format_tick)
     else:
-        found = list(MaxNLocator(4, integer=isinstance(coordinate.start, int)).tick_values(values.low, values.high))
-    inside = [x for x in found if values.low <= x <= values.high]
-    shown = inside if len(inside) > 1 else [values.low, values.high]
-    return [(_relative_value(coordinate, x), _format_tick(x)) for x in shown]
+        limits = (values.low, values.high)
+        if values.log:
+            axes.set(**{f"{side}scale": "log"})
+            decades = np.log10(values.high / values.low)
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)))
+            axis.minorticks_off()
+        else:
+            axis.get_major_locator().set_params(integer=isinstance(values, IntDistribution))
+        axis.set_major_formatter(_format_tick)
+    axes.set(**{f"{side}lim": limits})
 
 
-def _format_tick(number: float) -> str:
+def _format_tick(number: float, _: object) -> str:
     return f"{number:g}" if abs(number) >= 1e-3 or number == 0 else shortest(f"{number:.2e}")
 
 

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from medgen.config import Beta, Params, Phase, Schedule, Searched, Train, TrialBudget, replace, unknown_name
 from medgen.datasets.weights import weights_path
@@ -30,6 +31,7 @@ VARIANCE_KEPT = (0.8, 0.99)
 WEIGHTS = {"l1": (0.1, 2.0), "ssim": (0.05, 2.0), "perceptual": (0.01, 1.0), "bce": (0.1, 2.0), "dice": (0.1, 2.0)}
 
 Value = str | int | float | bool
+Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 
 
 @dataclass(frozen=True)
@@ -37,40 +39,23 @@ class Dimension:
     """A searched parameter: its dotted key, its range or choices, and its value in params.yaml."""
 
     key: str
-    values: Searched
+    distribution: Distribution
     start: Value
-
-    @property
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        """The range or choices as an Optuna distribution."""
-        values = self.values
-        if values.choices is not None:
-            return optuna.distributions.CategoricalDistribution(values.choices)
-        assert values.low is not None and values.high is not None
-        if isinstance(self.start, int):
-            step = 1 if values.step is None else int(values.step)
-            return optuna.distributions.IntDistribution(int(values.low), int(values.high), values.log, step)
-        return optuna.distributions.FloatDistribution(values.low, values.high, values.log, values.step)
 
     def suggest(self, trial: optuna.Trial) -> Value:
         """Optuna's value for this trial; the one it suggested before, if there is one."""
-        values = self.values
-        if values.choices is not None:
+        values = self.distribution
+        if isinstance(values, CategoricalDistribution):
             return trial.suggest_categorical(self.key, values.choices)  # type: ignore[return-value]  # none is None
-        assert values.low is not None and values.high is not None
-        if isinstance(self.start, int):
-            step = 1 if values.step is None else int(values.step)
-            return trial.suggest_int(self.key, int(values.low), int(values.high), step=step, log=values.log)
+        if isinstance(values, IntDistribution):
+            return trial.suggest_int(self.key, values.low, values.high, step=values.step, log=values.log)
         return trial.suggest_float(self.key, values.low, values.high, step=values.step, log=values.log)
 
     def round(self, suggested: Value) -> Value:
         """The value that a trial uses: the suggested one, to `SIGNIFICANT_DIGITS` digits, within the range."""
-        values = self.values
-        if suggested == self.start or not isinstance(suggested, float):
+        values = self.distribution
+        if suggested == self.start or not isinstance(values, FloatDistribution) or values.step is not None:
             return suggested
-        if values.choices is not None or values.step is not None:
-            return suggested
-        assert values.low is not None and values.high is not None
         return min(max(float(f"{suggested:.{SIGNIFICANT_DIGITS}g}"), values.low), values.high)
 
 
@@ -243,20 +228,30 @@ def _build_dimension(params: Params, key: str, values: Searched) -> Dimension:
             raise UserError(f"{SOURCE}.{key}: found step {values.step:g} for an integer; expected an integer step")
     if not isinstance(start, Value):
         raise UserError(f"{SOURCE}.{key}: params.yaml has {start!r} there, but trial 0 needs a value; set one")
-    if not _contains(values, start):
+    distribution = _build_distribution(values, start)
+    if not _contains(distribution, start):
         raise UserError(
             f"{SOURCE}.{key}: params.yaml has {start!r}, which trial 0 uses, outside the range or choices; widen "
             "them, or change the value"
         )
-    return Dimension(key, values, start)
+    return Dimension(key, distribution, start)
 
 
-def _contains(values: Searched, start: Value) -> bool:
+def _build_distribution(values: Searched, start: Value) -> Distribution:
     if values.choices is not None:
-        return start in values.choices
-    assert values.low is not None and values.high is not None and not isinstance(start, str)
-    steps = 0.0 if values.step is None else (start - values.low) / values.step
-    return values.low <= start <= values.high and abs(steps - round(steps)) < 1e-6
+        return CategoricalDistribution(values.choices)
+    assert values.low is not None and values.high is not None
+    if isinstance(start, int):
+        return IntDistribution(int(values.low), int(values.high), values.log, int(values.step or 1))
+    return FloatDistribution(values.low, values.high, values.log, values.step)
+
+
+def _contains(distribution: Distribution, start: Value) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return start in distribution.choices
+    assert not isinstance(start, str)
+    steps = 0.0 if distribution.step is None else (start - distribution.low) / distribution.step
+    return distribution.low <= start <= distribution.high and abs(steps - round(steps)) < 1e-6
 
 
 def _range_around(value: float, low: float, high: float, log: bool = True) -> Searched:

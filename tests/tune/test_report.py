@@ -7,11 +7,12 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from PIL import Image
 
 from medgen import console, tune
-from medgen.config import Searched, load, replace
+from medgen.config import load, replace
 from medgen.errors import UserError
 from medgen.metrics.intervals import Interval
 from medgen.metrics.mmd import Discrepancy
@@ -28,9 +29,9 @@ FILES = [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))]
 RATE, FLIP = "train.phases.reconstruct.learning_rate", "train.horizontal_flip"
 BETA = "train.phases.regularise.beta.end"
 SMALL = {
-    RATE: Dimension(RATE, Searched(low=1e-4, high=1e-2, log=True), 2e-3),
-    FLIP: Dimension(FLIP, Searched(choices=(True, False)), False),
-    BETA: Dimension(BETA, Searched(low=0.0, high=1.0), 0.1),
+    RATE: Dimension(RATE, FloatDistribution(1e-4, 1e-2, log=True), 2e-3),
+    FLIP: Dimension(FLIP, CategoricalDistribution((True, False)), False),
+    BETA: Dimension(BETA, FloatDistribution(0.0, 1.0), 0.1),
 }
 START = {key: dimension.start for key, dimension in SMALL.items()}
 OTHER = START | {RATE: 1e-3, FLIP: True}
@@ -65,7 +66,7 @@ def add(study, values=OTHER, mmd=0.02, ssim=0.9, state=TrialState.COMPLETE, reca
 
 def other(dimension):
     """A value of the dimension that differs from params.yaml."""
-    values = dimension.values
+    values = dimension.distribution
     return values.low if dimension.start != values.low else values.high
 
 
@@ -99,10 +100,10 @@ def test_apply_changes_only_values_in_a_params_file(file, tmp_path, build):
     assert best.read_text().endswith(copy.read_text())
 
 
-DROPOUT = Dimension("prior.dropout", Searched(low=0.0, high=0.9), 0.1)
-RULE = Dimension("prior.solver", Searched(choices=("euler", "midpoint")), "midpoint")
-DECAY = Dimension("train.phases.a.weight_decay", Searched(low=1e-9, high=1.0, log=True), 1e-5)
-RAMP = Dimension("train.phases.a.beta.end", Searched(low=0.0, high=1.0), 0.0)
+DROPOUT = Dimension("prior.dropout", FloatDistribution(0.0, 0.9), 0.1)
+RULE = Dimension("prior.solver", CategoricalDistribution(("euler", "midpoint")), "midpoint")
+DECAY = Dimension("train.phases.a.weight_decay", FloatDistribution(1e-9, 1.0, log=True), 1e-5)
+RAMP = Dimension("train.phases.a.beta.end", FloatDistribution(0.0, 1.0), 0.0)
 PHASE = "train:\n  phases:\n"
 
 
@@ -302,8 +303,7 @@ def test_figures_that_need_more_trials_are_absent(mmds, expected, tmp_path, buil
 def test_an_outlier_does_not_compress_the_other_trials(name, build):
     study = search(build, name, outlier=True)
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    groups = TrialGroups(study, study.trials, complete, [], study.winner())
-    scale = groups.scale(len(study.objective.keys) - 1)
+    scale = TrialGroups(study, study.winner()).scales[-1]
     outlier = max(complete, key=lambda trial: trial.values[-1])
     assert outlier.values[-1] == 99.0 and scale.clip(outlier) == scale.worst < 0.1 and scale.is_outlier(outlier)
     others = [trial for trial in complete if trial != outlier]
@@ -318,11 +318,6 @@ def test_all_outputs_name_the_same_winner_of_tied_trials(build, tmp_path):
     assert "best 0.029 (trial 2)" in tune.format_progress(study)
     assert "best 0.029 (trial 2)" in tune.format_trial(study, study.trials[3])
     assert ": trial 2, best of 4" in write_best(study, best, ROOT / "params.yaml", tmp_path).read_text()
-
-
-def still_best(study):
-    add(study, START, mmd=0.02)
-    add(study, mmd=0.03)
 
 
 def better(study):
@@ -368,7 +363,10 @@ def many_reasons(study):
     [
         pytest.param(lambda study: None, ["0 trials", "No trial has completed"], ["is the best"], id="no trial"),
         pytest.param(
-            still_best, ["2 complete", "The values of params.yaml are still the best"], ["pruned"], id="start"
+            lambda study: [add(study, START, mmd=0.02), add(study, mmd=0.03)],
+            ["2 complete", "The values of params.yaml are still the best"],
+            ["pruned"],
+            id="start",
         ),
         pytest.param(
             better,
@@ -418,7 +416,7 @@ def test_summary(fill, present, absent, build, capsys, monkeypatch):
     monkeypatch.setattr(console.OUT, "width", 250)
     study = build()
     fill(study)
-    print_summary(study, None)
+    print_summary(study, ROOT / "params.yaml")
     printed = capsys.readouterr().out
     assert [words for words in present if words not in printed] == []
     assert [words for words in absent if words in printed] == []
@@ -436,7 +434,7 @@ def test_summary_when_no_trial_reaches_the_floor(build, capsys):
 def test_summary_after_the_values_were_applied(build, capsys):
     study = build()
     better(study)
-    now = {key: Dimension(key, dimension.values, OTHER[key]) for key, dimension in SMALL.items()}
+    now = {key: Dimension(key, dimension.distribution, OTHER[key]) for key, dimension in SMALL.items()}
     print_summary(build(now), ROOT / "params.yaml")
     printed = capsys.readouterr().out
     assert "Trial 1 is the best, and params.yaml has its values." in printed

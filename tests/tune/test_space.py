@@ -48,8 +48,8 @@ def test_default_space_surrounds_the_values_of_params():
         "prior.variance_kept",
     ]
     for key, dimension in space.items():
-        assert dimension.values.log == (key != "prior.variance_kept")
-        assert dimension.values.low <= dimension.start <= dimension.values.high
+        assert dimension.distribution.log == (key != "prior.variance_kept")
+        assert dimension.distribution.low <= dimension.start <= dimension.distribution.high
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_default_space_has_only_keys_in_use(sections, absent):
 )
 def test_default_range_of_the_priors_variance_contains_its_value(own, ends):
     dimension = build_space(params_of(prior=Prior(name="gmm", variance_kept=own)))["prior.variance_kept"]
-    assert (dimension.values.low, dimension.values.high) == ends and dimension.start == own
+    assert (dimension.distribution.low, dimension.distribution.high) == ends and dimension.start == own
 
 
 def test_distributions_of_each_kind_of_value():
