@@ -59,7 +59,7 @@ def run(
     """Search until the study has `trials` trials; write reports/tune/ with best.yaml, and the study's record.
 
     Args:
-        project: the project.
+        project: its dataset and extractor are created if they are missing.
         params: parameters of trial 0, and of all trials where they are not searched.
         file: params file that `params` come from.
         trials: total number of trials in the study.
@@ -162,9 +162,7 @@ def prepare(
 ) -> Search:
     """Create the dataset and the extractor if they are missing, and check what would make every trial fail.
 
-    Args:
-        project, params, trials, timeout: as in `run`.
-        is_confirmation: True for the study of trials in full that belongs to a search.
+    With `is_confirmation` the result is the study of trials in full that belongs to this search.
 
     Raises:
         UserError: data, space, objective or weights are invalid, or there is nothing to confirm.
@@ -189,10 +187,11 @@ def prepare(
     if any("inception" in key for key in objective.keys):
         checked_weights("inception")
     find_local_network(first.evaluate, project.root, torch.device("cpu"))
-    name = study_name(params, space, objective, store.fingerprint, extractor_hash)
+    shared = (space, objective, store.fingerprint, extractor_hash)
+    name = study_name(params, *shared)
     if is_confirmation:
         params = full_params(params)
-        name += f"-full-{fingerprint(study_name(params, space, objective, store.fingerprint, extractor_hash))}"
+        name += f"-full-{fingerprint(study_name(params, *shared))}"
     elif objective.keys[0].startswith("generation/") and params.tune.trial.num_generated < RELIABLE_SAMPLES:
         warn(
             f"tune.trial.num_generated is {params.tune.trial.num_generated}: with fewer than {RELIABLE_SAMPLES} "

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Self
 
 from medgen.errors import TrainingInterrupted, UserError
@@ -38,12 +37,12 @@ class WorkerPool:
         try:
             for slot in self._deaths:
                 self._start(slot)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
+        except BaseException:
+            self.__exit__()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             started = [worker for worker in self._workers.values() if worker.pid is not None]
             for worker in started:
@@ -94,7 +93,8 @@ class WorkerPool:
             variables["CUDA_VISIBLE_DEVICES"] = slot.gpu
         worker = self._spawn.Process(target=run_worker, args=(self._search, slot), name=f"worker {slot.number}")
         self._workers[slot] = worker
-        with environment(variables), ignore_sigint():
+        # the worker ignores Ctrl-C, which a terminal sends to all processes: this process stops it
+        with environment(variables), signal_handler([signal.SIGINT], signal.SIG_IGN):
             worker.start()
 
     def _last_log_line(self, slot: WorkerSlot) -> str:
@@ -117,13 +117,6 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def ignore_sigint() -> Iterator[None]:
-    """A context whose processes ignore Ctrl-C, which a terminal sends to all: this process stops them itself."""
-    with signal_handler([signal.SIGINT], signal.SIG_IGN):
-        yield
 
 
 @contextmanager

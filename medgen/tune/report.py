@@ -1,6 +1,7 @@
 """Print the results of a search."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,19 +13,23 @@ from medgen.console import show
 from medgen.tune.objective import RECALL, SSIM
 from medgen.tune.study import Study, is_nonfinite, is_start, mask_numbers, origin_number, ssim_of, trial_name
 
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
 MAX_REASONS = 5
 REASON_LENGTH = 200  # characters of a reason that are shown
 
 
-def print_summary(study: Study, params_file: Path | None, confirmation: Study | None = None) -> None:
+def print_summary(study: Study, params_file: Path, confirmation: Study | None = None) -> None:
     """Print the counts of trials, the winner compared with params.yaml, and the reasons of pruned and failed trials.
 
-    Args:
-        study: the search.
-        params_file: its name is shown.
-        confirmation: study of the best trials in full, if there is one; it decides the winner.
+    A `confirmation`, the study of the best trials in full, decides the winner.
     """
-    name = params_file.name if params_file else "params.yaml"
+    name = params_file.name
     last = confirmation or study
     trials, best = last.trials, last.winner()
     show(_describe_counts(study))
@@ -47,18 +52,14 @@ def print_summary(study: Study, params_file: Path | None, confirmation: Study | 
 def _describe_counts(study: Study) -> str:
     """The number of trials in each state, in one line."""
     trials = study.trials
-    by_state = {state: [trial for trial in trials if trial.state == state] for state in TrialState}
-    complete, pruned = by_state[TrialState.COMPLETE], by_state[TrialState.PRUNED]
-    parts = []
-    if complete:
-        below, floor = len(complete) - len(study.complete()), study.ssim_floor(trials)
-        parts.append(f"{len(complete)} complete" + (f" ({below} below the SSIM floor of {floor:.4g})" if below else ""))
-    if pruned:
-        nonfinite = sum(is_nonfinite(trial) for trial in pruned)
-        parts.append(f"{len(pruned)} pruned" + (f" ({nonfinite} for values that are not finite)" if nonfinite else ""))
-    for name, state in (("failed", TrialState.FAIL), ("running", TrialState.RUNNING), ("waiting", TrialState.WAITING)):
-        if by_state[state]:
-            parts.append(f"{len(by_state[state])} {name}")
+    counts = Counter(STATES[trial.state] for trial in trials)
+    below, floor = counts["complete"] - len(study.complete()), study.ssim_floor(trials)
+    nonfinite = sum(trial.state == TrialState.PRUNED and is_nonfinite(trial) for trial in trials)
+    remarks = {
+        "complete": f" ({below} below the SSIM floor of {floor:.4g})" if below else "",
+        "pruned": f" ({nonfinite} for values that are not finite)" if nonfinite else "",
+    }
+    parts = [f"{counts[name]} {name}{remarks.get(name, '')}" for name in STATES.values() if counts[name]]
     plural = "" if len(trials) == 1 else "s"
     return f"study {study.name}: {len(trials)} trial{plural}" + (f": {', '.join(parts)}" if parts else "")
 
@@ -136,12 +137,12 @@ def _list_reasons(trials: Sequence[FrozenTrial]) -> list[str]:
     groups: dict[tuple[str, str], list[FrozenTrial]] = {}
     for trial in trials:
         if trial.state in (TrialState.PRUNED, TrialState.FAIL):
-            groups.setdefault((trial.state.name, mask_numbers(_reason(trial))), []).append(trial)
+            groups.setdefault((STATES[trial.state], mask_numbers(_reason(trial))), []).append(trial)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     lines = []
     for (state, _), group in ordered[:MAX_REASONS]:
         example = ("for example " if len(group) > 1 else "") + trial_name(group[-1])
-        lines.append(f"{len(group)} × {'failed' if state == 'FAIL' else 'pruned'}: {_reason(group[-1])} ({example})")
+        lines.append(f"{len(group)} × {state}: {_reason(group[-1])} ({example})")
     return lines + ([f"and {len(ordered) - MAX_REASONS} more reasons"] if len(ordered) > MAX_REASONS else [])
 
 

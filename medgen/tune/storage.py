@@ -7,9 +7,8 @@ timeouts.
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import optuna
 import sqlalchemy
@@ -29,24 +28,7 @@ STORAGE_ERRORS = (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInte
 Release = Callable[[], object]
 
 
-class Storage(Protocol):
-    """A storage of studies, with locks by name."""
-
-    @property
-    def optuna(self) -> optuna.storages.BaseStorage:
-        """The storage that Optuna reads and writes."""
-        ...
-
-    def try_lock(self, name: str) -> Release | None:
-        """Take a lock without waiting; returns the function that releases it, or None if another process holds it."""
-        ...
-
-    def lock(self) -> AbstractContextManager[None]:
-        """A context that only one process at a time can be in."""
-        ...
-
-
-def open_storage(project: Project, storage: str) -> Storage:
+def open_storage(project: Project, storage: str) -> "Storage":
     """The storage that `tune.storage` names.
 
     Raises:
@@ -71,7 +53,7 @@ def open_storage(project: Project, storage: str) -> Storage:
 
 
 class JournalStorage:
-    """A file that events are appended to."""
+    """A file that events are appended to, with locks by name; `optuna` is the storage that Optuna reads and writes."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +69,7 @@ class JournalStorage:
         self.optuna = optuna.storages.JournalStorage(backend)
 
     def try_lock(self, name: str) -> Release | None:
-        """See `Storage`."""
+        """Take a lock without waiting; returns the function that releases it, or None if another process holds it."""
         folder = self._path.with_name(f"{self._path.name}.locks")
         folder.mkdir(exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")
@@ -99,7 +81,7 @@ class JournalStorage:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """See `Storage`."""
+        """A context that only one process at a time can be in."""
         with FileLock(f"{self._path}.turn"):
             yield
 
@@ -119,13 +101,11 @@ class JournalLock:
         """Wait for the lock and take it."""
         self._lock.acquire()
         with self._path.open("rb+") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0:
-                return True
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
@@ -134,7 +114,7 @@ class JournalLock:
 
 
 class PostgresStorage:
-    """A database for several machines."""
+    """A database for several machines, with the methods of `JournalStorage`."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -154,7 +134,7 @@ class PostgresStorage:
             self.optuna = optuna.storages.RDBStorage(url)
 
     def try_lock(self, name: str) -> Release | None:
-        """See `Storage`."""
+        """As `JournalStorage.try_lock`."""
         connection = self._engine.connect()
         taken = connection.execute(sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), {"key": _lock_key(name)})
         if taken.scalar():
@@ -164,10 +144,13 @@ class PostgresStorage:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """See `Storage`."""
+        """As `JournalStorage.lock`."""
         with self._engine.connect() as connection:
             connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": _lock_key("turn")})
             yield
+
+
+Storage = JournalStorage | PostgresStorage
 
 
 @contextmanager

@@ -56,12 +56,7 @@ class Claim:
 class Study:
     """An Optuna study with the claims and the ranking of a search.
 
-    Args:
-        storage: where the study is stored.
-        name: from `study_name`.
-        params: the parameters that the search starts from.
-        space: the searched parameters.
-        objective: the metrics that are minimized or maximized.
+    `name` is from `study_name`, `params` are the parameters that the search starts from.
     """
 
     def __init__(
