@@ -83,10 +83,10 @@ class Tracker:
 
         Args:
             scratch: folder of the run.
-            tracking: settings of MLflow.
-            project: the project that the run belongs to.
+            tracking, project: settings and location of the MLflow store.
             run_name: name of a new record.
-            identity: ID of a new record, 32 hexadecimal digits; None: a random one.
+            identity: ID of a new record, 32 hexadecimal digits, if several machines write to the same MLflow run; None:
+                a random one.
             parent: ID of the record that a new one belongs to.
 
         Raises:

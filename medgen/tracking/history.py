@@ -85,13 +85,7 @@ class History:
         os.ftruncate(self._descriptor, end)  # removes a line that a kill or a power cut left incomplete
 
     def start(self, run_name: str, identity: str | None = None, parent: str | None = None) -> None:
-        """Give a new record its ID and name; a continued one keeps its own.
-
-        Args:
-            run_name: name of the run.
-            identity: ID, if several machines write to the same MLflow run; None: a random one.
-            parent: ID of the record that this one belongs to.
-        """
+        """Give a new record its ID and name, as in `Tracker.open`; a continued one keeps its own."""
         if not self.contains(("run", "", None)):
             parents: dict[str, Any] = {} if parent is None else {"parent": parent}
             self.append("run", id=identity or os.urandom(16).hex(), name=run_name, **parents)

@@ -6,13 +6,14 @@ saves the offset does no harm.
 """
 
 import getpass
+import itertools
 import json
 import logging
 import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from medgen.tracking.history import HISTORY, Event, read
 from medgen.tracking.mlflow_descriptions import EXPERIMENT_DESCRIPTION, HASH_TAG, NOTE_TAG, hash_tags, is_replaceable
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Param, Run, RunTag
     from mlflow.tracking import MlflowClient
 
 STATE_FILE = "mirror.json"  # in a run's folder: MLflow run and how much of history.jsonl it has received
@@ -144,7 +145,7 @@ class MlflowSync:
             return
         from mlflow.entities import Metric, Param, RunTag
 
-        metrics: list[Metric] = []
+        entities: list[Metric | Param | RunTag] = []
         params: dict[str, str] = {}
         tags: dict[str, str] = {}
         for event in events:
@@ -157,34 +158,35 @@ class MlflowSync:
                 when, step = int(event["time"] * 1000), event["step"]
                 for name, value in values.items():
                     if not isinstance(value, str):  # text is NaN or infinite
-                        metrics.append(Metric(name, value, when, 0 if name.startswith(FINAL_PREFIXES) else step))
+                        entities.append(Metric(name, value, when, 0 if name.startswith(FINAL_PREFIXES) else step))
         new = {name: value for name, value in params.items() if name not in self._params}
         # MLflow keeps the first params of a run that continues with other values, such as more epochs: tags show those.
         changed = {name: value for name, value in params.items() if self._params.get(name, value) != value}
         tags |= {f"changed.{name}": value[:MAX_TAG] for name, value in changed.items()}
-        self._log(client, metrics, [Param(*item) for item in new.items()], [RunTag(*item) for item in tags.items()])
+        entities += [*itertools.starmap(Param, new.items()), *itertools.starmap(RunTag, tags.items())]
+        self._log(client, entities)
         self._params |= new
         self._record_sent(len(events), end)
 
-    def _log(self, client: "MlflowClient", metrics: list[Any], params: list[Any], tags: list[Any]) -> None:
+    def _log(self, client: "MlflowClient", entities: "Sequence[Metric | Param | RunTag]") -> None:
         """Send one request; if MLflow refuses it, send each entity alone, to lose only the refused ones."""
+        from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
 
         assert self.run_id is not None
+        metrics = [entity for entity in entities if isinstance(entity, Metric)]
+        params = [entity for entity in entities if isinstance(entity, Param)]
+        tags = [entity for entity in entities if isinstance(entity, RunTag)]
         try:
             client.log_batch(self.run_id, metrics, params, tags)
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
-            if len(metrics) + len(params) + len(tags) == 1:
+            if len(entities) == 1:
                 self.refused.append(summarize_error(error))
                 return
-            for metric in metrics:
-                self._log(client, [metric], [], [])
-            for param in params:
-                self._log(client, [], [param], [])
-            for tag in tags:
-                self._log(client, [], [], [tag])
+            for entity in entities:
+                self._log(client, [entity])
 
     def _send_single(self, client: "MlflowClient", event: Event) -> None:
         from mlflow.exceptions import MlflowException
@@ -229,10 +231,7 @@ class MlflowSync:
 def store_error(project: Project, tracking: Tracking, error: Exception, consequence: str) -> UserError:
     """The error message for a store that does not answer or denies access.
 
-    Args:
-        project, tracking: they determine the store.
-        error: the error of MLflow or the network.
-        consequence: what was not done, and what to do next.
+    `consequence` says what was not done, and what to do next.
     """
     uri = without_password(store_uri(project, tracking))
     denial = ACCESS_ERRORS.get(getattr(error, "error_code", ""))
@@ -343,11 +342,7 @@ def _log_image(client: "MlflowClient", run_id: str, event: Event, path: Path) ->
 def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
     """The ID of the experiment, which is created with a description if it is missing.
 
-    Args:
-        client: of the store.
-        name: of the experiment.
-        artifacts: URI of the artifact folder of a new experiment; by default it depends on the current directory.
-
+    `artifacts` is the URI of the artifact folder of a new experiment; by default it depends on the current directory.
     An old description is updated unless a person has edited it or has created the experiment.
     """
     from mlflow.exceptions import MlflowException

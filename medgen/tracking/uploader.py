@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -9,7 +10,7 @@ import psutil
 from medgen.config import Tracking
 from medgen.console import warn
 from medgen.tracking.history import History
-from medgen.tracking.mlflow_sync import MlflowSync, summarize_error
+from medgen.tracking.mlflow_sync import MlflowSync, load_mlflow, summarize_error
 
 POLL_SECONDS = 1.0
 SAMPLE_SECONDS = 10.0
@@ -34,7 +35,7 @@ class Uploader:
         self._thread.start()
 
     def _run(self) -> None:
-        sampler = LoadSampler(self._history) if self._tracking.system_metrics else None
+        sampler = LoadSampler(self._history, self._tracking) if self._tracking.system_metrics else None
         retry_at, pause = 0.0, FIRST_RETRY_SECONDS
         while True:
             closing = self._closing.wait(POLL_SECONDS)
@@ -73,49 +74,30 @@ class Uploader:
 
 
 class LoadSampler:
-    """Samples the machine's load every few seconds, under the names of MLflow's own system metrics."""
+    """Samples the machine's load every few seconds with MLflow's monitors."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, tracking: Tracking) -> None:
+        load_mlflow(tracking)
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+
         self._history = history
         self._step = history.last_step("system") + 1
         self._due = time.monotonic() + SAMPLE_SECONDS
-        self._gpus: list[Any] = []
+        self._monitors: list[Any] = [CPUMonitor()]  # type: ignore[no-untyped-call]
+        with suppress(RuntimeError):  # no NVIDIA driver
+            self._monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
         psutil.cpu_percent()  # each call measures since the call before: the first one only starts the measurement
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-            self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        except pynvml.NVMLError:
-            pass  # no NVIDIA driver
 
     def sample_if_due(self) -> None:
         """Record a sample if `SAMPLE_SECONDS` have passed since the last one."""
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + SAMPLE_SECONDS
-        memory = psutil.virtual_memory()
-        values: dict[str, float] = {
-            "system/cpu_utilization_percentage": psutil.cpu_percent(),
-            "system/system_memory_usage_megabytes": round(memory.used / 1e6, 1),
-            "system/system_memory_usage_percentage": memory.percent,
-        }
-        for index, handle in enumerate(self._gpus):
-            values |= _measure_gpu(f"system/gpu_{index}_", handle)
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.clear_metrics()
+            monitor.collect_metrics()
+            values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
         self._history.append("system", step=self._step, values=values)
         self._step += 1
-
-
-def _measure_gpu(prefix: str, handle: Any) -> dict[str, float]:
-    import pynvml
-
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return {
-            f"{prefix}utilization_percentage": float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-            f"{prefix}memory_usage_megabytes": round(memory.used / 1e6, 1),
-            f"{prefix}memory_usage_percentage": round(100 * memory.used / memory.total, 1),
-            f"{prefix}power_usage_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        }
-    except pynvml.NVMLError:
-        return {}  # some shared and virtual GPUs do not report these values

@@ -18,8 +18,8 @@ from PIL import Image
 from medgen import tracking
 from medgen.config import Model, Params, Project, Tracking
 from medgen.errors import UserError
-from medgen.tracking import Tracker, history, lineage, mlflow_sync, read_run, sync
-from medgen.tracking.history import HISTORY, read
+from medgen.tracking import Tracker, history, lineage, mlflow_sync, read_run, sync, uploader
+from medgen.tracking.history import HISTORY, History, read
 
 OFF = Tracking(enabled=False)
 
@@ -277,6 +277,17 @@ def test_an_unreachable_server_does_not_block_training(project, scratch, server,
     assert sync(project, Tracking()).num_sent >= 2003
     assert points(project, scratch, "loss") == [(step, 1.0 / (step + 1)) for step in range(2000)]
     assert sync(project, Tracking()).num_sent == 0
+
+
+def test_the_load_of_the_machine_is_recorded_under_mlflows_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploader, "SAMPLE_SECONDS", 0.0)
+    sampler = uploader.LoadSampler(History(tmp_path / HISTORY), Tracking())
+    for _ in range(2):
+        sampler.sample_if_due()
+    events = [event for event, _ in read(tmp_path / HISTORY)]
+    assert [event["step"] for event in events] == [0, 1]
+    names = {"cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage"}
+    assert {f"system/{name}" for name in names} <= events[0]["values"].keys()
 
 
 def test_sync_fills_an_emptied_store(tmp_path, project, scratch):
