@@ -208,14 +208,14 @@ def sync_run(scratch: Path, project: Project, tracking: Tracking, timeout: float
     """Send the records of one run that MLflow has not received; the result holds the ID of the MLflow run.
 
     Raises:
-        filelock.Timeout: another process is still writing the run after `timeout` seconds.
+        filelock.Timeout: another process is still writing the run after `timeout` seconds, or a thread is sending it.
         UserError: the store does not answer.
     """
     mlflow_sync = MlflowSync(scratch, tracking, project)
     with FileLock(scratch / LOCK, timeout=timeout):
         try:
             mlflow_sync.send()
-        except UserError:
+        except (UserError, Timeout):
             raise
         except Exception as error:  # stores and networks raise many kinds; the records stay in the file
             pending = mlflow_sync.num_pending()

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 STATE_FILE = "mirror.json"  # in a run's folder: MLflow run and how much of history.jsonl it has received
+SENDING = "mirror.lock"  # in a run's folder: held while the run is sent
+SENDING_SECONDS = 30.0  # enough for a stopped `send` to end its request
 BATCHED = {"params", "tags", "metrics", "system"}
 BATCH_ENTITIES = 500
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow will never accept this event: do not send it again
@@ -64,6 +66,7 @@ class MlflowSync:
         self._offset: int = state.get("offset", 0) if same_store else 0
         self.num_sent = 0
         self.refused: list[str] = []
+        self._stopped = False
         self.progress_time = time.monotonic()  # of the last successful call
 
     @property
@@ -79,16 +82,22 @@ class MlflowSync:
         """Send all new events.
 
         Raises:
+            filelock.Timeout: another thread or process is still sending this run after `SENDING_SECONDS`.
             Exception: any error of the store or the network; the events that are not sent stay pending.
         """
-        start = next((event for event, _ in read(self._scratch / HISTORY) if event["kind"] == "run"), None)
-        if start is None:
-            return  # the process was killed before the record began
-        try:
-            self._send_new(self._client or self._connect(start))
-        except BaseException:
-            self._client = None  # the next call looks up store, experiment and run again
-            raise
+        with FileLock(self._scratch / SENDING, timeout=SENDING_SECONDS):
+            start = next((event for event, _ in read(self._scratch / HISTORY) if event["kind"] == "run"), None)
+            if start is None:
+                return  # the process was killed before the record began
+            try:
+                self._send_new(self._client or self._connect(start))
+            except BaseException:
+                self._client = None  # the next call looks up store, experiment and run again
+                raise
+
+    def stop(self) -> None:
+        """Let a `send` in another thread end after its present request, for another one to continue."""
+        self._stopped = True
 
     def _send_new(self, client: "MlflowClient") -> None:
         batch: list[Event] = []
@@ -98,6 +107,8 @@ class MlflowSync:
             if not batched or size + len(event["values"]) > BATCH_ENTITIES:
                 self._send_batch(client, batch, end)
                 batch, size = [], 0
+            if self._stopped:
+                return
             if batched:
                 batch.append(event)
                 size += len(event["values"])

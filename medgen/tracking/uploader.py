@@ -66,6 +66,7 @@ class Uploader:
             if time.monotonic() - max(begin, self._mlflow_sync.progress_time) > patience:
                 break
             self._thread.join(0.1)
+        self._mlflow_sync.stop()
         if pending := self._mlflow_sync.num_pending():
             reason = f" ({summarize_error(self._failure)})" if self._failure else ""
             warn(f"{pending} records are not in MLflow yet: run `medgen sync`{reason}")

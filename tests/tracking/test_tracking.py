@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 from PIL import Image
 
 from medgen import tracking
@@ -288,6 +289,25 @@ def test_the_load_of_the_machine_is_recorded_under_mlflows_names(tmp_path, monke
     assert [event["step"] for event in events] == [0, 1]
     names = {"cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage"}
     assert {f"system/{name}" for name in names} <= events[0]["values"].keys()
+
+
+def test_sync_waits_for_the_request_of_a_tracker_that_has_given_up(project, scratch, monkeypatch, capsys):
+    """If both sent at once, the record would have two MLflow runs."""
+    answers, connect = threading.Event(), mlflow_sync.connect
+    monkeypatch.setattr(mlflow_sync, "connect", lambda *args: answers.wait(60) and connect(*args))
+    monkeypatch.setattr(uploader, "CONNECT_SECONDS", 0.1)
+    record(scratch, project, Tracking(), range(3))
+    assert "records are not in MLflow yet" in capsys.readouterr().err
+    monkeypatch.setattr(mlflow_sync, "SENDING_SECONDS", 0.1)
+    with pytest.raises(Timeout):
+        tracking.sync_run(scratch, project, Tracking())
+    monkeypatch.setattr(mlflow_sync, "SENDING_SECONDS", 60)
+    answers.set()
+    synced = tracking.sync_run(scratch, project, Tracking())
+    client, experiment = connect(project, Tracking())
+    runs = client.search_runs([experiment], filter_string=f"tags.`medgen.run` = '{scratch.name}'")
+    assert [run.info.run_id for run in runs] == [synced.run_id]
+    assert points(project, scratch, "loss") == [(step, 1.0 / (step + 1)) for step in range(3)]
 
 
 def test_sync_fills_an_emptied_store(tmp_path, project, scratch):
