@@ -65,9 +65,8 @@ class Tracker:
         self._history = record
         self._history.append("status", status="RUNNING")
         self._finished = False
-        self._uploader = Uploader(self._history, MlflowSync(scratch, tracking, project), tracking)
-        if tracking.enabled:
-            self._uploader.start()
+        sender = MlflowSync(scratch, tracking, project)
+        self._uploader = Uploader(self._history, sender, tracking) if tracking.enabled else None
 
     @classmethod
     def open(
@@ -160,7 +159,8 @@ class Tracker:
             return
         self._finished = True
         self._history.append("status", status=status)
-        self._uploader.stop()
+        if self._uploader is not None:
+            self._uploader.stop()
         self._history.close()
         self._lock.release()
 

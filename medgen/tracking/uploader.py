@@ -19,7 +19,7 @@ CONNECT_SECONDS, IDLE_SECONDS, FLUSH_LIMIT_SECONDS = 30.0, 10.0, 60.0  # how lon
 
 
 class Uploader:
-    """The thread, which runs from `start` to `stop`."""
+    """The thread, which runs until `stop`."""
 
     def __init__(self, history: History, mlflow_sync: MlflowSync, tracking: Tracking) -> None:
         self._history = history
@@ -27,10 +27,6 @@ class Uploader:
         self._tracking = tracking
         self._closing = threading.Event()
         self._failure: Exception | None = None
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start the thread."""
         self._thread = threading.Thread(target=self._run, name="medgen-tracking", daemon=True)
         self._thread.start()
 
@@ -54,8 +50,6 @@ class Uploader:
 
     def stop(self) -> None:
         """Wait while the thread makes progress with the rest, then print what is not sent."""
-        if self._thread is None:
-            return
         if self._failure is not None:
             patience = self._tracking.timeout_seconds
         else:
