@@ -44,7 +44,7 @@ def tiny_features(tiny_store, tmp_path_factory):
 def make_project(tiny_store, tiny_features, small_params):
     """A function that creates a project with store, extractor and params.yaml, and returns it with its parameters."""
 
-    def make(root, tracking=False, epochs=2, sections=None, **tune):
+    def make(root, tracking=False, epochs=1, sections=None, **tune):
         shutil.copytree(tiny_store, root / "artifacts" / "dataset")
         shutil.copytree(tiny_features, root / "artifacts" / "features")
         plain = copy.deepcopy(small_params)

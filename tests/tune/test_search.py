@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,10 +33,11 @@ from medgen.tracking import history, read_run
 from medgen.training import prior, refiner, train
 from medgen.tune import worker
 from medgen.tune.pool import allocate_slots, environment
+from medgen.tune.report import print_summary
 from medgen.tune.study import DISCREPANCY, MAX_ATTEMPTS, origin_number
 
 RATE, BETA = "train.phases.one.learning_rate", "train.phases.one.beta.end"
-LONG = 40  # epochs: enough to be killed in
+LONG = 20  # epochs: enough to be killed in
 
 
 def prepare(project, params, trials):
@@ -164,9 +166,7 @@ def test_two_processes_write_their_reports_one_after_the_other(finished_copy, mo
 def test_a_trial_trains_the_refiner_with_its_values(search_project, monkeypatch):
     enabled = {"enabled": True, "channels": 8, "blocks": 1, "epochs": 1, "sampling_steps": 2}
     space = {"refiner.sampling_noise": {"low": 0.1, "high": 0.9}}
-    project, params = search_project(
-        epochs=1, space=space, objective="reconstruction/ssim", sections={"refiner": enabled}
-    )
+    project, params = search_project(space=space, objective="reconstruction/ssim", sections={"refiner": enabled})
     noises = []
 
     def read_noise(project, **_):
@@ -181,8 +181,15 @@ def test_a_trial_trains_the_refiner_with_its_values(search_project, monkeypatch)
 
 
 @pytest.mark.parametrize("objective", [None, "pareto"])
-def test_a_diverging_trial_is_pruned_with_step_and_term(search_project, stub_evaluation, objective):
-    project, params = search_project(epochs=1, space={RATE: {"choices": [1e-3, 1e30]}}, objective=objective)
+def test_a_diverging_trial_is_pruned_with_step_and_term(search_project, stub_evaluation, monkeypatch, objective):
+    run = train.run
+
+    def run_if_diverging(project, train, **words):
+        if train.phases[0].learning_rate == 1e30:
+            run(project, train=train, **words)
+
+    monkeypatch.setattr(train, "run", run_if_diverging)
+    project, params = search_project(space={RATE: {"choices": [1e-3, 1e30]}}, objective=objective)
     search, study = run_here(project, params, 4)
     diverging = [trial for trial in study.trials if study.values_of(trial)[RATE] == 1e30]
     assert diverging and len(diverging) < 4
@@ -199,13 +206,13 @@ def test_a_diverging_trial_is_pruned_with_step_and_term(search_project, stub_eva
     assert study.winner() not in diverging
 
 
-@pytest.mark.parametrize("key", ["generation/mmd_domain", "reconstruction/ssim"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_objective_or_floor_that_is_not_finite_prunes_the_trial(search_project, stub_trials, key, value):
-    stub_trials[key] = value
-    _, study = run_here(*search_project(), 1)
-    (trial,) = study.trials
-    assert trial.state == TrialState.PRUNED and f"{key} is {value}" in trial.user_attrs["reason"]
+def test_an_objective_or_floor_that_is_not_finite_prunes_the_trial(search_project, stub_trials, monkeypatch):
+    cases = list(product(("generation/mmd_domain", "reconstruction/ssim"), (float("nan"), float("inf"))))
+    metrics = iter([stub_trials | {key: value} for key, value in cases])
+    monkeypatch.setattr(evaluate, "evaluate_validation", lambda *_, **__: next(metrics))
+    _, study = run_here(*search_project(), len(cases))
+    for trial, (key, value) in zip(study.trials, cases, strict=True):
+        assert trial.state == TrialState.PRUNED and f"{key} is {value}" in trial.user_attrs["reason"]
 
 
 @pytest.mark.parametrize(
@@ -217,31 +224,25 @@ def test_an_objective_or_floor_that_is_not_finite_prunes_the_trial(search_projec
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     ],
 )
-def test_errors_fail_the_trial_and_three_equal_ones_stop_the_search(search_project, monkeypatch, error, reason):
-    def raise_error(*_, **__):
-        raise error
+def test_reasons_of_errors(error, reason):
+    assert worker.describe_error(error).startswith(reason)
 
-    monkeypatch.setattr(train, "run", raise_error)
+
+def test_errors_fail_the_trial_and_three_equal_ones_in_a_row_stop_the_search(search_project, stub_trials, monkeypatch):
+    errors = iter([None, MemoryError("5 GiB"), None, *(MemoryError(f"{size} GiB") for size in (1, 2, 3))])
+
+    def raise_next(*_, **__):
+        if error := next(errors):
+            raise error
+
+    monkeypatch.setattr(train, "run", raise_next)
     search = prepare(*search_project(), 9)
     with pytest.raises(UserError, match="failed for the same reason"):
         worker.run_trials(search)
     study = worker.open_study(search)
-    assert states_of(study) == ["FAIL"] * 3
-    assert all(trial.user_attrs["reason"].startswith(reason) for trial in study.trials)
-    assert read_run(run_folder(search, 0)).status == "FAILED"
-
-
-def test_one_failed_trial_does_not_stop_the_others(search_project, stub_trials, monkeypatch):
-    calls = []
-
-    def fail_once(*_, **__):
-        calls.append(None)
-        if len(calls) == 2:
-            raise MemoryError
-
-    monkeypatch.setattr(train, "run", fail_once)
-    _, study = run_here(*search_project(), 3)
-    assert states_of(study) == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert states_of(study) == ["COMPLETE", "FAIL", "COMPLETE", "FAIL", "FAIL", "FAIL"]
+    assert study.trials[-1].user_attrs["reason"] == "out of memory: 3 GiB"
+    assert read_run(run_folder(search, 5)).status == "FAILED"
 
 
 def test_a_trial_whose_worker_is_always_killed_fails(search_project):
@@ -257,7 +258,7 @@ def test_a_trial_whose_worker_is_always_killed_fails(search_project):
 
 
 def test_interrupts_and_an_unreachable_database_leave_the_trial_running(search_project, stub_evaluation, monkeypatch):
-    search = prepare(*search_project(epochs=6), 1)
+    search = prepare(*search_project(epochs=4), 1)
     run = train.run
     for error in (TrainingInterrupted("asked to stop"), StorageInternalError("gone"), TrainingInterrupted("again")):
 
@@ -275,7 +276,7 @@ def test_interrupts_and_an_unreachable_database_leave_the_trial_running(search_p
     monkeypatch.setattr(train, "run", run)
     worker.run_trials(search)
     assert states_of(worker.open_study(search)) == ["COMPLETE"]
-    assert epochs_of(search, 0) == [1, 2, 3, 4, 5, 6]
+    assert epochs_of(search, 0) == [1, 2, 3, 4]
 
 
 def test_a_trial_worse_than_the_others_is_pruned(search_project, stub_trials, monkeypatch):
@@ -392,7 +393,7 @@ def worker_of(process):
 def test_killed_workers_and_parents_lose_no_trial_and_repeat_no_epoch(search_project, start_tune):
     project, params = search_project(epochs=LONG)
     search = prepare(project, params, 2)
-    started = process, _ = start_tune(project, "--trials", "2", fork_workers=False)
+    started = process, _ = start_tune(project, "--trials", "2")
     wait_for_epochs(started, search, 0, 3)
     worker_of(process).kill()
     wait_for_epochs(started, search, 1, 3)  # another worker has ended trial 0
@@ -415,7 +416,7 @@ def test_killed_workers_and_parents_lose_no_trial_and_repeat_no_epoch(search_pro
 def test_ctrl_c_and_sigterm_save_the_trial_and_the_same_command_continues_it(search_project, start_tune):
     project, params = search_project(epochs=LONG)
     search = prepare(project, params, 1)
-    for number, code, epochs in ((signal.SIGINT, 130, 2), (signal.SIGTERM, TrainingInterrupted.exit_code, 20)):
+    for number, code, epochs in ((signal.SIGINT, 130, 2), (signal.SIGTERM, TrainingInterrupted.exit_code, 8)):
         started = process, output = start_tune(project, "--trials", "1")
         wait_for_epochs(started, search, 0, epochs)
         os.kill(process.pid, number)
@@ -433,51 +434,16 @@ def test_ctrl_c_and_sigterm_save_the_trial_and_the_same_command_continues_it(sea
 @pytest.mark.parametrize("storage", ["journal", "postgres"])
 def test_two_commands_share_one_study(search_project, start_tune, request, storage):
     own = {"storage": request.getfixturevalue("postgres")()} if storage == "postgres" else {}
-    project, _ = search_project(epochs=1, **own)
-    for started in [start_tune(project, "--trials", "4") for _ in range(2)]:
+    project, _ = search_project(**own)
+    for started in [start_tune(project, "--trials", "3") for _ in range(2)]:
         finish(*started)
     study = open_study(project)
-    assert states_of(study) == ["COMPLETE"] * 4
-    assert [trial.user_attrs["attempts"] for trial in study.trials] == [1] * 4
+    assert states_of(study) == ["COMPLETE"] * 3
+    assert [trial.user_attrs["attempts"] for trial in study.trials] == [1] * 3
 
 
 def prepare_full(project, params):
     return tune.prepare(project, params, 0, None, is_confirmation=True)
-
-
-@pytest.mark.slow
-def test_a_confirmation_trains_what_dvc_repro_would_train_and_keeps_the_models(search_project, capsys, monkeypatch):
-    monkeypatch.setattr(console.OUT, "width", 200)
-    project, params = search_project(epochs=3, trial={"num_generated": 16, "epochs": 1, "subset": 24})
-    search, study = run_here(project, params, 2)
-    full = prepare_full(project, params)
-    confirmation = worker.open_study(full)
-    confirmation.enqueue_best(study, 2)
-    worker.run_trials(full)
-    assert {origin_number(t): t.state.name for t in confirmation.trials} == {0: "COMPLETE", 1: "COMPLETE"}
-    for trial in confirmation.trials:
-        own = replace(params, study.values_of(study.trials[origin_number(trial)]), "test")
-        dataset = open_store(project.dataset).fingerprint
-        folder, trial_folder = run_folder(full, trial.number), full.trial_folder(trial.number)
-        assert folder.name == train.run_fingerprint(dataset, own.model, own.loss, own.train)
-        assert epochs_of(full, trial.number) == [1, 2, 3] and epochs_of(search, origin_number(trial)) == [1]
-        assert read_run(folder).name == f"trial {origin_number(trial)} in full"
-        assert (trial_folder / "artifacts" / "refiner" / "refiner.json").exists()
-        for part in ("model", "prior"):
-            assert list((trial_folder / "artifacts" / part).glob("*.safetensors"))
-        assert not list(trial_folder.rglob("checkpoint.pt"))
-
-    file = project.root / "params.yaml"
-    (search.folder / file.name).write_bytes(file.read_bytes())
-    stages = [tune.TrackedStudy(each) for each in (search, full)]
-    capsys.readouterr()
-    best = tune.write_results(stages, "FINISHED", file)
-    printed = capsys.readouterr().out
-    assert best == confirmation.winner() and "rank in search" in printed and "rank in full" in printed
-    assert f"its model, prior and refiner: {full.trial_folder(best.number) / 'artifacts'}" in printed
-    written = project.reports / "tune" / "best.yaml"
-    assert f"trial {origin_number(best)} in full, best of 2" in written.read_text()
-    assert load(written).train.phases[0].learning_rate == confirmation.values_of(best)[RATE]
 
 
 def test_a_confirmation_of_trials_that_are_already_full_is_refused(search_project):
@@ -511,9 +477,12 @@ def mlflow_runs(project):
 
 
 @pytest.mark.slow
-def test_a_killed_confirmation_continues_and_repeats_nothing(search_project, start_tune):
-    project, params = search_project(tracking=True, epochs=LONG, trial={"num_generated": 16, "epochs": 1})
-    search, _ = run_here(project, params, 2)
+def test_a_confirmation_trains_what_dvc_repro_would_train_and_continues_if_it_is_killed(
+    search_project, start_tune, capsys, monkeypatch
+):
+    budget = {"num_generated": 16, "epochs": 1, "subset": 24}
+    project, params = search_project(tracking=True, epochs=LONG, trial=budget)
+    search, study = run_here(project, params, 2)
     full = prepare_full(project, params)
     tracked = tune.TrackedStudy(search)
     tracked.write_record("FINISHED")
@@ -531,9 +500,26 @@ def test_a_killed_confirmation_continues_and_repeats_nothing(search_project, sta
     confirmation = worker.open_study(full)
     best = confirmation.winner()
     assert sorted(origin_number(trial) for trial in confirmation.trials) == [0, 1]
-    assert [epochs_of(full, number) for number in (0, 1)] == [list(range(1, LONG + 1))] * 2
-    assert f"rial {origin_number(best)} in full" in output
-    assert load(project.root / "params.yaml").train.phases[0].beta.end == confirmation.values_of(best)[BETA]
+    for trial in confirmation.trials:
+        own = replace(params, study.values_of(study.trials[origin_number(trial)]), "test")
+        folder, trial_folder = run_folder(full, trial.number), full.trial_folder(trial.number)
+        dataset = open_store(project.dataset).fingerprint
+        assert folder.name == train.run_fingerprint(dataset, own.model, own.loss, own.train)
+        assert epochs_of(full, trial.number) == list(range(1, LONG + 1)) and epochs_of(search, trial.number) == [1]
+        assert read_run(folder).name == f"trial {origin_number(trial)} in full"
+        assert (trial_folder / "artifacts" / "refiner" / "refiner.json").exists()
+        for part in ("model", "prior"):
+            assert list((trial_folder / "artifacts" / part).glob("*.safetensors"))
+        assert not list(trial_folder.rglob("checkpoint.pt"))
+    assert f"its model, prior and refiner: {full.trial_folder(best.number) / 'artifacts'}" in output
+    written = project.reports / "tune" / "best.yaml"
+    assert f"trial {origin_number(best)} in full, best of 2" in written.read_text()
+    for path in (written, project.root / "params.yaml"):
+        assert load(path).train.phases[0].beta.end == confirmation.values_of(best)[BETA]
+    monkeypatch.setattr(console.OUT, "width", 200)
+    print_summary(study, project.root / "params.yaml", confirmation)
+    printed = capsys.readouterr().out
+    assert "rank in search" in printed and "rank in full" in printed
 
     assert "2 of 2 trials in full are done" in finish(*start_tune(project, *arguments))
     assert len(worker.open_study(full).trials) == 2 and len(worker.open_study(search).trials) == 2
@@ -554,10 +540,10 @@ def test_a_search_writes_reports_mlflow_runs_and_params_yaml(search_project, sta
     project, params = search_project(tracking=True)
     path = project.root / "params.yaml"
     path.write_text(path.read_text().replace("base_channels: 8", "base_channels: 8  # kept"))
-    output = finish(*start_tune(project, "--trials", "3", "--workers", "2", fork_workers=False))
+    output = finish(*start_tune(project, "--trials", "2", "--workers", "2", fork_workers=False))
     assert "trial 0 complete" in output
 
-    study = open_study(project, 3)
+    study = open_study(project, 2)
     best = study.winner()
     values = study.values_of(best)
     folder = project.reports / "tune"
@@ -565,19 +551,19 @@ def test_a_search_writes_reports_mlflow_runs_and_params_yaml(search_project, sta
     assert load(folder / "best.yaml").train.phases[0].learning_rate == values[RATE]
     assert load(path) == params  # only --apply changes it
 
-    assert "3 of 3 trials are done" in finish(*start_tune(project, "--trials", "3", "--apply"))
+    assert "2 of 2 trials are done" in finish(*start_tune(project, "--trials", "2", "--apply"))
     assert load(path).train.phases[0].beta.end == values[BETA]
     assert "# kept" in path.read_text()
-    assert open_study(project, 3).name == study.name  # --apply starts no new study
+    assert open_study(project, 2).name == study.name  # --apply starts no new study
 
     runs, client = mlflow_runs(project)
-    assert len(runs) == 4
+    assert len(runs) == 3
     parent = runs[f"search {study.name}"]
-    assert parent.data.metrics["tune/complete"] == 3
+    assert parent.data.metrics["tune/complete"] == 2
     assert parent.data.metrics["tune/best/generation/mmd_domain"] == pytest.approx(best.values[0])
     artifacts = {file.path for name in ("tune", "best") for file in client.list_artifacts(parent.info.run_id, name)}
     assert {"tune/history.png", "tune/best.yaml", "best/samples.png"} <= artifacts
-    for number in range(3):
+    for number in range(2):
         child = runs[f"trial {number}"]
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.metrics["val/generation/mmd_domain"] == pytest.approx(study.trials[number].values[0])
