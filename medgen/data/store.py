@@ -17,11 +17,11 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self, TextIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -116,17 +116,10 @@ def open_store(folder: Path) -> Store:
         _check_file(folder / name, expected)
     counts = description["counts"]
     shape = tuple(description["image_shape"])
-    with_masks = f"{SPLITS[0]}/masks.npy" in description["files"]
-    for split in SPLITS:
-        count = counts[split]
-        _check_array(folder / split / "images.npy", np.uint8, (count, *shape))
-        _check_array(folder / split / "labels.npy", np.int64, (count,))
-        if with_masks:
-            _check_array(folder / split / "masks.npy", np.uint8, (count, 1, *shape[1:]))
-    found = Counter(row["split"] for row in read_csv(folder / MANIFEST, COLUMNS))
-    for split in SPLITS:
-        if found[split] != counts[split]:
-            raise _damaged(folder / MANIFEST, f"{found[split]} rows of {split}", f"{counts[split]}")
+    for split in SPLITS:  # the fingerprint, checked above, covers all files, but not the counts
+        images = _open_array(folder / split / "images.npy")
+        if images.shape != (counts[split], *shape):
+            raise _damaged(folder / split / "images.npy", f"shape {images.shape}", f"{(counts[split], *shape)}")
     return Store(
         folder=folder,
         classes=tuple(description["classes"]),
@@ -155,27 +148,31 @@ class StoreWriter:
         self.building = folder.with_name(f"{folder.name}.building")
         self.shape = image_shape
         self.shapes = {"images": image_shape} | ({"masks": (1, *image_shape[1:])} if with_masks else {})
+        self._staging = self.building / "staging"
+        self._open_files = ExitStack()
 
     def __enter__(self) -> Self:
         shutil.rmtree(self.building, ignore_errors=True)  # left by a killed run
-        self._staging = self.building / "staging"
         self._staging.mkdir(parents=True)
-        self._arrays = {kind: _ArrayFile(self._staging / f"{kind}.npy", shape) for kind, shape in self.shapes.items()}
-        self._rows = _RowFile(self._staging / MANIFEST)
+        opened = self._open_files.enter_context
+        self._arrays = {kind: opened((self._staging / kind).open("wb")) for kind in self.shapes}
+        self._rows = opened(_csv_writer(self._staging / MANIFEST))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        self._open_files.close()
         shutil.rmtree(self.building, ignore_errors=True)  # does not exist after commit
 
     def add(self, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None, row: Mapping[str, str]) -> None:
         """Append an image (C, H, W), a mask (1, H, W) of class numbers, and the manifest row without its split."""
-        self._arrays["images"].append(image)
-        if "masks" in self.shapes:
-            self._arrays["masks"].append(np.zeros(self.shapes["masks"], np.uint8) if mask is None else mask)
-        self._rows.append(row)
+        items = {"images": image, "masks": np.zeros((1, *self.shape[1:]), np.uint8) if mask is None else mask}
+        for kind, shape in self.shapes.items():
+            if items[kind].shape != shape or items[kind].dtype != np.uint8:
+                raise ValueError(f"expected uint8 {shape}, found {items[kind].dtype} {items[kind].shape}")
+            self._arrays[kind].write(np.ascontiguousarray(items[kind]).data)
+        self._rows.writerow(row)
 
     def commit(
         self,
@@ -186,11 +183,11 @@ class StoreWriter:
         name: str = "dataset",
     ) -> Store:
         """Sort the images into their `splits` (None: left out) and replace the old folder. Returns the new store."""
-        self._close()
+        self._open_files.close()
         classes = sorted(
             {row["label"] for split, row in zip(splits, self._read_rows(), strict=True) if split is not None} - {""}
         )
-        with closing(_RowFile(self.building / MANIFEST)) as manifest:
+        with _csv_writer(self.building / MANIFEST) as manifest:
             counts = {split: self._write_split(split, splits, classes, manifest) for split in SPLITS}
         shutil.rmtree(self._staging)
         refused = [{"path": path, "reason": reason} for path, reason in rejected]
@@ -218,85 +215,49 @@ class StoreWriter:
         return open_store(self.folder)
 
     def _write_split(
-        self, split: str, splits: Sequence[str | None], classes: Sequence[str], manifest: "_RowFile"
+        self, split: str, splits: Sequence[str | None], classes: Sequence[str], manifest: "csv.DictWriter[str]"
     ) -> int:
         """Write the arrays and manifest rows of one split; returns its number of images."""
         index = {"": UNLABELLED, **{name: i for i, name in enumerate(classes)}}
         labels = array("q")
         folder = self.building / split
         folder.mkdir()
-        for number, row in enumerate(self._read_rows()):
-            if splits[number] == split:
+        for chosen, row in zip(splits, self._read_rows(), strict=True):
+            if chosen == split:
                 labels.append(index[row["label"]])
-                manifest.append({**row, "split": split})
+                manifest.writerow({**row, "split": split})
         for kind, shape in self.shapes.items():
-            images = _open_array(self._staging / f"{kind}.npy")
-            with closing(_ArrayFile(folder / f"{kind}.npy", shape)) as file:
+            staged = np.memmap(self._staging / kind, np.uint8, "r", shape=(len(splits), *shape))
+            with (folder / f"{kind}.npy").open("wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+                npy.write_array_header_1_0(file, header)
                 for number, chosen in enumerate(splits):
                     if chosen == split:
-                        file.append(images[number])
+                        file.write(staged[number].data)
         np.save(folder / "labels.npy", np.array(labels, dtype=np.int64), allow_pickle=False)
         return len(labels)
 
     def _read_rows(self) -> Iterator[dict[str, str]]:
         return read_csv(self._staging / MANIFEST, COLUMNS)
 
-    def _close(self) -> None:
-        for array_file in self._arrays.values():
-            array_file.close()
-        self._rows.close()
+
+@contextmanager
+def _csv_writer(path: Path) -> Iterator["csv.DictWriter[str]"]:
+    """Writer of a new manifest.csv, with its header and Unix line ends."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        yield _start_csv(file, COLUMNS)
 
 
-class _ArrayFile:
-    """A .npy file of uint8 items that can be appended to. Closing it writes the final header."""
-
-    def __init__(self, path: Path, item_shape: tuple[int, ...]) -> None:
-        self.item_shape = item_shape
-        self.count = 0
-        self._file: BinaryIO = path.open("wb")
-        self._write_header()
-        self._start = self._file.tell()
-
-    def append(self, item: NDArray[np.uint8]) -> None:
-        if item.shape != self.item_shape or item.dtype != np.uint8:
-            raise ValueError(f"expected uint8 {self.item_shape}, found {item.dtype} {item.shape}")
-        self._file.write(np.ascontiguousarray(item).data)
-        self.count += 1
-
-    def close(self) -> None:
-        if self._file.closed:
-            return
-        self._file.seek(0)
-        self._write_header()
-        assert self._file.tell() == self._start, "NumPy pads the header for a longer first axis"
-        self._file.close()
-
-    def _write_header(self) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.item_shape)}
-        npy.write_array_header_1_0(self._file, header)
-
-
-class _RowFile:
-    """A writer of manifest.csv."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n", restval="", quoting=_QUOTING)
-        self._writer.writeheader()
-
-    def append(self, row: Mapping[str, str]) -> None:
-        self._writer.writerow(row)
-
-    def close(self) -> None:
-        self._file.close()
+def _start_csv(stream: TextIO, columns: Sequence[str]) -> "csv.DictWriter[str]":
+    writer = csv.DictWriter(stream, columns, lineterminator="\n", restval="", quoting=_QUOTING)
+    writer.writeheader()
+    return writer
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Write a header and rows of text, with Unix line ends."""
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, lineterminator="\n", restval="", quoting=_QUOTING)
-    writer.writeheader()
-    writer.writerows(rows)
+    _start_csv(stream, columns).writerows(rows)
     write_atomic(path, stream.getvalue().encode())
 
 
@@ -327,12 +288,6 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
         raise _damaged(path, f"{size} bytes", f"{expected['bytes']}")
     if (digest := hash_file(path)) != expected["sha256"]:
         raise _damaged(path, f"sha256 {digest[:12]}…", f"{expected['sha256'][:12]}…")
-
-
-def _check_array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-    array = _open_array(path)
-    if array.dtype != dtype or array.shape != shape:
-        raise _damaged(path, f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}")
 
 
 def _open_array(path: Path) -> NDArray[Any]:
