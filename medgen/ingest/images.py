@@ -149,11 +149,10 @@ def _format_of(path: Path) -> _Format:
             return _Format(nifti.inspect, nifti.VolumeFile)
         case None:
             raise UnreadableImage(describe_file(path))
-        case kind:
+        case _:
             from medgen.ingest.formats import arrays
 
-            files = {"npz": arrays.NpzFile, "idx": arrays.IdxFile, "cifar": arrays.CifarFile}
-            return _Format(arrays.inspect, files[kind])
+            return _Format(arrays.inspect, arrays.ArrayFile)
 
 
 def _kind_by_name(name: str) -> str | None:

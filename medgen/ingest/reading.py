@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -24,6 +25,7 @@ import numpy as np
 from medgen.config import Preprocess
 from medgen.ingest.dataset_scan import ImageRecord
 from medgen.ingest.formats.raw import ImageFile, LeftOutImage, RawImage, UnreadableImage
+from medgen.ingest.formats.streams import LoadOnce
 from medgen.ingest.images import open_file, source_files
 from medgen.io import hash_file
 from medgen.machine import num_cores
@@ -31,6 +33,8 @@ from medgen.machine import num_cores
 _MAX_FILE_BYTES = 64 << 30  # a year of CT in one file; a larger file is no image file
 _BATCH_SIZE = 32  # images of one file that a thread reads in one task
 _MAX_PENDING = 96  # images that are read ahead of the caller
+
+_PATH = attrgetter("path")
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -74,7 +78,7 @@ def hash_sources(
     folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess, num_threads: int | None = None
 ) -> Iterator[str]:
     """`ReadResult.source` of each record, without decoding images."""
-    files = ((records[start:end], records[start]) for start, end in _file_ranges(records))
+    files = ((of_file := list(group), of_file[0]) for _, group in itertools.groupby(records, key=_PATH))
     for batch, digest in _map(lambda _, record: _hash_files(folder, record, preprocess), files, num_threads):
         yield from itertools.repeat(digest, len(batch))
 
@@ -113,23 +117,9 @@ class _SharedFile:
         self.source = ""
         self._folder, self._record, self._preprocess = folder, record, preprocess
         self._batches_left = -(-num_images // _BATCH_SIZE)
-        self._files: tuple[ImageFile, ImageFile | None] | None = None
-        self._reason: UnreadableImage | None = None
+        self.open = LoadOnce(self._open)
         self._stack = ExitStack()
         self._lock = threading.Lock()
-
-    def open(self) -> tuple[ImageFile, ImageFile | None]:
-        """The open files. If they cannot be opened, every call raises the same reason."""
-        with self._lock:
-            if self._reason is not None:
-                raise type(self._reason)(str(self._reason))  # a new exception: threads must not share a traceback
-            if self._files is None:
-                try:
-                    self._files = self._open()
-                except UnreadableImage as reason:
-                    self._reason = reason
-                    raise
-            return self._files
 
     def finish_batch(self) -> None:
         """Close the files after the last batch."""
@@ -163,19 +153,11 @@ class _SharedFile:
 def _batches(
     folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess
 ) -> Iterator[tuple[_SharedFile, Sequence[ImageRecord]]]:
-    for start, end in _file_ranges(records):
-        file = _SharedFile(folder, records[start], preprocess, end - start)
-        for at in range(start, end, _BATCH_SIZE):
-            yield file, records[at : min(at + _BATCH_SIZE, end)]
-
-
-def _file_ranges(records: Sequence[ImageRecord]) -> Iterator[tuple[int, int]]:
-    """Start and end of each file's records."""
-    start = 0
-    for end in range(1, len(records) + 1):
-        if end == len(records) or records[end].path != records[start].path:
-            yield start, end
-            start = end
+    for _, group in itertools.groupby(records, key=_PATH):
+        of_file = list(group)
+        file = _SharedFile(folder, of_file[0], preprocess, len(of_file))
+        for start in range(0, len(of_file), _BATCH_SIZE):
+            yield file, of_file[start : start + _BATCH_SIZE]
 
 
 def _read_batch(file: _SharedFile, batch: Sequence[ImageRecord], transform: Transform[T]) -> list[ReadResult[T]]:

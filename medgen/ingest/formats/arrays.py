@@ -1,7 +1,7 @@
 """Readers of files of thousands of small images: MedMNIST's npz, MNIST's idx and CIFAR's binary batches.
 
 contents = inspect(Path("pneumoniamnist.npz"), preprocess)   # one index, label and split per image
-with NpzFile(path, preprocess) as file:
+with ArrayFile(path, preprocess) as file:
     raw = file.read(0)
 
 Compressed arrays are inflated once, into an unnamed temporary file that is mapped into memory: an open file takes disk
@@ -12,21 +12,19 @@ Features from Tiny Images (2009), https://www.cs.toronto.edu/~kriz/cifar.html; M
 Shapes: N images of a file, H W height and width.
 """
 
-import gzip
 import io
 import math
 import re
 import struct
-import threading
 import zipfile
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, cast
 
 import cv2
 import numpy as np
@@ -38,14 +36,14 @@ from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableI
 from medgen.ingest.formats.streams import (
     CHUNK,
     MAX_DEFLATE_RATIO,
+    LoadOnce,
     check_end,
     copy_to_mmap,
     max_inflated_bytes,
     open_inflated,
     read_exactly,
+    unreadable_errors,
 )
-
-T = TypeVar("T")
 
 _SPLITS = ("train", "val", "test")
 _SPLIT_OF_WORD = {"train": "train", "val": "val", "valid": "val", "t10k": "test", "test": "test"}
@@ -83,29 +81,33 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
     Raises:
         UnreadableImage: the file is damaged, is none of these formats, or is a pickled CIFAR batch.
     """
-    if is_idx_images(path.name):
-        return _inspect_idx(path)
-    if _CIFAR_NAME.fullmatch(path.name.removesuffix(".bin")):
-        return _inspect_cifar(path)
-    return _inspect_npz(path)
+    with unreadable_errors():
+        return _format_of(path)[0](path)
 
 
-class _ArrayFile(ImageFile):
-    """Base class of the readers: `_read_stored` returns (H, W) or (H, W, 3) and the number of unused high bits."""
+class ArrayFile(ImageFile):
+    """An npz, idx or CIFAR file; an npz file's arrays follow one another in the order train, val, test."""
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        self._path, self._mask = path, mask
+        with unreadable_errors():
+            arrays = _format_of(path)[1](path)
+        self._arrays = [LoadOnce(partial(_load_array, load)) for _, load in arrays]
+        self._ends = list(accumulate(num_images for num_images, _ in arrays))
+        self._mask = mask
         self._keeps_colour = preprocess.channels == 3 and not mask
-        self._lock = threading.Lock()
-        self._loaded: dict[str, Any] = {}
-        self._reasons: dict[str, str] = {}  # error messages of arrays that could not be loaded
+
+    @property
+    def num_images(self) -> int:
+        """Number of images of all arrays together."""
+        return self._ends[-1]
 
     def read(self, index: int) -> RawImage:
         """Read one image; 16-bit values are shifted so that the highest one of their array is close to white."""
         if not 0 <= index < self.num_images:
             raise UnreadableImage(f"image {index} of {self.num_images}")
-        with _unreadable_errors():
-            stored, num_unused_bits = self._read_stored(index)
+        number = bisect_right(self._ends, index)
+        array, num_unused_bits = self._arrays[number]()
+        stored = array[index - (self._ends[number] - len(array))]
         deep = stored.dtype.itemsize == 2
         pixels: Any = np.array(stored, np.uint16 if deep else np.uint8, order="C")
         height, width = pixels.shape[:2]
@@ -116,22 +118,24 @@ class _ArrayFile(ImageFile):
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         return RawImage(pixels, (width, height), mode)
 
-    def _read_stored(self, index: int) -> tuple[NDArray[Any], int]:
-        raise NotImplementedError
 
-    def _load_once(self, key: str, load: Callable[[], T]) -> T:
-        """Call `load` once for all images, also if it fails: a damaged file may be long."""
-        with self._lock:
-            if key in self._reasons:
-                raise UnreadableImage(self._reasons[key])
-            if key not in self._loaded:
-                try:
-                    with _unreadable_errors():
-                        self._loaded[key] = load()
-                except UnreadableImage as error:
-                    self._reasons[key] = str(error)
-                    raise
-            return cast(T, self._loaded[key])
+_Load = Callable[[], NDArray[Any]]  # loads the images (N, H, W) or (N, H, W, 3) of an array
+
+
+def _load_array(load: _Load) -> tuple[NDArray[Any], int]:
+    """Images of an array, and the number of high bits that none of its values uses."""
+    with unreadable_errors():
+        array = load()
+        return array, 0 if array.dtype.itemsize == 1 else 16 - max(1, int(array.max()).bit_length())
+
+
+def _format_of(path: Path) -> tuple[Callable[[Path], Contents], Callable[[Path], Sequence[tuple[int, _Load]]]]:
+    """Functions that read a file's metadata, and the number of images and loader of each of its arrays."""
+    if is_idx_images(path.name):
+        return _inspect_idx, _idx_arrays
+    if _CIFAR_NAME.fullmatch(path.name.removesuffix(".bin")):
+        return _inspect_cifar, _cifar_arrays
+    return _inspect_npz, _npz_arrays
 
 
 # npz
@@ -155,37 +159,21 @@ class _Member:
         return np.frombuffer(values, self.dtype).reshape(self.shape, order="F" if self.is_fortran else "C")
 
 
-class NpzFile(_ArrayFile):
-    """Images of a file in MedMNIST's layout, in the order train, val, test."""
+def _npz_arrays(path: Path) -> Sequence[tuple[int, _Load]]:
+    with _open_npz(path) as archive:
+        return [(member.shape[0], partial(_load_npz, path, member)) for _, member in _read_image_members(archive)]
 
-    def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        super().__init__(path, preprocess, mask)
-        with _unreadable_errors(), _open_npz(path) as archive:
-            self._members = [member for _, member in _read_image_members(archive)]
-        self._ends = list(accumulate(member.shape[0] for member in self._members))
 
-    @property
-    def num_images(self) -> int:
-        """Number of images of train, val and test together."""
-        return self._ends[-1]
-
-    def _read_stored(self, index: int) -> tuple[NDArray[Any], int]:
-        number = bisect_right(self._ends, index)
-        member = self._members[number]
-        array, num_unused_bits = self._load_once(member.name, lambda: self._load(member))
-        return array[index - (self._ends[number] - len(array))], num_unused_bits
-
-    def _load(self, member: _Member) -> tuple[NDArray[Any], int]:
-        with _open_npz(self._path) as archive, archive.open(member.name) as stream:
-            stream.read(member.start)
-            array = member.view(copy_to_mmap(stream, member.num_bytes))
-            check_end(stream)
-        num_unused_bits = 0 if array.dtype.itemsize == 1 else 16 - max(1, int(array.max()).bit_length())
-        return array, num_unused_bits
+def _load_npz(path: Path, member: _Member) -> NDArray[Any]:
+    with _open_npz(path) as archive, archive.open(member.name) as stream:
+        stream.read(member.start)
+        array = member.view(copy_to_mmap(stream, member.num_bytes))
+        check_end(stream)
+    return array
 
 
 def _inspect_npz(path: Path) -> Contents:
-    with _unreadable_errors(), _open_npz(path) as archive:
+    with _open_npz(path) as archive:
         members = _read_image_members(archive)
         splits = [split for split, member in members for _ in range(member.shape[0])]
         per_split = [_read_npz_labels(archive, split, member.shape[0]) for split, member in members]
@@ -286,39 +274,26 @@ def _read_member(archive: zipfile.ZipFile, key: str) -> _Member:
 # idx
 
 
-class IdxFile(_ArrayFile):
-    """Images of one idx file of MNIST's kind."""
+def _idx_arrays(path: Path) -> Sequence[tuple[int, _Load]]:
+    shape = _read_idx_shape(path)
+    return [(shape[0], partial(_load_idx, path, shape))]
 
-    def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        super().__init__(path, preprocess, mask)
-        with _unreadable_errors():
-            self._shape = _read_idx_shape(path)
-        self._is_transposed = path.name.lower().startswith("emnist")  # stored column by column, unlike all others
 
-    @property
-    def num_images(self) -> int:
-        """Number of images by the header."""
-        return self._shape[0]
-
-    def _read_stored(self, index: int) -> tuple[NDArray[Any], int]:
-        pixels = self._load_once("images", self._load)[index]
-        return (pixels.T if self._is_transposed else pixels), 0
-
-    def _load(self) -> NDArray[np.uint8]:
-        with open_inflated(self._path) as stream:
-            stream.read(16)
-            values = copy_to_mmap(stream, math.prod(self._shape))
-            check_end(stream)
-        return np.frombuffer(values, np.uint8).reshape(self._shape)
+def _load_idx(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    with open_inflated(path) as stream:
+        stream.read(16)
+        values = copy_to_mmap(stream, math.prod(shape))
+        check_end(stream)
+    images = np.frombuffer(values, np.uint8).reshape(shape)
+    return images.transpose(0, 2, 1) if path.name.lower().startswith("emnist") else images  # stored column by column
 
 
 def _inspect_idx(path: Path) -> Contents:
-    with _unreadable_errors():
-        num_images, _, _ = _read_idx_shape(path)
+    num_images, _, _ = _read_idx_shape(path)
     labels_path = _find_idx_labels(path)
     names = None
     if labels_path is not None:
-        with _unreadable_errors(f"{labels_path.name}: "):
+        with unreadable_errors(f"{labels_path.name}: "):
             names = _number_labels(_read_idx_labels(labels_path, num_images))
     words = re.split(r"[-_. ]", path.name.lower())
     split = next((_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD), None)
@@ -341,7 +316,7 @@ def _find_idx_labels(path: Path) -> Path | None:
 def _read_idx_shape(path: Path) -> tuple[int, int, int]:
     """N, H and W by the header, checked against the file's size."""
     with open_inflated(path) as stream:
-        kind, num_images, height, width = struct.unpack(">4I", read_exactly(stream, 16))
+        kind, num_images, height, width = struct.unpack(">4I", read_exactly(stream, 16).data)
     if kind != _IDX_IMAGES:
         raise UnreadableImage("not an idx file of images: it does not begin with 00 00 08 03")
     _check_num_images(num_images)
@@ -353,7 +328,7 @@ def _read_idx_shape(path: Path) -> tuple[int, int, int]:
 
 def _read_idx_labels(path: Path, num_images: int) -> NDArray[np.uint8]:
     with open_inflated(path) as stream:
-        kind, num_labels = struct.unpack(">2I", read_exactly(stream, 8))
+        kind, num_labels = struct.unpack(">2I", read_exactly(stream, 8).data)
         if kind != _IDX_LABELS:
             raise UnreadableImage("not an idx file of labels: it does not begin with 00 00 08 01")
         if num_labels != num_images:
@@ -398,31 +373,18 @@ def is_cifar_batch(path: Path) -> bool:
     return True
 
 
-class CifarFile(_ArrayFile):
-    """Images of one batch of the binary edition of CIFAR-10 or CIFAR-100."""
-
-    def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        super().__init__(path, preprocess, mask)
-        with _unreadable_errors():
-            _, self._rows = _read_cifar(path)
-
-    @property
-    def num_images(self) -> int:
-        """Number of rows in the batch."""
-        return len(self._rows)
-
-    def _read_stored(self, index: int) -> tuple[NDArray[Any], int]:
-        planes = self._rows[index, -_CIFAR_PIXEL_BYTES:].reshape(3, 32, 32)  # red, green, blue
-        return planes.transpose(1, 2, 0), 0
+def _cifar_arrays(path: Path) -> Sequence[tuple[int, _Load]]:
+    _, rows = _read_cifar(path)
+    planes = rows[:, -_CIFAR_PIXEL_BYTES:].reshape(-1, 3, 32, 32)  # red, green, blue; still mapped
+    return [(len(rows), lambda: planes.transpose(0, 2, 3, 1))]
 
 
 def _inspect_cifar(path: Path) -> Contents:
-    with _unreadable_errors():
-        edition, rows = _read_cifar(path)
+    edition, rows = _read_cifar(path)
     labels, names_path = rows[:, len(edition.num_classes) - 1], path.with_name(edition.class_names)
     has_names = names_path.is_file()
     if has_names:
-        with _unreadable_errors(f"{names_path.name}: "):
+        with unreadable_errors(f"{names_path.name}: "):
             classes = _read_class_names(names_path)
     return Contents(
         range(len(labels)),
@@ -490,18 +452,3 @@ def _name_labels(labels: NDArray[Any], names: Sequence[str], source: str) -> lis
     if labels.min() < 0 or labels.max() >= len(names):
         raise UnreadableImage(f"labels from {labels.min()} to {labels.max()}; {source} names {len(names)} classes")
     return [names[label] for label in labels.tolist()]
-
-
-@contextmanager
-def _unreadable_errors(prefix: str = "") -> Iterator[None]:
-    """Raise what zipfile, gzip and numpy raise on a damaged file as UnreadableImage."""
-    try:
-        yield
-    except UnreadableImage as error:
-        raise UnreadableImage(f"{prefix}{error}") from None
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, struct.error):
-        raise UnreadableImage(f"{prefix}damaged or cut short") from None
-    except OSError as error:
-        raise UnreadableImage(f"{prefix}{error.strerror or 'damaged'}") from None
-    except (LookupError, ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RuntimeError) as error:
-        raise UnreadableImage(f"{prefix}damaged ({type(error).__name__})") from None

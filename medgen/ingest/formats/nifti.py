@@ -11,18 +11,13 @@ thread has a volume open.
 Shapes: X Y Z the volume's sides towards the patient's Right, Anterior and Superior (RAS); A B C its sides as stored.
 """
 
-import gzip
 import math
 import re
 import struct
-import threading
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -30,7 +25,14 @@ from numpy.typing import NDArray
 
 from medgen.config import Preprocess
 from medgen.ingest.formats.raw import MAX_PIXELS, Contents, ImageFile, LeftOutImage, RawImage, UnreadableImage
-from medgen.ingest.formats.streams import CHUNK, copy_to_mmap, max_inflated_bytes, open_inflated
+from medgen.ingest.formats.streams import (
+    LoadOnce,
+    copy_to_mmap,
+    max_inflated_bytes,
+    open_inflated,
+    read_exactly,
+    unreadable_errors,
+)
 
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # indices into X Y Z
 _MAX_VOXELS = 1 << 28  # of a frame: 512 x 512 x 1024, a long CT
@@ -69,10 +71,7 @@ class VolumeFile(ImageFile):
         self._volume, self._mask, self._keeps_values = preprocess.volume, mask, preprocess.mask_values is not None
         self._axis = _AXES[preprocess.volume.axis]
         self._header = _read_header(path, preprocess, mask)
-        self._voxels: NDArray[Any] | None = None  # (X, Y, Z) as stored, unscaled
-        self._reason = ""  # error message if the voxels could not be loaded
-        self._window = _Window(0.0, 0.0, 0.0)
-        self._lock = threading.Lock()
+        self._load = LoadOnce(self._load_volume)
 
     @property
     def num_images(self) -> int:
@@ -89,7 +88,7 @@ class VolumeFile(ImageFile):
             UnreadableImage: the volume is damaged.
             LeftOutImage: the share of foreground in the slice is below `preprocess.volume.min_foreground`.
         """
-        voxels = self._load()
+        voxels, window = self._load()
         if not 0 <= index < voxels.shape[self._axis]:
             raise UnreadableImage(f"slice {index} of {voxels.shape[self._axis]}")
         plane = voxels[(slice(None),) * self._axis + (index,)]
@@ -100,11 +99,11 @@ class VolumeFile(ImageFile):
             return self._to_raw(whole, cv2.INTER_NEAREST)
         if self._mask:
             return self._to_raw(np.where((upright != 0) & finite, np.uint8(255), np.uint8(0)), cv2.INTER_NEAREST)
-        share = float(np.mean(finite & (upright > self._window.foreground)))
+        share = float(np.mean(finite & (upright > window.foreground)))
         if share < self._volume.min_foreground:
             percent = f"{100 * share:.3g} %"
             raise LeftOutImage(f"empty slice: {percent} foreground, less than preprocess.volume.min_foreground")
-        return self._to_raw(self._window.stretch(upright, finite), cv2.INTER_LINEAR)
+        return self._to_raw(window.stretch(upright, finite), cv2.INTER_LINEAR)
 
     def _to_raw(self, pixels: Any, interpolation: int) -> RawImage:
         height, width = pixels.shape
@@ -113,25 +112,18 @@ class VolumeFile(ImageFile):
             pixels = cv2.resize(pixels, target, interpolation=interpolation)
         return RawImage(pixels, (width, height), self._header.dtype.name)
 
-    def _load(self) -> NDArray[Any]:
-        with self._lock:
-            if self._reason:
-                raise UnreadableImage(self._reason)
-            if self._voxels is None:
-                try:
-                    voxels = _read_voxels(self._header)
-                    if not self._mask:
-                        self._window = _find_window(self._header.scale(_sample(voxels)), self._volume.window)
-                except UnreadableImage as error:
-                    self._reason = str(error)  # for all slices: loading again would take as long
-                    raise
-                self._voxels = _to_ras(voxels, self._header)
-            return self._voxels
+    def _load_volume(self) -> tuple[NDArray[Any], "_Window"]:
+        """Voxels (X, Y, Z) as stored, unscaled, and the window of an image."""
+        voxels = _read_voxels(self._header)
+        if self._mask:
+            return _to_ras(voxels, self._header), _Window(0.0, 0.0, 0.0)
+        window = _find_window(self._header.scale(_sample(voxels)), self._volume.window)
+        return _to_ras(voxels, self._header), window
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._voxels = None
+        self._load = LoadOnce(self._load_volume)  # forget the voxels
 
 
 # the header
@@ -180,7 +172,7 @@ class _Header:
 
 
 def _read_header(path: Path, preprocess: Preprocess, mask: bool) -> _Header:
-    with _unreadable_errors():
+    with unreadable_errors(damaged="a damaged header"):
         voxels_path = _find_voxels(path)
         with open_inflated(path) as stream:
             parsed = _parse(stream.read(540), is_pair=voxels_path != path)
@@ -287,23 +279,12 @@ def _check_length(header: _Header) -> None:
 
 def _read_voxels(header: _Header) -> NDArray[Any]:
     """One frame (A, B, C), as stored."""
-    with _unreadable_errors(), open_inflated(header.voxels_path) as stream:
+    with unreadable_errors(), open_inflated(header.voxels_path) as stream:
         stream.seek(header.start)  # gzip inflates in pieces up to there and keeps nothing
         large = math.prod(header.shape) > _MAX_VOXELS_IN_MEMORY
-        values: Any = (copy_to_mmap if large else _read_into_memory)(stream, header.num_bytes)
+        values: Any = (copy_to_mmap if large else read_exactly)(stream, header.num_bytes)
         stream.read(1)  # gzip compares its checksum if this is the end
     return np.frombuffer(values, header.dtype).reshape(header.shape, order="F")
-
-
-def _read_into_memory(stream: IO[bytes], num_bytes: int) -> NDArray[np.uint8]:
-    buffer = np.empty(num_bytes, np.uint8)
-    view, filled = buffer.data, 0
-    while filled < num_bytes:
-        count = cast(Any, stream).readinto(view[filled : filled + CHUNK])
-        if not count:
-            raise UnreadableImage(f"cut short: {filled} of {num_bytes} bytes of the voxels")
-        filled += count
-    return buffer
 
 
 def _to_ras(voxels: NDArray[Any], header: _Header) -> NDArray[Any]:
@@ -356,27 +337,6 @@ def _find_window(samples: NDArray[np.float64], percentiles: tuple[float, float])
     if black == white:  # nearly all voxels are background, as in a lesion map
         black, white = float(samples.min()), float(samples.max())
     return _Window(black, white, darkest + 0.1 * (brightest - darkest))
-
-
-@contextmanager
-def _unreadable_errors() -> Iterator[None]:
-    """Raise what gzip, numpy and nibabel raise on a damaged file as UnreadableImage."""
-    nibabel = _nibabel()
-    try:
-        yield
-    except UnreadableImage:
-        raise
-    except (gzip.BadGzipFile, zlib.error, EOFError):
-        raise UnreadableImage("damaged or cut short") from None
-    except OSError as error:
-        raise UnreadableImage(error.strerror or "damaged") from None
-    except (
-        nibabel.spatialimages.HeaderDataError,
-        nibabel.filebasedimages.ImageFileError,
-        nibabel.wrapstruct.WrapStructError,
-        *(LookupError, ValueError, TypeError, OverflowError),
-    ) as error:
-        raise UnreadableImage(f"a damaged header ({type(error).__name__})") from None
 
 
 def _nibabel() -> Any:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from medgen.config import Preprocess
 from medgen.ingest.formats import arrays, streams
-from medgen.ingest.formats.arrays import CifarFile, IdxFile, NpzFile, inspect, is_cifar_batch, is_idx_images
+from medgen.ingest.formats.arrays import ArrayFile, inspect, is_cifar_batch, is_idx_images
 from medgen.ingest.formats.raw import ImageFile, RawImage, UnreadableImage
 
 GREY, COLOUR = Preprocess(), Preprocess(channels=3)
@@ -34,8 +34,7 @@ def luma(rgb: np.ndarray) -> np.ndarray:
 
 
 def open_file(path: Path, preprocess: Preprocess = GREY, mask: bool = False) -> ImageFile:
-    kind = IdxFile if is_idx_images(path.name) else CifarFile if is_cifar_batch(path) else NpzFile
-    return kind(path, preprocess, mask)
+    return ArrayFile(path, preprocess, mask)
 
 
 def read_all(path: Path, preprocess: Preprocess = GREY) -> list[RawImage]:
@@ -103,7 +102,7 @@ def test_16_bit_images_are_shifted_to_fill_the_range(tmp_path: Path, dtype: str)
     found = read_all(path)[:5]
     assert np.array_equal([raw.pixels for raw in found], deep.astype(np.int64) * 64)
     assert found[0].mode == "I;16"
-    with NpzFile(path, COLOUR, mask=True) as file:
+    with ArrayFile(path, COLOUR, mask=True) as file:
         assert np.array_equal(file.read(0).pixels, deep[0])  # a mask's values are as stored
 
 
@@ -236,12 +235,12 @@ def test_a_zip_bomb_is_mapped_from_disk_or_refused(tmp_path: Path, monkeypatch: 
     side = 8000  # 64 MB of zeros in 64 kB
     save_zip(path, train_images=npy((1, side, side), bytes(side * side)))
     tracemalloc.start()
-    with NpzFile(path, GREY) as file:
+    with ArrayFile(path, GREY) as file:
         file.read(0)
     assert tracemalloc.get_traced_memory()[1] < 2.2 * side * side  # the image itself, and no more
     tracemalloc.stop()
     monkeypatch.setattr(streams.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 20})())
-    with NpzFile(path, GREY) as file, pytest.raises(UnreadableImage, match=r"takes 61 MiB, .* has 1 MiB free"):
+    with ArrayFile(path, GREY) as file, pytest.raises(UnreadableImage, match=r"takes 61 MiB, .* has 1 MiB free"):
         file.read(0)
 
 
@@ -465,7 +464,7 @@ def test_a_pickled_cifar_batch_is_refused_and_never_loaded(
     monkeypatch.setattr(pickle, "load", None)
     monkeypatch.setattr(pickle, "loads", None)
     assert is_cifar_batch(tmp_path / name)
-    for use in (inspect, CifarFile):
+    for use in (inspect, ArrayFile):
         with pytest.raises(UnreadableImage, match=r"^a pickled .*cifar-10-binary\.tar\.gz.*data fetch cifar10"):
             use(tmp_path / name, GREY)
 
@@ -568,7 +567,7 @@ def test_real_medmnist(shared_data: Callable[[str], Path]) -> None:
     contents = inspect(path, GREY)
     assert [contents.splits.count(split) for split in ("train", "val", "test")] == [2428, 270, 468]
     assert set(contents.labels) == {"0", "1"}
-    with np.load(path) as stored, NpzFile(path, GREY) as file:
+    with np.load(path) as stored, ArrayFile(path, GREY) as file:
         for index, (split, place) in {0: ("train", 0), 2428: ("val", 0), 3165: ("test", 467)}.items():
             assert np.array_equal(file.read(index).pixels, stored[f"{split}_images"][place])
             assert contents.labels[index] == str(stored[f"{split}_labels"][place, 0])
@@ -582,7 +581,7 @@ def test_real_mnist(shared_data: Callable[[str], Path]) -> None:
     assert "".join(contents.labels[:10]) == "7210414959"  # as its authors publish them
     assert contents.companions == (folder / "t10k-labels-idx1-ubyte.gz",)
     stored = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
-    with IdxFile(path, GREY) as file:
+    with ArrayFile(path, GREY) as file:
         for index in (0, 1, 9999):
             pixels = file.read(index).pixels
             assert np.array_equal(pixels, stored[index])
