@@ -11,7 +11,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +33,11 @@ from medgen.ingest.transforms import preprocess_image, preprocess_mask
 _Rejected = tuple[str, str]  # name of an image or path of a file, and the reason
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    image: NDArray[np.uint8]  # (C, S, S)
-    mask: NDArray[np.uint8] | None  # (1, S, S) class numbers
-    thumbnail: NDArray[np.uint8]
+# image (C, S, S), mask (1, S, S) of class numbers, thumbnail
+_Sample = tuple[NDArray[np.uint8], NDArray[np.uint8] | None, NDArray[np.uint8]]
 
 
-def run(
-    project: Project, *, data: config.Data, preprocess: config.Preprocess, num_threads: int | None = None
-) -> store.Store:
+def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -> store.Store:
     """Create artifacts/dataset from the data folder, unless it is up to date.
 
     Raises:
@@ -53,14 +48,14 @@ def run(
     scanned = dataset_scan.scan(folder, data, preprocess)
     if data.splits == "own":
         scanned = replace(scanned, records=[replace(record, split=None) for record in scanned.records])
-    current = _open_if_current(project, data, scanned, preprocess, num_threads)
+    current = _open_if_current(project, data, scanned, preprocess)
     state = "unchanged"
     if current is None:
         if scanned.has_patient_ids and not data.keep_patient_ids and not patients.has_salt(folder):
             warn(printable(f"{folder}: patient identifiers are hashed with a public salt; see docs/data.md, Patients"))
         _check_disk_space(project, len(scanned.records), preprocess)
         try:
-            current, state = _build(project, data, scanned, preprocess, num_threads), "written"
+            current, state = _build(project, data, scanned, preprocess), "written"
         except OSError as error:
             raise UserError(
                 f"{project.dataset}: cannot be written: {error.strerror or error}; expected a writable folder with "
@@ -72,7 +67,7 @@ def run(
 
 
 def _open_if_current(
-    project: Project, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess, num_threads: int | None
+    project: Project, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess
 ) -> store.Store | None:
     """The existing store if it was made from the same files and settings. Compares file contents, not time stamps."""
     if not project.dataset.exists():
@@ -82,15 +77,13 @@ def _open_if_current(
     except UserError:
         return None  # damaged, so rebuild it
     source = _SourceDigest(data, scanned, preprocess)
-    hashes = hash_sources(project.root / data.path, scanned.records, preprocess, num_threads)
+    hashes = hash_sources(project.root / data.path, scanned.records, preprocess)
     for record, digest in zip(scanned.records, hashes, strict=True):
         source.add(record, digest)
     return existing if existing.name == data.name and existing.source == source.digest() else None
 
 
-def _build(
-    project: Project, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess, num_threads: int | None
-) -> store.Store:
+def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess) -> store.Store:
     folder, records = project.root / data.path, scanned.records
     shape = (preprocess.channels, preprocess.image_size, preprocess.image_size)
     with_masks = any(record.mask for record in records)
@@ -99,11 +92,9 @@ def _build(
     source = _SourceDigest(data, scanned, preprocess)
 
     def transform(record: ImageRecord, raw: RawImage, mask: RawImage | None) -> _Sample:
-        return _Sample(
-            image=preprocess_image(raw.pixels, preprocess),
-            mask=None if mask is None else preprocess_mask(mask, raw, str(record.mask), preprocess),
-            thumbnail=thumbnail(raw.pixels),
-        )
+        image = preprocess_image(raw.pixels, preprocess)
+        small_mask = None if mask is None else preprocess_mask(mask, raw, str(record.mask), preprocess)
+        return image, small_mask, thumbnail(raw.pixels)
 
     with (
         store.StoreWriter(project.dataset, shape, with_masks) as writer,
@@ -111,13 +102,14 @@ def _build(
         counting_bar() as progress,
     ):
         task = progress.add_task("preprocess", total=len(records))
-        for result in read_images(folder, records, preprocess, transform, num_threads):
+        for result in read_images(folder, records, preprocess, transform):
             source.add(result.record, result.source)
             if result.value is None:
                 (left_out if result.left_out else unreadable).append((result.record.name, result.reason))
             else:
-                writer.add(result.value.image, result.value.mask, _manifest_row(result))
-                index.add(result, result.value.thumbnail)
+                image, mask, thumb = result.value
+                writer.add(image, mask, _manifest_row(result))
+                index.add(result, thumb)
             progress.advance(task)
         _check_unreadable(project, unreadable, len(records), preprocess.max_rejected)
         assigned, dropped = _assign_splits(index, data, preprocess)

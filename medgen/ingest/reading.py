@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -33,8 +32,6 @@ from medgen.machine import num_cores
 _MAX_FILE_BYTES = 64 << 30  # a year of CT in one file; a larger file is no image file
 _BATCH_SIZE = 32  # images of one file that a thread reads in one task
 _MAX_PENDING = 96  # images that are read ahead of the caller
-
-_PATH = attrgetter("path")
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -57,55 +54,45 @@ class ReadResult(Generic[T]):
 
 
 def read_images(
-    folder: Path,
-    records: Sequence[ImageRecord],
-    preprocess: Preprocess,
-    transform: Transform[T],
-    num_threads: int | None = None,
+    folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess, transform: Transform[T]
 ) -> Iterator[ReadResult[T]]:
     """Read each record's image and mask and apply `transform`, which may raise UnreadableImage."""
     cv2_threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the pool uses all cores already
     try:
-        batches = ((batch, file) for file, batch in _batches(folder, records, preprocess))
-        for _, results in _map(lambda batch, file: _read_batch(file, batch, transform), batches, num_threads):
-            yield from results
+        batches = _batches(folder, records, preprocess)
+        yield from _map(lambda file, batch: _read_batch(file, batch, transform), batches)
     finally:
         cv2.setNumThreads(cv2_threads)
 
 
-def hash_sources(
-    folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess, num_threads: int | None = None
-) -> Iterator[str]:
+def hash_sources(folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess) -> Iterator[str]:
     """`ReadResult.source` of each record, without decoding images."""
-    files = ((of_file := list(group), of_file[0]) for _, group in itertools.groupby(records, key=_PATH))
-    for batch, digest in _map(lambda _, record: _hash_files(folder, record, preprocess), files, num_threads):
-        yield from itertools.repeat(digest, len(batch))
+    files = ((of_file[0], of_file) for of_file in _by_file(records))
+    return _map(lambda record, of_file: [_hash_files(folder, record, preprocess)] * len(of_file), files)
 
 
 def _map(
-    function: Callable[[Sequence[ImageRecord], Item], Result],
-    items: Iterable[tuple[Sequence[ImageRecord], Item]],
-    num_threads: int | None,
-) -> Iterator[tuple[Sequence[ImageRecord], Result]]:
-    """`pool.map` with at most `_MAX_PENDING` images in flight, which bounds the memory."""
-    pending: deque[tuple[Sequence[ImageRecord], Future[Result]]] = deque()
-    num_pending = 0
-    with ThreadPoolExecutor(num_threads or num_cores()) as pool:
+    function: Callable[[Item, Sequence[ImageRecord]], Sequence[Result]],
+    batches: Iterable[tuple[Item, Sequence[ImageRecord]]],
+) -> Iterator[Result]:
+    """One result per record. At most `_MAX_PENDING` images are in flight, which bounds the memory."""
+    pending: deque[tuple[int, Future[Sequence[Result]]]] = deque()  # number of images of each batch
+    with ThreadPoolExecutor(num_cores()) as pool:
         try:
-            for batch, item in items:
-                pending.append((batch, pool.submit(function, batch, item)))
-                num_pending += len(batch)
-                while num_pending >= _MAX_PENDING and len(pending) > 1:
-                    done, future = pending.popleft()
-                    num_pending -= len(done)
-                    yield done, future.result()
+            for item, batch in batches:
+                pending.append((len(batch), pool.submit(function, item, batch)))
+                while len(pending) > 1 and sum(count for count, _ in pending) >= _MAX_PENDING:
+                    yield from pending.popleft()[1].result()
             while pending:
-                done, future = pending.popleft()
-                yield done, future.result()
+                yield from pending.popleft()[1].result()
         finally:
             for _, future in pending:
                 future.cancel()
+
+
+def _by_file(records: Sequence[ImageRecord]) -> Iterator[Sequence[ImageRecord]]:
+    return (list(group) for _, group in itertools.groupby(records, key=lambda record: record.path))
 
 
 class _SharedFile:
@@ -153,8 +140,7 @@ class _SharedFile:
 def _batches(
     folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess
 ) -> Iterator[tuple[_SharedFile, Sequence[ImageRecord]]]:
-    for _, group in itertools.groupby(records, key=_PATH):
-        of_file = list(group)
+    for of_file in _by_file(records):
         file = _SharedFile(folder, of_file[0], preprocess, len(of_file))
         for start in range(0, len(of_file), _BATCH_SIZE):
             yield file, of_file[start : start + _BATCH_SIZE]

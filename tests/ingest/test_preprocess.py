@@ -14,6 +14,7 @@ from medgen import config
 from medgen.config import Project
 from medgen.data import store
 from medgen.errors import UserError
+from medgen.ingest import reading
 from medgen.ingest.patients import pseudonymize, read_salt
 from medgen.ingest.preprocess import run
 from medgen.io import hash_file
@@ -43,11 +44,12 @@ def rejected_files(dataset: store.Store) -> dict[str, str]:
     return {row["path"]: row["reason"] for row in rows}
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for threads in (1, 7):
+        monkeypatch.setattr(reading, "num_cores", lambda count=threads: count)
         make(tmp_path / str(threads) / "data")
         (tmp_path / str(threads) / "data" / "A" / "person99_0.png").write_bytes(b"broken")
-        run(Project(tmp_path / str(threads)), data=config.Data(), preprocess=SMALL, num_threads=threads)
+        run(Project(tmp_path / str(threads)), data=config.Data(), preprocess=SMALL)
     one, many = (content(tmp_path / name / "artifacts") for name in ("1", "7"))
     assert one == many
 
@@ -365,7 +367,8 @@ def test_colour_is_kept_with_three_channels(tmp_path: Path) -> None:
     assert left.max() < 10 and right[0] > 190 and right[1:].max() < 50
 
 
-def test_images_of_one_file_are_stored_in_order(tmp_path: Path) -> None:
+def test_images_of_one_file_are_stored_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "num_cores", lambda: 3)
     images = np.random.default_rng(0).integers(0, 256, (80, 16, 16), np.uint8)
     (tmp_path / "data").mkdir()
     arrays = {"train_images": images[:60], "test_images": images[60:]}
@@ -375,7 +378,7 @@ def test_images_of_one_file_are_stored_in_order(tmp_path: Path) -> None:
         **{f"{name}_labels": np.arange(count)[:, None] % 3 for name, count in (("train", 60), ("test", 20))},
     )
     options = config.Preprocess(image_size=16, clahe_clip=0, val_fraction=0)
-    dataset = run(Project(tmp_path), data=config.Data(), preprocess=options, num_threads=3)
+    dataset = run(Project(tmp_path), data=config.Data(), preprocess=options)
     assert dataset.classes == ("0", "1", "2")
     assert (dataset.split("train").images[:, 0] == images[:60]).all()
     test = dataset.split("test")

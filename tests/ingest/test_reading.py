@@ -42,9 +42,10 @@ def read_folder(folder: Path, preprocess: Preprocess = PREPROCESS) -> dict[str, 
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
-def test_results_are_in_the_order_of_records(tmp_path: Path, num_threads: int) -> None:
+def test_results_are_in_the_order_of_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
+    monkeypatch.setattr(reading, "num_cores", lambda: num_threads)
     records = write(tmp_path / "data", 200)
-    results = list(read_images(tmp_path / "data", records, PREPROCESS, first_pixel, num_threads))
+    results = list(read_images(tmp_path / "data", records, PREPROCESS, first_pixel))
     assert [result.record for result in results] == records
     assert [result.value for result in results] == list(range(200))
 
