@@ -9,7 +9,6 @@ docstrings and blank lines do not count, and neither does code that cannot chang
 import ast
 import hashlib
 import io
-import json
 import tokenize
 from collections.abc import Mapping
 from functools import cache
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import medgen
 from medgen.config import Project
-from medgen.io import hash_file, write_atomic
+from medgen.io import hash_file, to_json, write_atomic
 
 STAGES = {
     "preprocess": "medgen.ingest.preprocess",
@@ -37,8 +36,7 @@ PACKAGE = Path(medgen.__file__).parent
 def run(project: Project) -> None:
     """Write artifacts/code/STAGE.json for each stage: source file to the SHA-256 of its code."""
     for stage, module in STAGES.items():
-        text = json.dumps(stage_hashes(module), indent=2)
-        write_atomic(project.root / "artifacts" / "code" / f"{stage}.json", f"{text}\n".encode())
+        write_atomic(project.root / "artifacts" / "code" / f"{stage}.json", to_json(stage_hashes(module)))
 
 
 def stage_hashes(module: str) -> Mapping[str, str]:

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
 import numpy as np
@@ -159,9 +158,7 @@ class StoreWriter:
         self._rows = opened(_csv_writer(self._staging / MANIFEST))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._open_files.close()
         shutil.rmtree(self.building, ignore_errors=True)  # does not exist after commit
 

@@ -5,7 +5,6 @@ medgen data audit [PATH]
 Needs no dataset store. Every image is read once, in colour; those shown on the page are read again.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from medgen.ingest.formats.raw import RawImage
 from medgen.ingest.near_duplicates import thumbnail
 from medgen.ingest.reading import read_images
 from medgen.ingest.transforms import preprocess_mask
-from medgen.io import write_atomic
+from medgen.io import to_json, write_atomic
 
 _PAGE_IMAGE_SIZE = 160  # longer side in pixels
 
@@ -55,12 +54,12 @@ def run(
     data = data.model_copy(update={"keep_patient_ids": False})  # reports may be shared
     preprocess = preprocess.model_copy(update={"channels": 3})  # to find colour images in a grey dataset
     audit = _check_folder(project.runs, folder, data, preprocess)
-    text = json.dumps(audit.to_json(), indent=2) + "\n"
+    content = to_json(audit.to_json())
     page = render_page(audit, _jpegs(folder, shown_records(audit), preprocess))
-    write_atomic(project.reports / "audit.json", text.encode())
+    write_atomic(project.reports / "audit.json", content)
     write_atomic(project.reports / "audit.html", page)
     if as_json:
-        print(text, end="")
+        print(content.decode(), end="")
     else:
         print_tables(audit)
     note(f"images and lists: {project.reports / 'audit.html'}")

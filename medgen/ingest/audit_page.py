@@ -41,14 +41,6 @@ class Audit:
         return counts | self.results.to_json() | reasons
 
 
-@dataclass(frozen=True)
-class _Section:
-    """Problems that the page shows with images. The images of a group are shown side by side."""
-
-    title: str
-    groups: Sequence[DuplicateGroup]
-
-
 def print_tables(audit: Audit) -> None:
     """Print the images by class and split, the checks and the conclusions."""
     head, body = _class_table(audit.results)
@@ -70,8 +62,8 @@ def print_tables(audit: Audit) -> None:
 
 def shown_records(audit: Audit) -> list[ImageRecord]:
     """The images that the page shows, sorted by path and index."""
-    groups = [group for section in _sections(audit.results) for group in section.groups[:_MAX_SHOWN]]
-    names = {name for group in groups for name in group.names[:2]}
+    sections = _sections(audit.results).values()
+    names = {name for groups in sections for group in groups[:_MAX_SHOWN] for name in group.names[:2]}
     return sorted((audit.records[name] for name in names), key=lambda record: (record.path, record.index))
 
 
@@ -90,8 +82,7 @@ def render_page(audit: Audit, jpegs: Mapping[str, bytes]) -> bytes:
         check_rows=_check_rows(audit),
         leaks=[(leak.patient, _join(leak.counts), printable(leak.example)) for leak in results.patient_leaks],
         sections=[
-            (section.title, [_figures(audit, group, jpegs) for group in section.groups])
-            for section in _sections(results)
+            (title, [_figures(audit, group, jpegs) for group in groups]) for title, groups in _sections(results).items()
         ],
         file_lists={
             title: [(printable(name), printable(reason)) for name, reason in entries]
@@ -125,9 +116,8 @@ def _check_rows(audit: Audit) -> list[tuple[str, str, str]]:
             _first(leak.example for leak in results.patient_leaks),
         ),
     ]
-    for section in _sections(results):
-        example = _first(" and ".join(group.names[:2]) for group in section.groups)
-        rows.append((section.title, len(section.groups), example))
+    for title, groups in _sections(results).items():
+        rows.append((title, len(groups), _first(" and ".join(group.names[:2]) for group in groups)))
     rows += [(title, len(entries), _first(map(": ".join, entries))) for title, entries in _file_lists(audit).items()]
     return [(name, f"{number:,}", details) for name, number, details in rows]
 
@@ -136,22 +126,18 @@ def _file_lists(audit: Audit) -> dict[str, list[tuple[str, str]]]:
     return {"unreadable": audit.unreadable, "left out": audit.left_out, "files that are not images": audit.other_files}
 
 
-def _sections(results: CheckResults) -> list[_Section]:
+def _sections(results: CheckResults) -> dict[str, Sequence[DuplicateGroup]]:
+    """Problems that the page shows with images, by title. The images of a group are shown side by side."""
+
     def single(names: Sequence[str]) -> list[DuplicateGroup]:
         return [DuplicateGroup([name], [], []) for name in names]
 
-    sections = []
+    sections: dict[str, Sequence[DuplicateGroup]] = {}
     for title, groups in (("exact duplicates", results.exact), ("near-duplicates", results.near)):
-        sections += [
-            _Section(f"{title} across splits", [group for group in groups if group.is_across]),
-            _Section(f"other {title}", [group for group in groups if not group.is_across]),
-        ]
-    return [
-        *sections,
-        _Section("one image, several labels", results.conflicts),
-        _Section("outliers", single(results.outliers)),
-        _Section("blank", single(results.blank)),
-    ]
+        sections[f"{title} across splits"] = [group for group in groups if group.is_across]
+        sections[f"other {title}"] = [group for group in groups if not group.is_across]
+    sections["one image, several labels"] = results.conflicts
+    return sections | {"outliers": single(results.outliers), "blank": single(results.blank)}
 
 
 def _conclusions(audit: Audit) -> list[str]:

@@ -10,7 +10,6 @@ raw.py there) and its entries here.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from medgen.config import Preprocess
@@ -92,7 +91,8 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
     Raises:
         UnreadableImage: the file is no image file, or is damaged.
     """
-    return _format_of(path).inspect(path, preprocess)
+    inspect_format, _ = _format_of(path)
+    return inspect_format(path, preprocess)
 
 
 def source_files(path: Path, preprocess: Preprocess) -> tuple[Path, ...]:
@@ -111,7 +111,8 @@ def open_file(path: Path, preprocess: Preprocess, mask: bool = False) -> ImageFi
     Raises:
         UnreadableImage: the file is no image file, or is damaged.
     """
-    return _format_of(path).open(path, preprocess, mask)
+    _, reader = _format_of(path)
+    return reader(path, preprocess, mask)
 
 
 def read_image(path: Path, preprocess: Preprocess) -> RawImage:
@@ -127,32 +128,27 @@ def read_image(path: Path, preprocess: Preprocess) -> RawImage:
         return file.read(indices[len(indices) // 2])
 
 
-@dataclass(frozen=True, slots=True)
-class _Format:
-    inspect: Callable[[Path, Preprocess], Contents]
-    open: Callable[[Path, Preprocess, bool], ImageFile]
-
-
-def _format_of(path: Path) -> _Format:
+def _format_of(path: Path) -> tuple[Callable[[Path, Preprocess], Contents], Callable[..., ImageFile]]:
+    """The function `inspect` and the reader class of a file's format."""
     match file_kind(path):
         case "raster":
             from medgen.ingest.formats import images
 
-            return _Format(images.inspect, images.RasterFile)
+            return images.inspect, images.RasterFile
         case "dicom":
             from medgen.ingest.formats import dicom
 
-            return _Format(dicom.inspect, dicom.DicomFile)
+            return dicom.inspect, dicom.DicomFile
         case "volume":
             from medgen.ingest.formats import nifti
 
-            return _Format(nifti.inspect, nifti.VolumeFile)
+            return nifti.inspect, nifti.VolumeFile
         case None:
             raise UnreadableImage(describe_file(path))
         case _:
             from medgen.ingest.formats import arrays
 
-            return _Format(arrays.inspect, arrays.ArrayFile)
+            return arrays.inspect, arrays.ArrayFile
 
 
 def _kind_by_name(name: str) -> str | None:

@@ -58,7 +58,10 @@ _JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (90, 91, 201, 2
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _YCC = ("YBR_FULL", "YBR_FULL_422")
-_COLOURS = ("RGB", *_YCC, "YBR_ICT", "YBR_RCT")  # the JPEG 2000 decoder converts the last two to RGB
+_SAMPLES = {  # per pixel
+    **dict.fromkeys((*_GREY, "PALETTE COLOR"), 1),
+    **dict.fromkeys(("RGB", *_YCC, "YBR_ICT", "YBR_RCT"), 3),  # the JPEG 2000 decoder converts the last two to RGB
+}
 _RETIRED = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_422", "YBR_PARTIAL_420")
 
 _PIXEL_ELEMENTS = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
@@ -246,7 +249,7 @@ def _read_header(path: Path) -> _Header:
             raise UnreadableImage(f"no decoder for {_uid_name(syntax) or 'an unknown transfer syntax'}")
         if length != 0xFFFFFFFF or keyword != "PixelData":
             raise UnreadableImage(f"damaged: the pixel data is not compressed; expected {_uid_name(syntax)}")
-        return _find_fragments(header, file, size)
+        return replace(header, fragments=_find_fragments(header, file, size))
 
 
 def _inflate(file: BinaryIO, size: int) -> bytes | None:
@@ -328,7 +331,7 @@ def _check_header(dataset: Any, **known: Any) -> _Header:
     photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2").strip()
     if photometric in _RETIRED:
         raise UnreadableImage(f"no decoder for {photometric} colours")
-    if samples != {**dict.fromkeys((*_GREY, "PALETTE COLOR"), 1), **dict.fromkeys(_COLOURS, 3)}.get(photometric):
+    if samples != _SAMPLES.get(photometric):
         raise UnreadableImage(f"damaged: {samples} samples per pixel, which does not fit the colour space")
     return _Header(
         dataset=dataset,
@@ -374,8 +377,8 @@ def _num_native_bytes(header: _Header) -> int:
     return -(-bits // 8) * (2 if header.photometric == "YBR_FULL_422" else 3) // 3
 
 
-def _find_fragments(header: _Header, file: BinaryIO, size: int) -> _Header:
-    """Find the fragments of each compressed frame (PS3.5 A.4) by their lengths, without reading their content."""
+def _find_fragments(header: _Header, file: BinaryIO, size: int) -> Sequence[Sequence[tuple[int, int]]]:
+    """Fragments of each compressed frame (PS3.5 A.4), found by their lengths without reading their content."""
     items: list[tuple[int, int]] = []  # offset and length of the offset table, then of each fragment
     file.seek(header.offset)
     while len(items) <= _MAX_FRAMES:
@@ -396,9 +399,9 @@ def _find_fragments(header: _Header, file: BinaryIO, size: int) -> _Header:
     if len(found) < header.num_frames:
         raise UnreadableImage(_ENDS_EARLY)
     if len(found) == header.num_frames:
-        return replace(header, fragments=[[fragment] for fragment in found])
+        return [[fragment] for fragment in found]
     if header.num_frames == 1:
-        return replace(header, fragments=[found])
+        return [found]
     if table_length != 4 * header.num_frames:
         raise UnreadableImage(f"{len(found)} fragments of {header.num_frames} frames without an offset table")
     file.seek(table_start)
@@ -407,7 +410,7 @@ def _find_fragments(header: _Header, file: BinaryIO, size: int) -> _Header:
     fragments: list[list[tuple[int, int]]] = [[] for _ in range(header.num_frames)]
     for frame, fragment in zip(owner.tolist(), found, strict=True):
         fragments[max(frame, 0)].append(fragment)
-    return replace(header, fragments=fragments)
+    return fragments
 
 
 # ---- the pixels of a frame
@@ -599,13 +602,10 @@ def _read_padding(header: _Header) -> tuple[float, float] | None:
     if value is None:
         return None
     limit = _get_float(header.dataset, "PixelPaddingRangeLimit")
-    ends = []
-    for end in (value, value if limit is None else limit):
-        whole = int(end) % (1 << header.bits_allocated)  # some files write US for SS, or SS for US
-        ends.append(
-            whole - (1 << header.bits_allocated) if header.is_signed and whole >> header.bits_allocated - 1 else whole
-        )
-    return min(ends), max(ends)
+    num_codes = 1 << header.bits_allocated
+    lowest = -num_codes // 2 if header.is_signed else 0  # some files write US for SS, or SS for US
+    first, second = ((int(end) - lowest) % num_codes + lowest for end in (value, value if limit is None else limit))
+    return min(first, second), max(first, second)
 
 
 # ---- colour

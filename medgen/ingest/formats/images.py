@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -109,10 +109,12 @@ def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool,
     width, height = image.size
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} is more than {max_pixels // 1_000_000} megapixels")
-    if image.format == "TIFF" and _tile_pixels(image) > max_pixels:  # OpenCV allocates a whole tile
-        raise UnreadableImage(f"its tiles have more than {max_pixels // 1_000_000} megapixels")
-    if image.format == "TIFF" and _has_pages(data):
-        raise UnreadableImage("several pages; expected one image per file: split it (tiffsplit)")
+    if image.format == "TIFF":
+        tags = cast(Any, image).tag_v2
+        if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > max_pixels:  # OpenCV allocates a whole tile
+            raise UnreadableImage(f"its tiles have more than {max_pixels // 1_000_000} megapixels")
+        if _has_pages(data):
+            raise UnreadableImage("several pages; expected one image per file: split it (tiffsplit)")
     mode = image.mode  # Pillow may change it on loading
     with _large_images if width * height > _LARGE else nullcontext():
         return RawImage(_decode_pixels(image, data, preprocess, mask), (width, height), mode)
@@ -146,7 +148,8 @@ def _opencv_flags(image: Image.Image, data: bytes, colour: bool, reduce_to: int 
     if image.format == "PNG" and image.mode in ("L", "LA", "RGB", "RGBA", "I;16") and "transparency" not in image.info:
         return int(cv2.IMREAD_UNCHANGED) if _has_whole_chunks(data) else None
     if image.format == "TIFF":
-        return _opencv_tiff_flags(image)
+        bits = cast(Any, image).tag_v2.get(258, (1,))
+        return int(cv2.IMREAD_UNCHANGED) if len(bits) > 1 and max(bits) == 16 else None  # Pillow would keep 8 bits
     return None
 
 
@@ -156,16 +159,6 @@ def _has_whole_chunks(png: bytes) -> bool:
     while start + 12 <= len(png) and png[start + 4 : start + 8] != b"IEND":
         start += 12 + int.from_bytes(png[start : start + 4], "big")  # length, name, content, checksum
     return start + 12 <= len(png)
-
-
-def _opencv_tiff_flags(image: Any) -> int | None:
-    """Flags for 16-bit TIFFs of several channels, of which Pillow would keep only 8 bits."""
-    bits = image.tag_v2.get(258, (1,))
-    return int(cv2.IMREAD_UNCHANGED) if len(bits) > 1 and max(bits) == 16 else None
-
-
-def _tile_pixels(image: Any) -> int:
-    return int(image.tag_v2.get(_TILE_WIDTH, 0) * image.tag_v2.get(_TILE_LENGTH, 0))
 
 
 def _has_pages(data: bytes) -> bool:
@@ -244,15 +237,10 @@ def _to_grey_or_rgb(pixels: Any, colour: bool, bgr: bool) -> Any:
     if alpha.min() == full or alpha.max() == 0:
         return opaque
     share = alpha / float(full)
-    blended = np.empty_like(opaque)
-    for plane, source in zip(_planes(blended), _planes(opaque), strict=True):  # one by one: floats take 8 bytes a pixel
-        plane[...] = np.rint(source * share)
-    return blended
-
-
-def _planes(pixels: Any) -> list[Any]:
-    """Views of each channel, (H, W)."""
-    return [pixels] if pixels.ndim == 2 else [pixels[:, :, channel] for channel in range(pixels.shape[2])]
+    planes = np.atleast_3d(opaque).astype(opaque.dtype)
+    for channel in range(planes.shape[2]):  # one by one: floats take 8 bytes a pixel
+        planes[:, :, channel] = np.rint(planes[:, :, channel] * share)
+    return planes.reshape(opaque.shape)
 
 
 def _fill_bit_depth(pixels: Any) -> Any:

@@ -16,7 +16,6 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 import cv2
@@ -115,14 +114,12 @@ class VolumeFile(ImageFile):
     def _load_volume(self) -> tuple[NDArray[Any], "_Window"]:
         """Voxels (X, Y, Z) as stored, unscaled, and the window of an image."""
         voxels = _read_voxels(self._header)
-        if self._mask:
-            return _to_ras(voxels, self._header), _Window(0.0, 0.0, 0.0)
-        window = _find_window(self._header.scale(_sample(voxels)), self._volume.window)
-        return _to_ras(voxels, self._header), window
+        window = _Window(0.0, 0.0, 0.0)
+        if not self._mask:
+            window = _find_window(self._header.scale(_sample(voxels)), self._volume.window)
+        return _nibabel().orientations.apply_orientation(voxels, self._header.orientation), window  # without a copy
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._load = LoadOnce(self._load_volume)  # forget the voxels
 
 
@@ -178,7 +175,9 @@ def _read_header(path: Path, preprocess: Preprocess, mask: bool) -> _Header:
             parsed = _parse(stream.read(540), is_pair=voxels_path != path)
         with np.errstate(all="ignore"):  # damaged affines overflow
             header = _check(parsed, voxels_path, preprocess, mask)
-        _check_length(header)
+        end = header.start + header.num_bytes
+        if end > max_inflated_bytes(voxels_path):  # before any memory is allocated
+            raise UnreadableImage(f"cut short: the voxels should reach byte {end}")
     return header
 
 
@@ -267,13 +266,6 @@ def _check_shape(parsed: Any) -> tuple[tuple[int, int, int], int]:
     return (first, second, third), num_frames
 
 
-def _check_length(header: _Header) -> None:
-    """Compare the size in the header with the file's, before any memory is allocated."""
-    end = header.start + header.num_bytes
-    if end > max_inflated_bytes(header.voxels_path):
-        raise UnreadableImage(f"cut short: the voxels should reach byte {end}")
-
-
 # the voxels
 
 
@@ -285,11 +277,6 @@ def _read_voxels(header: _Header) -> NDArray[Any]:
         values: Any = (copy_to_mmap if large else read_exactly)(stream, header.num_bytes)
         stream.read(1)  # gzip compares its checksum if this is the end
     return np.frombuffer(values, header.dtype).reshape(header.shape, order="F")
-
-
-def _to_ras(voxels: NDArray[Any], header: _Header) -> NDArray[Any]:
-    """(A, B, C) -> (X, Y, Z), without a copy."""
-    return cast(NDArray[Any], _nibabel().orientations.apply_orientation(voxels, header.orientation))
 
 
 def _sample(voxels: NDArray[Any]) -> NDArray[Any]:

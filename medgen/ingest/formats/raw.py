@@ -12,7 +12,6 @@ Shapes: H W height and width of an image.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
@@ -76,9 +75,7 @@ class ImageFile(Protocol):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Release what is loaded; a reader that opens the file anew for each `read` has nothing to release."""
 
 
