@@ -107,35 +107,6 @@ def scaled(image: Any, slope: float, intercept: float) -> Any:
     return image
 
 
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "nifti1 float": lambda f: save(f / "v.nii", nibabel.Nifti1Image(head(dtype=np.float32) - 40, np.eye(4))),
-    "nifti1 scaled": lambda f: save(f / "v.nii", scaled(nibabel.Nifti1Image(head(), np.eye(4)), -0.25, 3.0)),
-    "nifti1 big": lambda f: save(
-        f / "v.nii", nibabel.Nifti1Image(head(), np.eye(4), nibabel.Nifti1Header(endianness=">"))
-    ),
-    "nifti1 gz": lambda f: save(f / "v.nii.gz", nibabel.Nifti1Image(head(dtype=np.uint16), np.eye(4))),
-    "nifti1 pair": lambda f: save(f / "v.hdr", nibabel.Nifti1Pair(head(), oriented("PIR"))),
-    "nifti1 uint64": lambda f: save(
-        f / "v.nii", nibabel.Nifti1Image(head(dtype=np.uint64) << 50, np.eye(4), dtype=np.uint64)
-    ),
-    "nifti2": lambda f: save(f / "v.nii", nibabel.Nifti2Image(head(dtype=np.float64), oriented("SLA"))),
-    "nifti2 big gz": lambda f: save(
-        f / "v.nii.gz", nibabel.Nifti2Image(head(), np.eye(4), nibabel.Nifti2Header(endianness=">"))
-    ),
-    "mgz": lambda f: save(f / "v.mgz", nibabel.MGHImage(head(dtype=np.int32), oriented("LAS"))),
-    "mgh": lambda f: save(f / "v.mgh", nibabel.MGHImage(head(dtype=np.float32), oriented("PIR"))),
-    "analyze": lambda f: save(f / "v.hdr", nibabel.AnalyzeImage(head(), None)),
-    "analyze big": lambda f: save(
-        f / "v.hdr", nibabel.AnalyzeImage(head(), None, nibabel.AnalyzeHeader(endianness=">"))
-    ),
-    "spm2": lambda f: save(f / "v.hdr", nibabel.Spm2AnalyzeImage(head(dtype=np.float32), None)),
-    "flat": lambda f: save(f / "v.nii", nibabel.Nifti1Image(head((9, 10, 1)), np.eye(4))),
-    "one frame": lambda f: save(f / "v.nii", nibabel.Nifti1Image(head((9, 10, 11, 1)), np.eye(4))),
-    "qform": lambda f: save(f / "v.nii", with_qform(nibabel.Nifti1Image(head(), None), oriented("LPS"))),
-    "not finite": lambda f: save(f / "v.nii", nibabel.Nifti1Image(with_holes(head(dtype=np.float32)), np.eye(4))),
-}
-
-
 def with_qform(image: Any, affine: np.ndarray) -> Any:
     image.set_qform(affine, 1)
     image.set_sform(None, 0)
@@ -147,11 +118,33 @@ def with_holes(volume: np.ndarray) -> np.ndarray:
     return volume
 
 
+VOLUMES: dict[str, tuple[str, Any]] = {
+    "nifti1 float": ("v.nii", nibabel.Nifti1Image(head(dtype=np.float32) - 40, np.eye(4))),
+    "nifti1 scaled": ("v.nii", scaled(nibabel.Nifti1Image(head(), np.eye(4)), -0.25, 3.0)),
+    "nifti1 big": ("v.nii", nibabel.Nifti1Image(head(), np.eye(4), nibabel.Nifti1Header(endianness=">"))),
+    "nifti1 gz": ("v.nii.gz", nibabel.Nifti1Image(head(dtype=np.uint16), np.eye(4))),
+    "nifti1 pair": ("v.hdr", nibabel.Nifti1Pair(head(), oriented("PIR"))),
+    "nifti1 uint64": ("v.nii", nibabel.Nifti1Image(head(dtype=np.uint64) << 50, np.eye(4), dtype=np.uint64)),
+    "nifti2": ("v.nii", nibabel.Nifti2Image(head(dtype=np.float64), oriented("SLA"))),
+    "nifti2 big gz": ("v.nii.gz", nibabel.Nifti2Image(head(), np.eye(4), nibabel.Nifti2Header(endianness=">"))),
+    "mgz": ("v.mgz", nibabel.MGHImage(head(dtype=np.int32), oriented("LAS"))),
+    "mgh": ("v.mgh", nibabel.MGHImage(head(dtype=np.float32), oriented("PIR"))),
+    "analyze": ("v.hdr", nibabel.AnalyzeImage(head(), None)),
+    "analyze big": ("v.hdr", nibabel.AnalyzeImage(head(), None, nibabel.AnalyzeHeader(endianness=">"))),
+    "spm2": ("v.hdr", nibabel.Spm2AnalyzeImage(head(dtype=np.float32), None)),
+    "flat": ("v.nii", nibabel.Nifti1Image(head((9, 10, 1)), np.eye(4))),
+    "one frame": ("v.nii", nibabel.Nifti1Image(head((9, 10, 11, 1)), np.eye(4))),
+    "qform": ("v.nii", with_qform(nibabel.Nifti1Image(head(), None), oriented("LPS"))),
+    "not finite": ("v.nii", nibabel.Nifti1Image(with_holes(head(dtype=np.float32)), np.eye(4))),
+}
+
+
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", VOLUMES)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # arithmetic on infinities in nibabel and the test
 def test_every_format_and_data_type(tmp_path: Path, name: str, axis: str) -> None:
-    path = MAKERS[name](tmp_path)
+    file_name, image = VOLUMES[name]
+    path = save(tmp_path / file_name, image)
     volume = ras(path)
     found = read_all(path, settings_of(axis=axis))
     expected = np.stack([windowed(upright(volume, axis, index), volume) for index in range(len(found))])
