@@ -11,7 +11,7 @@ from the file (a DICOM header, the labels in an NPZ file), then from the names o
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from medgen import config
@@ -75,16 +75,16 @@ def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> Scan
     files.discard(MANIFEST)
     rows = read_manifest(folder, files)
     other_files = [(path, reason) for path, reason in other_files if path not in (rows or ())]  # listed: use it
-    inspected = _inspect_files(folder, files, rows or {}, preprocess)
-    pairs = MaskPairs(list(inspected.contents), rows)
-    other_files += [*inspected.other_files.items(), *pairs.other_files]
+    inspected, not_images, companions = _inspect_files(folder, files, rows or {}, preprocess)
+    pairs = MaskPairs(list(inspected), rows)
+    other_files += [*not_images.items(), *pairs.other_files]
     if not pairs.images:
         raise _no_images(folder, other_files)
 
     labeler = PathLabeler(pairs.images, {folder_of(path) for path in files})
     records: list[ImageRecord] = []
     for path in sorted(pairs.images):
-        contents, row, labels = inspected.contents[path], (rows or {}).get(path, ManifestRow()), labeler.labels_of(path)
+        contents, row, labels = inspected[path], (rows or {}).get(path, ManifestRow()), labeler.labels_of(path)
         patient = patient_ids.of_file(path, contents, row, labels)
         mask = pairs.mask_of(path)
         for at, index in enumerate(contents.indices):
@@ -98,48 +98,45 @@ def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> Scan
                     index=index,
                 )
             )
-    has_patient_ids = any(contents.patient for contents in inspected.contents.values())
-    return ScanResult(records, sorted(other_files), sorted(inspected.companions), has_patient_ids)
-
-
-@dataclass(slots=True)
-class _InspectedFiles:
-    contents: dict[str, Contents] = field(default_factory=dict)  # of image files and mask files
-    other_files: dict[str, str] = field(default_factory=dict)
-    companions: set[str] = field(default_factory=set)
+    has_patient_ids = any(contents.patient for contents in inspected.values())
+    return ScanResult(records, sorted(other_files), sorted(companions), has_patient_ids)
 
 
 def _inspect_files(
     folder: Path, files: Collection[str], listed: Collection[str], preprocess: config.Preprocess
-) -> _InspectedFiles:
-    """Sort files by kind. A file listed in the manifest counts as an image; reading it later reports any error."""
-    found = _InspectedFiles()
+) -> tuple[dict[str, Contents], dict[str, str], set[str]]:
+    """Contents of image and mask files, reasons for other files, and companions.
+
+    A file listed in the manifest counts as an image; reading it later reports any error.
+    """
+    found: dict[str, Contents] = {}
+    other_files: dict[str, str] = {}
+    companions: set[str] = set()
     unreadable: set[str] = set()
     for path in sorted({*files, *listed}):
-        if path in found.companions:
+        if path in companions:
             continue
         kind = images.file_kind(folder / path)
         if kind is None and path not in listed:
-            found.other_files[path] = images.describe_file(folder / path)
+            other_files[path] = images.describe_file(folder / path)
             continue
-        found.contents[path] = _SINGLE_IMAGE
+        found[path] = _SINGLE_IMAGE
         if kind not in (None, "raster"):
             try:
-                found.contents[path] = contents = images.inspect(folder / path, preprocess)
+                found[path] = contents = images.inspect(folder / path, preprocess)
             except UnreadableImage:
                 unreadable.add(path)  # keep one record: reading it reports the reason
                 continue
             if not contents.indices:
-                del found.contents[path]
-                found.other_files[path] = "preprocess.volume selects none of its images"
+                del found[path]
+                other_files[path] = "preprocess.volume selects none of its images"
             names = {companion.relative_to(folder).as_posix() for companion in contents.companions}
-            found.companions |= {name for name in names if name in files and name not in listed}
+            companions |= {name for name in names if name in files and name not in listed}
     # A companion that sorts before its image file was classified as something else above.
-    for path in found.companions & (found.other_files.keys() | unreadable):
-        found.other_files.pop(path, None)
-        found.contents.pop(path, None)
-    found.companions -= found.contents.keys()
-    return found
+    for path in companions & (other_files.keys() | unreadable):
+        other_files.pop(path, None)
+        found.pop(path, None)
+    return found, other_files, companions - found.keys()
 
 
 def _item(values: Sequence[str | None] | None, at: int) -> str | None:
