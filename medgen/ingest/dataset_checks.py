@@ -11,7 +11,7 @@ A row is the position of an image in the index.
 import tempfile
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +46,7 @@ class ImageIndex:
         self._hashes = array("Q")
         self._sizes = array("i")
         self._contrasts, self._saturations = array("f"), array("f")
-        self._modes: Counter[str] = Counter()
+        self.modes: Counter[str] = Counter()  # images of each pixel type
         scratch.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  # closed by __exit__
 
@@ -67,18 +67,13 @@ class ImageIndex:
         self._sizes.extend(result.size)
         self._contrasts.append(contrast(thumb))
         self._saturations.append(saturation(thumb))
-        self._modes[result.mode] += 1
+        self.modes[result.mode] += 1
         self._file.write(np.ascontiguousarray(to_grey(thumb)).data)
 
     @property
     def sizes(self) -> NDArray[np.int32]:
         """(N, 2) width and height of each image in its file."""
         return np.array(self._sizes, np.int32).reshape(-1, 2)
-
-    @property
-    def modes(self) -> Mapping[str, int]:
-        """Number of images of each pixel type."""
-        return self._modes
 
     @cached_property
     def exact_duplicates(self) -> list[list[int]]:

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -178,14 +178,12 @@ def _hash_pixels(raw: RawImage) -> str:
 def _hash_files(folder: Path, record: ImageRecord, preprocess: Preprocess) -> str:
     """Joined hashes of the image's and the mask's files, up to the first that cannot be read."""
     digest = ""
-    try:
+    with suppress(UnreadableImage, OSError):
         for name in (record.path, record.mask):
             if name is not None:
                 for file in source_files(folder / name, preprocess):
                     _check_file(file)
                     digest += hash_file(file)
-    except (UnreadableImage, OSError):
-        pass
     return digest
 
 

@@ -93,13 +93,9 @@ class ArrayFile(ImageFile):
             arrays = _format_of(path)[1](path)
         self._arrays = [LoadOnce(partial(_load_array, load)) for _, load in arrays]
         self._ends = list(accumulate(num_images for num_images, _ in arrays))
+        self.num_images = self._ends[-1]
         self._mask = mask
         self._keeps_colour = preprocess.channels == 3 and not mask
-
-    @property
-    def num_images(self) -> int:
-        """Number of images of all arrays together."""
-        return self._ends[-1]
 
     def read(self, index: int) -> RawImage:
         """Read one image; 16-bit values are shifted so that the highest one of their array is close to white."""

@@ -104,14 +104,10 @@ class DicomFile(ImageFile):
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self._header = _call_safely(lambda: _read_header(path))
+        self.num_images = self._header.num_frames
         self._keeps_colour = preprocess.channels == 3
         self._mask = mask
         self._lock = threading.Lock()  # pydicom converts an element in place at the first access
-
-    @property
-    def num_images(self) -> int:
-        """Number of frames."""
-        return self._header.num_frames
 
     def read(self, index: int) -> RawImage:
         """Read one frame, counted from 0; thread-safe.
@@ -120,8 +116,8 @@ class DicomFile(ImageFile):
             UnreadableImage: the frame is damaged, cut short or in a format that is not supported.
         """
         header = self._header
-        if not 0 <= index < header.num_frames:
-            raise UnreadableImage(f"no frame {index}: the file has {header.num_frames}")
+        if not 0 <= index < self.num_images:
+            raise UnreadableImage(f"no frame {index}: the file has {self.num_images}")
         pixels = _call_safely(lambda: self._read(index))
         mode = f"{header.photometric};{header.bits_stored}"
         return RawImage(np.ascontiguousarray(pixels), (header.columns, header.rows), mode)

@@ -56,13 +56,10 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
 class RasterFile(ImageFile):
     """A file of one image, as `formats.raw.ImageFile`; with `mask` it is read as grey and keeps its values."""
 
+    num_images = 1  # files of several pages are refused
+
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self.path, self.preprocess, self.mask = path, preprocess, mask
-
-    @property
-    def num_images(self) -> int:
-        """Always 1: files of several pages are refused."""
-        return 1
 
     def read(self, index: int) -> RawImage:
         """Read the image; `index` is 0.

@@ -70,12 +70,8 @@ class VolumeFile(ImageFile):
         self._volume, self._mask, self._keeps_values = preprocess.volume, mask, preprocess.mask_values is not None
         self._axis = _AXES[preprocess.volume.axis]
         self._header = _read_header(path, preprocess, mask)
+        self.num_images = self._header.num_slices(self._axis)
         self._load = LoadOnce(self._load_volume)
-
-    @property
-    def num_images(self) -> int:
-        """Number of all slices along the axis: a mask must have as many as its image."""
-        return self._header.num_slices(self._axis)
 
     def read(self, index: int) -> RawImage:
         """Read one slice.
@@ -88,8 +84,8 @@ class VolumeFile(ImageFile):
             LeftOutImage: the share of foreground in the slice is below `preprocess.volume.min_foreground`.
         """
         voxels, window = self._load()
-        if not 0 <= index < voxels.shape[self._axis]:
-            raise UnreadableImage(f"slice {index} of {voxels.shape[self._axis]}")
+        if not 0 <= index < self.num_images:
+            raise UnreadableImage(f"slice {index} of {self.num_images}")
         plane = voxels[(slice(None),) * self._axis + (index,)]
         upright = self._header.scale(plane[::-1, ::-1].T)  # Z or Y point up, X or Y to the left
         finite = np.isfinite(upright)

@@ -58,10 +58,7 @@ class ImageFile(Protocol):
     Several threads may call `read`; reading in the order of the indices is fastest.
     """
 
-    @property
-    def num_images(self) -> int:
-        """Number of images in the file, selected or not: a mask file must have as many as its image file."""
-        ...
+    num_images: int  # in the file, selected or not: a mask file must have as many as its image file
 
     def read(self, index: int) -> RawImage:
         """Read the image at one of `Contents.indices`.
