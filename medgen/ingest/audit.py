@@ -78,13 +78,14 @@ def _check_folder(scratch: Path, folder: Path, data: config.Data, preprocess: co
     unreadable: list[tuple[str, str]] = []
     left_out: list[tuple[str, str]] = []
     with ImageIndex(scratch) as index, counting_bar() as progress:
-        results = read_images(folder, records, preprocess, transform)
-        for result in progress.track(results, total=len(records), description="audit"):
+        task = progress.add_task("audit", total=len(records))
+        for result in read_images(folder, records, preprocess, transform):
             if result.value is None:
                 (left_out if result.left_out else unreadable).append((result.record.name, result.reason))
             else:
                 index.add(result, result.value)
-        checks = check_dataset(index, [record.split for record in index.records])
+            progress.advance(task)
+        results = check_dataset(index, [record.split for record in index.records])
     masks = {record.mask for record in scanned.records if record.mask}
     images_per_file = Counter(record.path for record in records)
     num_image_files = len(masks | images_per_file.keys())
@@ -93,7 +94,7 @@ def _check_folder(scratch: Path, folder: Path, data: config.Data, preprocess: co
         num_files=num_image_files + len(scanned.companions) + len(scanned.other_files),
         kinds=_count_kinds(folder, images_per_file),
         num_masks=len(masks),
-        results=checks,
+        results=results,
         unreadable=unreadable,
         left_out=left_out,
         other_files=scanned.other_files,

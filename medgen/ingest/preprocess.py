@@ -101,8 +101,8 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
         ImageIndex(project.runs) as index,
         counting_bar() as progress,
     ):
-        results = read_images(folder, records, preprocess, transform)
-        for result in progress.track(results, total=len(records), description="preprocess"):
+        task = progress.add_task("preprocess", total=len(records))
+        for result in read_images(folder, records, preprocess, transform):
             source.add(result.record, result.source)
             if result.value is None:
                 (left_out if result.left_out else unreadable).append((result.record.name, result.reason))
@@ -110,6 +110,7 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
                 image, mask, thumb = result.value
                 writer.add(image, mask, _manifest_row(result))
                 index.add(result, thumb)
+            progress.advance(task)
         _check_unreadable(project, unreadable, len(records), preprocess.max_rejected)
         assigned, dropped = _assign_splits(index, data, preprocess)
         rejected = [*unreadable, *left_out, *dropped]

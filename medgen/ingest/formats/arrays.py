@@ -81,16 +81,18 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
     Raises:
         UnreadableImage: the file is damaged, is none of these formats, or is a pickled CIFAR batch.
     """
+    inspect_format, _ = _format_of(path)
     with unreadable_errors():
-        return _format_of(path)[0](path)
+        return inspect_format(path)
 
 
 class ArrayFile(ImageFile):
     """An npz, idx or CIFAR file; an npz file's arrays follow one another in the order train, val, test."""
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
+        _, find_arrays = _format_of(path)
         with unreadable_errors():
-            arrays = _format_of(path)[1](path)
+            arrays = find_arrays(path)
         self._arrays = [LoadOnce(partial(_load_array, load)) for _, load in arrays]
         self._ends = list(accumulate(num_images for num_images, _ in arrays))
         self.num_images = self._ends[-1]

@@ -146,7 +146,7 @@ def _opencv_flags(image: Image.Image, data: bytes, colour: bool, reduce_to: int 
         return int(cv2.IMREAD_UNCHANGED) if _has_whole_chunks(data) else None
     if image.format == "TIFF":
         bits = cast(Any, image).tag_v2.get(258, (1,))
-        return int(cv2.IMREAD_UNCHANGED) if len(bits) > 1 and max(bits) == 16 else None  # Pillow would keep 8 bits
+        return int(cv2.IMREAD_UNCHANGED) if len(bits) > 1 and max(bits) == 16 else None  # Pillow keeps 8 of 16
     return None
 
 

@@ -101,7 +101,7 @@ class LoadOnce(Generic[T]):
     """The result of `load`, which is called once for all threads, also if it fails: a damaged file may be long."""
 
     def __init__(self, load: Callable[[], T]) -> None:
-        self._load = load
+        self._load: Callable[[], T] | None = load  # until it was called
         self._loaded: T | None = None
         self._error: UnreadableImage | None = None
         self._lock = threading.Lock()
@@ -109,11 +109,12 @@ class LoadOnce(Generic[T]):
     def __call__(self) -> T:
         """Return the result; each call raises a new exception, as threads must not share a traceback."""
         with self._lock:
-            if self._error is None and self._loaded is None:
+            if self._load is not None:
                 try:
                     self._loaded = self._load()
                 except UnreadableImage as error:
                     self._error = type(error)(str(error))
+                self._load = None  # may be a method of the owner, which a cycle of references would keep in memory
             if self._error is not None:
                 raise type(self._error)(str(self._error))
             return cast(T, self._loaded)
