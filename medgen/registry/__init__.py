@@ -5,43 +5,35 @@
 medgen register     medgen generate --model models:/medgen@candidate --n 25 --out outputs/first
 """
 
-import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import Timeout
 
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.console import say, warn
 from medgen.errors import UserError
-from medgen.evaluation.data import load_evaluation
-from medgen.io import hash_file
-from medgen.models import bundle
 from medgen.models.bundle import BundleInfo
-from medgen.priors.generator import content_hash
-from medgen.priors.refiner import load_refiner
-from medgen.registry import mlflow_ui
+from medgen.registry.artifacts import Artifacts
 from medgen.registry.evaluations import upload_evaluation
-from medgen.registry.mlflow_ui import ui
-from medgen.registry.model_package import CONTENT_TAG, PARAMS_TAG, create_version
+from medgen.registry.mlflow_ui import FOLDER, describe_run, describe_version, ui, write_preview
+from medgen.registry.model_package import create_version
 from medgen.registry.serve import serve
 from medgen.registry.versions import (
     CANDIDATE,
+    CONTENT_TAG,
     EVALUATION_DIGEST,
     METRIC_GROUPS,
     Version,
     download_version,
     find_version,
-    metric_tags,
-    mlflow_errors,
+    mlflow_client,
     update_tags,
 )
-from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, RunRecord, Tracker, lineage, read_run, sync_run
+from medgen.tracking import RunRecord, Tracker, lineage, read_run, sync_run
 from medgen.tracking.mlflow_descriptions import NOTE_TAG, hash_tags, is_replaceable
-from medgen.tracking.mlflow_sync import connect
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -71,32 +63,23 @@ def register(project: Project, *, params: Params) -> Version:
     tracking, name = params.tracking, params.registry.model_name
     if not tracking.enabled:
         raise UserError("tracking.enabled: false, so there is no MLflow store to register in; set it to true")
-    info = bundle.load_info(project.model)
-    if not project.prior.is_dir():
-        raise UserError(f"{project.prior}: there is no prior; run `medgen prior` (or `dvc repro`) first")
-    load_refiner(project.refiner, bundle.digest(project.model))  # raises if it is missing or damaged
-    with mlflow_errors(project, tracking, "nothing is registered: run `medgen register` later"):
-        client, experiment = connect(project, tracking)  # first, so that a store that does not answer changes nothing
-        record, run_id = _training_run(project, tracking, info)
-        content = content_hash(project.model, project.prior, project.refiner)
-        metrics, provenance = _read_metrics(project, content)
-        measured = metric_tags(metrics, provenance)
-        _describe_run(project, tracking, info, record, metrics, run_id)
-        existing = _version_with_content(client, name, content)
-        if existing is None:
-            tags = _lineage_tags(project, record, info, provenance) | measured | {CONTENT_TAG: content}
-            made_with = _params_made_with(project, params, info, provenance)
-            version = create_version(client, project, made_with, info, experiment, run_id, tags)
-            if EVALUATION_DIGEST in tags:
-                upload_evaluation(client, version, project)
-            _describe_version(client, version, project, info, tags, is_evaluated=bool(metrics))
-        else:
-            version = existing  # its lineage stays as it was registered first
-            if metrics:
-                _replace_metrics(client, version, project, info, measured)
+    artifacts = Artifacts.load(project)
+    later = "nothing is registered: run `medgen register` later"
+    with mlflow_client(project, tracking, later) as (client, experiment):
+        record, run_id = _training_run(project, tracking, artifacts.info)
+        _describe_run(artifacts, tracking, record, run_id)
+        same = client.search_model_versions(f"name = '{name}' and tags.`{CONTENT_TAG}` = '{artifacts.content}'")
+        version = max(same, key=lambda found: int(found.version), default=None)  # the newest, which keeps its lineage
+        is_new = version is None
+        if version is None:
+            tags = artifacts.lineage_tags(record) | artifacts.metric_tags() | {CONTENT_TAG: artifacts.content}
+            made_with = artifacts.params_made_with(params)
+            version = create_version(client, artifacts, made_with, experiment, run_id, tags)
+        if is_new or artifacts.metrics:
+            _update_version(client, version, artifacts)
         client.set_registered_model_alias(name, CANDIDATE, version.version)
-    result = Version(name, int(version.version), run_id, is_new=existing is None)
-    state = "registered as" if result.is_new else "already registered as"
+    result = Version(name, int(version.version), run_id, is_new=is_new)
+    state = "registered as" if is_new else "already registered as"
     say(f"{state} {result.uri}, alias models:/{name}@{CANDIDATE}")
     return result
 
@@ -144,8 +127,7 @@ def fetch_for_evaluation(
     Raises:
         UserError: there is no such version of the project's registered model, or the MLflow store does not answer.
     """
-    with mlflow_errors(project, tracking, "nothing was downloaded: start the server first"):
-        client, _ = connect(project, tracking)
+    with mlflow_client(project, tracking, "nothing was downloaded: start the server first") as (client, _):
         version = find_version(client, registry.model_name, source)
     folder = project.runs / "versions" / f"{version.name}-{version.number}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -155,15 +137,11 @@ def fetch_for_evaluation(
 
 def update_metrics(project: Project, *, tracking: Tracking, version: Version, folder: Path) -> None:
     """Replace a version's metrics by those that `medgen evaluate --model` wrote to the folder."""
-    evaluated = Project(project.root, apart=folder)
-    content = content_hash(evaluated.model, evaluated.prior, evaluated.refiner)
-    metrics, provenance = _read_metrics(evaluated, content)
-    with mlflow_errors(project, tracking, f"{version.uri} keeps its metrics: run the same command later"):
-        client, _ = connect(project, tracking)
-        found = client.get_model_version(version.name, str(version.number))
-        info = bundle.load_info(evaluated.model)
-        _replace_metrics(client, found, evaluated, info, metric_tags(metrics, provenance))
-    say(f"{version.uri} now has the {len(metrics)} metrics of this evaluation")
+    artifacts = Artifacts.load(Project(project.root, apart=folder))
+    later = f"{version.uri} keeps its metrics: run the same command later"
+    with mlflow_client(project, tracking, later) as (client, _):
+        _update_version(client, client.get_model_version(version.name, str(version.number)), artifacts)
+    say(f"{version.uri} now has the {len(artifacts.metrics)} metrics of this evaluation")
 
 
 def _training_run(project: Project, tracking: Tracking, info: BundleInfo) -> tuple[RunRecord, str]:
@@ -185,145 +163,37 @@ def _training_run(project: Project, tracking: Tracking, info: BundleInfo) -> tup
     return record, synced.run_id
 
 
-def _version_with_content(client: "MlflowClient", name: str, content: str) -> "ModelVersion | None":
-    """The newest version with this content."""
-    found = client.search_model_versions(f"name = '{name}' and tags.`{CONTENT_TAG}` = '{content}'")
-    return max(found, key=lambda version: int(version.version), default=None)
-
-
-def _lineage_tags(
-    project: Project, record: RunRecord, info: BundleInfo, provenance: Mapping[str, Any]
-) -> dict[str, str]:
-    """The tags of the training, with the commit of the last stage; git.dirty is "true" if any stage had changed files.
-
-    The hash of the training's parameters is left out, because a version has the hash of all parameters.
-    """
-    tags = {key: value for key, value in record.tags.items() if not key.startswith("mlflow.") and key != PARAMS_TAG}
-    stages = [tags]
-    if _prior_name(project) is not None:
-        stages.append(_read_origin(project, info, PRIOR_ORIGIN, project.prior / "prior.json").get("lineage", {}))
-    if _refiner_params(project) is not None:
-        stages.append(_read_origin(project, info, REFINER_ORIGIN, project.refiner / "refiner.json").get("lineage", {}))
-    if provenance:
-        stages.append(provenance["lineage"])
-    commits = [stage.get("git.commit", "unknown") for stage in stages]
-    states = {stage.get("git.dirty", "unknown") for stage in stages}
-    tags["git.commit"] = "unknown" if "unknown" in commits else commits[-1]
-    tags["git.dirty"] = next((state for state in ("true", "unknown") if state in states), "false")
-    return tags | {"run": info.run, "dataset.fingerprint": info.dataset}
-
-
-def _params_made_with(project: Project, params: Params, info: BundleInfo, provenance: Mapping[str, Any]) -> Params:
-    """The parameters of each part: params.yaml may have changed since, or been overridden with `--set`."""
-    values = params.model_dump(mode="json")
-    training = project.runs / info.run / "params.json"
-    if training.is_file():
-        values |= json.loads(training.read_text(encoding="utf-8"))
-    if prior := _read_origin(project, info, PRIOR_ORIGIN, project.prior / "prior.json").get("prior"):
-        values["prior"] = prior
-    values["refiner"] = _refiner_params(project) or {**values["refiner"], "enabled": False}
-    if provenance:
-        values["evaluate"] = provenance["evaluate"]
-    extractor = project.features / "extractor.json"
-    if extractor.is_file():
-        values["features"] = json.loads(extractor.read_text(encoding="utf-8")).get("features", values["features"])
-    own = {"model": info.model.model_dump(mode="json"), "preprocess": info.preprocess.model_dump(mode="json")}
-    return Params.model_validate(values | own)
-
-
-def _read_origin(project: Project, info: BundleInfo, name: str, artifact: Path) -> dict[str, Any]:
-    """The provenance of a prior or refiner in the run's folder; {} if the artifact is not the one described there."""
-    path = project.runs / info.run / name
-    if not path.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["sha256"] == hash_file(artifact) else {}
-
-
-def _replace_metrics(
-    client: "MlflowClient", version: "ModelVersion", project: Project, info: BundleInfo, measured: Mapping[str, str]
-) -> None:
-    """Replace the metrics, per-image values and description of a registered version."""
-    kept = {key: value for key, value in version.tags.items() if not key.startswith((*METRIC_GROUPS, "evaluated."))}
-    if EVALUATION_DIGEST in measured:  # even if the tag is the same: the stored values may be damaged or missing
-        upload_evaluation(client, version, project)
-    _describe_version(client, version, project, info, {**kept, **measured}, is_evaluated=True)
-
-
-def _describe_version(
-    client: "MlflowClient",
-    version: "ModelVersion",
-    project: Project,
-    info: BundleInfo,
-    tags: Mapping[str, str],
-    is_evaluated: bool,
-) -> None:
-    """Set a version's tags, its description and its image of samples."""
+def _update_version(client: "MlflowClient", version: "ModelVersion", artifacts: Artifacts) -> None:
+    """Replace the metrics, per-image values, description and image of samples of a registered version."""
     assert version.source
-    prior, is_refined = _prior_name(project), _refiner_params(project) is not None
-    has_samples = is_evaluated and mlflow_ui.samples_path(project).exists()
-    number = int(version.version)
-    text = mlflow_ui.describe_version(version.name, number, info, prior, is_refined, tags, has_samples)
+    measured = artifacts.metric_tags()
+    if EVALUATION_DIGEST in measured:  # even if the tag is the same: the stored values may be damaged or missing
+        upload_evaluation(client, version, artifacts.project)
+    kept = {key: value for key, value in version.tags.items() if not key.startswith((*METRIC_GROUPS, "evaluated."))}
+    tags = kept | measured
+    text = describe_version(version.name, int(version.version), artifacts, tags)
     if not update_tags(client, version, tags) and version.description == text:
         return
-    if has_samples:
+    if artifacts.samples:
         with tempfile.TemporaryDirectory() as folder:
-            preview = mlflow_ui.write_preview(project, Path(folder))
+            preview = write_preview(artifacts.samples, Path(folder))
             client.log_model_artifact(version.source.removeprefix("models:/"), str(preview))
     if is_replaceable(version.description, version.tags):
         client.update_model_version(version.name, version.version, text)
         update_tags(client, version, hash_tags(text))
 
 
-def _describe_run(
-    project: Project,
-    tracking: Tracking,
-    info: BundleInfo,
-    record: RunRecord,
-    metrics: Mapping[str, float],
-    run_id: str,
-) -> None:
+def _describe_run(artifacts: Artifacts, tracking: Tracking, record: RunRecord, run_id: str) -> None:
     """Add the metrics of the evaluation and its image of samples to the run's description."""
-    if not metrics:
+    if not artifacts.metrics:
         return
-    prior, is_refined = _prior_name(project), _refiner_params(project) is not None
-    has_samples = mlflow_ui.samples_path(project).exists()
     written = record.tags.get(NOTE_TAG, "")
     training = written.partition("\n\n")[0]  # the rest is of an earlier evaluation
-    text = mlflow_ui.describe_run(training, prior, is_refined, metric_tags(metrics), run_id, has_samples)
+    text = describe_run(training, artifacts, run_id)
     if text == written:
         return
-    scratch = project.runs / info.run
-    with Tracker.open(scratch, tracking, project, record.name) as tracker:
-        if has_samples:
-            tracker.artifact(mlflow_ui.write_preview(project, scratch / mlflow_ui.FOLDER), mlflow_ui.FOLDER)
+    scratch = artifacts.project.runs / artifacts.info.run
+    with Tracker.open(scratch, tracking, artifacts.project, record.name) as tracker:
+        if artifacts.samples:
+            tracker.artifact(write_preview(artifacts.samples, scratch / FOLDER), FOLDER)
         tracker.note(text)
-
-
-def _prior_name(project: Project) -> str | None:
-    """The prior's name; None for a segmentation model, which needs none."""
-    name: str | None = json.loads((project.prior / "prior.json").read_text(encoding="utf-8"))["name"]
-    return name
-
-
-def _refiner_params(project: Project) -> dict[str, Any] | None:
-    """The parameters of the refiner; None if there is none."""
-    found = json.loads((project.refiner / "refiner.json").read_text(encoding="utf-8"))
-    return found["refiner"] if found["enabled"] else None
-
-
-def _read_metrics(project: Project, content: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """metrics.json and provenance.json of the reports; both empty if they do not belong to this content.
-
-    git tracks metrics.json but not provenance.json, so metrics.json may be that of another commit.
-    """
-    path = project.reports / "metrics.json"
-    try:
-        provenance: dict[str, Any] = json.loads((project.reports / "provenance.json").read_text(encoding="utf-8"))
-        if (provenance.get("content"), provenance.get("metrics")) != (content, hash_file(path)):
-            return {}, {}
-        if "evaluation" in provenance and load_evaluation(project.evaluation).digest != provenance["evaluation"]:
-            return {}, {}
-        return json.loads(path.read_text(encoding="utf-8")), provenance
-    except (FileNotFoundError, ValueError, UserError):
-        return {}, {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from medgen.config import Gates
 from medgen.metrics.comparison import Comparison
 from medgen.metrics.privacy import CERTAIN_COPY, MIN_HELD_OUT_LIMIT
-from medgen.registry.versions import EVALUATED_ON, EVALUATED_WITH, Version
+from medgen.registry.versions import EVALUATED_ON, EVALUATED_WITH, PARAMS_TAG, Version
 
 SSIM, DICE, MMD = "reconstruction/ssim", "segmentation/dice_foreground", "generation/mmd_domain"
 COPIES, HELD_OUT_LIMIT, NUM_GENERATED = "privacy/copy_rate", "privacy/held_out_limit", "run/num_generated"
@@ -41,9 +41,7 @@ def check_gates(
     """All gates, passed or not, in the order of the table.
 
     Args:
-        candidate: the version to promote.
-        champion: the version it would replace; None if there is none.
-        gates: the limits.
+        champion: the version that the candidate would replace; None if there is none.
         comparisons: champions, the present one first, each with the tests whether the candidate is worse; None if
             the two evaluations cannot be compared.
         earlier: all champions on record. SSIM (Dice) must be at least the highest of those with a comparable
@@ -59,7 +57,7 @@ def check_gates(
     found = [
         _evaluation_gate(candidate, champion),
         *_lineage_gates(candidate, champion),
-        _minimum_gate(key, candidate, champion, minimum),
+        _metric_gate(key, candidate, champion, f"≥ {minimum:g}", lambda value: value >= minimum),
     ]
     for index, (version, comparison) in enumerate(comparisons):
         suffix = f" (version {version.number})" if index else ""
@@ -126,33 +124,27 @@ def _evaluation_gate(candidate: Version, champion: Version | None) -> Gate:
 
 
 def _lineage_gates(candidate: Version, champion: Version | None) -> list[Gate]:
-    def row(name: str, key: str, required: str = "known", changes: str = "") -> Gate:
-        ours, theirs = (_hash_text(version, key) for version in (candidate, champion))
-        return Gate(name, ours + changes, theirs, required, ours != "unknown" and not changes)
+    """The origin of the candidate must be known, and it must be evaluated on its own dataset.
+
+    A model of another dataset may be trained on today's test images, and was not checked for copies of its own.
+    """
+
+    def row(name: str, key: str, required: str = "known", changes: str = "", passed: bool = True) -> Gate:
+        ours, theirs = (
+            NO_VALUE if version is None else (version.tags.get(key) or "unknown")[:HASH_LENGTH]
+            for version in (candidate, champion)
+        )
+        return Gate(name, ours + changes, theirs, required, passed and ours != "unknown" and not changes)
 
     state = candidate.tags.get("git.dirty") or "unknown"
     changes = {"false": "", "true": ", files changed"}.get(state, ", changes unknown")
+    same_dataset = candidate.tags.get(TRAINED_ON) == candidate.tags.get(EVALUATED_ON)
     return [
         row("git commit", "git.commit", "known, no file changed", changes),
         row("data", "data.md5"),
-        _dataset_gate(candidate, champion),
-        row("params", "params.fingerprint"),
+        row("trained on", TRAINED_ON, "the dataset it is evaluated on", passed=same_dataset),
+        row("params", PARAMS_TAG),
     ]
-
-
-def _dataset_gate(candidate: Version, champion: Version | None) -> Gate:
-    """A model of another dataset may be trained on today's test images, and was not checked for copies of its own."""
-    passed = candidate.tags.get(TRAINED_ON) == candidate.tags.get(EVALUATED_ON)
-    ours, theirs = (_hash_text(version, TRAINED_ON) for version in (candidate, champion))
-    return Gate("trained on", ours, theirs, "the dataset it is evaluated on", passed)
-
-
-def _hash_text(version: Version | None, key: str) -> str:
-    return (version.tags.get(key) or "unknown")[:HASH_LENGTH] if version else NO_VALUE
-
-
-def _minimum_gate(key: str, candidate: Version, champion: Version | None, minimum: float) -> Gate:
-    return _metric_gate(key, candidate, champion, f"≥ {minimum:g}", lambda value: value >= minimum)
 
 
 def _copy_gates(candidate: Version, champion: Version | None, ceiling: float | None) -> list[Gate]:
@@ -165,7 +157,7 @@ def _copy_gates(candidate: Version, champion: Version | None, ceiling: float | N
     required = f"≤ {limit:.4g}" + (", the rate by chance" if ceiling is None else "")
     return [
         _metric_gate(COPIES, candidate, champion, required, lambda value: value <= limit),
-        _minimum_gate(NEAREST, candidate, champion, CERTAIN_COPY),
+        _metric_gate(NEAREST, candidate, champion, f"≥ {CERTAIN_COPY:g}", lambda value: value >= CERTAIN_COPY),
     ]
 
 

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -34,47 +34,31 @@ CLAIM_TIMEOUT_SECONDS = 60.0  # after which a claim of another process counts as
 RETRY_SECONDS = (0.1, 0.6)  # drawn between these, so that two processes that saw each other do not collide again
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One change of the champion."""
+def account_and_host() -> str:
+    """Account and host of this process; not authenticated."""
+    return f"{current_user()}@{socket.gethostname()}".encode(errors="replace").decode()[:MAX_WHO]
 
-    key: str  # unique, also among other registries
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One change of the champion, by default made now by this process."""
+
+    key: str = field(default_factory=lambda: secrets.token_hex(8))  # unique, also among other registries
     model: str  # the registered model's name
     action: Literal["promote", "rollback"]
-    time: str  # ISO 8601, UTC
-    who: str
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    who: str = field(default_factory=account_and_host)
     before: int | None  # version that was champion
     after: int
     why: str
-    forced: bool  # promoted although a gate failed
-    metrics: dict[str, float]  # of the new champion: the main metrics of the gates
-    gates: list[str]  # names of the gates that failed
+    forced: bool = False  # promoted although a gate failed
+    metrics: dict[str, float] = field(default_factory=dict)  # of the new champion: the main metrics of the gates
+    gates: list[str] = field(default_factory=list)  # names of the gates that failed
 
     @property
     def line(self) -> str:
         """One line of promotions.jsonl."""
         return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
-
-
-def new_entry(
-    action: Literal["promote", "rollback"],
-    model: str,
-    before: int | None,
-    after: int,
-    why: str,
-    forced: bool = False,
-    metrics: dict[str, float] | None = None,
-    gates: Sequence[str] = (),
-) -> Entry:
-    """An entry with the present time, account and host."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    key = secrets.token_hex(8)
-    return Entry(key, model, action, now, account_and_host(), before, after, why, forced, metrics or {}, list(gates))
-
-
-def account_and_host() -> str:
-    """Account and host of this process; not authenticated."""
-    return f"{current_user()}@{socket.gethostname()}".encode(errors="replace").decode()[:MAX_WHO]
 
 
 def read_entries(client: "MlflowClient", name: str) -> list[Entry]:
@@ -83,13 +67,12 @@ def read_entries(client: "MlflowClient", name: str) -> list[Entry]:
     Raises:
         UserError: an entry was changed and cannot be read.
     """
-    tags, known = _tags(client, name), {field.name for field in fields(Entry)}
-    found = []
+    tags, found = _tags(client, name), []
     for key in sorted(key for key in tags if ENTRY_KEY.fullmatch(key)):
         try:
-            values = {field: value for field, value in json.loads(tags[key]).items() if field in known}
-            found.append(Entry(**values))
-        except (ValueError, TypeError, AttributeError):
+            values = json.loads(tags[key])
+            found.append(Entry(**{known.name: values[known.name] for known in fields(Entry)}))
+        except (ValueError, TypeError, KeyError):
             raise UserError(
                 f"models:/{name}, tag {key}: not a valid ledger entry, so it was changed; set it to the line of "
                 "reports/promotions.jsonl with that key, or delete the tag"
@@ -163,9 +146,8 @@ def promotion_lock(client: "MlflowClient", name: str) -> Iterator[Callable[[], N
             print(f"waiting: {printable(' and '.join(others.values()))} is changing the champion of models:/{name}")
         for other in others:
             if time.monotonic() > deadlines.setdefault(other, time.monotonic() + CLAIM_TIMEOUT_SECONDS):
-                client.delete_registered_model_tag(
-                    name, other
-                )  # left by a killed process: the lock is held for seconds
+                # Left by a killed process: a living one holds the lock for seconds.
+                client.delete_registered_model_tag(name, other)
         time.sleep(random.uniform(*RETRY_SECONDS))
 
 

@@ -19,41 +19,30 @@ from medgen.config import Project, Tracking
 from medgen.console import say
 from medgen.errors import UserError
 from medgen.models import MODELS
-from medgen.models.bundle import BundleInfo
+from medgen.registry.artifacts import Artifacts
 from medgen.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
 from medgen.tracking.mlflow_sync import connect, store_uri, without_password
 
-SAMPLES = "samples.png"
+SAMPLES = "samples.png"  # in the artifacts of a version or run
 FOLDER = "page"  # in a run's artifacts
 MAX_WIDTH = 640  # pixels: MLflow shows images at their own size and cuts off what is wider than the column
-SHOWN_METRICS = (  # metric, its name, the metric to compare it with, how to read the two
-    (
-        "reconstruction/ssim",
-        "SSIM of reconstructions",
-        "reconstruction/pca_ssim",
-        "PCA with as many dimensions; 1 is perfect",
-    ),
-    ("generation/c2st_auc", "Realism (C2ST AUC)", "generation/c2st_auc_floor", "train images; 0.5 is best, 1 worst"),
-    (
-        "generation/spectrum_distance",
-        "Spectrum distance",
-        "generation/spectrum_distance_floor",
-        "train images; 0 is best",
-    ),
-    ("generation/mmd_domain", "MMD of samples", "generation/mmd_domain_floor", "train images; 0 is best"),
-    ("generation/kid_domain", "KID of samples", "generation/kid_domain_floor", "train images; 0 is best"),
-    ("generation/precision", "Precision of samples", "generation/precision_real", "train images"),
-    ("generation/recall", "Recall of samples", "generation/recall_real", "train images"),
-    ("generation/label_accuracy", "Label accuracy", "generation/label_accuracy_real", "real test images"),
-    ("privacy/copy_rate", "Copies of train images", "privacy/copy_rate_plausible", "highest rate by chance"),
-    (
-        "segmentation/dice_foreground",
+SHOWN_METRICS = {  # metric: its name, the metric of its group to compare it with, how to read the two
+    "reconstruction/ssim": ("SSIM of reconstructions", "pca_ssim", "PCA with as many dimensions; 1 is perfect"),
+    "generation/c2st_auc": ("Realism (C2ST AUC)", "c2st_auc_floor", "train images; 0.5 is best, 1 worst"),
+    "generation/spectrum_distance": ("Spectrum distance", "spectrum_distance_floor", "train images; 0 is best"),
+    "generation/mmd_domain": ("MMD of samples", "mmd_domain_floor", "train images; 0 is best"),
+    "generation/kid_domain": ("KID of samples", "kid_domain_floor", "train images; 0 is best"),
+    "generation/precision": ("Precision of samples", "precision_real", "train images"),
+    "generation/recall": ("Recall of samples", "recall_real", "train images"),
+    "generation/label_accuracy": ("Label accuracy", "label_accuracy_real", "real test images"),
+    "privacy/copy_rate": ("Copies of train images", "copy_rate_plausible", "highest rate by chance"),
+    "segmentation/dice_foreground": (
         "Dice of masks",
-        "segmentation/dice_foreground_mean_mask",
+        "dice_foreground_mean_mask",
         "most frequent train mask; 1 is perfect",
     ),
-    ("segmentation/iou_foreground", "IoU of masks", "", ""),
-)
+    "segmentation/iou_foreground": ("IoU of masks", "", ""),
+}
 
 
 def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> NoReturn:
@@ -103,69 +92,42 @@ def describe_model(name: str, promotions: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def describe_version(
-    name: str,
-    number: int,
-    info: BundleInfo,
-    prior: str | None,
-    is_refined: bool,
-    tags: Mapping[str, str],
-    has_samples: bool,
-) -> str:
-    """The description of a version, in Markdown.
-
-    Args:
-        prior: its name; None for a segmentation model.
-        is_refined: there is a refiner.
-        tags: of the version, with its metrics.
-        has_samples: an image of samples is among the version's artifacts (`write_preview`).
-    """
+def describe_version(name: str, number: int, artifacts: Artifacts, tags: Mapping[str, str]) -> str:
+    """The description of a version with these tags, in Markdown."""
     uri = shlex.quote(f"models:/{name}/{number}")
     commands = [
         f"medgen serve --model {uri}",
         f"medgen history --reproduce {number}    # prints the commands that rebuild it",
     ]
-    if prior is not None:
+    if artifacts.prior is not None:
         commands.insert(0, f"medgen generate --model {uri} --n 25 --out outputs/{number}")
-    parts = [_describe_parts(info, prior, is_refined), *_metrics_table(tags)]
-    if has_samples:
+    parts = [_describe_parts(artifacts), *_metrics_table(tags)]
+    if artifacts.samples:
         parts.append(_image("model-versions/get-artifact", {"path": SAMPLES, "name": name, "version": number}))
     return "\n\n".join([*parts, _code(*commands)]) + "\n"
 
 
-def describe_run(
-    training: str, prior: str | None, is_refined: bool, tags: Mapping[str, str], run_id: str, has_samples: bool
-) -> str:
-    """The description of a run whose model was evaluated, in Markdown.
-
-    Args:
-        training: the description that the training wrote.
-        prior: as in `describe_version`, like `is_refined`, `tags` and `has_samples`.
-    """
-    setup = "" if prior is None else f" with the prior {prior}"
-    setup += " and its refiner" if is_refined else ""
-    parts = [training, f"Evaluated on the test split{setup}:", *_metrics_table(tags)]
-    if has_samples:
+def describe_run(training: str, artifacts: Artifacts, run_id: str) -> str:
+    """The description of a run whose model was evaluated, in Markdown; `training` is what the training wrote."""
+    setup = "" if artifacts.prior is None else f" with the prior {artifacts.prior}"
+    setup += " and its refiner" if artifacts.refiner else ""
+    parts = [training, f"Evaluated on the test split{setup}:", *_metrics_table(artifacts.metric_tags())]
+    if artifacts.samples:
         parts.append(_image("get-artifact", {"path": f"{FOLDER}/{SAMPLES}", "run_uuid": run_id}))
     return "\n\n".join(parts) + "\n"
 
 
-def samples_path(project: Project) -> Path:
-    """The image of samples that the evaluation wrote."""
-    return project.figures / SAMPLES
-
-
-def write_preview(project: Project, folder: Path) -> Path:
+def write_preview(samples: Path, folder: Path) -> Path:
     """Write the image of samples to `folder`, no wider than MLflow's column."""
-    path = folder / SAMPLES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(samples_path(project)) as image:
+    folder.mkdir(parents=True, exist_ok=True)
+    with Image.open(samples) as image:
         image.thumbnail((MAX_WIDTH, image.height), Image.Resampling.LANCZOS)
-        image.save(path)
-    return path
+        image.save(folder / SAMPLES)
+    return folder / SAMPLES
 
 
-def _describe_parts(info: BundleInfo, prior: str | None, is_refined: bool) -> str:
+def _describe_parts(artifacts: Artifacts) -> str:
+    info = artifacts.info
     channels, height, width = info.image_shape
     if MODELS[info.model.name].target == "mask":
         return (
@@ -174,25 +136,22 @@ def _describe_parts(info: BundleInfo, prior: str | None, is_refined: bool) -> st
         )
     classes = ", ".join(map(escape, info.classes)) or "none"
     text = (
-        f"{info.model.name} with the prior {prior}: generates images {height}×{width}×{channels} uint8; "
+        f"{info.model.name} with the prior {artifacts.prior}: generates images {height}×{width}×{channels} uint8; "
         f"classes: {classes}. Input: n, label and seed of new images, or an image (base64) to reconstruct."
     )
-    if is_refined:
+    if artifacts.refiner:
         text += " A refiner adds detail that the decoder omits to new images, unless refine is false."
     return text
 
 
 def _metrics_table(tags: Mapping[str, str]) -> list[str]:
     """The main metrics as a code block; nothing if there are none."""
-    rows = [("", "value", "reference", "")]
-    for key, name, reference, reading in SHOWN_METRICS:
+    lines = []
+    for key, (name, reference, reading) in SHOWN_METRICS.items():
         if key in tags:
-            rows.append((name, tags[key], tags.get(reference, ""), reading))
-    if len(rows) == 1:
-        return []
-    return [
-        _code(*(f"{name:25}{value:10}{reference:13}{reading}".rstrip() for name, value, reference, reading in rows))
-    ]
+            compared_with = tags.get(f"{key.partition('/')[0]}/{reference}", "")
+            lines.append(f"{name:25}{tags[key]:10}{compared_with:13}{reading}".rstrip())
+    return [_code(f"{'':25}{'value':10}reference", *lines)] if lines else []
 
 
 def _image(route: str, query: Mapping[str, object]) -> str:

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from medgen.config import Project, Registry, Tracking
 from medgen.console import say, show, warn
@@ -31,10 +30,9 @@ from medgen.registry.versions import (
     all_versions,
     find_version,
     get_aliases,
-    mlflow_errors,
+    mlflow_client,
 )
 from medgen.tracking.mlflow_descriptions import hash_tags, is_replaceable
-from medgen.tracking.mlflow_sync import connect
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -64,15 +62,14 @@ def promote(
     name = registry.model_name
     if force is not None:
         _check_reason("--force", force)
-    with mlflow_errors(project, tracking, UNCHANGED):
-        client, _ = connect(project, tracking)
+    with mlflow_client(project, tracking, UNCHANGED) as (client, _):
         aliases = get_aliases(client, name)
         candidate = find_version(client, name, CANDIDATE if version is None else version)
         on_record = ledger.standing_champions(ledger.read_entries(client, name))
         if aliases.get(CHAMPION) == candidate.number and on_record[-1:] == [candidate.number]:
             print(f"{candidate.uri} is the champion already")
             return None
-        known = {one.number: one for one in all_versions(client, name)}
+        known = all_versions(client, name)
         numbers = [number for number in (*on_record, aliases.get(CHAMPION)) if number in known]
         earlier = [known[number] for number in numbers if number != candidate.number]
         champion = earlier[-1] if earlier else None  # if it or its alias was deleted, the last one on record
@@ -83,10 +80,17 @@ def promote(
         if failed and force is None:
             not_compared = [reference for reference, comparison in comparisons if comparison is None]
             raise Refused(_refusal(candidate, champion, failed, aliases.get(CHAMPION), not_compared))
-        why, metrics = force or "all gates passed", _main_metrics(candidate)
-        before, after = aliases.get(CHAMPION), candidate.number
-        entry = ledger.new_entry("promote", name, before, after, why, bool(failed), metrics, failed)
-        _change_champion(client, project, name, entry, previous=champion.number if champion else None)
+        entry = Entry(
+            model=name,
+            action="promote",
+            before=aliases.get(CHAMPION),
+            after=candidate.number,
+            why=force or "all gates passed",
+            forced=bool(failed),
+            metrics=_main_metrics(candidate),
+            gates=failed,
+        )
+        _change_champion(client, project, entry, previous=champion.number if champion else None)
     forced = f", although {', '.join(failed)} failed" if failed else ""
     print(f"{candidate.uri} is now the champion{forced}")
     return entry
@@ -101,11 +105,10 @@ def rollback(project: Project, *, tracking: Tracking, registry: Registry, why: s
     """
     name = registry.model_name
     _check_reason("--why", why)
-    with mlflow_errors(project, tracking, UNCHANGED):
-        client, _ = connect(project, tracking)
+    with mlflow_client(project, tracking, UNCHANGED) as (client, _):
         champion = get_aliases(client, name).get(CHAMPION)
         on_record = ledger.standing_champions(ledger.read_entries(client, name))
-        known = {version.number: version for version in all_versions(client, name)}
+        known = all_versions(client, name)
         earlier = [number for number in _champions_before(champion, on_record) if number in known]
         if not earlier:
             raise UserError(
@@ -113,9 +116,10 @@ def rollback(project: Project, *, tracking: Tracking, registry: Registry, why: s
                 "still registered; run `medgen promote --version N` to make another version champion"
             )
         target = known[earlier[-1]]
-        entry = ledger.new_entry("rollback", name, champion, target.number, why, metrics=_main_metrics(target))
+        metrics = _main_metrics(target)
+        entry = Entry(model=name, action="rollback", before=champion, after=target.number, why=why, metrics=metrics)
         others = [number for number in earlier if number != target.number]
-        _change_champion(client, project, name, entry, previous=others[-1] if others else None)
+        _change_champion(client, project, entry, previous=others[-1] if others else None)
     print(f"{target.uri} is the champion again, in place of {champion or 'none'}")
     return entry
 
@@ -127,15 +131,13 @@ def history(
 
     Args:
         dataset: show only versions trained on the dataset whose fingerprint or data md5 starts with this.
-        as_json: print JSON instead of tables.
 
     Raises:
         UserError: nothing is registered, no version was trained on that dataset, or the MLflow store does not answer.
     """
     name = registry.model_name
-    with mlflow_errors(project, tracking, "its history cannot be read: start the server first"):
-        client, _ = connect(project, tracking)
-        versions = all_versions(client, name)
+    with mlflow_client(project, tracking, "its history cannot be read: start the server first") as (client, _):
+        versions = list(all_versions(client, name).values())
         if not versions:
             raise UserError(f"models:/{name}: no versions yet; run `medgen register` (or `dvc repro`) first")
         aliases, changes = get_aliases(client, name), ledger.read_entries(client, name)
@@ -160,7 +162,7 @@ def history(
         _print_versions(versions, aliases)
         _print_changes(changes)
         if dataset is None and changes and aliases.get(CHAMPION) != changes[-1].after:
-            _print_text(
+            say(
                 f"The champion is version {aliases.get(CHAMPION, 'none')}, but the last entry of the record says "
                 f"{changes[-1].after}: that change was interrupted, or the alias was moved by other means. "
                 "Run `medgen promote --version N` to put a champion on record."
@@ -195,8 +197,9 @@ def _compare(
     return found
 
 
-def _change_champion(client: "MlflowClient", project: Project, name: str, entry: Entry, previous: int | None) -> None:
+def _change_champion(client: "MlflowClient", project: Project, entry: Entry, previous: int | None) -> None:
     """Write the ledger and move the aliases, unless the champion has changed since `entry` was made."""
+    name = entry.model
     with ledger.promotion_lock(client, name) as check:
         champion = get_aliases(client, name).get(CHAMPION)
         if champion != entry.before:
@@ -310,17 +313,14 @@ def _to_dict(version: Version, aliases: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _print_text(text: str) -> None:
-    say(printable(text))
-
-
 def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]], fold: bool = True) -> Table:
-    """A table of plain text: names and reasons may contain rich's markup."""
+    """A table without control characters, whose first column is never folded."""
     table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold" if fold else "ellipsis", no_wrap=not fold)
+    for number, heading in enumerate(headings):
+        is_whole = number == 0 or not fold
+        table.add_column(heading, overflow="ellipsis" if is_whole else "fold", no_wrap=is_whole)
     for row in rows:
-        table.add_row(*(Text(printable(str(value))) for value in row))
+        table.add_row(*(printable(str(value)) for value in row))
     return table
 
 
@@ -349,7 +349,7 @@ def _print_versions(versions: Sequence[Version], aliases: Mapping[str, int]) -> 
 
 def _print_changes(changes: Sequence[Entry]) -> None:
     if not changes:
-        _print_text("No version was promoted yet. Run `medgen promote` to make the candidate champion.")
+        say("No version was promoted yet. Run `medgen promote` to make the candidate champion.")
         return
     rows = []
     for change in changes:

@@ -17,17 +17,17 @@ from typing import Any
 from pydantic import ValidationError
 from rich.table import Table
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from medgen import config
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.console import show
 from medgen.errors import Refused, UserError
 from medgen.metrics.segmentation import update_old_keys
 from medgen.priors.generator import content_hash
 from medgen.registry.gates import DICE, MMD, SSIM
-from medgen.registry.model_package import CONTENT_TAG, PARAMS_FILE, result_sections
-from medgen.registry.versions import EVALUATED_ON, Version, download_version, find_version, mlflow_errors
-from medgen.tracking.mlflow_sync import connect, store_uri, without_password
+from medgen.registry.model_package import PARAMS_FILE, result_sections
+from medgen.registry.versions import CONTENT_TAG, EVALUATED_ON, Version, download_version, find_version, mlflow_client
+from medgen.tracking.mlflow_sync import store_uri, without_password
 
 MMD_INTERVAL = "generation/mmd_domain_ci_low", "generation/mmd_domain_ci_high"
 TOLERANCE = 0.01  # of SSIM and Dice: rounding on another machine changes the same training by less
@@ -46,8 +46,7 @@ def reproduce(
         UserError: the version has no commit, this repository does not have the commit, or a stage failed.
         Refused: the rebuilt model differs from the version by more than rounding.
     """
-    with mlflow_errors(project, tracking, "start the server first"):
-        client, _ = connect(project, tracking)
+    with mlflow_client(project, tracking, "start the server first") as (client, _):
         found = find_version(client, registry.model_name, version)
     commit = _commit(project, found)
     folder = _git(project.root, "rev-parse", "--show-prefix")  # the project's folder in its repository, such as "a/b/"
@@ -129,13 +128,11 @@ def _check_data(project: Project, version: Version, commit: str, data: str | Non
 
 def _are_committed(params: dict[str, Any], root: Path, commit: str) -> bool:
     """Return True if the commit's params.yaml gives the same result as these parameters."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "params.yaml"
-        path.write_text(_git(root, "show", f"{commit}:./params.yaml") + "\n", encoding="utf-8")
-        try:
-            return result_sections(config.load(path)) == result_sections(Params.model_validate(params))
-        except (UserError, ValidationError):  # of a medgen with other keys
-            return False
+    try:
+        committed = YAML(typ="safe", pure=True).load(_git(root, "show", f"{commit}:./params.yaml"))
+        return result_sections(Params.model_validate(committed)) == result_sections(Params.model_validate(params))
+    except (YAMLError, ValidationError):  # of a medgen with other keys
+        return False
 
 
 def _print_commands(
@@ -149,7 +146,12 @@ def _print_commands(
 ) -> None:
     parent = "../" * (1 + len(Path(folder).parts))  # of the repository
     tree = f"{parent}{version.name}-{version.number}"
-    lines = [
+    lines = [f"# {version.uri}"]
+    if version.tags.get("git.dirty") != "false":
+        lines.append("# trained with changes that are not in this commit: the result may differ")
+    if (torch := version.tags.get("version.torch")) is not None:
+        lines.append(f"# trained with torch {torch} on {version.tags.get('device', 'unknown')}")
+    lines += [
         f"git worktree add --detach {shlex.quote(tree)} {commit}",
         f"cd {shlex.quote(os.path.join(tree, folder).rstrip('/'))}",
     ]
@@ -169,12 +171,7 @@ def _print_commands(
         "# set tracking.enabled: false in params.yaml to record and register nothing",
         f"dvc {' '.join(REPRO)}",
     ]
-    notes = [f"# {version.uri}"]
-    if version.tags.get("git.dirty") != "false":
-        notes.append("# trained with changes that are not in this commit: the result may differ")
-    if (torch := version.tags.get("version.torch")) is not None:
-        notes.append(f"# trained with torch {torch} on {version.tags.get('device', 'unknown')}")
-    print("\n".join(notes + lines))
+    print("\n".join(lines))
 
 
 def _run_stages(tree: Project, project: Project, data: str | None, params: dict[str, Any] | None) -> None:

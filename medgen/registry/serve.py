@@ -16,8 +16,7 @@ from medgen.config import Project, Registry, Tracking
 from medgen.errors import UserError
 from medgen.machine import signal_handler
 from medgen.registry.model_package import PACKAGE
-from medgen.registry.versions import CHAMPION, Version, download_files, find_version, mlflow_errors
-from medgen.tracking.mlflow_sync import connect
+from medgen.registry.versions import CHAMPION, Version, download_files, find_version, mlflow_client
 
 APP = PACKAGE / "serving" / "app.py"
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -38,15 +37,13 @@ def serve(
 
     Args:
         model: models:/NAME@ALIAS or models:/NAME/NUMBER; None is the champion.
-        host: address to listen on.
-        port: port to listen on; 0 is any free one.
+        port: 0 is any free one.
 
     Raises:
         UserError: there is no such version, the MLflow store does not answer, or the port is in use.
     """
     with _listen(host, port) as listener:
-        with mlflow_errors(project, tracking, "the model cannot be found: start the server first"):
-            client, _ = connect(project, tracking)
+        with mlflow_client(project, tracking, "the model cannot be found: start the server first") as (client, _):
             version = find_version(client, registry.model_name, model or CHAMPION)
         with _temporary_folder() as folder:
             files = download_files(version.uri, "", folder, project, tracking)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
+CONTENT_TAG, PARAMS_TAG = "medgen.content", "params.fingerprint"  # hashes of the files and the parameters
 EVALUATED_ON, EVALUATED_WITH = "evaluated.dataset", "evaluated.extractor"  # tags: hashes of the dataset and extractor
 EVALUATION_DIGEST = "evaluated.values"  # tag: SHA-256 of the per-image values stored with the version
 METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
@@ -65,15 +66,20 @@ class Version:
         return update_old_keys({name: value for name, value in values.items() if math.isfinite(value)})
 
 
-def all_versions(client: "MlflowClient", name: str) -> list[Version]:
-    """All versions of a registered model, oldest first; empty if there is no such model."""
-    found: list[ModelVersion] = []
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+def all_versions(client: "MlflowClient", name: str) -> dict[int, Version]:
+    """All versions of a registered model by number, oldest first; empty if there is no such model."""
+    page = client.search_model_versions(f"name = '{name}'")
+    found = list(page)
+    while page.token:
+        page = client.search_model_versions(f"name = '{name}'", page_token=page.token)
         found += page
-        if not (token := page.token):
-            return sorted((_version(one) for one in found), key=lambda version: version.number)
+    versions = {
+        int(one.version): Version(
+            one.name, int(one.version), one.run_id or "", dict(one.tags), created=one.creation_timestamp / 1000
+        )
+        for one in found
+    }
+    return dict(sorted(versions.items()))
 
 
 def find_version(client: "MlflowClient", name: str, reference: str | int) -> Version:
@@ -86,25 +92,23 @@ def find_version(client: "MlflowClient", name: str, reference: str | int) -> Ver
     uri = text if "/" in text else f"models:/{name}{'/' if text.isdecimal() else '@'}{text}"
     if (match := _URI.fullmatch(uri)) is None:
         raise _no_such_version(client, uri)
-    number = int(match[3]) if match[3] else get_aliases(client, match[1]).get(match[2])
-    known = {version.number: version for version in all_versions(client, match[1])}
-    if number not in known:
+    number = int(match[3]) if match[3] else get_aliases(client, match[1]).get(match[2], 0)
+    found = all_versions(client, match[1]).get(number)
+    if found is None:
         raise _no_such_version(client, uri)
-    return known[number]
+    return found
 
 
-def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any] | None = None) -> dict[str, str]:
+def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any]) -> dict[str, str]:
     """Metrics as tags, with tags that say what they were measured with, from provenance.json."""
     tags = {key: f"{value:.6g}" for key, value in metrics.items()}
-    if not metrics or provenance is None:
+    if not metrics or not provenance:
         return tags
-    extractors = {kind: found["sha256"] for kind, found in provenance["extractors"].items()}
     if "evaluation" in provenance:
         tags[EVALUATION_DIGEST] = provenance["evaluation"]
-    return tags | {
-        EVALUATED_ON: provenance["dataset"],
-        **({EVALUATED_WITH: extractors["domain"]} if extractors else {}),
-    }
+    if extractors := provenance["extractors"]:
+        tags[EVALUATED_WITH] = extractors["domain"]["sha256"]
+    return tags | {EVALUATED_ON: provenance["dataset"]}
 
 
 def update_tags(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str, str]) -> bool:
@@ -158,20 +162,19 @@ def _to_float(text: str) -> float:
         return math.nan
 
 
-def _version(found: "ModelVersion") -> Version:
-    created = found.creation_timestamp / 1000
-    return Version(found.name, int(found.version), found.run_id or "", dict(found.tags), created)
-
-
 @contextmanager
-def mlflow_errors(project: Project, tracking: Tracking, consequence: str) -> Iterator[None]:
-    """Turn the errors of MLflow and of the network into a UserError that ends with `consequence`."""
+def mlflow_client(project: Project, tracking: Tracking, consequence: str) -> Iterator[tuple["MlflowClient", str]]:
+    """Yield a client and the experiment's ID; errors of MLflow and the network become a UserError.
+
+    Args:
+        consequence: the end of its message: what was not done, and what to do next.
+    """
     load_mlflow(tracking)
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
     try:
-        yield
+        yield connect(project, tracking)
     except (MlflowException, RequestException) as error:
         if isinstance(error, MlflowException) and error.error_code in REFUSALS:
             raise UserError(f"MLflow refused: {summarize_error(error)}") from error
@@ -202,8 +205,7 @@ def download_files(uri: str, subfolder: str, folder: Path, project: Project, tra
         NoSuchVersion: there is no such version, or it has no such subfolder.
         UserError: the MLflow store does not answer.
     """
-    with mlflow_errors(project, tracking, "the model cannot be downloaded: start the server first"):
-        client, _ = connect(project, tracking)
+    with mlflow_client(project, tracking, "the model cannot be downloaded: start the server first") as (client, _):
         from mlflow.artifacts import download_artifacts, list_artifacts
         from mlflow.exceptions import MlflowException
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from medgen import registry
-from medgen.config import Model, Params, Preprocess, Prior, Project, Registry, Tracking
+from medgen.config import Model, Params, Preprocess, Prior, Project, Refiner, Registry, Tracking
 from medgen.io import hash_file
 from medgen.models import build_model, bundle
 from medgen.models.bundle import BundleInfo
@@ -21,6 +21,7 @@ from medgen.priors import ANALYTIC, save_prior
 from medgen.priors.generator import content_hash
 from medgen.priors.refiner import save_disabled
 from medgen.registry import mlflow_ui
+from medgen.registry.artifacts import Artifacts
 from medgen.tracking import Tracker, read_run
 from medgen.tracking.mlflow_descriptions import EXPERIMENT_DESCRIPTION, HASH_TAG, NOTE_TAG
 from medgen.tracking.mlflow_sync import STATE_FILE, connect
@@ -53,6 +54,11 @@ def with_experiment(store: Tracking, experiment: str) -> Tracking:
 def info(classes: tuple[str, ...] = ("NORMAL", "ILL"), name: str = "spatial_vae", run: str = "a" * 12) -> BundleInfo:
     model = MODEL.model_copy(update={"name": name})
     return BundleInfo(model, Preprocess(image_size=16), (1, 16, 16), classes, DATASET, run, "2.15")
+
+
+def artifacts(classes: tuple[str, ...] = ("NORMAL", "ILL"), **others: Any) -> Artifacts:
+    """Without files."""
+    return Artifacts(Project(Path("nowhere")), info(classes), "gmm", **{"refiner": None, **others})
 
 
 def write_prior(project: Project, name: str) -> None:
@@ -200,18 +206,19 @@ def test_registering_again_updates_metrics_and_keeps_a_users_description(store: 
     "name", ["a|b<script>alert(1)</script>", "![x](http://elsewhere/x.png)", "```\n# big", "&lt;", "_it_"]
 )
 def test_class_names_are_escaped(name: str) -> None:
-    text = mlflow_ui.describe_version(
-        "medgen", 1, info((name, "ILL")), "gmm", False, {"reconstruction/ssim": "0.5"}, has_samples=False
-    )
+    text = mlflow_ui.describe_version("medgen", 1, artifacts((name, "ILL")), {"reconstruction/ssim": "0.5"})
     first, rest = text.split("\n\n", 1)
     assert not re.search(r"[<>|`!\[\]\n]|\b_|_\b", first)
     assert name in html.unescape(first)  # as rendered
     assert "SSIM of reconstructions  0.5" in rest
 
 
-def test_description_of_a_segmentation_model() -> None:
+def test_description_of_a_segmentation_model(tmp_path: Path) -> None:
     tags = {"segmentation/dice_foreground": "0.9", "segmentation/dice_foreground_mean_mask": "0.6"}
-    text = mlflow_ui.describe_version("medgen", 2, info(name="unet"), None, False, tags, has_samples=True)
+    unet = Artifacts(Project(tmp_path), info(name="unet"), None, None, metrics={"segmentation/dice_foreground": 0.9})
+    unet.project.figures.mkdir(parents=True)
+    (unet.project.figures / "samples.png").touch()
+    text = mlflow_ui.describe_version("medgen", 2, unet, tags)
     assert "predicts masks of 2 classes" in text
     assert shown_metrics(text) == {"Dice of masks": ["0.9", "0.6"]}
     assert "medgen generate" not in text
@@ -219,16 +226,17 @@ def test_description_of_a_segmentation_model() -> None:
 
 
 def test_version_description_names_commands() -> None:
-    text = mlflow_ui.describe_version("medgen", 3, info(), "gmm", False, {}, has_samples=False)
+    text = mlflow_ui.describe_version("medgen", 3, artifacts(), {})
     assert "refiner" not in text
     for command in ("generate --model models:/medgen/3", "serve --model models:/medgen/3", "history --reproduce 3"):
         assert f"medgen {command}" in text
 
 
 def test_descriptions_mention_the_refiner() -> None:
-    text = mlflow_ui.describe_version("medgen", 3, info(), "gmm", True, {}, has_samples=False)
+    refined = artifacts(refiner=Refiner(), metrics={"reconstruction/ssim": 0.5})
+    text = mlflow_ui.describe_version("medgen", 3, refined, {})
     assert "A refiner adds detail that the decoder omits to new images, unless refine is false." in text
-    run = mlflow_ui.describe_run(TRAINING, "gmm", True, {"reconstruction/ssim": "0.5"}, "r", has_samples=False)
+    run = mlflow_ui.describe_run(TRAINING, refined, "r")
     assert "Evaluated on the test split with the prior gmm and its refiner:" in run
 
 

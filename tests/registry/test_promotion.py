@@ -5,7 +5,6 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -217,58 +216,73 @@ def synthetic_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluations, "compare", functools.partial(compare, num_permutations=199))
 
 
-@pytest.fixture
-def register(project: Project, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A registered model of the test's own; `register(metrics)` adds a version, which becomes the candidate."""
-    name = re.sub(r"\W+", "-", request.node.name)
-    client, _ = connect(project, Tracking())
-    client.create_registered_model(name)
+class Register:
+    """A registered model; a call adds a version, which becomes the candidate."""
 
-    def add(metrics: dict[str, float] = METRICS, **changes: str | None) -> int:
-        made = client.create_model_version(name, source=str(project.root), tags=tags(metrics, **changes))
-        client.set_registered_model_alias(name, "candidate", made.version)
+    def __init__(self, project: Project, name: str) -> None:
+        self.name, self.project = name, project
+        self.client, _ = connect(project, Tracking())
+        self.client.create_registered_model(name)
+        options = {"tracking": Tracking(), "registry": Registry(model_name=name)}
+        self.promote, self.rollback, self.history = (
+            functools.partial(command, project, **options) for command in (promote, rollback, history)
+        )
+
+    def __call__(self, metrics: dict[str, float] = METRICS, **changes: str | None) -> int:
+        made = self.client.create_model_version(self.name, source=str(self.project.root), tags=tags(metrics, **changes))
+        self.client.set_registered_model_alias(self.name, "candidate", made.version)
         return int(made.version)
 
-    add.registry, add.client, add.name = Registry(model_name=name), client, name  # type: ignore[attr-defined]
-    add.aliases = lambda: get_aliases(client, name)  # type: ignore[attr-defined]
-    return add
+    def champion(self, metrics: dict[str, float] = METRICS, **changes: str | None) -> None:
+        self(metrics, **changes)
+        self.promote()
+
+    def aliases(self) -> dict[str, int]:
+        return get_aliases(self.client, self.name)
+
+    def entries(self) -> list[ledger.Entry]:
+        return ledger.read_entries(self.client, self.name)
 
 
-def test_promotion_moves_the_aliases(project: Project, register: Any, capsys: Any) -> None:
+@pytest.fixture
+def register(project: Project, request: pytest.FixtureRequest) -> Register:
+    return Register(project, re.sub(r"\W+", "-", request.node.name))
+
+
+def test_promotion_moves_the_aliases(register: Register, capsys: Any) -> None:
     first = register()
-    assert promote(project, tracking=Tracking(), registry=register.registry)
+    assert register.promote()
     assert register.aliases() == {"candidate": first, "champion": first}
     second = register(METRICS | {"reconstruction/ssim": 0.9})
-    entry = promote(project, tracking=Tracking(), registry=register.registry)
+    entry = register.promote()
     assert register.aliases() == {"candidate": second, "champion": second, "previous": first}
     assert entry and (entry.action, entry.before, entry.after, entry.forced) == ("promote", first, second, False)
     assert entry.metrics["reconstruction/ssim"] == 0.9
-    assert "0.85" in (output := capsys.readouterr().out) and "0.9" in output
+    output = capsys.readouterr().out
+    assert all(text in output for text in ("0.85", "0.9", "nearest_over_limit"))  # not folded at 80 columns
 
 
-def test_refusal_changes_nothing(project: Project, register: Any) -> None:
-    register()
-    promote(project, tracking=Tracking(), registry=register.registry)
+def test_refusal_changes_nothing(register: Register) -> None:
+    register.champion()
     before = register.aliases()
     worse = register(**quality(seed=1, shift=0.5))
     with pytest.raises(Refused, match="mmd, c2st failed; version 1 stays champion") as refused:
-        promote(project, tracking=Tracking(), registry=register.registry)
+        register.promote()
     assert refused.value.exit_code == 3
     assert register.aliases() == before | {"candidate": worse}
-    assert len(ledger.read_entries(register.client, register.name)) == 1
+    assert len(register.entries()) == 1
 
 
-def test_versions_evaluated_differently_are_refused_with_the_commands_to_run(project: Project, register: Any) -> None:
-    register()
-    promote(project, tracking=Tracking(), registry=register.registry)
+def test_versions_evaluated_differently_are_refused_with_the_commands_to_run(register: Register) -> None:
+    register.champion()
     register(evaluated_extractor="0" * 64)
     name = register.name
     both = rf"`medgen evaluate --model models:/{name}/1` and `medgen evaluate --model models:/{name}/2`"
     with pytest.raises(Refused, match=both):
-        promote(project, tracking=Tracking(), registry=register.registry)
+        register.promote()
     register({})
     with pytest.raises(Refused, match=rf"run `medgen evaluate --model models:/{name}/3`, then promote again"):
-        promote(project, tracking=Tracking(), registry=register.registry)
+        register.promote()
 
 
 NOT_EVALUATED: dict[str, tuple[dict[str, str | None], str]] = {  # changes of a candidate's tags; a gate that fails
@@ -281,46 +295,42 @@ NOT_EVALUATED: dict[str, tuple[dict[str, str | None], str]] = {  # changes of a 
 
 
 @pytest.mark.parametrize("case", NOT_EVALUATED)
-def test_refusal_of_a_candidate_that_is_not_evaluated_names_the_command(
-    project: Project, register: Any, case: str
-) -> None:
+def test_refusal_of_a_candidate_that_is_not_evaluated_names_the_command(register: Register, case: str) -> None:
     changes, gate = NOT_EVALUATED[case]
     register(**changes)
     command = rf"{gate}.*failed.*`medgen evaluate --model models:/{register.name}/1`, then promote again"
     with pytest.raises(Refused, match=command):
-        promote(project, tracking=Tracking(), registry=register.registry)
+        register.promote()
 
 
-def test_champion_without_per_image_values(project: Project, register: Any) -> None:
+def test_champion_without_per_image_values(register: Register) -> None:
     """The refusal names the command; after a forced promotion the former champion need not be evaluated."""
-    register(**{"evaluated.values": None})
-    promote(project, tracking=Tracking(), registry=register.registry)
+    register.champion(**{"evaluated.values": None})
     register()
     command = rf"comparison failed; .*run `medgen evaluate --model models:/{register.name}/1`, then promote again"
     with pytest.raises(Refused, match=command):
-        promote(project, tracking=Tracking(), registry=register.registry)
-    forced = promote(project, tracking=Tracking(), registry=register.registry, force="its code no longer loads")
+        register.promote()
+    forced = register.promote(force="its code no longer loads")
     assert forced and forced.gates == ["comparison"]
     register()
-    assert promote(project, tracking=Tracking(), registry=register.registry)
+    assert register.promote()
 
 
-def test_each_step_of_a_worsening_chain_is_refused(project: Project, register: Any) -> None:
-    register()
-    promote(project, tracking=Tracking(), registry=register.registry)
+def test_each_step_of_a_worsening_chain_is_refused(register: Register) -> None:
+    register.champion()
     for step in range(1, 3):  # also after a refusal
         register(METRICS | {"generation/mmd_domain": 0.01 + 0.05 * step}, **quality(seed=step, shift=0.4 * step))
         with pytest.raises(Refused, match="mmd"):
-            promote(project, tracking=Tracking(), registry=register.registry)
+            register.promote()
     assert register.aliases()["champion"] == 1
 
 
-def test_small_steps_add_up_compared_with_the_best_champion_on_record(project: Project, register: Any) -> None:
+def test_small_steps_add_up_compared_with_the_best_champion_on_record(register: Register) -> None:
     refusal = ""
     for step in range(12):
         register(METRICS | {"generation/mmd_domain": 0.01 + 0.001 * step}, **quality(seed=step, shift=0.05 * step))
         try:
-            promote(project, tracking=Tracking(), registry=register.registry)
+            register.promote()
         except Refused as error:
             refusal = str(error)
             break
@@ -376,7 +386,7 @@ def test_lower_recall_is_accepted_only_from_a_champion_with_too_much_spread(case
     assert all(gates.values()) == promoted
 
 
-def test_evaluation_is_stored_with_its_version_and_damage_is_detected(project: Project, register: Any) -> None:
+def test_evaluation_is_stored_with_its_version_and_damage_is_detected(project: Project, register: Register) -> None:
     """Use MLflow's artifacts."""
     client, experiment = connect(project, Tracking())
     digest = save_evaluation(project.evaluation, evaluation(3))
@@ -405,12 +415,12 @@ def test_evaluations_with_other_settings_are_not_compared() -> None:
     assert compare_versions(evaluation(), other) is None
 
 
-def test_forced_promotion_is_recorded(project: Project, register: Any) -> None:
+def test_forced_promotion_is_recorded(register: Register) -> None:
     register(METRICS | {"reconstruction/ssim": 0.1})
     why = "the only version; für alle Ärzte"
-    entry = promote(project, tracking=Tracking(), registry=register.registry, force=why)
+    entry = register.promote(force=why)
     assert entry and entry.forced and entry.gates == ["ssim"]
-    assert ledger.read_entries(register.client, register.name)[-1].why == why
+    assert register.entries()[-1].why == why
     assert register.aliases()["champion"] == 1
 
 
@@ -420,32 +430,31 @@ def test_invalid_reason_is_rejected(project: Project, why: str) -> None:
         promote(project, tracking=Tracking(), registry=REGISTRY, force=why)
 
 
-def test_longest_reason_fits_the_database_column(project: Project, register: Any) -> None:
+def test_longest_reason_fits_the_database_column(register: Register) -> None:
     gone = {name: None for name in ("git_commit", "git_dirty", "data_md5", "params_fingerprint")}
     register(METRICS | {"reconstruction/ssim": 0.1, "privacy/copy_rate": 0.9}, **gone)
-    entry = promote(project, tracking=Tracking(), registry=register.registry, force="ß" * ledger.MAX_WHY)
+    entry = register.promote(force="ß" * ledger.MAX_WHY)
     assert entry and len(entry.line) < 5000
 
 
 @pytest.mark.parametrize(("number", "message"), [(9, "9: no such version"), (None, "candidate: no such version")])
-def test_unknown_version_is_named(project: Project, register: Any, number: int | None, message: str) -> None:
+def test_unknown_version_is_named(register: Register, number: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        promote(project, tracking=Tracking(), registry=register.registry, version=number)
+        register.promote(version=number)
 
 
-def test_rollback_goes_back_one_champion_each_time(project: Project, register: Any) -> None:
+def test_rollback_goes_back_one_champion_each_time(register: Register) -> None:
     for _ in range(3):
-        register()
-        promote(project, tracking=Tracking(), registry=register.registry)
-    back = rollback(project, tracking=Tracking(), registry=register.registry, why="blurred in practice")
+        register.champion()
+    back = register.rollback(why="blurred in practice")
     assert (back.before, back.after, back.why) == (3, 2, "blurred in practice")
     assert register.aliases() == {"candidate": 3, "champion": 2, "previous": 1}
-    rollback(project, tracking=Tracking(), registry=register.registry)
+    register.rollback()
     assert register.aliases() == {"candidate": 3, "champion": 1}
     with pytest.raises(UserError, match="the champion is 1, and the record has no former champion"):
-        rollback(project, tracking=Tracking(), registry=register.registry)
-    promote(project, tracking=Tracking(), registry=register.registry)
-    assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
+        register.rollback()
+    register.promote()
+    assert register.rollback().after == 1
 
 
 def test_rollback_without_a_registered_model(project: Project) -> None:
@@ -453,22 +462,20 @@ def test_rollback_without_a_registered_model(project: Project) -> None:
         rollback(project, tracking=Tracking(), registry=Registry(model_name="nothing"))
 
 
-def test_rollback_without_a_champion(project: Project, register: Any) -> None:
+def test_rollback_without_a_champion(register: Register) -> None:
     register()
     with pytest.raises(UserError, match="the champion is none"):
-        rollback(project, tracking=Tracking(), registry=register.registry)
+        register.rollback()
 
 
-def test_ledger_is_in_the_registry_and_in_a_file_that_is_only_appended_to(project: Project, register: Any) -> None:
+def test_ledger_is_in_the_registry_and_in_a_file_that_is_only_appended_to(project: Project, register: Register) -> None:
     file = project.reports / "promotions.jsonl"
-    register()
-    promote(project, tracking=Tracking(), registry=register.registry)
+    register.champion()
     before = file.read_text()
-    register()
-    promote(project, tracking=Tracking(), registry=register.registry)
+    register.champion()
     assert file.read_text().startswith(before)
     file.unlink()  # as in a clone on another machine: the file gets all entries
-    rollback(project, tracking=Tracking(), registry=register.registry)
+    register.rollback()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["action"], line["before"], line["after"]) for line in lines] == [
         ("promote", None, 1),
@@ -478,14 +485,13 @@ def test_ledger_is_in_the_registry_and_in_a_file_that_is_only_appended_to(projec
     assert all(line["who"] and line["time"].endswith("+00:00") for line in lines)
 
 
-def test_history_lists_versions_and_promotions(project: Project, register: Any, capsys: Any) -> None:
-    register()
-    promote(project, tracking=Tracking(), registry=register.registry)
+def test_history_lists_versions_and_promotions(register: Register, capsys: Any) -> None:
+    register.champion()
     register(METRICS | {"reconstruction/ssim": 0.4}, data_md5="f" * 32)
-    promote(project, tracking=Tracking(), registry=register.registry, force="[bold]a test[/bold]")
-    history(project, tracking=Tracking(), registry=register.registry)
+    register.promote(force="[bold]a test[/bold]")
+    register.history()
     assert "[bold]a" in capsys.readouterr().out  # shown literally
-    history(project, tracking=Tracking(), registry=register.registry, as_json=True)
+    register.history(as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert [one["version"] for one in found["versions"]] == [1, 2]
     assert found["versions"][1]["aliases"] == ["candidate", "champion"]
@@ -494,29 +500,28 @@ def test_history_lists_versions_and_promotions(project: Project, register: Any, 
 
 
 @pytest.mark.parametrize(("dataset", "numbers"), [("ffff", [2]), ("dddd", [1]), ("ba98", [1, 2])])
-def test_history_of_one_dataset(project: Project, register: Any, dataset: str, numbers: list[int]) -> None:
+def test_history_of_one_dataset(register: Register, dataset: str, numbers: list[int]) -> None:
     register()
     register(data_md5="f" * 32)
-    found = history(project, tracking=Tracking(), registry=register.registry, dataset=dataset)
+    found = register.history(dataset=dataset)
     assert [one["version"] for one in found["versions"]] == numbers
 
 
-def test_unknown_dataset_is_named(project: Project, register: Any) -> None:
+def test_unknown_dataset_is_named(register: Register) -> None:
     register()
     with pytest.raises(UserError, match="--dataset 1234: no version"):
-        history(project, tracking=Tracking(), registry=register.registry, dataset="1234")
+        register.history(dataset="1234")
 
 
-def test_history_reports_an_alias_moved_by_other_means(project: Project, register: Any, capsys: Any) -> None:
-    register()
-    promote(project, tracking=Tracking(), registry=register.registry)
+def test_history_reports_an_alias_moved_by_other_means(register: Register, capsys: Any) -> None:
+    register.champion()
     register()
     register.client.set_registered_model_alias(register.name, "champion", "2")
-    history(project, tracking=Tracking(), registry=register.registry)
+    register.history()
     assert "The champion is version 2, but the last entry of the record says 1" in capsys.readouterr().out
 
 
-def test_new_metrics_replace_earlier_ones_except_privacy(register: Any) -> None:
+def test_new_metrics_replace_earlier_ones_except_privacy(register: Register) -> None:
     number = register(METRICS | {"generation/fd_inception": 7.0})
     later = {"reconstruction/ssim": 0.7, "generation/mmd_domain": 0.3}
     provenance = {"dataset": "later", "extractors": {"domain": {"sha256": "x"}}}
@@ -532,9 +537,7 @@ def test_new_metrics_replace_earlier_ones_except_privacy(register: Any) -> None:
     assert (found["evaluated.dataset"], found["evaluated.extractor"]) == ("later", "x")
 
 
-def test_one_of_two_simultaneous_promotions_is_refused(
-    project: Project, register: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_of_two_simultaneous_promotions_is_refused(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have checked the gates before either changes the champion. They share nothing but the store."""
     numbers = [register(), register()]
     both_have_checked, change = threading.Barrier(2), promotion._change_champion
@@ -547,7 +550,7 @@ def test_one_of_two_simultaneous_promotions_is_refused(
 
     def refusal(number: int) -> str | None:
         try:
-            promote(project, tracking=Tracking(), registry=register.registry, version=number)
+            register.promote(version=number)
         except Refused as error:
             return str(error)
         return None
@@ -558,10 +561,10 @@ def test_one_of_two_simultaneous_promotions_is_refused(
     winner = numbers[refusals.index(None)]
     assert f"version {winner} became champion" in "".join(filter(None, refusals))
     assert register.aliases()["champion"] == winner
-    assert [entry.after for entry in ledger.read_entries(register.client, register.name)] == [winner]
+    assert [entry.after for entry in register.entries()] == [winner]
 
 
-def test_lock_has_one_holder_at_a_time(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_has_one_holder_at_a_time(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "RETRY_SECONDS", (0.0, 0.02))
     inside, most, done = 0, 0, []
 
@@ -583,17 +586,20 @@ def test_lock_has_one_holder_at_a_time(register: Any, monkeypatch: pytest.Monkey
     assert not ledger._claims(register.client, register.name)
 
 
-def test_lock_of_a_killed_promotion_expires(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_a_killed_promotion_expires(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "CLAIM_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr(ledger, "RETRY_SECONDS", (0.05, 0.05))
     register.client.set_registered_model_tag(register.name, f"{ledger.CLAIM}dead", "someone@somewhere")
     with ledger.promotion_lock(register.client, register.name) as check:
         check()
-        register.client.delete_registered_model_tag(
-            register.name, next(iter(ledger._claims(register.client, register.name)))
-        )
+        (claim,) = ledger._claims(register.client, register.name)
+        register.client.delete_registered_model_tag(register.name, claim)
         with pytest.raises(UserError, match="another process took over the promotion lock"):
             check()
+
+
+def entry(action: Any, after: int, why: str = "why") -> ledger.Entry:
+    return ledger.Entry(model="medgen", action=action, before=None, after=after, why=why)
 
 
 ACTIONS: dict[str, tuple[list[tuple[str, int]], list[int]]] = {
@@ -608,81 +614,75 @@ ACTIONS: dict[str, tuple[list[tuple[str, int]], list[int]]] = {
 @pytest.mark.parametrize("case", ACTIONS)
 def test_standing_champions(case: str) -> None:
     actions, expected = ACTIONS[case]
-    entry: Callable[..., Any] = ledger.new_entry
-    assert (
-        ledger.standing_champions([entry(action, "medgen", None, after, "why") for action, after in actions])
-        == expected
-    )
+    assert ledger.standing_champions([entry(action, after) for action, after in actions]) == expected
 
 
-def test_entry_after_an_incomplete_line_is_readable(project: Project, register: Any, tmp_path: Path) -> None:
+def test_entry_after_an_incomplete_line_is_readable(register: Register, tmp_path: Path) -> None:
     file = tmp_path / "promotions.jsonl"
     file.write_text('{"key": "to')
-    ledger.append_entry(register.client, register.name, ledger.new_entry("promote", register.name, None, 1, "why"))
+    ledger.append_entry(register.client, register.name, entry("promote", 1))
     ledger.append_to_file(register.client, register.name, file)
     assert json.loads(file.read_text().splitlines()[-1])["after"] == 1
 
 
-def test_rollback_skips_later_champions(project: Project, register: Any) -> None:
+def test_rollback_skips_later_champions(register: Register) -> None:
     for _ in range(3):
-        register()
-        promote(project, tracking=Tracking(), registry=register.registry)
-    register.client.set_registered_model_alias(
-        register.name, "champion", "2"
-    )  # by hand, or by an interrupted promotion
-    assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
+        register.champion()
+    register.client.set_registered_model_alias(register.name, "champion", "2")  # by hand, or an interrupted promotion
+    assert register.rollback().after == 1
 
 
-def test_last_champion_on_record_replaces_a_deleted_one_in_comparisons(project: Project, register: Any) -> None:
+def test_last_champion_on_record_replaces_a_deleted_one_in_comparisons(register: Register) -> None:
     for _ in range(3):
-        register()
-        promote(project, tracking=Tracking(), registry=register.registry)
+        register.champion()
     register.client.delete_model_version(register.name, "3")
     register(**quality(seed=1, shift=0.5))
     with pytest.raises(Refused, match="mmd, c2st failed; version 2, the last champion on record, was"):
-        promote(project, tracking=Tracking(), registry=register.registry)
+        register.promote()
     register.client.delete_model_version(register.name, "2")
-    assert rollback(project, tracking=Tracking(), registry=register.registry).after == 1
+    assert register.rollback().after == 1
 
 
-def test_alias_moved_by_other_means_can_be_put_on_record(project: Project, register: Any, capsys: Any) -> None:
+def test_alias_moved_by_other_means_can_be_put_on_record(register: Register, capsys: Any) -> None:
     for _ in range(2):
         register()
-    promote(project, tracking=Tracking(), registry=register.registry, version=1)
+    register.promote(version=1)
     register.client.set_registered_model_alias(register.name, "champion", "2")
-    assert promote(project, tracking=Tracking(), registry=register.registry, version=2)
+    assert register.promote(version=2)
     capsys.readouterr()
-    history(project, tracking=Tracking(), registry=register.registry)
+    register.history()
     assert "The champion is version" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ['{"bro', "[]", '{"key": "0"}'])
-def test_changed_ledger_entry_is_reported_and_nothing_is_written(project: Project, register: Any, text: str) -> None:
+def test_changed_ledger_entry_is_reported_and_nothing_is_written(
+    project: Project, register: Register, text: str
+) -> None:
     register()
     register.client.set_registered_model_tag(register.name, "promotion.note", "ours")
     register.client.set_registered_model_tag(register.name, "promotion.000001.ab", text)
     before = register.client.get_registered_model(register.name).tags
-    for command in (promote, rollback, history):
+    for command in (register.promote, register.rollback, register.history):
         with pytest.raises(UserError, match=r"tag promotion\.000001\.ab: not a valid ledger entry"):
-            command(project, tracking=Tracking(), registry=register.registry)
+            command()
     assert register.client.get_registered_model(register.name).tags == before
 
 
-def test_unwritable_ledger_file_is_only_a_warning(tmp_path: Path, project: Project, register: Any) -> None:
+def test_unwritable_ledger_file_is_only_a_warning(tmp_path: Path, project: Project, register: Register) -> None:
     register()
     (project.reports / "promotions.jsonl").unlink(missing_ok=True)
     (project.reports / "promotions.jsonl").mkdir(parents=True)
     try:
-        assert promote(project, tracking=Tracking(), registry=register.registry)
+        assert register.promote()
     finally:
         (project.reports / "promotions.jsonl").rmdir()
     assert register.aliases()["champion"] == 1
 
 
-def test_process_that_lost_the_lock_overwrites_no_entry(project: Project, register: Any) -> None:
+def test_process_that_lost_the_lock_overwrites_no_entry(register: Register) -> None:
     """It was stopped between its last check and its write."""
     register()
-    late = ledger.new_entry("promote", register.name, None, 1, "late")
-    ledger.append_entry(register.client, register.name, ledger.new_entry("promote", register.name, None, 1, "in time"))
+    late = entry("promote", 1, "late")
+    ledger.append_entry(register.client, register.name, entry("promote", 1, "in time"))
     register.client.set_registered_model_tag(register.name, f"promotion.000001.{late.key}", late.line)
-    assert {entry.why for entry in ledger.read_entries(register.client, register.name)} == {"in time", "late"}
+    assert {entry.why for entry in register.entries()} == {"in time", "late"}
