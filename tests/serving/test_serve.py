@@ -19,7 +19,6 @@ import threading
 import zlib
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +28,7 @@ import pytest
 import torch
 from mlflow.types import Schema, TensorSpec
 from PIL import Image
+from starlette.responses import Response
 
 from medgen import registry
 from medgen.config import Model, Params, Preprocess, Prior, Project, Refiner, Registry, Tracking
@@ -40,7 +40,7 @@ from medgen.priors import ANALYTIC, sample_images, save_prior
 from medgen.priors import refiner as refinement
 from medgen.priors.generator import load_generator
 from medgen.priors.refiner import save_refiner
-from medgen.serving.app import CURRENT_REQUEST, LimitMiddleware, Limits, PredictionRequest, ServedModel
+from medgen.serving.app import App, Limits, ServedModel
 from medgen.serving.generate import load_image
 
 SIZE = 16
@@ -427,11 +427,11 @@ def test_idle_connections_are_closed(server: Server) -> None:
         assert (silent.recv(1), half.recv(1)) == (b"", b"")
 
 
-# Limits, with small values and an application that waits.
+# Limits, with small values and a model that waits.
 
 
 class Client:
-    """A client that calls the middleware without a network and stores its response."""
+    """A client that calls the app without a network and stores its response."""
 
     def __init__(self, *chunks: bytes, disconnects: bool = False, ends: bool = True) -> None:
         self.messages: list[Any] = []
@@ -444,7 +444,7 @@ class Client:
         headers = [(b"content-type", b"application/json")]
         self.scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
 
-    async def request(self, app: LimitMiddleware) -> int:
+    async def request(self, app: App) -> int:
         async def send(message: Any) -> None:
             self.messages.append(message)
 
@@ -456,21 +456,22 @@ class Client:
         return dict(self.messages[0]["headers"])
 
 
-class WaitingApp:
-    """An application that responds after `go` is set, and counts concurrent requests."""
+class WaitingModel:
+    """A model that responds after `go` is set, and counts concurrent requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_ready: bool = False) -> None:
         self.go = threading.Event()
+        if is_ready:
+            self.go.set()
         self.num_begun = self.num_running = self.max_concurrent = 0
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    def respond(self, body: bytes, as_png: bool) -> Response:
         self.num_begun += 1
         self.num_running += 1
         self.max_concurrent = max(self.max_concurrent, self.num_running)
-        await asyncio.to_thread(self.go.wait, 20)
+        self.go.wait(20)
         self.num_running -= 1
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"{}"})
+        return Response(b"{}")
 
 
 GOOD = b'{"inputs": {"n": [1]}}'
@@ -495,37 +496,36 @@ async def until(condition: Any) -> None:
 
 @in_event_loop
 async def test_one_prediction_at_a_time_and_a_limited_queue() -> None:
-    inner = WaitingApp()
-    app = LimitMiddleware(inner, ABOUT, Limits(waiting=3))
+    model = WaitingModel()
+    app = App(model.respond, ABOUT, Limits(waiting=3))
     requests = [asyncio.create_task(Client(GOOD).request(app)) for _ in range(3)]
-    await until(lambda: inner.num_begun)
+    await until(lambda: model.num_begun)
     one_more = Client(GOOD)
     assert await one_more.request(app) == 503
     assert one_more.headers[b"retry-after"] == b"5"
-    inner.go.set()
+    model.go.set()
     assert await asyncio.gather(*requests) == [200, 200, 200]
-    assert (inner.num_begun, inner.max_concurrent) == (3, 1)
+    assert (model.num_begun, model.max_concurrent) == (3, 1)
     assert await Client(GOOD).request(app) == 200
 
 
 @in_event_loop
 async def test_late_prediction_holds_the_lock_until_its_thread_ends() -> None:
-    inner = WaitingApp()
-    app = LimitMiddleware(inner, ABOUT, Limits(answer_seconds=0.5))
+    model = WaitingModel()
+    app = App(model.respond, ABOUT, Limits(answer_seconds=0.5))
     assert await Client(GOOD).request(app) == 504
     assert await asyncio.gather(*(Client(GOOD).request(app) for _ in range(5))) == [504] * 5
-    assert inner.num_begun == 1  # the others left the queue
-    inner.go.set()
-    await until(lambda: inner.num_running == 0)
+    assert model.num_begun == 1  # the others left the queue
+    model.go.set()
+    await until(lambda: model.num_running == 0)
     assert await Client(GOOD).request(app) == 200
-    assert inner.max_concurrent == 1
+    assert model.max_concurrent == 1
 
 
 @in_event_loop
 async def test_incomplete_bodies_take_no_place_in_the_queue() -> None:
-    inner = WaitingApp()
-    inner.go.set()
-    app = LimitMiddleware(inner, ABOUT, Limits(waiting=1))
+    model = WaitingModel(is_ready=True)
+    app = App(model.respond, ABOUT, Limits(waiting=1))
     incomplete = [asyncio.create_task(Client(GOOD[:5], ends=False).request(app)) for _ in range(3)]
     assert await Client(GOOD).request(app) == 200
     for task in incomplete:
@@ -534,15 +534,15 @@ async def test_incomplete_bodies_take_no_place_in_the_queue() -> None:
 
 @in_event_loop
 async def test_disconnected_clients_leave_the_queue() -> None:
-    inner = WaitingApp()
-    app = LimitMiddleware(inner, ABOUT, Limits())
+    model = WaitingModel()
+    app = App(model.respond, ABOUT, Limits())
     first = asyncio.create_task(Client(GOOD).request(app))
-    await until(lambda: inner.num_begun)
+    await until(lambda: model.num_begun)
     assert await Client(GOOD, disconnects=True).request(app) == 0
     assert await Client(GOOD[:5], disconnects=True, ends=False).request(app) == 0
-    inner.go.set()
+    model.go.set()
     assert await first == 200
-    assert inner.num_begun == 1
+    assert model.num_begun == 1
 
 
 @pytest.mark.parametrize(
@@ -555,20 +555,18 @@ async def test_disconnected_clients_leave_the_queue() -> None:
 )
 @in_event_loop
 async def test_limits_of_a_body(chunks: list[bytes], limits: Limits, status: int) -> None:
-    inner = WaitingApp()
-    inner.go.set()
-    app = LimitMiddleware(inner, ABOUT, limits)
+    model = WaitingModel(is_ready=True)
+    app = App(model.respond, ABOUT, limits)
     for _ in range(3):  # rejected bodies free their memory
         assert await Client(*chunks, ends=False).request(app) == status
-    assert inner.num_begun == 0
+    assert model.num_begun == 0
     assert await Client(GOOD).request(app) == 200
 
 
 @in_event_loop
 async def test_response_that_is_not_read_is_abandoned() -> None:
-    inner = WaitingApp()
-    inner.go.set()
-    app = LimitMiddleware(inner, ABOUT, Limits(send_seconds=0.05))
+    model = WaitingModel(is_ready=True)
+    app = App(model.respond, ABOUT, Limits(send_seconds=0.05))
 
     async def never(message: Any) -> None:
         await asyncio.Future()
@@ -579,12 +577,11 @@ async def test_response_that_is_not_read_is_abandoned() -> None:
 
 
 def test_internal_error_is_in_the_log_and_not_in_the_response(caplog: pytest.LogCaptureFixture) -> None:
-    async def fails(scope: Any, receive: Any, send: Any) -> None:
-        CURRENT_REQUEST.get().is_parsed = True
+    def fail(body: bytes, as_png: bool) -> Response:
         raise ZeroDivisionError("secrets")
 
     client = Client(GOOD)
-    assert asyncio.run(client.request(LimitMiddleware(fails, ABOUT, Limits()))) == 500
+    assert asyncio.run(client.request(App(fail, ABOUT, Limits()))) == 500
     assert b"secrets" not in b"".join(message.get("body", b"") for message in client.messages)
     assert "ZeroDivisionError" in caplog.text
 
@@ -595,15 +592,8 @@ def test_png_of_masks_spreads_class_numbers_over_grey_levels() -> None:
     schema = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 1))])
     model: Any = SimpleNamespace(metadata=SimpleNamespace(get_input_schema=lambda: schema))
     model.predict = lambda data, params: masks
-    request = PredictionRequest(as_png=True)
-
-    def predict() -> None:
-        CURRENT_REQUEST.set(request)
-        ServedModel(model).predict(np.zeros((1, 5, 5, 1), np.uint8))
-
-    copy_context().run(predict)
-    assert request.response is not None
-    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(request.response.body))), masks[0, ..., 0] * 127)
+    response = ServedModel(model).respond(b'{"inputs": [[[[0]]]]}', as_png=True)
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(response.body))), masks[0, ..., 0] * 127)
 
 
 # Start and end.
