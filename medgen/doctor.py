@@ -16,7 +16,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,6 @@ from medgen.datasets.weights import list_weights
 from medgen.machine import num_cores
 from medgen.tracking.mlflow_sync import store_uri
 
-MIN_PYTHON = (3, 11)
 WARN_MEMORY = 3e9  # bytes; the sample project needs about 2 GB
 WARN_DISK, MIN_DISK = 5e9, 1e9  # free bytes
 DVC_TIMEOUT = 60.0  # seconds
@@ -47,6 +47,13 @@ class Check:
     fix: str = ""
 
 
+def _rate(name: str, found: str, fix: str, *, fails: bool = False, warns: bool = False) -> Check:
+    """A check with the level of the worst condition that holds."""
+    if fails or warns:
+        return Check(name, "fail" if fails else "warn", found, fix)
+    return Check(name, "ok", found)
+
+
 def run(
     project: Project, *, data: Data, loss: Loss, train: Train, evaluate: Evaluate, tracking: Tracking
 ) -> list[Check]:
@@ -55,7 +62,7 @@ def run(
     "fail" means that the pipeline cannot run with these parameters, "warn" that it runs with restrictions.
     """
     return [
-        _check_python(),
+        Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         _check_torch(),
         _check_cpu(),
         *_check_gpus(train),
@@ -71,11 +78,7 @@ def run(
 def show(results: Sequence[Check], as_json: bool = False) -> bool:
     """Print results as a table or as JSON, and return True if nothing failed."""
     if as_json:
-        rows = [
-            # the second name of `fix` is that of the version before
-            {"name": each.name, "level": each.level, "found": each.found, "fix": each.fix, "mend": each.fix}
-            for each in results
-        ]
+        rows = [asdict(each) | {"mend": each.fix} for each in results]  # the name of `fix` in the version before
         print(json.dumps(rows, indent=2))
     else:
         table = Table("", "", "found", "what to do", box=None, padding=(0, 1))
@@ -84,13 +87,6 @@ def show(results: Sequence[Check], as_json: bool = False) -> bool:
             table.add_row(Text(result.level, style=colours[result.level]), result.name, result.found, result.fix)
         print_table(table)
     return all(result.level != "fail" for result in results)
-
-
-def _check_python() -> Check:
-    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < MIN_PYTHON:
-        return Check("python", "fail", found, "Python 3.11 or newer is required; `uv sync` installs it")
-    return Check("python", "ok", found)
 
 
 def _check_torch() -> Check:
@@ -102,18 +98,15 @@ def _check_torch() -> Check:
         return Check("torch", "fail", f"import failed: {error}", fix)
     found = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     builds = {version.partition("+")[2] for version in (torch.__version__, torchvision.__version__)}
-    return Check("torch", "ok", found) if len(builds) == 1 else Check("torch", "warn", found, fix)
+    return _rate("torch", found, fix, warns=len(builds) > 1)
 
 
 def _check_cpu() -> Check:
     import torch
 
-    usable = num_cores()
-    threads = torch.get_num_threads()
-    found = f"{usable} cores, torch uses {threads} threads"
-    if threads > usable:
-        return Check("cpu", "warn", found, f"More threads than cores are slow. Set OMP_NUM_THREADS={usable}")
-    return Check("cpu", "ok", found)
+    usable, threads = num_cores(), torch.get_num_threads()
+    fix = f"More threads than cores are slow. Set OMP_NUM_THREADS={usable}"
+    return _rate("cpu", f"{usable} cores, torch uses {threads} threads", fix, warns=threads > usable)
 
 
 def _check_gpus(train: Train) -> list[Check]:
@@ -121,13 +114,13 @@ def _check_gpus(train: Train) -> list[Check]:
 
     if torch.cuda.is_available():
         return [_check_gpu(index) for index in range(torch.cuda.device_count())]
-    driver = _nvidia_driver()
-    if driver:
+    needed = train.device == "cuda"
+    if driver := _nvidia_driver():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        found = f"NVIDIA driver {driver}, but torch ({build}) finds no GPU"
         fix = "Update the NVIDIA driver, or install a torch built for this driver"
-        level: Literal["warn", "fail"] = "fail" if train.device == "cuda" else "warn"
-        return [Check("gpu", level, f"NVIDIA driver {driver}, but torch ({build}) finds no GPU", fix)]
-    if train.device == "cuda":
+        return [_rate("gpu", found, fix, fails=needed, warns=True)]
+    if needed:
         return [Check("gpu", "fail", "none, but train.device is 'cuda'", "Set train.device to 'auto'")]
     return [Check("gpu", "ok", "none: training runs on the CPU")]
 
@@ -139,9 +132,8 @@ def _check_gpu(index: int) -> Check:
     properties = torch.cuda.get_device_properties(index)
     precision = "bf16" if properties.major >= 8 else "fp32 (bf16 needs compute capability 8.0)"
     found = f"{properties.name}, {total / 1e9:.0f} GB, {free / 1e9:.0f} GB free, {precision}"
-    if free < 2e9:
-        return Check(f"gpu {index}", "warn", found, "Other processes use its memory; list them with nvidia-smi")
-    return Check(f"gpu {index}", "ok", found)
+    fix = "Other processes use its memory; list them with nvidia-smi"
+    return _rate(f"gpu {index}", found, fix, warns=free < 2e9)
 
 
 def _nvidia_driver() -> str | None:
@@ -160,20 +152,15 @@ def _check_memory() -> Check:
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text))
-    found = f"{free / 1e9:.1f} GB available"
-    if free < WARN_MEMORY:
-        fix = "Close other programs, or lower train.batch_size and preprocess.image_size"
-        return Check("memory", "warn", found, fix)
-    return Check("memory", "ok", found)
+    fix = "Close other programs, or lower train.batch_size and preprocess.image_size"
+    return _rate("memory", f"{free / 1e9:.1f} GB available", fix, warns=free < WARN_MEMORY)
 
 
 def _check_disk(project: Project) -> Check:
     free = shutil.disk_usage(project.root).free
     found = f"{free / 1e9:.1f} GB free in {project.root}"
-    if free < WARN_DISK:
-        fix = "Free disk space; `dvc gc -w` removes old files from DVC's cache"
-        return Check("disk", "fail" if free < MIN_DISK else "warn", found, fix)
-    return Check("disk", "ok", found)
+    fix = "Free disk space; `dvc gc -w` removes old files from DVC's cache"
+    return _rate("disk", found, fix, fails=free < MIN_DISK, warns=free < WARN_DISK)
 
 
 def _check_weights(loss: Loss, train: Train, evaluate: Evaluate) -> list[Check]:
@@ -207,9 +194,8 @@ def _check_data(project: Project, data: Data) -> Check:
 
 def _check_dvc(project: Project) -> Check:
     if not any((folder / ".dvc").is_dir() for folder in (project.root, *project.root.parents)):
-        return Check(
-            "dvc", "fail", f"{project.root} is not in a DVC project", "Run `dvc init` in a clone of this repository"
-        )
+        fix = "Run `dvc init` in a clone of this repository"
+        return Check("dvc", "fail", f"{project.root} is not in a DVC project", fix)
     command = [sys.executable, "-m", "dvc", "remote", "list"]  # outside a project it lists the user's remotes
     quiet = {**os.environ, "DVC_NO_ANALYTICS": "1"}
     try:
@@ -250,27 +236,22 @@ def _check_tracking_file(path: Path) -> Check:
     if not path.exists():
         if path.parent.is_dir() and os.access(path.parent, os.W_OK):
             return Check("tracking", "ok", f"the first run creates {path}")
-        return Check(
-            "tracking", "fail", f"{path.parent} cannot be written", "Create that folder, or change tracking.uri"
-        )
+        fix = "Create that folder, or change tracking.uri"
+        return Check("tracking", "fail", f"{path.parent} cannot be written", fix)
     if not os.access(path, os.W_OK):
         return Check("tracking", "fail", f"{path} cannot be written", f"Run `chmod u+w {path}`, or change tracking.uri")
     try:
-        connection = sqlite3.connect(path, timeout=0.2)
-        try:
+        with closing(sqlite3.connect(path, timeout=0.2)) as connection:
             status = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
-        finally:
-            connection.close()
     except sqlite3.OperationalError as error:  # for example, locked
         fix = "Another program may lock it. Runs continue; `medgen sync` sends the missing records later"
         return Check("tracking", "warn", f"{path}: {error}", fix)
     except sqlite3.DatabaseError as error:
         status = str(error)
-    if status != "ok":
-        return Check(
-            "tracking", "fail", f"{path} is damaged: {status}", "Move the file to another folder and run `medgen sync`"
-        )
-    return Check("tracking", "ok", str(path))
+    if status == "ok":
+        return Check("tracking", "ok", str(path))
+    fix = "Move the file to another folder and run `medgen sync`"
+    return Check("tracking", "fail", f"{path} is damaged: {status}", fix)
 
 
 def _check_tracking_server(uri: str, timeout: float) -> Check:
