@@ -200,13 +200,13 @@ def generate(
     if interpolate and traverse:
         raise typer.BadParameter("--interpolate and --traverse exclude each other; give one of them")
     folder = _call(registry.find_model, params, overrides, source=model)
-    options = {"label": label, "model": folder, "out": out} | ({} if n is None else {"n": n})
+    options: dict[str, Any] = {"label": label} | ({} if n is None else {"n": n})
     if interpolate:
-        _call(generate.interpolate, params, overrides, ends=interpolate, **options)
+        generate.interpolate(folder, out, ends=interpolate, **options)
     elif traverse:
-        _call(generate.traverse, params, overrides, **options)
+        generate.traverse(folder, out, **options)
     else:
-        _call(generate.run, params, overrides, seed=seed, refine=refine, **options)
+        generate.run(folder, out, seed=seed, refine=refine, **options)
 
 
 @app.command()
@@ -226,7 +226,7 @@ def reconstruct(
     from medgen.serving import generate
 
     folder = _call(registry.find_model, params, overrides, source=model)
-    _call(generate.reconstruct, params, overrides, files=files, label=label, model=folder, out=out)
+    generate.reconstruct(folder, out, files=files, label=label)
 
 
 @app.command()

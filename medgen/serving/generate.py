@@ -6,18 +6,17 @@ medgen generate --traverse --out outputs/axes
 medgen reconstruct chest.png --out outputs/reconstructed
 """
 
-import csv
-import io
 import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd  # type: ignore[import-untyped]
 import torch
 from rich.progress import track
 from torch import Tensor
 
-from medgen.config import Preprocess, Project
+from medgen.config import Preprocess
 from medgen.console import OUT, say
 from medgen.errors import UserError
 from medgen.ingest.formats.raw import UnreadableImage
@@ -45,30 +44,20 @@ MIN_PAIR_SIDE = 192  # pixels of each image of a pair, so that its caption fits
 
 
 def run(
-    project: Project,
-    *,
-    n: int = NUM_IMAGES,
-    label: str | None,
-    seed: int,
-    model: Path | None,
-    out: Path,
-    refine: bool = True,
+    model: Path, out: Path, *, n: int = NUM_IMAGES, label: str | None = None, seed: int = 0, refine: bool = True
 ) -> list[Path]:
     """Write `n` new images as PNG files and the first hundred as grid.png; return the images' paths.
 
     Args:
-        n: number of images.
+        model: folder with model/, prior/ and refiner/.
+        out: folder of the files; created if it does not exist.
         label: class by name or index; None draws classes with their frequencies in the train split.
-        seed: the same seed gives the same images.
-        model: folder with model/, prior/ and refiner/; None is artifacts/.
-        out: output folder; created if it does not exist.
         refine: use the refiner, if there is one, to add detail that the decoder omits.
 
     Raises:
         UserError: model, prior or refiner is missing, they do not belong together, or the label is unknown.
     """
-    folder = model or project.model.parent
-    loaded = load_generator(folder / "model", folder / "prior", folder / "refiner", pick_device("auto"))
+    loaded = load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
     network, info, prior = loaded.model, loaded.info, loaded.prior
     labels = None if label is None else torch.full((n,), find_label(label, info.classes, prior, network))
     batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE, loaded.refiner if refine else None)
@@ -91,7 +80,7 @@ def run(
 
 @torch.no_grad()
 def interpolate(
-    project: Project, *, ends: tuple[Path, Path], n: int = NUM_IMAGES, label: str | None, model: Path | None, out: Path
+    model: Path, out: Path, *, ends: tuple[Path, Path], n: int = NUM_IMAGES, label: str | None = None
 ) -> Tensor:
     """Interpolate between the latents of two image files; write `n` images, interpolation.png and .gif.
 
@@ -99,11 +88,10 @@ def interpolate(
     contains it: the first file's for the first half, the second file's for the second half. The refiner is not used.
 
     Args:
-        ends: the two files.
+        model: folder with model/.
+        out: folder of the files; created if it does not exist.
         n: number of images, with both ends: 2 to 200.
-        label: class by name or index, for a conditional model.
-        model: folder with model/; None is artifacts/.
-        out: output folder; created if it does not exist.
+        label: class by name or index.
 
     Returns:
         The images (n, C, H, W) in [0, 1].
@@ -113,7 +101,7 @@ def interpolate(
             the model is unconditional and a label is given.
     """
     _check_steps(n)
-    network, info = bundle.load_generative((model or project.model.parent) / "model", pick_device("auto"))
+    network, info = bundle.load_generative(model / "model", pick_device("auto"))
     device = next(network.parameters()).device
     labels = [_find_label(network, info, label, end) for end in ends]
     originals = torch.cat([_load_end(end, info.preprocess) for end in ends])  # (2, C, S, S)
@@ -139,7 +127,7 @@ def interpolate(
 
 
 @torch.no_grad()
-def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model: Path | None, out: Path) -> Tensor:
+def traverse(model: Path, out: Path, *, n: int = AXIS_STEPS, label: str | None = None) -> Tensor:
     """Traverse the principal axes of the latents; write traversal.png, one axis a row, and traversal.gif.
 
     Each axis is followed from -3 to 3 standard deviations around the mean latent of the train split. The axes are the
@@ -147,10 +135,10 @@ def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model:
     used.
 
     Args:
+        model: folder with model/ and prior/.
+        out: folder of the files; created if it does not exist.
         n: number of images along each axis, with both ends: 2 to 200.
         label: class by name or index, for a conditional model.
-        model: folder with model/ and prior/; None is artifacts/.
-        out: output folder; created if it does not exist.
 
     Returns:
         The images (axes, n, C, H, W) in [0, 1].
@@ -160,9 +148,8 @@ def traverse(project: Project, *, n: int = AXIS_STEPS, label: str | None, model:
             or the model is unconditional and a label is given.
     """
     _check_steps(n)
-    folder = model or project.model.parent
-    network, info = bundle.load_generative(folder / "model", pick_device("auto"))
-    prior = load_prior(folder / "prior", bundle.digest(folder / "model"))
+    network, info = bundle.load_generative(model / "model", pick_device("auto"))
+    prior = load_prior(model / "prior", bundle.digest(model / "model"))
     label_index = _find_label(network, info, label, None)
     axes = _axes(prior)
     num_axes = min(NUM_AXES, len(axes.scales))
@@ -251,9 +238,7 @@ def _write_animation(path: Path, frames: Sequence[Tensor], columns: int) -> None
         write_gif(path, files, SECONDS_PER_FRAME)
 
 
-def reconstruct(
-    project: Project, *, files: Sequence[Path], label: str | None, model: Path | None, out: Path
-) -> list[dict[str, str]]:
+def reconstruct(model: Path, out: Path, *, files: Sequence[Path], label: str | None = None) -> list[dict[str, str]]:
     """Write each image with its reconstruction to a PNG file, and reconstructions.csv; return its rows.
 
     The image gets the preprocessing of the training; PSNR (dB) and SSIM compare the reconstruction with the
@@ -264,7 +249,7 @@ def reconstruct(
         UserError: the model is missing, a label is missing or unknown, the model is unconditional and a label is given,
             or files are unreadable. All readable files are written first.
     """
-    network, info = bundle.load_generative((model or project.model.parent) / "model", pick_device("auto"))
+    network, info = bundle.load_generative(model / "model", pick_device("auto"))
     device = next(network.parameters()).device
     labels = [_find_label(network, info, label, file) for file in files]
     rows: list[dict[str, str]] = []
@@ -287,7 +272,8 @@ def reconstruct(
         say(f"{file}: PSNR {scores['psnr']} dB, SSIM {scores['ssim']} -> {out / name}.png")
         rows.append({"file": str(file), "picture": f"{name}.png", **scores})
     if rows:
-        _write_csv(out / "reconstructions.csv", rows)
+        table = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+        write_atomic(out / "reconstructions.csv", table.encode())
     if unreadable:
         raise UserError("not readable as images:\n" + "\n".join(unreadable))
     return rows
@@ -315,11 +301,3 @@ def _unused_name(name: str, taken: set[str]) -> str:
         candidate, number = f"{name}_{number}", number + 1
     taken.add(candidate)
     return candidate
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, table.getvalue().encode())

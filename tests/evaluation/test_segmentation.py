@@ -174,12 +174,12 @@ def test_empty_masks_are_an_error(done: Evaluated, monkeypatch: pytest.MonkeyPat
 
 
 def test_commands_that_need_a_latent_are_errors(done: Evaluated, tmp_path: Path) -> None:
-    project, _ = done
+    model = done[0].model.parent
     for call in (
-        lambda: generate.run(project, n=2, label=None, seed=0, model=None, out=tmp_path),
-        lambda: generate.interpolate(project, ends=(tmp_path, tmp_path), label=None, model=None, out=tmp_path),
-        lambda: generate.traverse(project, label=None, model=None, out=tmp_path),
-        lambda: generate.reconstruct(project, files=[], label=None, model=None, out=tmp_path),
+        lambda: generate.run(model, tmp_path, n=2),
+        lambda: generate.interpolate(model, tmp_path, ends=(tmp_path, tmp_path)),
+        lambda: generate.traverse(model, tmp_path),
+        lambda: generate.reconstruct(model, tmp_path, files=[]),
     ):
         with pytest.raises(UserError, match=r"model\.json: model\.name unet predicts masks.*that generates images"):
             call()

@@ -67,7 +67,7 @@ def pixels(folder):
 
 
 def test_images_and_grid_are_written(project, tmp_path):
-    paths = generate.run(project, n=130, label=None, seed=0, model=None, out=tmp_path / "new")
+    paths = generate.run(project.model.parent, tmp_path / "new", n=130)
     found = pixels(tmp_path / "new")
     assert len(paths) == 130
     assert {path.name for path in paths} | {"grid.png"} == set(found)
@@ -77,7 +77,7 @@ def test_images_and_grid_are_written(project, tmp_path):
 
 def test_same_seed_gives_the_same_images(project, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        generate.run(project, n=5, label="COVID19", seed=seed, model=None, out=tmp_path / name)
+        generate.run(project.model.parent, tmp_path / name, n=5, label="COVID19", seed=seed)
     a, b, c = (pixels(tmp_path / name) for name in "abc")
     assert all((a[name] == b[name]).all() for name in a)
     assert any((a[name] != c[name]).any() for name in a)
@@ -85,16 +85,16 @@ def test_same_seed_gives_the_same_images(project, tmp_path):
 
 @pytest.mark.parametrize(("label", "name"), [("COVID19", "COVID19"), ("0", "COVID19"), ("2", "PNEU_.._MONIA")])
 def test_label_by_name_or_index(project, tmp_path, label, name):
-    paths = generate.run(project, n=3, label=label, seed=0, model=None, out=tmp_path / "new")
+    paths = generate.run(project.model.parent, tmp_path / "new", n=3, label=label)
     assert [path.name for path in paths] == [f"{name}_{i:05d}.png" for i in range(3)]
 
 
 def test_model_from_another_folder(project, tmp_path):
     place = tmp_path / "elsewhere"
     shutil.move(project.root / "artifacts", place)
-    assert generate.run(project, n=2, label=None, seed=0, model=place, out=tmp_path / "new")
+    assert generate.run(place, tmp_path / "new", n=2)
     with pytest.raises(UserError, match="medgen train"):
-        generate.run(project, n=2, label=None, seed=0, model=None, out=tmp_path / "new")
+        generate.run(project.model.parent, tmp_path / "new", n=2)
 
 
 @pytest.mark.parametrize(
@@ -111,13 +111,13 @@ def test_model_from_another_folder(project, tmp_path):
 def test_invalid_label_is_an_error(tmp_path, changes, label, message):
     project = build(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
-        generate.run(project, n=2, label=label, seed=0, model=None, out=tmp_path / "new")
+        generate.run(project.model.parent, tmp_path / "new", n=2, label=label)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("changes", [{"classes": ()}, {"prior": "normal"}, {"prior": "gaussian"}])
 def test_images_without_a_class_are_named_image(tmp_path, changes):
-    paths = generate.run(build(tmp_path, **changes), n=2, label=None, seed=0, model=None, out=tmp_path / "new")
+    paths = generate.run(build(tmp_path, **changes).model.parent, tmp_path / "new", n=2)
     assert [path.name for path in paths] == ["image_00000.png", "image_00001.png"]
 
 
@@ -125,12 +125,12 @@ def test_images_without_a_class_are_named_image(tmp_path, changes):
 def test_missing_part_is_named(project, tmp_path, part):
     shutil.rmtree(project.root / "artifacts" / part)
     with pytest.raises(UserError, match=f"run `medgen {part}`"):
-        generate.run(project, n=2, label=None, seed=0, model=None, out=tmp_path / "new")
+        generate.run(project.model.parent, tmp_path / "new", n=2)
 
 
 def test_images_are_refined_unless_disabled(project, tmp_path):
     def new(name, **options):
-        generate.run(project, n=5, label=None, seed=1, model=None, out=tmp_path / name, **options)
+        generate.run(project.model.parent, tmp_path / name, n=5, seed=1, **options)
         return pixels(tmp_path / name)
 
     decoded = new("decoded")
@@ -156,7 +156,7 @@ def files(tmp_path):
 
 def test_reconstructions_are_written_with_their_scores(project, files, tmp_path):
     paths, _ = files
-    rows = generate.reconstruct(project, files=paths, label=None, model=None, out=tmp_path / "out")
+    rows = generate.reconstruct(project.model.parent, tmp_path / "out", files=paths)
     assert [row["picture"] for row in rows] == ["chest.png", "chest_2.png"]
     assert all((tmp_path / "out" / row["picture"]).exists() for row in rows)
     with (tmp_path / "out" / "reconstructions.csv").open(newline="") as file:
@@ -174,7 +174,7 @@ def test_reconstructions_are_written_with_their_scores(project, files, tmp_path)
 def test_conditional_model_reconstructs_with_the_given_label_or_the_folders_class(tmp_path, label, expected):
     project, model, _ = build_flat(tmp_path, CVAE)
     paths = two_images(tmp_path)
-    rows = generate.reconstruct(project, files=paths, label=label, model=None, out=tmp_path / "out")
+    rows = generate.reconstruct(project.model.parent, tmp_path / "out", files=paths, label=label)
     for path, row, number in zip(paths, rows, expected, strict=True):
         original = generate.load_image(path, INFO.preprocess)
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_conditional_model_reconstructs_with_the_given_label_or_the_folders_clas
 def test_unreadable_file_is_an_error_after_the_others_are_written(project, files, tmp_path):
     paths, broken = files
     with pytest.raises(UserError, match=r"note\.png"):
-        generate.reconstruct(project, files=[broken, paths[0]], label=None, model=None, out=tmp_path / "out")
+        generate.reconstruct(project.model.parent, tmp_path / "out", files=[broken, paths[0]])
     assert (tmp_path / "out" / "chest.png").exists()
 
 
@@ -229,7 +229,7 @@ def num_frames(path):
 def test_interpolation_starts_and_ends_at_the_reconstructions(tmp_path, sizes):
     project = build(tmp_path) if sizes is MODEL else build_flat(tmp_path, sizes)[0]
     ends, out = two_images(tmp_path), tmp_path / "path"
-    images = generate.interpolate(project, ends=tuple(ends), n=5, label=None, model=None, out=out)
+    images = generate.interpolate(project.model.parent, out, ends=tuple(ends), n=5)
     model, info = bundle.load(project.model)
     with torch.no_grad():
         rebuilt = [model.reconstruct(generate.load_image(end, info.preprocess)) for end in ends]
@@ -265,7 +265,7 @@ def test_interpolation_with_a_conditional_model_uses_the_given_label_or_the_fold
         type(model), "decode", lambda self, z, labels: given.update(decode=labels) or torch.zeros(len(z), 1, 32, 32)
     )
     ends = tuple(two_images(tmp_path))
-    generate.interpolate(project, ends=ends, n=5, label=label, model=None, out=tmp_path / "path")
+    generate.interpolate(project.model.parent, tmp_path / "path", ends=ends, n=5, label=label)
     assert given["encode"].tolist() == [expected[0], expected[-1]]
     assert given["decode"].tolist() == expected
 
@@ -273,7 +273,7 @@ def test_interpolation_with_a_conditional_model_uses_the_given_label_or_the_fold
 def test_traversal_follows_the_principal_axes_from_the_mean_latent(tmp_path):
     """Compared with a singular value decomposition of the latents that the prior was fitted to."""
     project, model, latents = build_flat(tmp_path, VAE)
-    images = generate.traverse(project, n=7, label=None, model=None, out=tmp_path / "axes")
+    images = generate.traverse(project.model.parent, tmp_path / "axes", n=7)
     assert images.shape == (6, 7, 1, 32, 32)
     assert (images[:3, 0] - images[:3, -1]).abs().amax(dim=(1, 2, 3)).min() > 0.1, (
         "the scores must differ for this comparison"
@@ -320,9 +320,9 @@ def test_invalid_input_is_an_error(tmp_path, sizes, prior, call, options, messag
     (tmp_path / "broken.npy").write_bytes(b"not an array")
     readable = tmp_path / "c.png"
     others = {1: (readable,) * 2, 2: (readable, tmp_path / "note.png"), 3: (tmp_path / "broken.npy", readable)}
-    options = {"label": None, **({"files": [readable]} if call == "reconstruct" else {"n": 3}), **options}
+    options = ({"files": [readable]} if call == "reconstruct" else {"n": 3}) | options
     if call == "interpolate":
         options["ends"] = others[options.get("ends", 1)]
     with pytest.raises(UserError, match=message):
-        getattr(generate, call)(project, model=None, out=tmp_path / "new", **options)
+        getattr(generate, call)(project.model.parent, tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
