@@ -8,7 +8,7 @@ from rich.table import Table
 
 from medgen.console import say, show
 from medgen.data.store import SPLITS
-from medgen.ingest.dataset_checks import CheckResults, DuplicateGroup, printable
+from medgen.ingest.dataset_checks import CheckResults, DuplicateGroup, escaped
 from medgen.ingest.dataset_scan import ImageRecord
 from medgen.reports.html import data_uri, render
 
@@ -44,7 +44,7 @@ class Audit:
 def print_tables(audit: Audit) -> None:
     """Print the images by class and split, the checks and the conclusions."""
     head, body = _class_table(audit.results)
-    classes = Table(title=f"Images in {printable(audit.folder)}", title_justify="left")
+    classes = Table(title=f"Images in {escaped(audit.folder)}", title_justify="left")
     for column, name in enumerate(head):
         classes.add_column(name, justify="right" if column else "left", overflow="fold")
     for cells in body:
@@ -73,19 +73,19 @@ def render_page(audit: Audit, jpegs: Mapping[str, bytes]) -> bytes:
     class_head, class_rows = _class_table(results)
     return render(
         "audit.html",
-        title=f"medgen: audit of {printable(audit.folder)}",
-        folder=printable(audit.folder),
+        title=f"medgen: audit of {escaped(audit.folder)}",
+        folder=escaped(audit.folder),
         conclusions=_conclusions(audit),
         class_head=class_head,
         class_rows=class_rows,
         check_head=_CHECK_COLUMNS,
         check_rows=_check_rows(audit),
-        leaks=[(leak.patient, _join(leak.counts), printable(leak.example)) for leak in results.patient_leaks],
+        leaks=[(leak.patient, _join(leak.counts), escaped(leak.example)) for leak in results.patient_leaks],
         sections=[
             (title, [_figures(audit, group, jpegs) for group in groups]) for title, groups in _sections(results).items()
         ],
         file_lists={
-            title: [(printable(name), printable(reason)) for name, reason in entries]
+            title: [(escaped(name), escaped(reason)) for name, reason in entries]
             for title, entries in _file_lists(audit).items()
         },
         max_shown=_MAX_SHOWN,
@@ -196,7 +196,7 @@ def _class_table(results: CheckResults) -> tuple[list[str], list[list[str]]]:
         named["all"] = {split: sum(counts.get(split, 0) for counts in named.values()) for split in ("", *SPLITS)}
     body = [
         [
-            printable(label),
+            escaped(label),
             *(f"{counts.get(split, 0):,}" for split in splits),
             f"{sum(counts.values()):,}",
             f"{sum(counts.values()) / max(results.num_images, 1):.1%}",
@@ -213,7 +213,7 @@ def _figures(
     images = []
     for name in group.names[:2]:
         record = audit.records[name]
-        caption = "\n".join(map(printable, filter(None, (name, record.split, record.label))))
+        caption = "\n".join(map(escaped, filter(None, (name, record.split, record.label))))
         images.append((data_uri(jpegs[name], "jpeg") if name in jpegs else None, caption))
     note = f"correlation {group.correlation:.3f}" if group.correlation < 1 else ""
     if len(group.names) > 2:
@@ -222,7 +222,7 @@ def _figures(
 
 
 def _first(texts: Iterable[str]) -> str:
-    return printable(next(iter(texts), ""))
+    return escaped(next(iter(texts), ""))
 
 
 def _join(counts: Mapping[str, int]) -> str:

@@ -181,7 +181,7 @@ class CheckResults:
             for group in [*self.exact, *self.near]
             if group.is_across
         ]
-        return [printable(line) for line in patients + duplicates]
+        return [escaped(line) for line in patients + duplicates]
 
     def to_json(self) -> dict[str, Any]:
         """All values and the derived ones, as in audit.json."""
@@ -258,10 +258,10 @@ def summary_lines(results: CheckResults) -> list[str]:
     for kind, names in (("blank images", results.blank), ("outliers", results.outliers)):
         if names:
             lines.append(f"{kind}: {len(names)}, for example {names[0]}")
-    return [printable(line) for line in lines]
+    return [escaped(line) for line in lines]
 
 
-def printable(name: str) -> str:
+def escaped(name: str) -> str:
     """A name on one line, with control characters and invalid characters escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 

@@ -23,7 +23,7 @@ from medgen.console import counting_bar, note, warn
 from medgen.data import store
 from medgen.errors import UserError
 from medgen.ingest import dataset_scan, patients, splits
-from medgen.ingest.dataset_checks import ImageIndex, check_dataset, printable, summary_lines
+from medgen.ingest.dataset_checks import ImageIndex, check_dataset, escaped, summary_lines
 from medgen.ingest.dataset_scan import ImageRecord, ScanResult
 from medgen.ingest.formats.raw import RawImage
 from medgen.ingest.near_duplicates import THUMBNAIL_SIZE, thumbnail
@@ -52,7 +52,7 @@ def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -
     state = "unchanged"
     if current is None:
         if scanned.has_patient_ids and not data.keep_patient_ids and not patients.has_salt(folder):
-            warn(printable(f"{folder}: patient identifiers are hashed with a public salt; see docs/data.md, Patients"))
+            warn(escaped(f"{folder}: patient identifiers are hashed with a public salt; see docs/data.md, Patients"))
         _check_disk_space(project, len(scanned.records), preprocess)
         try:
             current, state = _build(project, data, scanned, preprocess), "written"
@@ -62,7 +62,7 @@ def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -
                 f"{_num_bytes(len(scanned.records), preprocess) / 1e6:.0f} MB of free space. Free disk space or change "
                 "the folder's permissions"
             ) from error
-    note(printable(_summary(current, state)))
+    note(escaped(_summary(current, state)))
     return current
 
 

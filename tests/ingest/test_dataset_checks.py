@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from medgen.ingest.dataset_checks import CheckResults, ImageIndex, check_dataset, printable, summary_lines
+from medgen.ingest.dataset_checks import CheckResults, ImageIndex, check_dataset, escaped, summary_lines
 from medgen.ingest.dataset_scan import ImageRecord
 from medgen.ingest.near_duplicates import thumbnail
 from medgen.ingest.reading import ReadResult
@@ -145,7 +145,7 @@ def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     results = check(tmp_path, [*clean(8), *planted])
     for line in (*summary_lines(results), *results.leaks):
         assert line.isprintable()
-    assert printable(hostile) == r"a\nb\x1b[31m\u202e\udcff<b>.png"
+    assert escaped(hostile) == r"a\nb\x1b[31m\u202e\udcff<b>.png"
     assert results.exact[0].names[1] == hostile  # the original name
 
 
