@@ -1,4 +1,4 @@
-"""What becomes a registered version: the model in artifacts/, its prior, its refiner and its last evaluation."""
+"""The content of a registered version: the model in artifacts/, its prior, its refiner and its last evaluation."""
 
 import json
 from collections.abc import Mapping
