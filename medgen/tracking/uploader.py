@@ -75,12 +75,13 @@ class LoadSampler:
         load_mlflow(tracking)
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from pynvml import NVMLError
 
         self._history = history
         self._step = history.last_step("system") + 1
         self._due = time.monotonic() + SAMPLE_SECONDS
         self._monitors: list[Any] = [CPUMonitor()]  # type: ignore[no-untyped-call]
-        with suppress(RuntimeError):  # no NVIDIA driver
+        with suppress(RuntimeError, NVMLError):  # no NVIDIA driver, or a GPU that it may not read
             self._monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
         psutil.cpu_percent()  # each call measures since the call before: the first one only starts the measurement
 
