@@ -491,4 +491,4 @@ def _call(function: Callable[..., T], params_file: Path, overrides: list[str] | 
 def _project() -> "Project":
     from medgen.config import Project
 
-    return Project(Path.cwd())
+    return Project.find(Path.cwd())

@@ -20,19 +20,7 @@ from medgen.console import OUT, say, show
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 from medgen.io import write_atomic
 from medgen.machine import signal_handler
-
-MAIN_METRICS = (  # columns of the printed table
-    "segmentation/dice_foreground",
-    "segmentation/iou_foreground",
-    "reconstruction/ssim",
-    "reconstruction/psnr",
-    "generation/c2st_auc",
-    "generation/spectrum_distance",
-    "generation/mmd_domain",
-    "generation/kid_domain",
-    "generation/fd_domain",
-    "generation/label_accuracy",
-)
+from medgen.metrics.summary import SUMMARY
 
 
 def list_recipes() -> dict[str, str]:
@@ -137,7 +125,7 @@ def _write_csv(path: Path, metrics: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    shown = [name for name in MAIN_METRICS if any(name in values for values in metrics.values())]
+    shown = [name for name in SUMMARY if any(name in values for values in metrics.values())]
     table = Table(title="Main metrics on the test splits; reports/recipes.csv lists all metrics", title_justify="left")
     table.add_column("recipe", no_wrap=True)
     for name in shown:

@@ -28,7 +28,7 @@ class Evaluate(Section):
     # feature networks; inception adds IS, FID and KID (`medgen weights fetch inception`), local FID and KID
     extractors: tuple[Literal["domain", "inception", "local"], ...] = ("domain",)
     local: LocalNetwork | None = None
-    save_images: bool = False  # write the compared images to reports/images/generated and reports/images/real
+    save_images: bool = False  # write the compared images to artifacts/evaluation/images
 
     @model_validator(mode="after")
     def _extractors_are_complete(self) -> Self:

@@ -1,5 +1,7 @@
 """Paths of a project's files."""
 
+import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +11,20 @@ class Project:
     """Folder that a command runs in, and the paths of what medgen writes there."""
 
     root: Path
-    apart: Path | None = (
-        None  # folder of model, prior, refiner, runs and reports instead: of a trial or a registered version
-    )
+    # folder of model, prior, refiner, runs and reports instead: of a trial or a registered version
+    apart: Path | None = None
+    parent: Path | None = None  # project that keeps the runs and the tracking store of this one, an experiment of DVC
+
+    @classmethod
+    def find(cls, root: Path) -> "Project":
+        """The project in a folder. In a work tree of `dvc exp run --temp` or `--queue`, runs belong to its project.
+
+        DVC removes such a tree after the experiment, and names the project it belongs to in the variable DVC_ROOT.
+        """
+        owner = os.environ.get("DVC_ROOT")
+        if owner is None or Path(owner, ".dvc").resolve() not in root.resolve().parents:
+            return cls(root)
+        return cls(root, parent=Path(_git(Path(owner), "--show-toplevel"), _git(root, "--show-prefix")))
 
     @property
     def dataset(self) -> Path:
@@ -46,7 +59,12 @@ class Project:
     @property
     def runs(self) -> Path:
         """Records and checkpoints of runs."""
-        return self._own / "runs"
+        return (self.apart or self.home) / "runs"
+
+    @property
+    def home(self) -> Path:
+        """Folder of the runs and the tracking store."""
+        return self.parent or self.root
 
     @property
     def reports(self) -> Path:
@@ -55,14 +73,25 @@ class Project:
 
     @property
     def figures(self) -> Path:
-        """Image files of the reports."""
-        return self._own / "reports" / "figures"
+        """Figures of the last evaluation."""
+        return self.reports / "figures"
+
+    @property
+    def curves(self) -> Path:
+        """Curves and animation of the last training."""
+        return self.reports / "training"
 
     @property
     def images(self) -> Path:
         """Images that were evaluated, if evaluate.save_images asks for them."""
-        return self._own / "reports" / "images"
+        return self.evaluation / "images"
 
     @property
     def _own(self) -> Path:
         return self.apart or self.root
+
+
+def _git(folder: Path, option: str) -> str:
+    """Output of `git rev-parse` with an option."""
+    command = ["git", "rev-parse", option]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

@@ -64,7 +64,7 @@ class Evaluation:
 
 
 def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
-    """Write reports/metrics.json, provenance.json, index.html and figures, and add them to the model's training run.
+    """Write reports/ (summary.json, metrics.json, provenance.json, index.html, figures/), and record it in the run.
 
     Returns:
         The content of metrics.json.
@@ -74,9 +74,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     """
     store = open_store(project.dataset)
     model, info = bundle.load_for(store, project.model, pick_device("auto"))
-    for name in report.OPTIONAL_FIGURES:  # of an earlier model; this one may not have them
-        (project.figures / name).unlink(missing_ok=True)
-    shutil.rmtree(project.images, ignore_errors=True)
+    shutil.rmtree(project.figures, ignore_errors=True)  # of an earlier model; this one may have fewer
     if isinstance(model, GenerativeModel):
         metrics, page = _evaluate_images(project, store, model, info, evaluate)
     else:

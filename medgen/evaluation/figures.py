@@ -1,8 +1,5 @@
 """Figures of an evaluation: selected samples, reconstructions, closest pairs, label swaps and masks.
 
-Only samples.png and reconstructions.png are outputs in dvc.yaml. DVC requires an output to exist for every model, which
-the others do not; they are embedded in index.html, which DVC restores.
-
 Shapes: N images, C channels, H W height and width.
 """
 

@@ -1,6 +1,5 @@
 """Write the results of an evaluation, and add them to the run that trained the model."""
 
-import json
 import math
 from collections.abc import Mapping
 
@@ -8,14 +7,15 @@ from medgen.config import Evaluate, Project, Tracking
 from medgen.data.store import Store
 from medgen.errors import UserError
 from medgen.evaluation.data import EvaluationData, save_evaluation
-from medgen.io import hash_file, write_atomic
+from medgen.io import hash_file, to_json, write_atomic
+from medgen.metrics.summary import summarize
 from medgen.models import bundle
 from medgen.models.bundle import BundleInfo
 from medgen.priors.generator import content_hash
-from medgen.reports.evaluation import OPTIONAL_FIGURES
-from medgen.tracking import Tracker, history, lineage
+from medgen.tracking import EVALUATION_ORIGIN, Tracker, history, lineage
 from medgen.training.distributed import pick_device
 
+REPORTS = ("summary.json", "metrics.json", "provenance.json", "index.html")
 SIGNIFICANT_DIGITS = 6
 
 
@@ -28,9 +28,9 @@ def write_results(
     data: EvaluationData,
     hashes: Mapping[str, str],
 ) -> dict[str, float]:
-    """Write metrics.json, artifacts/evaluation and provenance.json; the metrics as written, sorted and rounded.
+    """Write metrics.json, summary.json, artifacts/evaluation and provenance.json; the metrics as written.
 
-    provenance.json differs between machines, metrics.json does not. In it `content` is the SHA-256 of all evaluated
+    summary.json has the main metrics, which DVC shows. In provenance.json `content` is the SHA-256 of all evaluated
     parts, `metrics` that of metrics.json, `extractors` have those of their weights, and `evaluation` is that of the
     per-image values.
 
@@ -40,8 +40,8 @@ def write_results(
     if invalid := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
         raise UserError(f"{project.model}: {', '.join(invalid)} not finite; train the model again")
     rounded = {name: float(f"{metrics[name]:.{SIGNIFICANT_DIGITS}g}") for name in sorted(metrics)}
-    _write_json(project, "metrics.json", rounded)
-    device = str(pick_device("auto"))
+    write_atomic(project.reports / "metrics.json", to_json(rounded))
+    write_atomic(project.reports / "summary.json", to_json(summarize(rounded)))
     provenance = {
         "model": bundle.digest(project.model),
         "content": content_hash(project.model, project.prior, project.refiner),
@@ -51,28 +51,26 @@ def write_results(
         "extractors": {name: {"sha256": digest} for name, digest in hashes.items()},
         "evaluate": params.model_dump(mode="json"),
         "evaluation": save_evaluation(project.evaluation, data),
-        "lineage": lineage(project, params, device=device, precision="fp32"),
     }
-    _write_json(project, "provenance.json", provenance)
+    write_atomic(project.reports / "provenance.json", to_json(provenance))
     return rounded
-
-
-def _write_json(project: Project, name: str, content: Mapping[str, object]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
-    write_atomic(project.reports / name, f"{text}\n".encode())
 
 
 def record_results(
     project: Project, info: BundleInfo, params: Evaluate, tracking: Tracking, metrics: dict[str, float]
 ) -> None:
-    """Add parameters, metrics, figures and reports to the run that trained the model."""
+    """Add parameters, metrics, figures, reports and lineage to the run that trained the model."""
     scratch = project.runs / info.run
     with Tracker.open(scratch, tracking, project, info.model.name) as tracker:
         records = history(scratch)
         tracker.params({"evaluate": params})
         tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
-        for name in ("samples.png", "reconstructions.png", *OPTIONAL_FIGURES):
-            if (project.figures / name).exists():
-                tracker.artifact(project.figures / name, "figures")
-        for name in ("metrics.json", "provenance.json", "index.html"):
+        for path in sorted(project.figures.iterdir()):
+            tracker.artifact(path, "figures")
+        for name in REPORTS:
             tracker.artifact(project.reports / name, "reports")
+    origin = {
+        "sha256": hash_file(project.reports / "provenance.json"),
+        "lineage": lineage(project, params, device=str(pick_device("auto")), precision="fp32"),
+    }
+    write_atomic(scratch / EVALUATION_ORIGIN, to_json(origin))

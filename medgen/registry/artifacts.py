@@ -16,7 +16,7 @@ from medgen.models.bundle import BundleInfo
 from medgen.priors.generator import content_hash
 from medgen.priors.refiner import load_refiner
 from medgen.registry.versions import PARAMS_TAG, metric_tags
-from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, RunRecord
+from medgen.tracking import EVALUATION_ORIGIN, PRIOR_ORIGIN, REFINER_ORIGIN, RunRecord
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Artifacts:
             refiner = self._origin(REFINER_ORIGIN, self.project.refiner / "refiner.json")
             stages.append(refiner.get("lineage", {}))
         if self.provenance:
-            stages.append(self.provenance["lineage"])
+            evaluation = self._origin(EVALUATION_ORIGIN, self.project.reports / "provenance.json")
+            stages.append(evaluation.get("lineage", {}))
         commits = [stage.get("git.commit", "unknown") for stage in stages]
         states = {stage.get("git.dirty", "unknown") for stage in stages}
         tags["git.commit"] = "unknown" if "unknown" in commits else commits[-1]
@@ -91,7 +92,7 @@ class Artifacts:
         return self._origin(PRIOR_ORIGIN, self.project.prior / "prior.json")
 
     def _origin(self, name: str, artifact: Path) -> dict[str, Any]:
-        """The provenance of a prior or refiner in the run's folder; {} if it describes another artifact."""
+        """The origin of a prior, refiner or evaluation in the run's folder; {} if it describes another artifact."""
         found = _read_json(self.project.runs / self.info.run / name)
         return found if found and found["sha256"] == hash_file(artifact) else {}
 
@@ -103,10 +104,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_metrics(project: Project, content: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """metrics.json and provenance.json of the reports; both empty if they do not belong to this content.
-
-    git tracks metrics.json but not provenance.json, so metrics.json may be that of another commit.
-    """
+    """metrics.json and provenance.json of the reports; both empty if they do not belong to this content."""
     path = project.reports / "metrics.json"
     try:
         provenance: dict[str, Any] = json.loads((project.reports / "provenance.json").read_text(encoding="utf-8"))

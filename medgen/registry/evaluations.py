@@ -19,10 +19,10 @@ FOLDER = "evaluation"  # in a version's artifacts
 
 
 def upload_evaluation(client: "MlflowClient", version: "ModelVersion", project: Project) -> None:
-    """Copy artifacts/evaluation to a version's artifacts; its digest is a tag that is set with the metrics."""
+    """Copy artifacts/evaluation, without images, to a version's artifacts; its digest is a tag set with the metrics."""
     assert version.source
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(project.evaluation, Path(folder, FOLDER))
+        shutil.copytree(project.evaluation, Path(folder, FOLDER), ignore=lambda *_: {project.images.name})
         client.log_model_artifacts(version.source.removeprefix("models:/"), folder)
 
 

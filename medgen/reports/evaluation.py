@@ -14,7 +14,6 @@ from medgen.metrics.spectrum import NUM_BANDS
 from medgen.reports.html import data_uri, render
 
 UNREFINED_SAMPLES, CLOSEST_PAIRS, LABEL_SWAPS = "samples_decoded.png", "nearest_train.png", "wrong_labels.png"
-OPTIONAL_FIGURES = (UNREFINED_SAMPLES, CLOSEST_PAIRS, LABEL_SWAPS)  # which some models do not have
 IMAGE_FIGURES = {  # file in figures/ -> caption
     "samples.png": "Samples of the prior",
     "reconstructions.png": "Test images over their reconstructions",
@@ -37,7 +36,7 @@ MASK_FIGURES = {
     "samples.png": "The worst, middle and best test images by Dice. Blue: correct; red: missed; yellow: false positive",
     "progress.gif": "Predicted masks of validation images by epoch",
     "loss.png": "Loss by epoch, linear and logarithmic",
-    "ssim.png": "Dice on the validation split by epoch",
+    "dice.png": "Dice on the validation split by epoch",
 }
 FIDELITY = (
     "Fidelity is the similarity of an image to its original (SSIM). Realism is the similarity of a set of images to "
@@ -298,8 +297,9 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write index.html; its figures are in the folder figures/ next to it, and those that do not exist are left out."""
-    files = {path.parent / "figures" / name: caption for name, caption in page.captions.items()}
+    """Write index.html; its figures are in figures/ and training/ next to it, and missing ones are left out."""
+    folders = (path.parent / "figures", path.parent / "training")
+    files = {folder / name: caption for name, caption in page.captions.items() for folder in folders}
     figures = [
         (data_uri(file.read_bytes(), file.suffix.removeprefix(".")), caption)
         for file, caption in files.items()

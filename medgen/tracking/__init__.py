@@ -30,13 +30,15 @@ from medgen.tracking.naming import difference_tags
 from medgen.tracking.uploader import Uploader
 
 PRIOR_ORIGIN = "prior.origin.json"  # in a run's folder: provenance of its prior
-REFINER_ORIGIN = "refiner.origin.json"  # and of its refiner
+REFINER_ORIGIN = "refiner.origin.json"  # of its refiner
+EVALUATION_ORIGIN = "evaluation.origin.json"  # and of its last evaluation
 LOCK_TIMEOUT_SECONDS = 10.0  # enough for a process that is ending to release the lock
 
 # patterns in runs/; a search comes before its trials, whose MLflow runs need its run as their parent
 RECORDS = ("*", "tune/*", "tune/*/trial_*/runs/*")
 
 __all__ = [
+    "EVALUATION_ORIGIN",
     "PRIOR_ORIGIN",
     "REFINER_ORIGIN",
     "RunRecord",

@@ -260,7 +260,7 @@ def store_uri(project: Project, tracking: Tracking) -> str:
     if uri == Tracking().uri:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
     path = sqlite_path(uri)
-    return uri if path is None else f"sqlite:///{(project.root / path).resolve()}"
+    return uri if path is None else f"sqlite:///{(project.home / path).resolve()}"
 
 
 @contextmanager
@@ -312,7 +312,7 @@ def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:
     # The client creates the tables; if two processes do so at once, both fail and the database is broken.
     with FileLock(f"{path}.lock", timeout=120):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        return client, _experiment(client, tracking.experiment, (project.root / "mlartifacts").resolve().as_uri())
+        return client, _experiment(client, tracking.experiment, (project.home / "mlartifacts").resolve().as_uri())
 
 
 def _find_by_id(client: "MlflowClient", experiment: str, identity: str) -> "Run | None":

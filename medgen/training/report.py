@@ -25,7 +25,7 @@ CURVES = (  # figure, label of its axis, series; KL is thousands of nats, so it 
     ("kl", "nats per image", ("train/kl",)),
     ("codebook", "evenly used codes", ("val/codebook_perplexity",)),
     ("ssim", "SSIM", ("val/ssim",)),
-    ("ssim", "Dice", ("val/dice",)),  # DVC expects the same file for all models
+    ("dice", "Dice", ("val/dice",)),
 )
 
 
@@ -80,34 +80,34 @@ def _draw_images(
 
 
 def write_report(
-    reports: Path, scratch: Path, records: Sequence[Mapping[str, float]], drawn_epochs: Sequence[int]
+    folder: Path, scratch: Path, records: Sequence[Mapping[str, float]], drawn_epochs: Sequence[int]
 ) -> list[Path]:
-    """Write curves.csv, curves and progress.gif from a run's records by epoch; return their paths.
+    """Write curves.csv, curves and progress.gif from a run's records by epoch to `folder`; return their paths.
 
-    The files hold no durations, so that the same training writes the same bytes.
+    The files hold no durations, so that the same training writes the same bytes. Other files of the folder, such as
+    curves of an earlier model, are removed.
     """
-    figures = reports / "figures"
     names = sorted({name for record in records for name in record if name.startswith(("train/", "val/"))})
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["epoch", *names])
     writer.writerows([i, *(format(r[n], ".6g") if n in r else "" for n in names)] for i, r in enumerate(records, 1))
-    write_atomic(reports / "curves.csv", table.getvalue().encode())
+    written = [folder / "curves.csv", folder / "progress.gif"]
+    write_atomic(written[0], table.getvalue().encode())
 
-    for name in {name for name, _, _ in CURVES}:
-        (figures / f"{name}.png").unlink(missing_ok=True)  # remove the curves of an earlier model
     series = {name: [record.get(name, float("nan")) for record in records] for name in names}
-    written = [reports / "curves.csv"]
     for name, label, shown in CURVES:
-        path = figures / f"{name}.png"
+        path = folder / f"{name}.png"
         if drawn := {key: series[key] for key in shown if key in series}:
             write_curves(path, drawn, log=name in ON_LOG_AXES, y_label=label)
             written.append(path)
     # only the grids of this run: an earlier, shorter one has left its last grid
     grids = [_grid(scratch, name, epoch) for name in ("samples", "masks") for epoch in drawn_epochs]
     frames = [grid for grid in grids if grid.exists()]
-    write_gif(figures / "progress.gif", frames, seconds_per_frame=0.5)
-    return [*written, figures / "progress.gif"]
+    write_gif(folder / "progress.gif", frames, seconds_per_frame=0.5)
+    for path in set(folder.iterdir()) - set(written):
+        path.unlink()
+    return written
 
 
 def _grid(scratch: Path, name: str, epoch: int) -> Path:

@@ -66,7 +66,7 @@ def run(
             if tracker:
                 with state.final_weights():
                     task.export(project.model, name)
-                for path in write_report(project.reports, state.scratch, history(state.scratch), state.drawn_epochs):
+                for path in write_report(project.curves, state.scratch, history(state.scratch), state.drawn_epochs):
                     tracker.artifact(path, "figures")
         return state.scratch
 

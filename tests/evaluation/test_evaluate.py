@@ -75,6 +75,8 @@ REALISM = {  # only with enough patients
     for of in ("", "_ci_low", "_ci_high", "_floor")
 }
 REPORTS = (
+    "summary.json",
+    "provenance.json",
     "metrics.json",
     "index.html",
     "figures/samples.png",
@@ -180,13 +182,22 @@ def test_reports_contain_no_local_path_and_need_no_other_file(evaluated: Evaluat
     assert f"{metrics['reconstruction/pca_ssim']:.4g}" in page
 
 
-def test_provenance_has_extractor_data_and_versions(evaluated: Evaluated) -> None:
+def test_the_summary_has_the_main_metrics_alone(evaluated: Evaluated) -> None:
+    project, metrics = evaluated
+    summary = json.loads((project.reports / "summary.json").read_text())
+    assert {"reconstruction/ssim", "generation/mmd_domain", "privacy/copy_rate"} <= set(summary) and len(summary) <= 12
+    assert summary.items() <= metrics.items()
+
+
+def test_provenance_has_extractor_and_data_and_the_run_has_versions(evaluated: Evaluated) -> None:
     project, _ = evaluated
     found = json.loads((project.reports / "provenance.json").read_text())
     description = json.loads((project.features / "extractor.json").read_text())
     assert found["extractors"]["domain"]["sha256"] == description["sha256"]
     assert found["dataset"] == open_store(project.dataset).fingerprint
-    assert found["lineage"]["version.torch"] == importlib.metadata.version("torch")
+    origin = json.loads((project.runs / found["run"] / "evaluation.origin.json").read_text())
+    assert origin["lineage"]["version.torch"] == importlib.metadata.version("torch")
+    assert origin["sha256"] == hash_file(project.reports / "provenance.json")
 
 
 @pytest.mark.parametrize("prior", ["normal", "gmm"])

@@ -107,11 +107,11 @@ def test_all_outputs_in_dvc_yaml_exist(done: Evaluated, root: Path) -> None:
     page = (project.reports / "index.html").read_text()
     assert f"{metrics['segmentation/dice_foreground']:.4f}" in page and page.count("<img") == 5
     assert "drawn through the prior" not in page and "medgen generate" not in page and "medgen compare" in page
-    with (project.reports / "curves.csv").open() as file:
+    with (project.curves / "curves.csv").open() as file:
         columns = set(next(csv.reader(file)))
     assert {"val/dice", "train/bce", "train/dice_loss"} <= columns
     for plot in (plot for plots in pipeline["plots"] if isinstance(plots, dict) for plot in plots.values()):
-        assert {plot["x"], *plot["y"]["reports/curves.csv"]} <= columns
+        assert {plot["x"], *plot["y"]["reports/training/curves.csv"]} <= columns
 
 
 def test_the_loss_falls_and_results_are_recorded(done: Evaluated) -> None:

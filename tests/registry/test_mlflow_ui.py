@@ -74,7 +74,7 @@ def write_evaluation(project: Project, metrics: Mapping[str, float] = METRICS, s
     project.figures.mkdir(parents=True, exist_ok=True)
     (project.reports / "metrics.json").write_text(json.dumps(metrics))
     provenance = {"content": content_hash(project.model, project.prior, project.refiner), "dataset": DATASET}
-    provenance |= {"extractors": {"domain": {"sha256": "e" * 64}}, "evaluate": {}, "lineage": {}}
+    provenance |= {"extractors": {"domain": {"sha256": "e" * 64}}, "evaluate": {}}
     provenance["metrics"] = hash_file(project.reports / "metrics.json")
     (project.reports / "provenance.json").write_text(json.dumps(provenance))
     Image.new("L", (1600, 400), shade).save(project.figures / "samples.png")

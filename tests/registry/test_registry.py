@@ -71,9 +71,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.875, "run/num_test": 100}')
     provenance = {"content": content_hash(project.model, project.prior, project.refiner), "dataset": DATASET}
     provenance |= {"extractors": {"domain": {"sha256": EXTRACTOR}}, "evaluate": {"num_generated": 24}}
-    provenance |= {"metrics": hash_file(project.reports / "metrics.json"), "lineage": lineage(project)}
+    provenance |= {"metrics": hash_file(project.reports / "metrics.json")}
     provenance |= {"evaluation": save_evaluation(project.evaluation, EVALUATED)}
     (project.reports / "provenance.json").write_text(json.dumps(provenance))
+    origin = {"sha256": hash_file(project.reports / "provenance.json"), "lineage": lineage(project)}
+    (project.runs / RUN / "evaluation.origin.json").write_text(json.dumps(origin))
     version = registry.register(project, params=Params())
     assert (version.number, version.is_new) == (1, True)
     return project

@@ -82,15 +82,15 @@ def test_every_loss_has_a_curve_and_an_earlier_models_figures_are_gone(
         report, "write_curves", lambda path, series, log, y_label: drawn.update({path.name: list(series)})
     )
     monkeypatch.setattr(report, "write_gif", lambda *_, **__: None)
-    figures = tmp_path / "figures"
-    figures.mkdir()
+    folder = tmp_path / "training"
+    folder.mkdir()
     for name, _, _ in CURVES:
-        (figures / f"{name}.png").touch()
+        (folder / f"{name}.png").touch()
     names = ("train/loss", "train/mse", "train/commitment", "train/codebook", "val/codebook_perplexity", "val/ssim")
-    write_report(tmp_path, tmp_path / "scratch", [dict.fromkeys(names, 1.0)] * 2, [1])
+    write_report(folder, tmp_path / "scratch", [dict.fromkeys(names, 1.0)] * 2, [1])
     assert drawn == {
         "loss.png": ["train/loss", "train/mse", "train/commitment", "train/codebook"],
         "codebook.png": ["val/codebook_perplexity"],
         "ssim.png": ["val/ssim"],
     }
-    assert not list(figures.iterdir()), "the KL of an earlier model"
+    assert {path.name for path in folder.iterdir()} == {"curves.csv", *drawn}, "the KL of an earlier model"

@@ -60,8 +60,8 @@ def test_leaves_a_bundle_curves_grids_and_a_record_of_every_epoch(finished):
     assert info.run == scratch.name
     assert info.classes == ("COVID19", "NORMAL", "PNEUMONIA")
     assert model.reconstruct(torch.rand(2, 1, 32, 32)).shape == (2, 1, 32, 32)
-    for name in ("curves.csv", "figures/loss.png", "figures/ssim.png", "figures/progress.gif"):
-        assert (project.reports / name).stat().st_size > 0
+    for name in ("curves.csv", "loss.png", "ssim.png", "progress.gif"):
+        assert (project.curves / name).stat().st_size > 0
     assert len(list((scratch / "samples").iterdir())) == 3  # epochs 1, 2 and 4
     assert Train.model_validate(json.loads((scratch / "params.json").read_text())["train"]) == TRAIN
     records = history(scratch)
@@ -184,7 +184,7 @@ def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_project, f
     assert (tiny_project.model / "model.safetensors").read_bytes() == (
         reference.model / "model.safetensors"
     ).read_bytes()
-    assert (tiny_project.reports / "curves.csv").read_bytes() == (reference.reports / "curves.csv").read_bytes()
+    assert (tiny_project.curves / "curves.csv").read_bytes() == (reference.curves / "curves.csv").read_bytes()
     assert strip(history(tiny_project.runs / scratch.name)) == strip(history(scratch))
 
 
@@ -220,7 +220,7 @@ def test_a_training_asked_to_stop_saves_its_last_step_and_ends_as_if_it_had_not_
     assert read_run(tiny_project.runs / scratch.name).status == "KILLED"
     assert [signal.getsignal(number) for number in asked.values()] == before
     run(tiny_project)
-    for name in ("artifacts/model/model.safetensors", "reports/curves.csv"):
+    for name in ("artifacts/model/model.safetensors", "reports/training/curves.csv"):
         assert (tiny_project.root / name).read_bytes() == (reference.root / name).read_bytes(), name
 
 
@@ -462,7 +462,7 @@ def test_a_longer_run_ends_as_if_it_had_been_asked_for_at_once(tiny_project, fin
     shorter = TRAIN.model_copy(update={"phases": (PHASES[0], PHASES[1].model_copy(update={"epochs": 1}))})
     run(tiny_project, shorter)
     run(tiny_project)
-    for name in ("reports/curves.csv", "reports/figures/progress.gif", "artifacts/model/model.safetensors"):
+    for name in ("reports/training/curves.csv", "reports/training/progress.gif", "artifacts/model/model.safetensors"):
         assert (tiny_project.root / name).read_bytes() == (reference.root / name).read_bytes(), name
 
 

@@ -122,7 +122,7 @@ def test_trials_are_evaluated_on_the_val_split_and_recorded(finished):
         )
         assert (search.trial_folder(trial.number) / "reports" / "figures" / "samples.png").stat().st_size > 0
     assert not list(search.folder.rglob("*.safetensors")) and not list(search.folder.rglob("checkpoint.pt"))
-    assert not project.model.exists() and not (project.root / "reports" / "curves.csv").exists()
+    assert not project.model.exists() and not project.curves.exists()
 
 
 def test_trials_have_the_metrics_of_evaluate_on_the_same_split(finished, finished_copy, monkeypatch):
