@@ -39,28 +39,31 @@ def run(project: Project) -> None:
         write_atomic(project.root / "artifacts" / "code" / f"{stage}.json", to_json(stage_hashes(module)))
 
 
-def stage_hashes(module: str) -> Mapping[str, str]:
-    """SHA-256 of the code of each file that can change the result of a stage's module, by sorted path."""
-    files = {path for path in imported_files(module) if path.parts[0] not in IGNORED}
-    hashes = {path: _hash_once(PACKAGE / path) for path in files}
+def stage_hashes(module: str, package: Path = PACKAGE) -> Mapping[str, str]:
+    """SHA-256 of the code of each file that can change the result of a stage's module, by sorted path.
+
+    `package` is a folder with medgen's source: the code that runs, or that of a commit.
+    """
+    files = {path for path in imported_files(module, package) if path.parts[0] not in IGNORED}
+    hashes = {path: hash_code(package / path) for path in files}
     for folder in {path.parent for path in files if path.parent != Path()}:
-        templates = (PACKAGE / folder / "templates").glob("*")
-        hashes |= {path.relative_to(PACKAGE): hash_file(path) for path in templates}
+        templates = (package / folder / "templates").glob("*")
+        hashes |= {path.relative_to(package): hash_file(path) for path in templates}
     return {f"medgen/{path.as_posix()}": hashes[path] for path in sorted(hashes)}
 
 
-def imported_files(module: str) -> set[Path]:
+def imported_files(module: str, package: Path = PACKAGE) -> set[Path]:
     """Files of medgen, relative to its folder, that a module imports, directly or through others; itself included."""
     found: set[Path] = set()
     names = [module]
     while names:
-        package, *parts = names.pop().split(".")
-        for length in range(1, len(parts) + 1) if package == "medgen" else ():  # a package's __init__ runs first
-            place = PACKAGE.joinpath(*parts[:length])
+        top, *parts = names.pop().split(".")
+        for length in range(1, len(parts) + 1) if top == "medgen" else ():  # a package's __init__ runs first
+            place = package.joinpath(*parts[:length])
             for path in (place.with_suffix(".py"), place / "__init__.py"):
-                if path.is_file() and (relative := path.relative_to(PACKAGE)) not in found:
+                if path.is_file() and (relative := path.relative_to(package)) not in found:
                     found.add(relative)
-                    names += _imported_names(path)
+                    names += _imported_names(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -68,13 +71,18 @@ def imported_files(module: str) -> set[Path]:
 def fingerprint(*patterns: str) -> str:
     """SHA-256 of the code of medgen's files that match glob patterns relative to its folder."""
     files = sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
-    lines = (f"{path.relative_to(PACKAGE).as_posix()} {_hash_once(path)}\n" for path in files)
+    lines = (f"{path.relative_to(PACKAGE).as_posix()} {hash_code(path)}\n" for path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def hash_code(path: Path) -> str:
     """SHA-256 of a Python file without its comments, docstrings and blank lines; the same for every Python version."""
-    text = path.read_text(encoding="utf-8")
+    return _hash_text(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _hash_text(text: str) -> str:
+    """`hash_code` of a file's text, which several stages and commits share."""
     lines = text.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -92,15 +100,9 @@ def hash_code(path: Path) -> str:
 
 
 @cache
-def _hash_once(path: Path) -> str:
-    """`hash_code` of a file of medgen, which several stages import."""
-    return hash_code(path)
-
-
-@cache
-def _imported_names(path: Path) -> list[str]:
+def _imported_names(text: str) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -71,6 +71,6 @@ def record_results(
             tracker.artifact(project.reports / name, "reports")
     origin = {
         "sha256": hash_file(project.reports / "provenance.json"),
-        "lineage": lineage(project, params, device=str(pick_device("auto")), precision="fp32"),
+        "lineage": lineage(project, params, stage="evaluate", device=str(pick_device("auto")), precision="fp32"),
     }
     write_atomic(scratch / EVALUATION_ORIGIN, to_json(origin))

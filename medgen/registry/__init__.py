@@ -20,6 +20,7 @@ from medgen.registry.artifacts import Artifacts
 from medgen.registry.evaluations import upload_evaluation
 from medgen.registry.mlflow_ui import FOLDER, describe_run, describe_version, ui, write_preview
 from medgen.registry.model_package import create_version
+from medgen.registry.origin import is_known
 from medgen.registry.serve import serve
 from medgen.registry.versions import (
     CANDIDATE,
@@ -54,8 +55,9 @@ __all__ = [
 def register(project: Project, *, params: Params) -> Version:
     """Register artifacts/model, artifacts/prior and artifacts/refiner as a version, and make it the candidate.
 
-    If a version has the same content, that version becomes the candidate. The version is added to the MLflow run that
-    trained the model. It stores the parameters it was made with: `params`, with the values that each part records.
+    If a version has the same content, that version becomes the candidate; it gets the origin of this model if it has
+    none. The version is added to the MLflow run that trained the model. It stores the parameters it was made with:
+    `params`, with the values that each part records.
 
     Raises:
         UserError: a part is missing, tracking is disabled, or the MLflow store does not answer.
@@ -69,12 +71,15 @@ def register(project: Project, *, params: Params) -> Version:
         record, run_id = _training_run(project, tracking, artifacts.info)
         _describe_run(artifacts, tracking, record, run_id)
         same = client.search_model_versions(f"name = '{name}' and tags.`{CONTENT_TAG}` = '{artifacts.content}'")
-        version = max(same, key=lambda found: int(found.version), default=None)  # the newest, which keeps its lineage
+        version = max(same, key=lambda found: int(found.version), default=None)
         is_new = version is None
         if version is None:
             tags = artifacts.lineage_tags(record) | artifacts.metric_tags() | {CONTENT_TAG: artifacts.content}
             made_with = artifacts.params_made_with(params)
             version = create_version(client, artifacts, made_with, experiment, run_id, tags)
+        elif not is_known(version.tags) and is_known(tags := artifacts.lineage_tags(record)):
+            update_tags(client, version, tags)
+            say(f"its origin is now commit {tags['git.commit'][:12]}")
         if is_new or artifacts.metrics:
             _update_version(client, version, artifacts)
         client.set_registered_model_alias(name, CANDIDATE, version.version)
@@ -150,7 +155,8 @@ def _training_run(project: Project, tracking: Tracking, info: BundleInfo) -> tup
     if read_run(scratch) is None:  # the model came from a DVC remote
         with Tracker.open(scratch, tracking, project, f"{info.model.name}-{info.run[:6]}") as tracker:
             # `lineage` describes this machine's work tree, which is not the one that trained the model.
-            unknown = dict.fromkeys(("git.commit", "git.branch", "git.dirty", "data.md5"), "unknown")
+            keys = ("git.commit", "git.branch", "git.dirty", "files", "data.md5", "dataset.name")
+            unknown = dict.fromkeys(keys, "unknown")
             tracker.tags(lineage(project) | unknown | {"dataset.fingerprint": info.dataset})
             tracker.note("The model came without its training record. This run was created to register it.")
     try:

@@ -15,6 +15,7 @@ from medgen.models import bundle
 from medgen.models.bundle import BundleInfo
 from medgen.priors.generator import content_hash
 from medgen.priors.refiner import load_refiner
+from medgen.registry.origin import origin_tags
 from medgen.registry.versions import PARAMS_TAG, metric_tags
 from medgen.tracking import EVALUATION_ORIGIN, PRIOR_ORIGIN, REFINER_ORIGIN, RunRecord
 
@@ -56,7 +57,7 @@ class Artifacts:
         return metric_tags(self.metrics, self.provenance)
 
     def lineage_tags(self, record: RunRecord) -> dict[str, str]:
-        """The tags of the training, with the commit of the last stage; git.dirty is "true" if any had changed files.
+        """The tags of the training, with the origin of all parts and of the metrics.
 
         The hash of the training's parameters is left out, because a version has the hash of all parameters.
         """
@@ -70,11 +71,8 @@ class Artifacts:
         if self.provenance:
             evaluation = self._origin(EVALUATION_ORIGIN, self.project.reports / "provenance.json")
             stages.append(evaluation.get("lineage", {}))
-        commits = [stage.get("git.commit", "unknown") for stage in stages]
-        states = {stage.get("git.dirty", "unknown") for stage in stages}
-        tags["git.commit"] = "unknown" if "unknown" in commits else commits[-1]
-        tags["git.dirty"] = next((state for state in ("true", "unknown") if state in states), "false")
-        return tags | {"run": self.info.run, "dataset.fingerprint": self.info.dataset}
+        origin = origin_tags(self.project.root, stages)
+        return tags | origin | {"run": self.info.run, "dataset.fingerprint": self.info.dataset}
 
     def params_made_with(self, params: Params) -> Params:
         """The parameters of each part: params.yaml may have changed since, or been overridden with `--set`."""

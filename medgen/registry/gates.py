@@ -12,7 +12,7 @@ from medgen.registry.versions import EVALUATED_ON, EVALUATED_WITH, PARAMS_TAG, V
 SSIM, DICE, MMD = "reconstruction/ssim", "segmentation/dice_foreground", "generation/mmd_domain"
 COPIES, HELD_OUT_LIMIT, NUM_GENERATED = "privacy/copy_rate", "privacy/held_out_limit", "run/num_generated"
 COPIES_BY_CHANCE, NEAREST = "privacy/copy_rate_plausible", "privacy/nearest_over_limit"
-TRAINED_ON = "dataset.fingerprint"  # tag
+TRAINED_ON, DATASET_NAME = "dataset.fingerprint", "dataset.name"  # tags
 HASH_LENGTH = 7  # characters of a hash in tables
 NO_VALUE = "–"
 
@@ -55,6 +55,7 @@ def check_gates(
     best = max((version.metrics.get(key, -math.inf) for version in comparable), default=-math.inf)
     minimum = max(minimum, float(f"{best - margin:.6g}"))  # six digits, as the metrics in the tags have
     found = [
+        _dataset_gate(candidate, champion),
         _evaluation_gate(candidate, champion),
         *_lineage_gates(candidate, champion),
         _metric_gate(key, candidate, champion, f"≥ {minimum:g}", lambda value: value >= minimum),
@@ -72,11 +73,26 @@ def check_gates(
 
 
 def are_comparable(candidate: Version, champion: Version) -> bool:
-    """Return True if both were evaluated with the same test images, extractor and number of samples."""
+    """Return True if both are of one dataset and were evaluated on the same images, by the same extractor and number.
+
+    The number is that of samples.
+    """
     kinds = [{SSIM, DICE} & version.metrics.keys() for version in (candidate, champion)]
     num_samples = [version.metrics.get(NUM_GENERATED) for version in (candidate, champion)]
     same_hashes = _evaluation_hashes(candidate) == _evaluation_hashes(champion) != {}
-    return kinds[0] == kinds[1] and num_samples[0] == num_samples[1] and same_hashes
+    is_same = kinds[0] == kinds[1] and num_samples[0] == num_samples[1] and same_hashes
+    return is_same and not of_different_datasets(candidate, champion)
+
+
+def of_different_datasets(candidate: Version, champion: Version) -> bool:
+    """Return True if the two were trained on datasets of different names.
+
+    One dataset may have another content than before. Versions of an older medgen have no name.
+    """
+    names, contents = (
+        [version.tags.get(key, "unknown") for version in (candidate, champion)] for key in (DATASET_NAME, TRAINED_ON)
+    )
+    return "unknown" not in names and names[0] != names[1] and contents[0] != contents[1]
 
 
 def _comparison_gate(
@@ -105,6 +121,14 @@ def _comparison_gate(
 
 def _evaluation_hashes(version: Version) -> dict[str, str]:
     return {key: version.tags[key] for key in (EVALUATED_ON, EVALUATED_WITH) if key in version.tags}
+
+
+def _dataset_gate(candidate: Version, champion: Version | None) -> Gate:
+    ours, theirs = (
+        NO_VALUE if version is None else version.tags.get(DATASET_NAME, "unknown") for version in (candidate, champion)
+    )
+    is_other = champion is not None and of_different_datasets(candidate, champion)
+    return Gate("dataset", ours, theirs, "any" if champion is None else "the same", not is_other)
 
 
 def _evaluation_gate(candidate: Version, champion: Version | None) -> Gate:
@@ -137,10 +161,10 @@ def _lineage_gates(candidate: Version, champion: Version | None) -> list[Gate]:
         return Gate(name, ours + changes, theirs, required, passed and ours != "unknown" and not changes)
 
     state = candidate.tags.get("git.dirty") or "unknown"
-    changes = {"false": "", "true": ", files changed"}.get(state, ", changes unknown")
+    changes = {"false": "", "true": ", other content"}.get(state, ", content unknown")
     same_dataset = candidate.tags.get(TRAINED_ON) == candidate.tags.get(EVALUATED_ON)
     return [
-        row("git commit", "git.commit", "known, no file changed", changes),
+        row("git commit", "git.commit", "has the files it was made from", changes),
         row("data", "data.md5"),
         row("trained on", TRAINED_ON, "the dataset it is evaluated on", passed=same_dataset),
         row("params", PARAMS_TAG),

@@ -17,9 +17,22 @@ from medgen.errors import Refused, UserError, printable
 from medgen.metrics.comparison import Comparison
 from medgen.registry import ledger
 from medgen.registry.evaluations import compare_versions, download_evaluation
-from medgen.registry.gates import COPIES, DICE, HASH_LENGTH, MMD, NO_VALUE, SSIM, Gate, are_comparable, check_gates
+from medgen.registry.gates import (
+    COPIES,
+    DATASET_NAME,
+    DICE,
+    HASH_LENGTH,
+    MMD,
+    NO_VALUE,
+    SSIM,
+    Gate,
+    are_comparable,
+    check_gates,
+    of_different_datasets,
+)
 from medgen.registry.ledger import MAX_WHY, Entry
 from medgen.registry.mlflow_ui import describe_model, escape
+from medgen.registry.origin import accept_commit, how_to_commit
 from medgen.registry.versions import (
     CANDIDATE,
     CHAMPION,
@@ -30,6 +43,7 @@ from medgen.registry.versions import (
     all_versions,
     find_version,
     get_aliases,
+    list_registered,
     mlflow_client,
 )
 from medgen.tracking.mlflow_descriptions import hash_tags, is_replaceable
@@ -69,6 +83,7 @@ def promote(
         if aliases.get(CHAMPION) == candidate.number and on_record[-1:] == [candidate.number]:
             print(f"{candidate.uri} is the champion already")
             return None
+        candidate = accept_commit(client, project.root, candidate)
         known = all_versions(client, name)
         numbers = [number for number in (*on_record, aliases.get(CHAMPION)) if number in known]
         earlier = [known[number] for number in numbers if number != candidate.number]
@@ -78,8 +93,13 @@ def promote(
         _print_gates(gates, candidate, champion)
         failed = list(dict.fromkeys(gate.name for gate in gates if not gate.passed))
         if failed and force is None:
-            not_compared = [reference for reference, comparison in comparisons if comparison is None]
-            raise Refused(_refusal(candidate, champion, failed, aliases.get(CHAMPION), not_compared))
+            not_compared = [
+                reference
+                for reference, comparison in comparisons
+                if comparison is None and not of_different_datasets(candidate, reference)
+            ]
+            current = aliases.get(CHAMPION)
+            raise Refused(_refusal(candidate, champion, failed, current, not_compared, project))
         entry = Entry(
             model=name,
             action="promote",
@@ -139,7 +159,10 @@ def history(
     with mlflow_client(project, tracking, "its history cannot be read: start the server first") as (client, _):
         versions = list(all_versions(client, name).values())
         if not versions:
-            raise UserError(f"models:/{name}: no versions yet; run `medgen register` (or `dvc repro`) first")
+            raise UserError(
+                f"models:/{name}: no versions yet; run `medgen register` (or `dvc repro`) first, or choose another "
+                f"registered model with --set registry.model_name=NAME. {list_registered(client)}"
+            )
         aliases, changes = get_aliases(client, name), ledger.read_entries(client, name)
     if dataset is not None:
         versions = [version for version in versions if _was_trained_on(version, dataset)]
@@ -263,19 +286,29 @@ def _refusal(
     failed: Sequence[str],
     current: int | None,
     not_compared: Sequence[Version],
+    project: Project,
 ) -> str:
-    """The message of a refused promotion, with the commands that make the evaluations comparable."""
+    """The message of a refused promotion, with the commands to run next."""
     text = f"{candidate.uri} is not promoted: {', '.join(failed)} failed"
     if current:
         text += f"; version {current} stays champion"
     if champion and champion.number != current:
         text += f"; version {champion.number}, the last champion on record, was the reference"
     text += "."
+    if champion and of_different_datasets(candidate, champion):
+        text += (
+            f" {candidate.uri} was trained on dataset {candidate.tags[DATASET_NAME]}, {champion.uri} on "
+            f"{champion.tags[DATASET_NAME]}: metrics on different datasets are not compared. Give each dataset a "
+            "registered model of its own: remove registry.model_name from params.yaml, or set it to another name; then "
+            "run `medgen register` and `medgen promote`."
+        )
     versions = [*not_compared, candidate]
     to_evaluate = [version for version in versions if not _is_evaluated(version)] or (versions if not_compared else [])
     if to_evaluate:
         commands = " and ".join(f"`medgen evaluate --model {version.uri}`" for version in to_evaluate)
         text += f" To evaluate all in the same way, run {commands}, then promote again."
+    if {"git commit", "data"} & set(failed):
+        text += f" {how_to_commit(project.root, candidate)}."
     return f'{text} `--force "why"` promotes it nevertheless and records the reason'
 
 

@@ -20,12 +20,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from medgen.config import Params, Project, Registry, Tracking
-from medgen.console import show
+from medgen.console import show, warn
 from medgen.errors import Refused, UserError
 from medgen.metrics.segmentation import update_old_keys
 from medgen.priors.generator import content_hash
 from medgen.registry.gates import DICE, MMD, SSIM
 from medgen.registry.model_package import PARAMS_FILE, result_sections
+from medgen.registry.origin import accept_commit, made_with_other_code
 from medgen.registry.versions import CONTENT_TAG, EVALUATED_ON, Version, download_version, find_version, mlflow_client
 from medgen.tracking.mlflow_sync import store_uri, without_password
 
@@ -47,7 +48,7 @@ def reproduce(
         Refused: the rebuilt model differs from the version by more than rounding.
     """
     with mlflow_client(project, tracking, "start the server first") as (client, _):
-        found = find_version(client, registry.model_name, version)
+        found = accept_commit(client, project.root, find_version(client, registry.model_name, version))
     commit = _commit(project, found)
     folder = _git(project.root, "rev-parse", "--show-prefix")  # the project's folder in its repository, such as "a/b/"
     files = _git(project.root, "ls-tree", "--name-only", commit).splitlines()  # in this folder
@@ -57,6 +58,9 @@ def reproduce(
     if params is not None and "params.yaml" in files and _are_committed(params, project.root, commit):
         params = None
     _check_data(project, found, commit, data)
+    if "medgen" not in files and made_with_other_code(project.root, found):
+        medgen = f"medgen {found.tags.get('version.medgen', 'unknown')}"
+        warn(f"{found.uri} was made with {medgen}, whose code differs from the medgen that is installed here")
     if not run:
         _print_commands(project, tracking, found, commit, folder, data, params)
         return {}

@@ -225,12 +225,16 @@ def download_files(uri: str, subfolder: str, folder: Path, project: Project, tra
 
 def _no_such_version(client: "MlflowClient", uri: str) -> NoSuchVersion:
     """The error for a URI that names no version or no part of one; it lists the registered models and aliases."""
+    expected = f"expected models:/NAME@{CANDIDATE} or models:/NAME/1"
+    if uri.endswith(CHAMPION):
+        expected = "run `medgen promote` to make the candidate champion, or give another alias or number"
+    return NoSuchVersion(f"{uri}: no such version; {expected}. {list_registered(client)}")
+
+
+def list_registered(client: "MlflowClient") -> str:
+    """The registered models with their aliases, for error messages."""
     registered = []
     for model in client.search_registered_models():
         listed = ", ".join(f"@{alias} is {number}" for alias, number in sorted(model.aliases.items()))
         registered.append(f"models:/{model.name} ({listed})")
-    expected = f"expected models:/NAME@{CANDIDATE} or models:/NAME/1"
-    if uri.endswith(CHAMPION):
-        expected = "run `medgen promote` to make the candidate champion, or give another alias or number"
-    known = ", ".join(registered) or "none; run `medgen register` first"
-    return NoSuchVersion(f"{uri}: no such version; {expected}. Registered: {known}")
+    return f"Registered: {', '.join(registered) or 'none; run `medgen register` first'}"

@@ -91,6 +91,6 @@ def record(
     content = {
         "sha256": hash_file(description),
         name: section.model_dump(mode="json"),
-        "lineage": lineage(project, section),
+        "lineage": lineage(project, section, stage=name),
     }
     write_atomic(scratch / origin, to_json(content))

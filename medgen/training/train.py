@@ -251,7 +251,8 @@ def record(state: TrainState, task: ModelTask, project: Project, tracking: Track
         plain = {name: section.model_dump(mode="json") for name, section in everything.items()}
         write_atomic(state.scratch / "params.json", to_json(plain))
         precision = "bf16" if task.precision == torch.bfloat16 else "fp32"
-        tracker.tags(lineage(project, *sections.values(), device=str(state.world.device), precision=precision))
+        device = str(state.world.device)
+        tracker.tags(lineage(project, *sections.values(), stage="train", device=device, precision=precision))
         tracker.tags({"medgen.run": run})
         tracker.note(task.describe())
         tracker.dataset(task.store.name, task.store.fingerprint, "artifacts/dataset", task.store.counts)

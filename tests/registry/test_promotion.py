@@ -24,7 +24,7 @@ from medgen.registry.promotion import history, promote, rollback
 from medgen.registry.versions import Version, get_aliases, metric_tags, update_tags
 from medgen.tracking.mlflow_sync import connect, store_uri
 
-TRAINED = {"dataset.fingerprint": "ba9876543210"}
+TRAINED = {"dataset.fingerprint": "ba9876543210", "dataset.name": "phantom"}
 LINEAGE = TRAINED | {
     "git.commit": "c" * 40,
     "git.dirty": "false",
@@ -143,6 +143,15 @@ COMPARED: dict[str, tuple[dict[str, str | None], list[Comparison] | None, set[st
     "another extractor": ({"evaluated.extractor": "0" * 64}, None, NOT_COMPARABLE, Gates()),
     "fewer samples": ({"run/num_generated": "3"}, None, NOT_COMPARABLE, Gates()),
     "masks compared with images": (OF_MASKS, None, NOT_COMPARABLE, Gates()),
+    "another dataset, evaluated on the same": (
+        {"dataset.name": "xrays", "dataset.fingerprint": "0" * 12}, None,
+        NOT_COMPARABLE | {"dataset", "trained on"}, Gates()
+    ),
+    "more images of the same dataset": (
+        {"dataset.fingerprint": "0" * 12, "evaluated.dataset": "0" * 12}, None, NOT_COMPARABLE, Gates()
+    ),
+    "the same dataset under another name": ({"dataset.name": "xrays"}, compared(), set(), Gates()),
+    "a version of an older medgen, without the dataset's name": ({"dataset.name": None}, compared(), set(), Gates()),
 }  # fmt: skip
 
 
@@ -247,6 +256,18 @@ class Register:
 @pytest.fixture
 def register(project: Project, request: pytest.FixtureRequest) -> Register:
     return Register(project, re.sub(r"\W+", "-", request.node.name))
+
+
+def test_versions_of_different_datasets_are_never_compared(register: Register) -> None:
+    """Even if the champion was evaluated on the candidate's images since."""
+    xrays = {"dataset.fingerprint": "0" * 12, "evaluated.dataset": "0" * 12}
+    register.champion(**{"dataset.name": "phantom"})
+    register.client.set_model_version_tag(register.name, "1", "evaluated.dataset", "0" * 12)
+    register(**{"dataset.name": "xrays"}, **xrays)
+    text = rf"/2 was trained on dataset xrays, models:/{register.name}/1 on phantom: .*remove registry\.model_name"
+    with pytest.raises(Refused, match=rf"dataset, evaluated with, comparison failed.*{text}") as refused:
+        register.promote()
+    assert "medgen evaluate" not in str(refused.value)
 
 
 def test_promotion_moves_the_aliases(register: Register, capsys: Any) -> None:

@@ -433,6 +433,25 @@ def test_version_with_a_refiner_has_its_lineage_and_parameters(
     assert registry.register(project, params=Params()).is_new, "without the refiner the content differs"
 
 
+def test_a_clean_rebuild_of_the_same_bytes_becomes_the_origin_which_is_then_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = Project(tmp_path)
+    write_model(project, seed=0)
+    client, _ = connect(project, Tracking())
+    expected = {"true": ("a", "true"), "false": ("b", "false"), "another": ("b", "false")}
+    for (state, (origin, dirty)), made_at in zip(expected.items(), "abc", strict=True):
+        lineage_now = {"git.commit": made_at * 40, "git.dirty": dirty, "data.md5": "d" * 32}
+        with Tracker.open(project.runs / RUN, Tracking(enabled=False), project, "spatial_vae") as tracker:
+            tracker.tags(lineage_now)
+        origin_of_prior = {"sha256": hash_file(project.prior / "prior.json"), "lineage": lineage_now}
+        (project.runs / RUN / PRIOR_ORIGIN).write_text(json.dumps(origin_of_prior))
+        assert registry.register(project, params=Params()).number == 1
+        tags = client.get_model_version("medgen", "1").tags
+        assert (tags["git.commit"], tags["git.dirty"]) == (origin * 40, dirty), state
+    assert "its origin is now commit bbbbbbbbbbbb" in capsys.readouterr().out
+
+
 def test_ui_rejects_servers_and_ports_in_use(project: Project, unreachable_store: Tracking) -> None:
     with pytest.raises(UserError, match="is a server with its own UI"):
         registry.ui(project, tracking=unreachable_store)

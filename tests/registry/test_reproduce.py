@@ -15,6 +15,7 @@ from medgen.config import Params, Project, Registry, Tracking
 from medgen.errors import Refused, UserError
 from medgen.registry import reproduce as reproduce_module
 from medgen.registry.versions import Version
+from medgen.tracking.lineage import hash_files
 from medgen.tracking.mlflow_sync import connect
 
 DOWNLOADS: dict[str, Path] = {}  # by URI of a version
@@ -120,6 +121,16 @@ def test_version_with_uncommitted_changes_is_not_rebuilt(project: Project, regis
     assert "changes that are not in this commit" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"uncommitted changes, so commit [0-9a-f]{12} cannot rebuild it"):
         reproduce(project, number, run=True)
+
+
+@pytest.mark.parametrize(("code", "warns"), [("0" * 12, True), (None, False)])
+def test_version_of_another_installed_medgen_is_named(
+    project: Project, register: Any, capsys: Any, code: str | None, warns: bool
+) -> None:
+    files = hash_files(project.root, ["prior"])
+    files["medgen:prior"] = code or files["medgen:prior"]
+    reproduce(project, register(files=json.dumps(files), version_medgen="0.0.9"))
+    assert ("was made with medgen 0.0.9, whose code differs" in " ".join(capsys.readouterr().err.split())) is warns
 
 
 def test_failed_stage_keeps_its_worktree(project: Project, register: Any) -> None:

@@ -386,7 +386,7 @@ mlflow_sync.connect(Project(Path(sys.argv[1])), Tracking())
 LINEAGE = {
     *("git.commit", "git.branch", "git.dirty", "dataset.fingerprint", "data.md5", "params.fingerprint"),
     *("device", "gpu", "precision", "version.python", "version.torch", "version.torchvision", "version.medgen"),
-    *("version.dvc", "version.mlflow"),
+    *("version.dvc", "version.mlflow", "dataset.name", "files"),
 }
 
 
@@ -401,7 +401,7 @@ def test_lineage_is_complete(tmp_path):
     make_repository(tmp_path)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
     project.dataset.mkdir(parents=True)
-    (project.dataset / "dataset.json").write_text('{"fingerprint": "0123456789ab"}')
+    (project.dataset / "dataset.json").write_text('{"fingerprint": "0123456789ab", "name": "x"}')
     (tmp_path / ".gitignore").write_text("artifacts\n")
     (tmp_path / "data.dvc").write_text("outs:\n- md5: abcdef.dir\n  path: data\n")
     found = lineage(project, Params(), device="cpu", precision="fp32")
