@@ -366,7 +366,7 @@ def sample(
     """Draw the sample dataset: procedural chest X-rays in three classes."""
     from medgen.datasets import import_data
 
-    _call(import_data.draw_sample, params, overrides, num_images=n, seed=seed)
+    _call(import_data.draw_sample, params, overrides, num_images=n, seed=seed, file=params)
 
 
 @data_app.command("import")
@@ -374,13 +374,16 @@ def import_data(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="Folder, zip or tar of images; docs/data.md lists the layouts.")
     ],
+    name: Annotated[
+        str | None, typer.Option(help="The dataset's name, written to data.name. Default: the name of PATH.")
+    ] = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
     """Copy a folder or archive of images into the project as its dataset."""
     from medgen.datasets import import_data
 
-    _call(import_data.import_folder, params, overrides, source=path)
+    _call(import_data.import_folder, params, overrides, source=path, name=name, file=params)
 
 
 @data_app.command()
@@ -411,7 +414,7 @@ def fetch_dataset(name: DatasetName, params: ParamsFile = PARAMS, overrides: Ove
     """Download a known dataset and make it the project's dataset."""
     from medgen.datasets import fetch
 
-    _call(fetch.fetch, params, overrides, name=name)
+    _call(fetch.fetch, params, overrides, name=name, file=params)
 
 
 @weights_app.command("list")

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.table import Table
 
 from medgen.config import Project, load, unknown_name
+from medgen.config.edit import as_yaml, set_value
 from medgen.console import OUT, say, show
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 from medgen.io import write_atomic
@@ -38,12 +39,12 @@ def read(name: str) -> str:
 
 
 def use(name: str, project: Project) -> None:
-    """Write a recipe to params.yaml; an edited params.yaml is kept as params.yaml.before."""
-    text = read(name)
+    """Write a recipe to params.yaml; the dataset keeps its name, and an edited file is kept as params.yaml.before."""
     path = project.root / "params.yaml"
     earlier = path.read_bytes() if path.exists() else None
-    kept = ""
-    if earlier is not None and earlier not in [recipe.read_bytes() for recipe in _files()]:
+    kept, dataset = "", _dataset_name(path)
+    text = _with_dataset(read(name), dataset)
+    if earlier is not None and earlier not in [_with_dataset(read(one.stem), dataset).encode() for one in _files()]:
         write_atomic(path.with_name("params.yaml.before"), earlier)
         kept = "; the earlier file is params.yaml.before"
     write_atomic(path, text.encode())
@@ -64,6 +65,9 @@ def run(project: Project, names: Sequence[str], overrides: Sequence[str] = ()) -
         UserError: unknown recipe, invalid override, or a failed stage; exit code 4 of a stage is passed on.
         TrainingInterrupted: a signal stopped a stage, which saved its state.
     """
+    dataset = _dataset_name(project.root / "params.yaml")
+    if dataset is not None and not any(override.startswith("data.") for override in overrides):
+        overrides = [f"data.name={as_yaml(dataset)}", *overrides]
     plans = {name: _stages(_find(name), overrides) for name in names}  # checks all recipes before the first one runs
     metrics: dict[str, dict[str, float]] = {}
     for name, stages in plans.items():
@@ -74,6 +78,20 @@ def run(project: Project, names: Sequence[str], overrides: Sequence[str] = ()) -
     _write_csv(project.reports / "recipes.csv", metrics)
     _print_table(metrics)
     return metrics
+
+
+def _dataset_name(params_file: Path) -> str | None:
+    """data.name of a params file; None if it is not given, or the file is missing or invalid."""
+    try:
+        data = load(params_file).data
+    except UserError:
+        return None
+    return data.name if "name" in data.model_fields_set else None
+
+
+def _with_dataset(text: str, name: str | None) -> str:
+    """The text of a recipe with data.name."""
+    return text if name is None else set_value(text, "data.name", name)
 
 
 def _stages(path: Path, overrides: Sequence[str]) -> list[str]:

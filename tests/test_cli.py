@@ -36,7 +36,7 @@ COMMANDS = {
     "ui": {"--port", "--params", "--set"},
     "sync": {"--params", "--set"},
     "data sample": {"--params", "--set", "--seed", "--n"},
-    "data import": {"--params", "--set"},
+    "data import": {"--name", "--params", "--set"},
     "data audit": {"--params", "--set", "--json"},
     "data list": set(),
     "data fetch": {"--params", "--set"},

@@ -220,7 +220,7 @@ def version_files(uri: str, folder: Path) -> dict[str, str]:
     from mlflow.artifacts import download_artifacts
 
     client = client_of(uri)
-    source = client.get_model_version_by_alias("medgen", "candidate").source  # models:/ID of the logged model
+    source = client.get_model_version_by_alias("small", "candidate").source  # models:/ID of the logged model
     model = client.get_logged_model(source.removeprefix("models:/"))
     return files(Path(download_artifacts(model.artifact_location, dst_path=str(folder), tracking_uri=uri)))
 
@@ -228,7 +228,7 @@ def version_files(uri: str, folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_candidate_is_stored_on_the_server_only(team: Team, tmp_path: Path) -> None:
     client = client_of(team.server.uri)
-    version = client.get_model_version_by_alias("medgen", "candidate")
+    version = client.get_model_version_by_alias("small", "candidate")
     assert version.run_id in {json.loads((record / "mirror.json").read_text())["run_id"] for record in team.records}
     local = {
         f"artifacts/{part}/{path}": digest
@@ -243,7 +243,7 @@ def test_candidate_is_stored_on_the_server_only(team: Team, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_evaluation_that_the_server_lacks_counts_as_not_stored(team: Team) -> None:
     project, tracking = Project(team.folder), Tracking(uri=team.server.uri)
-    version = find_version(client_of(team.server.uri), "medgen", "candidate")
+    version = find_version(client_of(team.server.uri), "small", "candidate")
     assert download_evaluation(version, project, tracking) is not None
     moved = team.artifacts / "moved"
     stored = next(team.artifacts.rglob("evaluation.json")).parent
@@ -264,7 +264,7 @@ def test_server_accepts_only_its_host_names(team: Team, host: str, status: int) 
 def test_client_downloads_the_candidate_from_the_server_in_params(team: Team, tmp_path: Path) -> None:
     """A call that uses MLFLOW_TRACKING_URI instead of params.yaml would fail: there is no such store."""
     shutil.copy(team.folder / "params.yaml", tmp_path)
-    options = ["--model", "models:/medgen@candidate", "--n", "2", "--out", "out"]
+    options = ["--model", "models:/small@candidate", "--n", "2", "--out", "out"]
     wrong = f"sqlite:///{tmp_path}/absent/mlflow.db"
     medgen(tmp_path, wrong, "generate", *options, "--set", f"tracking.uri={team.server.uri}")
     medgen(team.folder, team.server.uri, "generate", "--n", "2", "--out", str(tmp_path / "local"))
@@ -292,7 +292,7 @@ def content_of(uri: str, folder: Path) -> dict[str, Any]:
     for run in runs:
         client.download_artifacts(run.info.run_id, "", str(folder / run.info.run_id))
     found["versions"] = [dict(version) for version in client.search_model_versions("name = 'medgen'")]
-    found["aliases"] = client.get_registered_model("medgen").aliases
+    found["aliases"] = client.get_registered_model("small").aliases
     found["candidate"] = version_files(uri, folder / "candidate")
     return found | files(folder)
 
@@ -362,12 +362,12 @@ def test_server_with_accounts_requires_a_login(
     log_in("alice", "a wrong password")
     assert "a wrong password" not in medgen(project, accounts.uri, "register", code=2)
     log_in("alice", "alice's own password")
-    assert "registered as models:/medgen/1" in medgen(project, accounts.uri, "register")
+    assert "registered as models:/small/1" in medgen(project, accounts.uri, "register")
 
     log_in("robert", "robert's own password")  # all accounts share the experiment and the registered model
     client = client_of(accounts.uri)
-    version = client.get_model_version_by_alias("medgen", "candidate")
-    client.set_registered_model_alias("medgen", "champion", version.version)
+    version = client.get_model_version_by_alias("small", "candidate")
+    client.set_registered_model_alias("small", "champion", version.version)
     client.set_tag(version.run_id, "seen.by", "robert")
     assert client.get_run(version.run_id).data.tags["seen.by"] == "robert"
 

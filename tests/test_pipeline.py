@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_repro_ends_with_metrics_figures_and_a_registered_version(repository):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{repository}/mlflow.db")
-    version = client.get_model_version_by_alias("medgen", "candidate")
+    version = client.get_model_version_by_alias("small", "candidate")
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["git.commit"] != "unknown"
@@ -170,9 +171,9 @@ def test_an_experiment_in_a_temporary_tree_is_recorded_in_the_project(repository
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{repository}/mlflow.db")
-    before = len(client.search_model_versions("name = 'medgen'"))
+    before = len(client.search_model_versions("name = 'small'"))
     call(repository, "dvc", "exp", "run", "--temp", "--name", "temp", "--set-param", "+prior.variance_kept=0.5")
-    versions = client.search_model_versions("name = 'medgen'")
+    versions = client.search_model_versions("name = 'small'")
     assert len(versions) == before + 1
     newest = max(versions, key=lambda version: int(version.version))
     assert newest.run_id in {run.info.run_id for run in client.search_runs(["1"])}
@@ -194,3 +195,25 @@ def test_outputs_are_the_same_bytes_when_made_again(repository):
     shutil.rmtree(repository / "runs")
     call(repository, "dvc", "repro", "--force")
     assert call(repository, "git", "status", "--porcelain") == "", before
+
+
+@pytest.mark.slow
+def test_a_commit_after_the_training_is_the_origin_of_the_version(repository, small_params):
+    """Edit, run, look, commit, promote. A model this small fails other gates."""
+
+    def promote():
+        command = [sys.executable, "-m", "medgen", "promote"]
+        return subprocess.run(command, cwd=repository, capture_output=True, text=True).stderr
+
+    (repository / "params.yaml").write_text(json.dumps({**small_params, "prior": {"name": "gaussian"}}))
+    call(repository, "dvc", "repro")
+    (repository / "dvc_plots").mkdir()
+    (repository / "dvc_plots" / "index.html").write_text("plots")
+    refused = promote()
+    version = re.search(r"models:/small/(\d+) is not promoted: git commit", refused)[1]
+    assert f'`git add params.yaml && git commit -m "Train version {version}" && medgen promote --version' in refused
+    call(repository, "git", "add", "params.yaml")
+    call(repository, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "train")
+    accepted = promote()
+    assert f"contains the files that models:/small/{version} was made from" in accepted
+    assert "git commit" not in accepted.partition("not promoted: ")[2]

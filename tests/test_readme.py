@@ -85,9 +85,9 @@ def clone(root, small_params, tmp_path):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((root / name).read_bytes())
     large_batches = {name: small_params[name] | {"batch_size": 64} for name in ("features", "train", "refiner")}
-    small = json.dumps(small_params | large_batches)
-    (folder / "params.yaml").write_text(small)
-    (folder / "recipes" / "chest-xray-64.yaml").write_text(small)
+    small = small_params | large_batches
+    for name, data in (("params.yaml", {"name": "phantom-chest"}), ("recipes/chest-xray-64.yaml", {})):
+        (folder / name).write_text(json.dumps(small | {"data": {"path": "data"} | data}))
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "clone"]):
         subprocess.run([*git, *command], cwd=folder, check=True)

@@ -135,3 +135,26 @@ def test_use_keeps_an_edited_params_file(tmp_path):
         recipes.use(name, Project(tmp_path))
     assert before.read_text() == "train: {seed: 7}\n"
     assert path.read_text() == read(NAMES[1])
+
+
+def test_use_keeps_the_name_of_the_dataset(tmp_path):
+    """`medgen data import` has named it; a recipe does not know which data the project has."""
+    path = tmp_path / "params.yaml"
+    path.write_text("data: {path: data, name: our-xrays}\n")
+    for name in NAMES[:2]:
+        recipes.use(name, Project(tmp_path))
+        params = load(path)
+        assert params.data.name == "our-xrays"
+        assert params.registry.model_name == "our-xrays"
+    assert (tmp_path / "params.yaml.before").read_text() == "data: {path: data, name: our-xrays}\n"
+
+
+@pytest.mark.parametrize(("override", "expected"), [(None, ["data.name=our-xrays"]), ("data.path=x", ["data.path=x"])])
+def test_run_keeps_the_name_of_the_dataset(tmp_path, monkeypatch, override, expected):
+    (tmp_path / "params.yaml").write_text("data: {name: our-xrays}\n")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "metrics.json").write_text("{}")
+    found = []
+    monkeypatch.setattr(recipes, "_run_stage", lambda project, name, stage, overrides: found.append(list(overrides)))
+    recipes.run(Project(tmp_path), [NAMES[0]], [override] if override else [])
+    assert all(overrides == expected for overrides in found) and found

@@ -7,7 +7,7 @@ from medgen.config.base import Section, fingerprint, seed_of
 from medgen.config.data import Data, Preprocess, Volume
 from medgen.config.evaluation import Evaluate, LocalNetwork
 from medgen.config.model import Model
-from medgen.config.params import Params, load, replace, set_at
+from medgen.config.params import Params, load, replace, set_at, to_name
 from medgen.config.parts import Features, Prior, Refiner
 from medgen.config.project import Project
 from medgen.config.registry import Gates, Registry, Tracking
@@ -45,5 +45,6 @@ __all__ = [
     "replace",
     "seed_of",
     "set_at",
+    "to_name",
     "unknown_name",
 ]

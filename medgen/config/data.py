@@ -14,7 +14,7 @@ class Data(Section):
     """The raw images."""
 
     path: str = "data"  # folder tracked by data.dvc, relative to the project's folder
-    name: str = "phantom-chest"  # the dataset's name in MLflow
+    name: str = "dataset"  # the dataset's name, set by `medgen data import`
     patient_pattern: str | None = None  # regular expression for file names; group 1 is the patient
     keep_patient_ids: bool = False  # False: the store holds salted hashes of them
     splits: Literal["given", "own"] = "given"  # use the dataset's own train/val/test splits, or make new ones

@@ -2,12 +2,14 @@
 
 import difflib
 import io
+import re
+import unicodedata
 from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -37,6 +39,24 @@ class Params(Section):
     tune: Tune = Tune()
     tracking: Tracking = Tracking()
     registry: Registry = Registry()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_model_after_the_dataset(cls, values: Any) -> Any:
+        """Give each dataset a registered model of its own, unless registry.model_name is set."""
+        if not isinstance(values, dict):
+            return values
+        data, registry = (values.get(name, {}) for name in ("data", "registry"))
+        if not isinstance(data, dict) or not isinstance(registry, dict) or "model_name" in registry:
+            return values
+        name = to_name(str(data.get("name", "")))
+        return {**values, "registry": {**registry, "model_name": name}} if name else values
+
+
+def to_name(text: str) -> str:
+    """The text with only ASCII letters, digits, dots, hyphens and underscores; "" if none of its characters is one."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub("[^A-Za-z0-9._]+", "-", plain).strip("-._")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from medgen.config.base import Fraction, NonNegative, Positive, Section
 
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_. -]*$"
+
 
 class Tracking(Section):
     """Recording of runs."""
@@ -44,6 +46,6 @@ class Gates(Section):
 class Registry(Section):
     """Registration and promotion of models."""
 
-    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$")] = "medgen"
+    model_name: Annotated[str, Field(pattern=MODEL_NAME)] = "medgen"  # in a params file, data.name if that is given
     register_after_evaluate: bool = True
     gates: Gates = Gates()

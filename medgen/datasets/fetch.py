@@ -29,8 +29,12 @@ SPARE = 256 << 20  # bytes to leave free on the disk
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
-def fetch(project: Project, data: config.Data, preprocess: config.Preprocess, name: str) -> int:
+def fetch(
+    project: Project, data: config.Data, preprocess: config.Preprocess, name: str, file: Path | None = None
+) -> int:
     """Make a dataset of the catalog the project's data, and return its number of images.
+
+    Its name in the catalog goes into the params file `file` (data.name).
 
     Raises:
         UserError: unknown name; data/ holds files that DVC does not track; disk full; download unreachable, refused or
@@ -47,7 +51,7 @@ def fetch(project: Project, data: config.Data, preprocess: config.Preprocess, na
             f"{error.filename or folder}: {error.strerror or error}; expected to store the download of {name!r} there. "
             "Free disk space, grant write permission, or set MEDGEN_DATASETS to another folder"
         ) from None
-    return import_data.import_folder(project, data, preprocess, source)
+    return import_data.import_folder(project, data, preprocess, source, name=name, file=file)
 
 
 def _get(project: Project, name: str, dataset: Dataset, folder: Path) -> Path:

@@ -1,11 +1,11 @@
 """Import a folder or an archive of images as the project's dataset.
 
-medgen data import PATH      (then: dvc repro)
+medgen data import PATH --name NAME     (then: dvc repro)
 
 The import copies images, masks, files that belong to them and manifest.csv, with their folders; it counts the files it
 leaves out. It builds the copy in a temporary folder, renames it to data/ and runs `dvc add`, so that the next
 `dvc repro` uses it. `git checkout data.dvc && dvc checkout` restores the earlier data; the import refuses to replace
-files that DVC does not track.
+files that DVC does not track. The dataset's name goes into the params file (data.name).
 """
 
 import json
@@ -17,44 +17,70 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from medgen import config
 from medgen.config import Project
+from medgen.config.edit import set_value
 from medgen.console import note
 from medgen.datasets import archives, sample
 from medgen.errors import UserError
 from medgen.ingest import dataset_scan, images, patients
 from medgen.ingest.dataset_scan import ScanResult
 from medgen.ingest.manifest import MANIFEST
-from medgen.io import replace_folder
+from medgen.io import replace_folder, write_atomic
 
+SAMPLE = "phantom-chest"  # name of the drawn dataset
 NUM_REASONS = 5  # reasons for skipped files that the summary lists
 
 
-def import_folder(project: Project, data: config.Data, preprocess: config.Preprocess, source: Path) -> int:
+def import_folder(
+    project: Project,
+    data: config.Data,
+    preprocess: config.Preprocess,
+    source: Path,
+    name: str | None = None,
+    file: Path | None = None,
+) -> int:
     """Make the images of `source`, a folder or an archive, the project's dataset, and return their number.
 
+    Args:
+        project, data, preprocess: where the images go, and how they are read.
+        source: the folder or archive.
+        name: the dataset's name; None: the name of `source`.
+        file: the params file to write the name into; None: it is not written.
+
     Raises:
-        UserError: no images, an unsafe or damaged archive, files in data/ that DVC does not track, a full disk, or a
-            failed `dvc add`.
+        UserError: no images, an unsafe or damaged archive, a name without letters or digits, files in data/ that DVC
+            does not track, a full disk, or a failed `dvc add`.
     """
     folder = project.root / data.path
     if source.resolve() == folder.resolve():
         raise UserError(
-            f"{source}: this is already the project's data folder. Run `dvc add {data.path}`, then `dvc repro`"
+            f"{source}: this is already the project's data folder. Run `dvc add {data.path}`, then `dvc repro`; "
+            "data.name in params.yaml names it"
         )
+    name = _choose_name(source, name)
     require_replaceable(project, data)
     with _as_folder(project, source) as opened:
         listing = dataset_scan.scan(opened, data, preprocess)
         _copy(opened, listing, folder)
     _print_summary(source, listing, folder)
+    _write_name(file, data, name)
     _add_to_dvc(project, data)
     return len(listing.records)
 
 
 def draw_sample(
-    project: Project, data: config.Data, preprocess: config.Preprocess, num_images: int = 480, seed: int = 0
+    project: Project,
+    data: config.Data,
+    preprocess: config.Preprocess,
+    num_images: int = 480,
+    seed: int = 0,
+    file: Path | None = None,
 ) -> None:
-    """Make drawn chest X-rays (see medgen.datasets.sample) the project's dataset.
+    """Make drawn chest X-rays (see medgen.datasets.sample) the project's dataset, and write its name as an import does.
 
     Raises:
         UserError: files in data/ that DVC does not track, or a failed `dvc add`.
@@ -64,7 +90,48 @@ def draw_sample(
     with replace_folder(folder) as building:
         sample.draw(building, num_images, seed=seed)
     _print_summary(f"drawn with seed {seed}", dataset_scan.scan(folder, data, preprocess), folder)
+    _write_name(file, data, SAMPLE)
     _add_to_dvc(project, data)
+
+
+def _choose_name(source: Path, name: str | None) -> str:
+    """The name that the user gave, or the source's own with only letters, digits, dots, hyphens and underscores."""
+    if name is not None:
+        if not name or name != config.to_name(name):
+            raise UserError(f"--name {name}: expected ASCII letters, digits, dots, hyphens and underscores")
+        return name
+    own = source.resolve().name
+    if source.is_file():
+        own = own.removesuffix(".gz")
+        own = own.removesuffix(Path(own).suffix)
+    if not (found := config.to_name(own)):
+        raise UserError(f"{source}: has no letters or digits to name the dataset after; give a name with --name NAME")
+    return found
+
+
+def _write_name(file: Path | None, data: config.Data, name: str) -> None:
+    """Set data.name in the params file and keep its other text; say where models of this dataset are registered.
+
+    Raises:
+        UserError: the name cannot be written into the file, which is not changed.
+    """
+    if file is None:
+        return
+    if config.load(file).data.path != data.path:
+        note(f"name: {name}; give --set data.name={name} with --set data.path={data.path}")
+        return
+    try:
+        text = set_value(file.read_bytes().decode(), "data.name", name)
+        is_set = YAML(typ="safe", pure=True).load(text)["data"]["name"] == name
+    except (YAMLError, LookupError, TypeError):
+        is_set = False
+    if not is_set:
+        raise UserError(f"{file}: cannot insert data.name, perhaps because of anchors; insert by hand: {name}")
+    write_atomic(file, text.encode())
+    model = config.load(file).registry.model_name
+    note(f"data.name in {file} is now {name}; its models are registered as models:/{model}")
+    if model != name:
+        note("  (registry.model_name is set; remove it to give each dataset a registered model of its own)")
 
 
 @contextmanager
@@ -143,7 +210,7 @@ def _add_to_dvc(project: Project, data: config.Data) -> None:
             f"{data.path}.dvc: `dvc add {data.path}` failed: {result.stderr.strip()}. The images are in {data.path}/; "
             f"run `dvc add {data.path}` again"
         )
-    note(f"next: dvc repro    (and to record the version: git add {data.path}.dvc && git commit)")
+    note(f"next: dvc repro    (and to record the version: git add params.yaml {data.path}.dvc && git commit)")
 
 
 def _dvc(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,8 +17,8 @@ import optuna
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from medgen.config.edit import as_yaml, shortest
 from medgen.reports.figures import plot_style, write_plot
-from medgen.tune.params_file import as_yaml, shortest
 from medgen.tune.space import Dimension
 from medgen.tune.study import Study, is_nonfinite, is_start
 

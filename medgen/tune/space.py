@@ -14,6 +14,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from medgen.config import Beta, Params, Phase, Schedule, Searched, Train, TrialBudget, replace, unknown_name
+from medgen.config.edit import Value
 from medgen.datasets.weights import weights_path
 from medgen.errors import UserError
 from medgen.models import MODELS, GenerativeModel
@@ -30,7 +31,6 @@ BETA_FACTOR = 30.0  # otherwise, up and down from the value in params.yaml
 VARIANCE_KEPT = (0.8, 0.99)
 WEIGHTS = {"l1": (0.1, 2.0), "ssim": (0.05, 2.0), "perceptual": (0.01, 1.0), "bce": (0.1, 2.0), "dice": (0.1, 2.0)}
 
-Value = str | int | float | bool
 Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 
 

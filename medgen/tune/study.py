@@ -21,12 +21,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from medgen import source
 from medgen.config import Params, fingerprint, seed_of, set_at
+from medgen.config.edit import Value
 from medgen.errors import UserError
 from medgen.metrics.intervals import Interval
 from medgen.metrics.mmd import Discrepancy, mmd_difference
 from medgen.training import prior, refiner, train
 from medgen.tune.objective import MMD, RECALL, SSIM, Objective
-from medgen.tune.space import SECTIONS, Dimension, Value, trial_params
+from medgen.tune.space import SECTIONS, Dimension, trial_params
 from medgen.tune.storage import Release, Storage
 
 COPY_RATE = "privacy/copy_rate"

@@ -243,7 +243,7 @@ def test_oasis_has_one_volume_per_session(project: Project, monkeypatch: pytest.
         for number, path in ((1, session), (2, other))
     }
     put("oasis1-volumes", **discs)
-    monkeypatch.setattr(fetch_module.import_data, "import_folder", lambda *words: len(files_in(words[-1])))
+    monkeypatch.setattr(fetch_module.import_data, "import_folder", lambda *words, **_: len(files_in(words[-1])))
     assert fetch(project, "oasis1-volumes") == 4
     ready = cache_folder("datasets") / "oasis1-volumes" / "ready"
     stems = [f"OAS1_{number}_MR1_mpr_n4_anon_111_t88_masked_gfc" for number in ("0001", "0042")]

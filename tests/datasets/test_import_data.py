@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from medgen import config
+from medgen import cli, config
 from medgen.config import Project
 from medgen.datasets.import_data import import_folder
 from medgen.errors import UserError
@@ -73,6 +74,71 @@ def test_only_images_and_masks_are_copied(tmp_path: Path, capsys: pytest.Capture
     summary = capsys.readouterr().err
     for part in ("3 images of 2 patients", "A 2, B 1", "test 1, train 2", "masks:   1", "dvc add data"):
         assert part in summary
+
+
+PARAMS = """\
+# our project
+data: {path: data, name: phantom-chest}  # the sample
+train:
+  batch_size: 8   # fits our GPU
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "expected"),
+    [("Chest X-rays (Röntgen)", None, "Chest-X-rays-Rontgen"), ("images", "kermany-2018", "kermany-2018")],
+)
+def test_name_of_the_dataset_is_set_in_the_params_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str | None, expected: str
+) -> None:
+    """All other text of the file stays, and the dataset gets a registered model of its own."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    arguments = ["data", "import", str(make(tmp_path / folder, "A/1.png")), *(["--name", name] if name else [])]
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert f"its models are registered as models:/{expected}\n" in result.stderr
+    assert path.read_text() == PARAMS.replace("phantom-chest", expected)
+    params = config.load(path)
+    assert (params.data.name, params.registry.model_name) == (expected, expected)
+
+
+def test_archive_gives_its_name_without_its_ending(tmp_path: Path) -> None:
+    make(tmp_path / "source", "A/1.png")
+    archive = shutil.make_archive(str(tmp_path / "xrays.v2"), "gztar", tmp_path / "source")
+    path = tmp_path / "params.yaml"
+    path.write_text("train: {batch_size: 8}\n")
+    import_folder(Project(tmp_path), DATA, PREPROCESS, Path(archive), None, path)
+    assert config.load(path).data.name == "xrays.v2"
+
+
+def test_registered_model_that_is_set_stays_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("data: {}\nregistry: {model_name: ours}\n")
+    import_folder(Project(tmp_path), DATA, PREPROCESS, make(tmp_path / "xrays", "A/1.png"), None, path)
+    assert config.load(path).registry.model_name == "ours"
+    assert "registry.model_name is set; remove it" in capsys.readouterr().err
+
+
+def test_another_folder_than_that_of_the_params_file_does_not_rename_its_dataset(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    import_folder(Project(tmp_path), config.Data(path="lungs"), PREPROCESS, make(tmp_path / "x", "1.png"), None, path)
+    assert path.read_text() == PARAMS
+
+
+def test_sample_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("data: {name: our-xrays}\n")
+    CliRunner().invoke(cli.app, ["data", "sample", "--n", "3"], catch_exceptions=False)
+    assert config.load(tmp_path / "params.yaml").data.name == "phantom-chest"
+
+
+@pytest.mark.parametrize(("folder", "name"), [("x", "a/b"), ("x", ""), ("画像", None)])
+def test_name_without_plain_characters_is_refused(tmp_path: Path, folder: str, name: str | None) -> None:
+    with pytest.raises(UserError, match="--name"):
+        import_folder(Project(tmp_path), DATA, PREPROCESS, make(tmp_path / folder, "A/1.png"), name)
+    assert not (tmp_path / "data").exists()
 
 
 def test_manifest_is_copied(tmp_path: Path) -> None:
