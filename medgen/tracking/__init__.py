@@ -5,9 +5,11 @@
         tracker.metrics({"train/loss": 0.31}, step=200)
 
 history.jsonl is authoritative. Training appends to it and never waits for MLflow: a thread sends the lines in order.
-`sync` sends what MLflow has not received.
+`sync` sends what MLflow has not received, from the run's folder alone: a recorded file that other runs replace, such as
+those in reports/, is copied there.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from filelock import FileLock, Timeout
 from medgen.config import Project, Section, Tracking
 from medgen.console import say
 from medgen.errors import TrainingInterrupted, UserError
-from medgen.io import hash_file
+from medgen.io import write_atomic
 from medgen.tracking.history import HISTORY, LOCK, History, RunRecord, encode, history, read_run
 from medgen.tracking.lineage import lineage
 from medgen.tracking.mlflow_descriptions import NOTE_TAG
@@ -32,6 +34,7 @@ from medgen.tracking.uploader import Uploader
 PRIOR_ORIGIN = "prior.origin.json"  # in a run's folder: provenance of its prior
 REFINER_ORIGIN = "refiner.origin.json"  # of its refiner
 EVALUATION_ORIGIN = "evaluation.origin.json"  # and of its last evaluation
+FILES = "files"  # in a run's folder: copies of recorded files, named after their content
 LOCK_TIMEOUT_SECONDS = 10.0  # enough for a process that is ending to release the lock
 
 # patterns in runs/; a search comes before its trials, whose MLflow runs need its run as their parent
@@ -65,7 +68,7 @@ class Tracker:
         self._scratch = scratch
         self._is_training_run = scratch.parent == project.runs  # neither a search nor one of its trials
         self._history = record
-        self._history.append("status", status="RUNNING")
+        self._history.append("status", status="RUNNING", process=os.getpid())
         self._finished = False
         sender = MlflowSync(scratch, tracking, project)
         self._uploader = Uploader(self._history, sender, tracking) if tracking.enabled else None
@@ -140,12 +143,12 @@ class Tracker:
 
     def image(self, key: str, path: Path, step: int) -> None:
         """Record an image file as one step of the series `key`, which MLflow shows in its image grid."""
-        self._history.append("image", key=key, step=step, path=self._relative(path), sha256=hash_file(path))
+        self._history.append("image", key=key, step=step, **self._keep(path))
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Record a file, which MLflow keeps in `folder` of the run's artifacts."""
+        """Record a file, which MLflow keeps in `folder` of the run's artifacts, in place of an earlier one there."""
         key = f"{folder}/{path.name}" if folder else path.name
-        self._history.append("artifact", key=key, folder=folder, path=self._relative(path), sha256=hash_file(path))
+        self._history.append("artifact", key=key, folder=folder, **self._keep(path))
 
     def dataset(self, name: str, fingerprint: str, source: str, counts: Mapping[str, int]) -> None:
         """Record the dataset of the run; `counts` are the numbers of images in each split."""
@@ -163,12 +166,31 @@ class Tracker:
         self._history.append("status", status=status)
         if self._uploader is not None:
             self._uploader.stop()
+        self._remove_replaced()
         self._history.close()
         self._lock.release()
 
-    def _relative(self, path: Path) -> str:
-        """The path relative to the run's folder, which stays valid when the project is moved."""
-        return Path(os.path.relpath(path, self._scratch)).as_posix()
+    def _keep(self, path: Path) -> dict[str, Any]:
+        """Copy a file to the run's folder unless it lies there; return its path from that folder and its SHA-256.
+
+        A hard link would save the space, but not the content: a program that writes into the file in place, such as an
+        editor, would change both.
+        """
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if path.absolute().is_relative_to(self._scratch.absolute()):
+            kept = path.absolute().relative_to(self._scratch.absolute())
+        else:
+            kept = Path(FILES, f"{digest[:16]}{path.suffix}")
+            write_atomic(self._scratch / kept, content)
+        return {"path": kept.as_posix(), "sha256": digest}
+
+    def _remove_replaced(self) -> None:
+        """Remove the copies of files that a later record has replaced, which MLflow would only overwrite."""
+        recorded = self._history.recorded_paths()
+        for path in (self._scratch / FILES).glob("*"):
+            if f"{FILES}/{path.name}" not in recorded:
+                path.unlink()
 
 
 @dataclass(frozen=True)
@@ -198,7 +220,7 @@ def sync(project: Project, tracking: Tracking) -> SyncResult:
             live.append(folder.name)
             continue
         num_sent += sent.num_sent
-        num_refused += len(sent.refused)
+        num_refused += len(sent.refused) + len(sent.changed)
     result = SyncResult(len(folders) - len(live), num_sent, tuple(live))
     refused = f", {num_refused} refused" if num_refused else ""
     skipped = f"; skipped, as other processes are writing them: {', '.join(live)}" if live else ""
@@ -223,6 +245,7 @@ def sync_run(scratch: Path, project: Project, tracking: Tracking, timeout: float
             pending = mlflow_sync.num_pending()
             advice = f"{pending} records of {scratch.name} are not sent: start the server, then run `medgen sync`"
             raise store_error(project, tracking, error, advice) from error
+    mlflow_sync.warn_unsent()
     return mlflow_sync
 
 

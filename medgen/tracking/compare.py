@@ -25,7 +25,7 @@ class Row:
     name: str
     status: str
     started: str  # local time, ISO 8601
-    minutes: float  # from first to last record
+    minutes: float  # of training, and of recording the stages after it
     params: dict[str, Any]  # that differ between the runs
     metrics: dict[str, float]  # the last finite value of each
 
@@ -59,7 +59,7 @@ def _row(run: str, record: RunRecord, differing: Sequence[str]) -> Row:
         name=record.name,
         status=record.status.lower(),
         started=datetime.fromtimestamp(record.started).astimezone().isoformat(timespec="seconds"),
-        minutes=round((record.updated - record.started) / 60, 1),
+        minutes=round(record.seconds / 60, 1),
         params={name: record.params.get(name) for name in differing},
         metrics=dict(sorted(metrics.items())),
     )

@@ -4,12 +4,13 @@ An event has a kind, a time and either `values` by name (params, tags, metrics, 
 (image, artifact, dataset, status, run). Of several values with the same kind, name and step the last one counts.
 """
 
+import itertools
 import json
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class RunRecord:
     name: str
     status: str  # RUNNING, FINISHED, FAILED, KILLED; INTERRUPTED: RUNNING in the file, but no process writes it
     started: float  # seconds since 1970
-    updated: float
+    seconds: float  # while a process recorded it; the time between a training and a later stage does not count
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)  # see `history`
@@ -63,11 +64,20 @@ def read_run(scratch: Path) -> RunRecord | None:
         name=last["tags"].get("mlflow.runName") or last["run"].get("name", scratch.name),
         status="INTERRUPTED" if status == "RUNNING" and not is_live(scratch) else status,
         started=events[0]["time"],
-        updated=events[-1]["time"],
+        seconds=_recorded_seconds(events),
         params=last["params"],
         tags=last["tags"],
         metrics=history(scratch),
     )
+
+
+def _recorded_seconds(events: Sequence[Event]) -> float:
+    """The sum of the times between events, without those before a process opened the record."""
+    total = 0.0
+    for before, event in itertools.pairwise(events):
+        if not (event["kind"] == "status" and event["status"] == "RUNNING"):
+            total += event["time"] - before["time"]
+    return total
 
 
 class History:
@@ -97,6 +107,11 @@ class History:
     def last_step(self, kind: str) -> int:
         """The highest step of a kind of event; -1 before the first."""
         return max((step for each, _, step in self._facts if each == kind and step is not None), default=-1)
+
+    def recorded_paths(self) -> set[str]:
+        """The paths of the artifacts and images, relative to the run's folder, without those replaced since."""
+        with self._mutex:
+            return {content["path"] for (kind, *_), content in self._facts.items() if kind in ("artifact", "image")}
 
     def append(self, kind: str, *, key: str = "", step: int | None = None, **content: Any) -> None:
         """Append an event without the values that the file already holds; append nothing if it holds all."""

@@ -6,6 +6,8 @@ saves the offset does no harm.
 """
 
 import getpass
+import hashlib
+import io
 import itertools
 import json
 import logging
@@ -15,16 +17,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
 from medgen.config import Project, Tracking
+from medgen.console import warn
 from medgen.errors import UserError
 from medgen.io import write_atomic
-from medgen.tracking.history import HISTORY, Event, read
+from medgen.tracking.history import HISTORY, Event, FactKey, facts, read
 from medgen.tracking.mlflow_descriptions import EXPERIMENT_DESCRIPTION, HASH_TAG, NOTE_TAG, hash_tags, is_replaceable
 
 if TYPE_CHECKING:
@@ -50,6 +53,10 @@ ACCESS_ERRORS = {
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters that MLflow stores
 
 
+class _ChangedFileError(Exception):
+    """A recorded file is missing or has changed."""
+
+
 class MlflowSync:
     """Sends history.jsonl to an MLflow run, starting where the last call of `send` ended."""
 
@@ -65,7 +72,8 @@ class MlflowSync:
         self.run_id: str | None = state.get("run_id") if same_store else None
         self._offset: int = state.get("offset", 0) if same_store else 0
         self.num_sent = 0
-        self.refused: list[str] = []
+        self.refused: list[str] = []  # MLflow's reasons
+        self.changed: list[str] = []  # files that are missing or not those that were recorded
         self._stopped = False
         self.progress_time = time.monotonic()  # of the last successful call
 
@@ -94,6 +102,17 @@ class MlflowSync:
             except BaseException:
                 self._client = None  # the next call looks up store, experiment and run again
                 raise
+
+    def warn_unsent(self) -> None:
+        """Print which records `send` has left out and why."""
+        if self.refused:
+            warn(f"MLflow refused {len(self.refused)} records, the first: {self.refused[0]}")
+        if self.changed:
+            warn(
+                f"{self._scratch}: {len(self.changed)} recorded files have changed since and are not sent to MLflow: "
+                f"{'; '.join(self.changed)}. An earlier medgen recorded files in reports/, which later runs replace: "
+                "run the pipeline again with the parameters in this folder's params.json to record them"
+            )
 
     def stop(self) -> None:
         """Let a `send` in another thread end after its present request, for another one to continue."""
@@ -212,21 +231,43 @@ class MlflowSync:
             elif event["kind"] == "dataset":
                 _log_dataset(client, self.run_id, event)
             elif event["kind"] == "artifact":
-                client.log_artifact(self.run_id, str(self._file(event)), event["folder"] or None)
+                self._log_artifact(client, event)
             elif event["kind"] == "image":
-                _log_image(client, self.run_id, event, self._file(event))
-        except FileNotFoundError as error:
-            self.refused.append(str(error))
+                _log_image(client, self.run_id, event, self._read_file(event))
+        except _ChangedFileError as error:
+            if not self._is_replaced(event):
+                self.changed.append(str(error))
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
             self.refused.append(summarize_error(error))
 
-    def _file(self, event: Event) -> Path:
-        path = (self._scratch / str(event["path"])).resolve()
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: the file was removed before it was sent to MLflow")
-        return path
+    def _log_artifact(self, client: "MlflowClient", event: Event) -> None:
+        assert self.run_id is not None
+        content = self._read_file(event)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, PurePosixPath(event["key"]).name)
+            path.write_bytes(content)
+            client.log_artifact(self.run_id, str(path), event["folder"] or None)
+
+    def _read_file(self, event: Event) -> bytes:
+        """The content of an image or artifact as it was recorded."""
+        path = self._scratch / str(event["path"])
+        shown, expected = os.path.relpath(path), str(event["sha256"])
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise _ChangedFileError(f"{shown}: {error.strerror} (expected SHA-256 {expected[:8]}…)") from None
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            raise _ChangedFileError(f"{shown}: SHA-256 {found[:8]}… (expected {expected[:8]}…)")
+        return content
+
+    def _is_replaced(self, event: Event) -> bool:
+        """True if a later record has the same key and step; only its file counts."""
+        last: dict[FactKey, Any] = {}
+        for each, _ in read(self._scratch / HISTORY):
+            last |= facts(each)
+        return any(last[key] != content for key, content in facts(event).items())
 
     def _record_sent(self, count: int, offset: int) -> None:
         self.num_sent += count
@@ -334,14 +375,14 @@ def _log_dataset(client: "MlflowClient", run_id: str, event: Event) -> None:
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
-def _log_image(client: "MlflowClient", run_id: str, event: Event, path: Path) -> None:
+def _log_image(client: "MlflowClient", run_id: str, event: Event, content: bytes) -> None:
     """Do what `MlflowClient.log_image` does, with a name derived from the content instead of a random one."""
     from PIL import Image
 
     series = event["key"].replace("/", "~")
     when = int(event["time"] * 1000)
     name = f"{series}+step+{event['step']}+timestamp+{when}+{event['sha256'][:32]}"
-    with tempfile.TemporaryDirectory() as folder, Image.open(path) as image:
+    with tempfile.TemporaryDirectory() as folder, Image.open(io.BytesIO(content)) as image:
         image.save(Path(folder, f"{name}.png"))
         thumbnail = image.convert("RGB")
         thumbnail.thumbnail((256, 256))

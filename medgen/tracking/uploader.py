@@ -64,8 +64,7 @@ class Uploader:
         if pending := self._mlflow_sync.num_pending():
             reason = f" ({summarize_error(self._failure)})" if self._failure else ""
             warn(f"{pending} records are not in MLflow yet: run `medgen sync`{reason}")
-        if refused := self._mlflow_sync.refused:
-            warn(f"MLflow refused {len(refused)} records, the first: {refused[0]}")
+        self._mlflow_sync.warn_unsent()
 
 
 class LoadSampler:

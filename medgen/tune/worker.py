@@ -289,4 +289,4 @@ def cleanup(search: Search, number: int) -> None:
     for scratch in folder.glob("runs/*"):
         checkpoint.remove(scratch)
         for stage_folder in (*scratch.glob("prior_*"), *scratch.glob("refiner_*")):
-            shutil.rmtree(stage_folder, ignore_errors=True)
+            checkpoint.remove(stage_folder)  # its figures belong to the trial's record

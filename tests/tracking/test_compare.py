@@ -40,6 +40,36 @@ def test_runs_are_shown_side_by_side(project, capsys):
     assert "train.seed" not in printed
 
 
+def test_minutes_are_those_of_the_training(tmp_path):
+    """A stage that adds its results days later does not count, nor does the time between a kill and its resume."""
+    day = 86400.0
+    events = [
+        {"kind": "run", "time": 0.0, "id": "0" * 32, "name": "vae", "key": ""},
+        {"kind": "status", "time": 0.0, "status": "RUNNING", "process": 1, "key": ""},
+        {"kind": "metrics", "time": 60.0, "step": 1, "values": {"val/loss": 0.5}},  # then killed
+        {"kind": "status", "time": day, "status": "RUNNING", "process": 2, "key": ""},
+        {"kind": "metrics", "time": day + 120.0, "step": 2, "values": {"val/loss": 0.25}},
+        {"kind": "status", "time": day + 120.0, "status": "FINISHED", "key": ""},
+        {"kind": "status", "time": 3 * day, "status": "RUNNING", "process": 3, "key": ""},
+        {"kind": "metrics", "time": 3 * day, "step": 2, "values": {"generation/kid_domain": 1.0}},
+        {"kind": "status", "time": 3 * day, "status": "FINISHED", "key": ""},
+    ]
+    folder = tmp_path / "runs" / "aaa"
+    folder.mkdir(parents=True)
+    (folder / "history.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    (row,) = compare(Project(tmp_path))
+    assert row.minutes == 3.0
+
+
+def test_a_process_that_continues_a_killed_one_records_its_begin(tmp_path, monkeypatch):
+    """A killed process leaves no end in the record."""
+    for process in (1, 2):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        Tracker.open(tmp_path / "aaa", OFF, Project(tmp_path), "vae").finish("RUNNING")
+    events = map(json.loads, (tmp_path / "aaa" / "history.jsonl").read_text().splitlines())
+    assert [event["process"] for event in events if "process" in event] == [1, 2]
+
+
 def test_json_output(project, capsys):
     compare(project, as_json=True)
     rows = json.loads(capsys.readouterr().out)

@@ -171,6 +171,107 @@ def test_mlflow_receives_all_events(project, scratch):
     assert (project.root / "mlartifacts" / run_id / "artifacts" / "figures" / "2.png").is_file()
 
 
+def sent_file(project, scratch, key):
+    """The content of an artifact as MLflow's store has it."""
+    _, run_id = mlflow_run(project, scratch)
+    return (project.root / "mlartifacts" / run_id / "artifacts" / key).read_bytes()
+
+
+def sent_grey(project, scratch):
+    """The grey value of each image of a run in MLflow, which has one colour here."""
+    client, run_id = mlflow_run(project, scratch)
+    folder = project.root / "mlartifacts" / run_id / "artifacts"
+    found = [folder / item.path for item in client.list_artifacts(run_id, "images") if item.path.endswith(".png")]
+    return [Image.open(path).getpixel((0, 0)) for path in found]
+
+
+def record_reports(scratch, project, value, settings=OFF):
+    """Record a training and an evaluation, whose files in reports/ the next run replaces."""
+    project.figures.mkdir(parents=True, exist_ok=True)
+    (project.reports / "metrics.json").write_text(f'{{"reconstruction/ssim": {value}}}')
+    Image.new("L", (8, 8), value).save(project.figures / "samples.png")
+    with Tracker.open(scratch, settings, project, "a-run") as tracker:
+        tracker.metrics({"reconstruction/ssim": value}, step=1)
+        tracker.artifact(project.reports / "metrics.json", "reports")
+        tracker.artifact(project.figures / "samples.png", "figures")
+        tracker.image("samples", project.figures / "samples.png", step=0)
+
+
+def test_each_run_gets_its_own_files_after_an_outage_and_a_move(project, tmp_path):
+    """Both runs recorded files at the same paths in reports/; nothing had been sent before the project was moved."""
+    mlflow_sync.connect(project, Tracking())  # creates the store
+    store = Tracking(uri=f"sqlite:///{project.root}/mlflow.db")
+    before = Project(tmp_path / "before")
+    record_reports(before.runs / "first", before, 100)
+    record_reports(before.runs / "second", before, 200)
+    before.root.rename(tmp_path / "after")
+    after = Project(tmp_path / "after")
+    sync(after, store)
+    for name, value in (("first", 100), ("second", 200)):
+        scratch = after.runs / name
+        assert points(project, scratch, "reconstruction/ssim") == [(0, value)]
+        assert json.loads(sent_file(project, scratch, "reports/metrics.json")) == {"reconstruction/ssim": value}
+        assert sent_grey(project, scratch) == [value]
+
+
+def test_a_removed_or_overwritten_file_is_sent_as_it_was_recorded(project, scratch, capsys):
+    """DVC removes a stage's outputs before it runs the stage again, and other programs write into files in place."""
+    record_reports(scratch, project, 100)
+    (project.figures / "samples.png").unlink()
+    with (project.reports / "metrics.json").open("r+") as file:
+        file.write("overwritten")
+    sync(project, Tracking())
+    assert json.loads(sent_file(project, scratch, "reports/metrics.json")) == {"reconstruction/ssim": 100}
+    assert sent_grey(project, scratch) == [100]
+    assert "not sent" not in capsys.readouterr().err
+
+
+def files_of(scratch):
+    """Size by name of the files that a run keeps."""
+    return {path.name: path.stat().st_size for path in (scratch / tracking.FILES).glob("*")}
+
+
+def test_a_run_keeps_each_content_once_and_only_the_latest_of_a_file(project, scratch, capsys):
+    record_reports(scratch, project, 100)
+    first = files_of(scratch)
+    assert sorted(Path(name).suffix for name in first) == [".json", ".png"]  # the figure and the image are one file
+    record_reports(scratch, project, 100)
+    assert files_of(scratch) == first
+    record_reports(scratch, project, 200)
+    assert len(files_of(scratch)) == 2
+    assert not files_of(scratch).keys() & first.keys()
+    sync(project, Tracking())
+    assert json.loads(sent_file(project, scratch, "reports/metrics.json")) == {"reconstruction/ssim": 200}
+    assert sent_grey(project, scratch) == [200]
+    assert not capsys.readouterr().err
+    with Tracker.open(scratch, OFF, project, "a-run") as tracker:  # a file in the run's folder stays where it is
+        Image.new("L", (8, 8)).save(scratch / "epoch_0001.png")
+        tracker.image("samples", scratch / "epoch_0001.png", step=1)
+    assert len(files_of(scratch)) == 2
+
+
+def test_a_record_of_an_earlier_version_is_sent_only_with_the_file_it_describes(project, scratch, capsys):
+    """Earlier versions recorded the path in reports/ and the hash, without a copy."""
+    record_reports(scratch, project, 100)
+    lines = [json.loads(line) for line in (scratch / HISTORY).read_text().splitlines()]
+    paths = {"reports/metrics.json": "reports/metrics.json", "figures/samples.png": "reports/figures/samples.png"}
+    for line in lines:
+        if "path" in line:
+            line["path"] = f"../../{paths.get(line['key'], 'reports/figures/samples.png')}"
+    (scratch / HISTORY).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 200}')
+    sync(project, Tracking())
+    printed = capsys.readouterr()
+    warning = " ".join(printed.err.split())
+    assert "1 recorded files have changed since" in warning
+    assert "reports/metrics.json: SHA-256" in warning and "expected" in warning and "params.json" in warning
+    assert "1 refused" in printed.out
+    client, run_id = mlflow_run(project, scratch)
+    assert not client.list_artifacts(run_id, "reports")
+    assert [item.path for item in client.list_artifacts(run_id, "figures")] == ["figures/samples.png"]
+    assert sent_grey(project, scratch) == [100]
+
+
 def test_a_killed_run_continues_in_the_same_mlflow_run(project, scratch):
     script = f"""
 import os, signal, sys
@@ -258,7 +359,9 @@ def test_refused_events_do_not_block_the_others(project, scratch, capsys):
         gone.unlink()
         tracker.metrics({"bad?name": 1.0, "good": 2.0}, step=0)
     assert points(project, scratch, "good") == [(0, 2.0)]
-    assert "MLflow refused 2 records" in capsys.readouterr().err
+    warnings = " ".join(capsys.readouterr().err.split())
+    assert "MLflow refused 1 records" in warnings
+    assert "gone.png: No such file or directory" in warnings
 
 
 @pytest.mark.parametrize("server", ["dead_server", "stalled_server"])
