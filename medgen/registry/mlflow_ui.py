@@ -21,6 +21,7 @@ from medgen.errors import UserError
 from medgen.models import MODELS
 from medgen.registry.artifacts import Artifacts
 from medgen.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
+from medgen.tracking.mlflow_descriptions import VIEW, VIEW_TAG
 from medgen.tracking.mlflow_sync import connect, store_uri, without_password
 
 SAMPLES = "samples.png"  # in the artifacts of a version or run
@@ -57,7 +58,8 @@ def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> NoReturn:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"--port {port}: already in use; choose another port")
-    _, experiment = connect(project, tracking)  # creates the store of a new project
+    client, experiment = connect(project, tracking)  # creates the store of a new project
+    has_view = VIEW_TAG in client.get_experiment(experiment).tags
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--artifacts-destination", str(project.root / "mlartifacts")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
@@ -65,6 +67,8 @@ def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> NoReturn:
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # Without workflowType MLflow opens the view for language models.
     address = f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    if has_view:
+        address += f"&viewStateShareKey={VIEW}"
     say(f"MLflow on {address} (Ctrl-C ends it)")
     os.chdir(project.root)
     os.execve(sys.executable, command, environment)  # in place of this process, so that signals reach the server

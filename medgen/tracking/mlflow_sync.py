@@ -28,7 +28,16 @@ from medgen.console import warn
 from medgen.errors import UserError
 from medgen.io import write_atomic
 from medgen.tracking.history import HISTORY, Event, FactKey, facts, read
-from medgen.tracking.mlflow_descriptions import EXPERIMENT_DESCRIPTION, HASH_TAG, NOTE_TAG, hash_tags, is_replaceable
+from medgen.tracking.mlflow_descriptions import (
+    EXPERIMENT_DESCRIPTION,
+    EXPERIMENT_VIEW,
+    HASH_TAG,
+    NOTE_TAG,
+    VIEW_HASH_TAG,
+    VIEW_TAG,
+    hash_tags,
+    is_replaceable,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, Run, RunTag
@@ -44,7 +53,12 @@ REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow will never accep
 # metrics that have nothing but step 0.
 FINAL_PREFIXES = (
     *("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/"),
-    *("prior/", "refiner/", "run/num_"),
+    *("refined/", "decoded/", "prior/", "refiner/", "run/num_"),
+)
+# Values that other metrics are compared with, and intervals: not sent, as they would fill MLflow's lists of metrics.
+REFERENCE_SUFFIXES = (
+    *("_floor", "_real", "_ci_low", "_ci_high", "_plausible", "_mean_mask"),
+    *("/pca_ssim", "/held_out_limit"),
 )
 ACCESS_ERRORS = {
     "UNAUTHENTICATED": "requires a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and run it again",
@@ -109,9 +123,10 @@ class MlflowSync:
             warn(f"MLflow refused {len(self.refused)} records, the first: {self.refused[0]}")
         if self.changed:
             warn(
-                f"{self._scratch}: {len(self.changed)} recorded files have changed since and are not sent to MLflow: "
-                f"{'; '.join(self.changed)}. An earlier medgen recorded files in reports/, which later runs replace: "
-                "run the pipeline again with the parameters in this folder's params.json to record them"
+                f"{self._scratch}: {len(self.changed)} recorded files are gone or have changed, and are not sent to "
+                f"MLflow: {', '.join(self.changed)} (expected: the SHA-256 that begins so). An earlier medgen recorded "
+                "files in reports/, which later runs replace: run the pipeline again with the parameters in this "
+                "folder's params.json to record them"
             )
 
     def stop(self) -> None:
@@ -187,7 +202,8 @@ class MlflowSync:
             else:
                 when, step = int(event["time"] * 1000), event["step"]
                 for name, value in values.items():
-                    if not isinstance(value, str):  # text is NaN or infinite
+                    is_finite = not isinstance(value, str)  # NaN and infinities are text
+                    if is_finite and not name.endswith(REFERENCE_SUFFIXES):
                         entities.append(Metric(name, value, when, 0 if name.startswith(FINAL_PREFIXES) else step))
         new = {name: value for name, value in params.items() if name not in self._params}
         # MLflow keeps the first params of a run that continues with other values, such as more epochs: tags show those.
@@ -252,14 +268,10 @@ class MlflowSync:
 
     def _read_file(self, event: Event) -> bytes:
         """The content of an image or artifact as it was recorded."""
-        path = self._scratch / str(event["path"])
-        shown, expected = os.path.relpath(path), str(event["sha256"])
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise _ChangedFileError(f"{shown}: {error.strerror} (expected SHA-256 {expected[:8]}…)") from None
-        if (found := hashlib.sha256(content).hexdigest()) != expected:
-            raise _ChangedFileError(f"{shown}: SHA-256 {found[:8]}… (expected {expected[:8]}…)")
+        path, expected = self._scratch / str(event["path"]), str(event["sha256"])
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise _ChangedFileError(f"{os.path.relpath(path)} ({expected[:8]})")
         return content
 
     def _is_replaced(self, event: Event) -> bool:
@@ -392,18 +404,19 @@ def _log_image(client: "MlflowClient", run_id: str, event: Event, content: bytes
 
 
 def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
-    """The ID of the experiment, which is created with a description if it is missing.
+    """The ID of the experiment, which is created with a description and a saved view if it is missing.
 
     `artifacts` is the URI of the artifact folder of a new experiment; by default it depends on the current directory.
-    An old description is updated unless a person has edited it or has created the experiment.
+    An old description or view is updated unless a person has edited it or has created the experiment.
     """
     from mlflow.exceptions import MlflowException
 
-    tags = {NOTE_TAG: EXPERIMENT_DESCRIPTION, **hash_tags(EXPERIMENT_DESCRIPTION)}
+    note = {NOTE_TAG: EXPERIMENT_DESCRIPTION, **hash_tags(EXPERIMENT_DESCRIPTION)}
+    view = {VIEW_TAG: EXPERIMENT_VIEW, **hash_tags(EXPERIMENT_VIEW, VIEW_HASH_TAG)}
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=artifacts, tags=tags)
+            return client.create_experiment(name, artifact_location=artifacts, tags=note | view)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process created it at the same time
                 raise
@@ -414,10 +427,12 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
             f"tracking.experiment: {name!r} was deleted in MLflow; "
             "choose another name, or restore it with `mlflow experiments restore`"
         )
-    old = found.tags.get(NOTE_TAG)
-    if HASH_TAG in found.tags and old != EXPERIMENT_DESCRIPTION and is_replaceable(old, found.tags):
-        for key, value in tags.items():
-            client.set_experiment_tag(found.experiment_id, key, value)
+    by_person = HASH_TAG not in found.tags
+    for tags, key, hash_tag in ((note, NOTE_TAG, HASH_TAG), (view, VIEW_TAG, VIEW_HASH_TAG)):
+        is_current = tags.items() <= found.tags.items()
+        if not (by_person or is_current) and is_replaceable(found.tags.get(key), found.tags, hash_tag):
+            for tag, value in tags.items():
+                client.set_experiment_tag(found.experiment_id, tag, value)
     return str(found.experiment_id)
 
 

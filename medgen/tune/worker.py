@@ -264,6 +264,7 @@ def write_trial_record(project: Project, scratch: Path, study: Study, claim: Cla
         samples = project.figures / "samples.png"
         if outcome.metrics and samples.exists():
             tracker.artifact(samples, "figures")
+            tracker.image("samples", samples, step=0)  # as `medgen evaluate` does
         tracker.finish(STATUS[outcome.state])
 
 

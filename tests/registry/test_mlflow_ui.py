@@ -23,7 +23,7 @@ from medgen.priors.refiner import save_disabled
 from medgen.registry import mlflow_ui
 from medgen.registry.artifacts import Artifacts
 from medgen.tracking import Tracker, read_run
-from medgen.tracking.mlflow_descriptions import EXPERIMENT_DESCRIPTION, HASH_TAG, NOTE_TAG
+from medgen.tracking.mlflow_descriptions import EXPERIMENT_DESCRIPTION, HASH_TAG, NOTE_TAG, VIEW_TAG
 from medgen.tracking.mlflow_sync import STATE_FILE, connect
 
 OFF = Tracking(enabled=False)
@@ -280,7 +280,27 @@ def test_experiment_of_other_tools_is_not_described(store: Tracking, tmp_path: P
     others = client.create_experiment("shared", tags={"team": "radiology"})
     connect(project, with_experiment(store, "shared"))
     tags = client.get_experiment(others).tags
-    assert (tags["team"], NOTE_TAG in tags, HASH_TAG in tags) == ("radiology", False, False)
+    assert (tags["team"], NOTE_TAG in tags, HASH_TAG in tags, VIEW_TAG in tags) == ("radiology", False, False, False)
+
+
+def test_experiment_has_a_view_of_the_summary_unless_a_user_deletes_it(
+    store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's runs table has no metric as a column by default; a saved view has, and is in the list *Views*."""
+
+    def view() -> str | None:
+        client, experiment = connect(project, tracking)
+        found: str | None = client.get_experiment(experiment).tags.get(VIEW_TAG)
+        return found
+
+    project, tracking = Project(tmp_path), with_experiment(store, "viewed")
+    shown = json.loads(json.loads(view() or "")["state"])["selectedColumns"]
+    assert "metrics.`reconstruction/ssim`" in shown and 10 <= len(shown) <= 15
+    monkeypatch.setattr("medgen.tracking.mlflow_sync.EXPERIMENT_VIEW", "Of a later medgen.")
+    assert view() == "Of a later medgen."
+    client, experiment = connect(project, tracking)
+    client.delete_experiment_tag(experiment, VIEW_TAG)
+    assert view() is None
 
 
 def train(project: Project, run: str, *, experiment: Tracking = OFF, **params: object) -> None:
@@ -326,17 +346,18 @@ def test_run_keeps_its_name_and_many_changes_give_no_name(tmp_path: Path) -> Non
 
 
 def test_mlflow_shows_the_name_and_final_metrics_at_step_0(store: Tracking, tmp_path: Path) -> None:
-    """MLflow draws metrics that are only at step 0 as bars; curves keep their epochs."""
+    """MLflow draws metrics that are only at step 0 as bars; curves keep their epochs. References are not sent."""
     project, tracking = Project(tmp_path), with_experiment(store, "named")
     train(project, "aaaaaabbbbbb", experiment=tracking, seed=0)
     train(project, "ccccccdddddd", experiment=tracking, seed=1)
     with Tracker.open(project.runs / "ccccccdddddd", tracking, project, "vae") as tracker:
         tracker.metrics({"val/ssim": 0.5, "generation/kid_domain": 2.0, "refiner/val_loss": 1.0}, step=40)
+        references = ("kid_domain_floor", "recall_real", "kid_domain_ci_low", "kid_domain_ci_high")
+        tracker.metrics({f"generation/{name}": 0.5 for name in references}, step=40)
+        tracker.metrics({"reconstruction/pca_ssim": 0.5, "privacy/copy_rate_plausible": 0.1}, step=40)
     client, _ = connect(project, tracking)
     run_id = json.loads((project.runs / "ccccccdddddd" / STATE_FILE).read_text())["run_id"]
-    assert client.get_run(run_id).info.run_name == "seed=1 (cccccc)"
-    steps = {
-        name: [point.step for point in client.get_metric_history(run_id, name)]
-        for name in ("val/ssim", "generation/kid_domain", "refiner/val_loss")
-    }
+    run = client.get_run(run_id)
+    assert run.info.run_name == "seed=1 (cccccc)"
+    steps = {name: [point.step for point in client.get_metric_history(run_id, name)] for name in run.data.metrics}
     assert steps == {"val/ssim": [40], "generation/kid_domain": [0], "refiner/val_loss": [0]}
