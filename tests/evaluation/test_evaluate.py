@@ -165,6 +165,8 @@ def test_results_are_added_to_the_training_run(evaluated: Evaluated) -> None:
     lines = [json.loads(line) for line in (scratch / "history.jsonl").read_text().splitlines()]
     kept = {line["key"] for line in lines if line.get("kind") == "artifact" or "sha256" in line}
     assert {"figures/samples.png", "figures/reconstructions.png", "reports/metrics.json"} <= kept
+    finished = {line["key"] for line in lines if line["kind"] == "image" and line["step"] == 0}
+    assert finished == {"samples", "reconstructions"}  # MLflow's charts of images begin at step 0
 
 
 def test_reports_contain_no_local_path_and_need_no_other_file(evaluated: Evaluated) -> None:

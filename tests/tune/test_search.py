@@ -177,7 +177,15 @@ def test_a_trial_trains_the_refiner_with_its_values(search_project, monkeypatch)
     search, study = run_here(project, params, 2)
     tried = [study.values_of(trial)["refiner.sampling_noise"] for trial in study.trials]
     assert tried[0] == 0.5 != tried[1] and noises == tried
-    assert not list(search.folder.rglob("refiner_*")) and not list(search.folder.rglob("*.safetensors"))
+    assert not list(search.folder.rglob("checkpoint.pt")) and not list(search.folder.rglob("*.safetensors"))
+    recorded = {
+        path.parent / event["path"]
+        for path in search.folder.rglob("history.jsonl")
+        for event in map(json.loads, path.read_text().splitlines())
+        if "path" in event
+    }
+    assert {path.name for path in recorded} >= {"refiner_loss.png"}
+    assert all(path.is_file() for path in recorded)  # MLflow may get them later
 
 
 @pytest.mark.parametrize("objective", [None, "pareto"])
