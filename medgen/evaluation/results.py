@@ -64,10 +64,7 @@ def record_results(
     with Tracker.open(scratch, tracking, project, info.model.name) as tracker:
         records = history(scratch)
         tracker.params({"evaluate": params})
-        for name in (
-            "samples",
-            "reconstructions",
-        ):  # step 0 is the finished model: MLflow's charts of images begin there
+        for name in ("samples", "reconstructions"):  # of the finished model, where MLflow's charts of images begin
             tracker.image(name, project.figures / f"{name}.png", step=0)
         tracker.metrics(metrics, step=records[-1]["step"] if records else 0)
         for path in sorted(project.figures.iterdir()):
