@@ -22,7 +22,6 @@ from medgen.errors import UserError
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.ingest.images import read_image
 from medgen.ingest.transforms import preprocess_image
-from medgen.io import write_atomic
 from medgen.metrics.reconstruction import psnr, ssim
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo, label_to_encode
@@ -30,6 +29,7 @@ from medgen.priors import Prior, find_label, is_conditional, iterate_samples, lo
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator
 from medgen.reports.figures import write_gif, write_grid, write_image
+from medgen.serving.output import new_files
 from medgen.training.distributed import pick_device
 
 BATCH_SIZE = 64
@@ -50,12 +50,13 @@ def run(
 
     Args:
         model: folder with model/, prior/ and refiner/.
-        out: folder of the files; created if it does not exist.
+        out: folder of the files; created if it does not exist. They replace those of an earlier call.
         label: class by name or index; None draws classes with their frequencies in the train split.
         refine: use the refiner, if there is one, to add detail that the decoder omits.
 
     Raises:
-        UserError: model, prior or refiner is missing, they do not belong together, or the label is unknown.
+        UserError: model, prior or refiner is missing, they do not belong together, the label is unknown, or `out`
+            contains other files or cannot be written.
     """
     loaded = load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
     network, info, prior = loaded.model, loaded.info, loaded.prior
@@ -65,15 +66,16 @@ def run(
     paths: list[Path] = []
     shown: list[Tensor] = []
     captions: list[str] = []
-    for images, classes in track(batches, "generating", num_batches, console=OUT, disable=not OUT.is_terminal):
-        names = ["image"] * len(images) if classes is None else [info.classes[c] for c in classes.tolist()]
-        for image, name in zip(images, names, strict=True):
-            paths.append(out / f"{file_name(name)}_{len(paths):05d}.png")
-            write_image(paths[-1], image)
-        missing = MAX_GRID_IMAGES - len(captions)
-        shown.append(images[:missing])
-        captions += names[:missing]
-    write_grid(out / "grid.png", torch.cat(shown), captions=captions if is_conditional(prior, network) else None)
+    with new_files(out) as folder:
+        for images, classes in track(batches, "generating", num_batches, console=OUT, disable=not OUT.is_terminal):
+            names = ["image"] * len(images) if classes is None else [info.classes[c] for c in classes.tolist()]
+            for image, name in zip(images, names, strict=True):
+                paths.append(out / f"{file_name(name)}_{len(paths):05d}.png")
+                write_image(folder / paths[-1].name, image)
+            missing = MAX_GRID_IMAGES - len(captions)
+            shown.append(images[:missing])
+            captions += names[:missing]
+        write_grid(folder / "grid.png", torch.cat(shown), captions=captions if is_conditional(prior, network) else None)
     say(f"{n} images and grid.png in {out}")
     return paths
 
@@ -117,11 +119,12 @@ def interpolate(
     captions = [f"{weight:.2f}" for weight in weights.tolist()]
     if path_labels is not None:
         captions = [f"{text} as {info.classes[c]}" for c, text in zip(path_labels.tolist(), captions, strict=True)]
-    for number, image in enumerate(images):
-        write_image(out / f"path_{number:05d}.png", image)
     shown = torch.cat([originals[:1], images, originals[1:]])
-    write_grid(out / "interpolation.png", shown, captions=["first file", *captions, "second file"])
-    _write_animation(out / "interpolation.gif", [image[None] for image in images], columns=1)
+    with new_files(out) as folder:
+        for number, image in enumerate(images):
+            write_image(folder / f"path_{number:05d}.png", image)
+        write_grid(folder / "interpolation.png", shown, captions=["first file", *captions, "second file"])
+        _write_animation(folder / "interpolation.gif", [image[None] for image in images], columns=1)
     say(f"{n} images, interpolation.png and .gif in {out}")
     return images
 
@@ -160,9 +163,10 @@ def traverse(model: Path, out: Path, *, n: int = AXIS_STEPS, label: str | None =
     labels = None if label_index is None else torch.full((len(path),), label_index, device=path.device)
     images = _decode(network, path, labels)
     captions = [f"axis {axis + 1}: {step:+.2f}" for axis in range(num_axes) for step in steps.tolist()]
-    write_grid(out / "traversal.png", images, columns=n, captions=captions)
-    images = images.view(num_axes, n, *images.shape[1:])
-    _write_animation(out / "traversal.gif", [*images.unbind(1), *images.flip(1)[:, 1:].unbind(1)], columns=4)
+    with new_files(out) as folder:
+        write_grid(folder / "traversal.png", images, columns=n, captions=captions)
+        images = images.view(num_axes, n, *images.shape[1:])
+        _write_animation(folder / "traversal.gif", [*images.unbind(1), *images.flip(1)[:, 1:].unbind(1)], columns=4)
     say(f"{num_axes} axes: traversal.png and .gif in {out}")
     return images
 
@@ -247,7 +251,8 @@ def reconstruct(model: Path, out: Path, *, files: Sequence[Path], label: str | N
 
     Raises:
         UserError: the model is missing, a label is missing or unknown, the model is unconditional and a label is given,
-            or files are unreadable. All readable files are written first.
+            `out` contains other files or cannot be written, or files are unreadable. All readable files are written
+            first.
     """
     network, info = bundle.load_generative(model / "model", pick_device("auto"))
     device = next(network.parameters()).device
@@ -255,28 +260,33 @@ def reconstruct(model: Path, out: Path, *, files: Sequence[Path], label: str | N
     rows: list[dict[str, str]] = []
     unreadable: list[str] = []
     taken = {"reconstructions"}
-    for file, label_index in zip(files, labels, strict=True):
-        try:
-            original = load_image(file, info.preprocess)
-        except UnreadableImage as error:
-            unreadable.append(f"{file}: {error}")
-            continue
-        with torch.no_grad():
-            image_label = None if label_index is None else torch.tensor([label_index], device=device)
-            result = network.reconstruct(original.to(device), image_label).float().cpu()
-        scores = {"psnr": f"{float(psnr(original, result)):.2f}", "ssim": f"{float(ssim(original, result)):.4f}"}
-        name = _unused_name(file_name(file.stem), taken)
-        captions = ["original", f"SSIM {scores['ssim']}, {scores['psnr']} dB"]
-        scale = math.ceil(MIN_PAIR_SIDE / original.shape[-1])
-        write_grid(out / f"{name}.png", torch.cat([original, result]), columns=2, captions=captions, scale=scale)
-        say(f"{file}: PSNR {scores['psnr']} dB, SSIM {scores['ssim']} -> {out / name}.png")
-        rows.append({"file": str(file), "picture": f"{name}.png", **scores})
-    if rows:
-        table = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
-        write_atomic(out / "reconstructions.csv", table.encode())
+    with new_files(out) as folder:
+        for file, label_index in zip(files, labels, strict=True):
+            try:
+                original = load_image(file, info.preprocess)
+            except UnreadableImage as error:
+                unreadable.append(f"{file}: {error}")
+                continue
+            with torch.no_grad():
+                image_label = None if label_index is None else torch.tensor([label_index], device=device)
+                result = network.reconstruct(original.to(device), image_label).float().cpu()
+            scores = {"psnr": f"{float(psnr(original, result)):.2f}", "ssim": f"{float(ssim(original, result)):.4f}"}
+            name = f"{_unused_name(file_name(file.stem), taken)}.png"
+            captions = ["original", f"SSIM {scores['ssim']}, {scores['psnr']} dB"]
+            scale = math.ceil(MIN_PAIR_SIDE / original.shape[-1])
+            write_grid(folder / name, torch.cat([original, result]), columns=2, captions=captions, scale=scale)
+            say(f"{file}: PSNR {scores['psnr']} dB, SSIM {scores['ssim']} -> {out / name}")
+            rows.append({"file": str(file), "image": name, **scores})
+        if not rows:
+            raise _unreadable_error(unreadable)
+        pd.DataFrame(rows).to_csv(folder / "reconstructions.csv", index=False, lineterminator="\n")
     if unreadable:
-        raise UserError("not readable as images:\n" + "\n".join(unreadable))
+        raise _unreadable_error(unreadable)
     return rows
+
+
+def _unreadable_error(reasons: Sequence[str]) -> UserError:
+    return UserError("not readable as images:\n" + "\n".join(reasons))
 
 
 def load_image(path: Path, preprocess: Preprocess) -> Tensor:

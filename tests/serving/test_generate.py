@@ -83,6 +83,31 @@ def test_same_seed_gives_the_same_images(project, tmp_path):
     assert any((a[name] != c[name]).any() for name in a)
 
 
+def test_a_second_call_leaves_no_image_of_the_first_and_loses_none_of_the_user(project, tmp_path):
+    out = tmp_path / "new"
+    generate.run(project.model.parent, out, n=9, label="COVID19")
+    paths = generate.run(project.model.parent, out, n=2, label="2")
+    assert set(pixels(out)) == {"grid.png", *(path.name for path in paths)}
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(out / "mine.png")
+    before = pixels(out)
+    calls = [
+        lambda: generate.run(project.model.parent, out, n=2),
+        lambda: generate.traverse(project.model.parent, out, n=2),
+        lambda: generate.interpolate(project.model.parent, out, ends=(paths[0], paths[1]), n=2),
+        lambda: generate.reconstruct(project.model.parent, out, files=paths),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"--out .*mine\.png"):
+            call()
+    assert set(pixels(out)) == set(before)
+
+
+def test_a_folder_below_a_file_is_an_error(project, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*cannot be written"):
+        generate.run(project.model.parent, tmp_path / "file" / "new", n=2)
+
+
 @pytest.mark.parametrize(("label", "name"), [("COVID19", "COVID19"), ("0", "COVID19"), ("2", "PNEU_.._MONIA")])
 def test_label_by_name_or_index(project, tmp_path, label, name):
     paths = generate.run(project.model.parent, tmp_path / "new", n=3, label=label)
@@ -157,8 +182,8 @@ def files(tmp_path):
 def test_reconstructions_are_written_with_their_scores(project, files, tmp_path):
     paths, _ = files
     rows = generate.reconstruct(project.model.parent, tmp_path / "out", files=paths)
-    assert [row["picture"] for row in rows] == ["chest.png", "chest_2.png"]
-    assert all((tmp_path / "out" / row["picture"]).exists() for row in rows)
+    assert [row["image"] for row in rows] == ["chest.png", "chest_2.png"]
+    assert all((tmp_path / "out" / row["image"]).exists() for row in rows)
     with (tmp_path / "out" / "reconstructions.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == rows
     model, info = bundle.load(project.model)
