@@ -402,11 +402,15 @@ def audit(
 
 
 @data_app.command("list")
-def list_datasets() -> None:
-    """List the known datasets: content, licence and source."""
+def list_datasets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show all details of this dataset instead.")
+    ] = None,
+) -> None:
+    """List the known datasets, or show content, licence and source of one."""
     from medgen.datasets import catalog
 
-    catalog.show()
+    catalog.show() if name is None else catalog.show_dataset(name)
 
 
 @data_app.command("fetch")
@@ -449,7 +453,7 @@ def list_recipes() -> None:
     from medgen import recipes
 
     for name, line in recipes.list_recipes().items():
-        print(f"{name:24} {line}")
+        print(f"{name:29}{line}")
 
 
 @recipe_app.command("show")

@@ -153,6 +153,7 @@ MISTAKES = {  # arguments, text of params.yaml (None: no file), parts of the err
     "nothing to import": (["data", "import", "nowhere"], "{}", ["nowhere"]),
     "unknown dataset": (["data", "fetch", "pneumoniamist"], "{}", ["pneumoniamist", "did you mean 'pneumoniamnist'"]),
     "dataset by hand": (["data", "fetch", "oasis1-volumes"], "{}", ["oasisbrains", "medgen data fetch"]),
+    "unknown dataset to show": (["data", "list", "pneumoniamist"], None, ["did you mean 'pneumoniamnist'"]),
     "unknown recipe": (["recipe", "use", "chest-xray"], "{}", ["chest-xray", "Known:"]),
     "unknown recipe to run": (["recipe", "run", "unet"], None, ["recipe", "'unet'", "Known:"]),
     "unknown key to run": (

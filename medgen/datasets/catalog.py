@@ -1,6 +1,6 @@
 """The datasets in catalog.yaml: contents, licence, citation and download source of each.
 
-medgen data list
+medgen data list [NAME]
 medgen data fetch pneumoniamnist
 """
 
@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from rich.table import Column, Table
 from ruamel.yaml import YAML
 
 from medgen.config import unknown_name
 from medgen.console import say
-from medgen.console import show as print_table
 from medgen.ingest.formats.medmnist import CLASSES, SIDES
 
 HEADINGS = (
@@ -158,15 +156,25 @@ def find(name: str) -> Dataset:
 
 
 def show() -> None:
-    """Print the catalog."""
-    table = Table(Column(HEADINGS[0], no_wrap=True), HEADINGS[1], show_lines=True)
-    for name, title, *cells in _rows():
-        lines = [title, *(f"{heading}: {cell}" for heading, cell in zip(HEADINGS[2:], cells, strict=True))]
-        table.add_row(name, "\n".join(lines))
+    """Print the name, size and description of each dataset, one line each."""
+    for name, dataset in load().items():
+        if dataset.variant_of is None:
+            print(f"{name:29}{dataset.num_images:>7,} images {_format_size(dataset.size):>8}  {dataset.title}")
     sizes = ", ".join(map(str, SIDES[1:]))
-    print_table(table)
     say(f"MedMNIST sets also come in {sizes} px: pneumoniamnist_64 is one.")
-    say("`medgen data fetch NAME` downloads one and makes it this project's data.")
+    say("`medgen data list NAME` shows classes, licence and source; `medgen data fetch NAME` downloads one.")
+
+
+def show_dataset(name: str) -> None:
+    """Print all that the catalog knows of a dataset.
+
+    Raises:
+        UserError: the catalog has no such name; the message lists the names.
+    """
+    dataset = find(name)
+    for heading, cell in zip(HEADINGS, _row(name, dataset), strict=True):
+        print(f"{heading + ':':15}{cell}")
+    print(f"{'page:':15}{dataset.source.page}")
 
 
 def to_markdown() -> str:
@@ -180,23 +188,23 @@ def to_markdown() -> str:
 
 def _rows() -> list[list[str]]:
     """Cells under HEADINGS, one row per dataset; the larger MedMNIST sizes are left out."""
+    return [_row(name, dataset) for name, dataset in load().items() if dataset.variant_of is None]
+
+
+def _row(name: str, dataset: Dataset) -> list[str]:
     sources = {"kaggle": "Kaggle", "web": "web", "manual": "manual download"}
     return [
-        [
-            name,
-            dataset.title,
-            dataset.layout,
-            _join_class_names(dataset.classes),
-            dataset.splits,
-            dataset.patients,
-            dataset.license,
-            dataset.citation,
-            str(dataset.num_images),
-            f"about {_format_size(dataset.size)}",
-            sources[dataset.source.kind],
-        ]
-        for name, dataset in load().items()
-        if dataset.variant_of is None
+        name,
+        dataset.title,
+        dataset.layout,
+        _join_class_names(dataset.classes),
+        dataset.splits,
+        dataset.patients,
+        dataset.license,
+        dataset.citation,
+        str(dataset.num_images),
+        f"about {_format_size(dataset.size)}",
+        sources[dataset.source.kind],
     ]
 
 
