@@ -9,6 +9,7 @@ docstrings and blank lines do not count, and neither does code that cannot chang
 import ast
 import hashlib
 import io
+import json
 import tokenize
 from collections.abc import Mapping
 from functools import cache
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import medgen
 from medgen.config import Project
+from medgen.console import say
 from medgen.io import hash_file, to_json, write_atomic
 
 STAGES = {
@@ -30,13 +32,23 @@ STAGES = {
 IGNORED = ("tracking", "datasets", "console.py", "errors.py", "io.py", "machine.py", "source.py")
 # files that decide the result of every training
 TRAINING = tuple(f"training/{name}.py" for name in ("guard", "loader", "loop", "losses", "optimizers", "state"))
+NUM_NAMES = 3  # changed files that a line names
 PACKAGE = Path(medgen.__file__).parent
 
 
 def run(project: Project) -> None:
-    """Write artifacts/code/STAGE.json for each stage: source file to the SHA-256 of its code."""
+    """Write artifacts/code/STAGE.json for each stage: source file to the SHA-256 of its code.
+
+    Prints a line for each stage whose code differs from the file that the last call wrote.
+    """
     for stage, module in STAGES.items():
-        write_atomic(project.root / "artifacts" / "code" / f"{stage}.json", to_json(stage_hashes(module)))
+        path = project.root / "artifacts" / "code" / f"{stage}.json"
+        hashes = stage_hashes(module)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else hashes
+        if changed := [name for name in sorted({*before, *hashes}) if before.get(name) != hashes.get(name)]:
+            more = f" and {len(changed) - NUM_NAMES} more files" if len(changed) > NUM_NAMES else ""
+            say(f"code of stage {stage} changed, so it runs again: {', '.join(changed[:NUM_NAMES])}{more}")
+        write_atomic(path, to_json(hashes))
 
 
 def stage_hashes(module: str, package: Path = PACKAGE) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from medgen import source
-from medgen.config import Params, load
+from medgen.config import Params, Project, load
 from medgen.source import STAGES, hash_code, imported_files
 
 NOT_DEPENDED_ON = {"tracking", "registry"}  # where a run is recorded does not change what it makes
@@ -32,7 +32,7 @@ def test_a_stage_declares_the_params_its_function_takes(pipeline, stage):
 
 
 def test_each_stage_depends_on_the_code_it_imports(pipeline):
-    assert pipeline["stages"]["code"]["outs"] == ["artifacts/code"]
+    assert pipeline["stages"]["code"]["outs"] == [{"artifacts/code": {"persist": True}}]
     for stage in STAGES:
         assert f"artifacts/code/{stage}.json" in pipeline["stages"][stage]["deps"]
 
@@ -63,6 +63,19 @@ def test_only_a_change_of_code_changes_the_hash_of_a_file(tmp_path):
         'y = """Doc."""\n    return f"{x} # {x}"',
     ]
     assert len({hashed(code), *(hashed(f"def f(x):\n    {other}\n") for other in others)}) == 5
+
+
+def test_code_says_which_stages_changed_since_the_last_call(tmp_path, capsys):
+    source.run(Project(tmp_path))
+    source.run(Project(tmp_path))
+    assert capsys.readouterr().out == "", "the first call has nothing to compare with, the second finds no change"
+    path = tmp_path / "artifacts" / "code" / "prior.json"
+    hashes = json.loads(path.read_text())
+    path.write_text(json.dumps(hashes | {"medgen/gone.py": "0", "medgen/priors/gmm.py": "0"}))
+    source.run(Project(tmp_path))
+    said = capsys.readouterr().out
+    assert said == "code of stage prior changed, so it runs again: medgen/gone.py, medgen/priors/gmm.py\n"
+    assert json.loads(path.read_text()) == hashes
 
 
 def test_every_picture_among_the_plots_is_made_by_a_stage(pipeline):
