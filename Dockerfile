@@ -27,6 +27,7 @@ RUN if [ "$DEVICE" = cuda ]; then \
     fi
 COPY medgen medgen
 COPY recipes recipes
+COPY params.yaml dvc.yaml .dvcignore ./
 RUN uv pip install --python "$UV_PROJECT_ENVIRONMENT" --no-deps .
 
 FROM ${BASE}

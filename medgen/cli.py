@@ -450,7 +450,7 @@ def verify_weights(
 @recipe_app.command("list")
 def list_recipes() -> None:
     """List the recipes."""
-    from medgen import recipes
+    from medgen.projects import recipes
 
     for name, line in recipes.list_recipes().items():
         print(f"{name:29}{line}")
@@ -459,7 +459,7 @@ def list_recipes() -> None:
 @recipe_app.command("show")
 def show_recipe(name: RecipeName) -> None:
     """Print a recipe."""
-    from medgen import recipes
+    from medgen.projects import recipes
 
     print(recipes.read(name), end="")
 
@@ -467,7 +467,7 @@ def show_recipe(name: RecipeName) -> None:
 @recipe_app.command("use")
 def use_recipe(name: RecipeName) -> None:
     """Write a recipe to params.yaml."""
-    from medgen import recipes
+    from medgen.projects import recipes
 
     recipes.use(name, _project())
 
@@ -478,7 +478,7 @@ def run_recipes(
     overrides: Overrides = None,
 ) -> None:
     """Train and evaluate recipes one after another, and print their metrics in one table."""
-    from medgen import recipes
+    from medgen.projects import recipes
 
     recipes.run(_project(), names, overrides or ())
 

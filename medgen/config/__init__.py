@@ -9,13 +9,14 @@ from medgen.config.evaluation import Evaluate, LocalNetwork
 from medgen.config.model import Model
 from medgen.config.params import Params, load, replace, set_at, to_name
 from medgen.config.parts import Features, Prior, Refiner
-from medgen.config.project import Project
+from medgen.config.project import RESULTS_VARIABLE, Project
 from medgen.config.registry import Gates, Registry, Tracking
 from medgen.config.search import Searched, TrialBudget, Tune
 from medgen.config.training import Beta, Loss, Phase, Schedule, Train, Weights
 from medgen.errors import unknown_name
 
 __all__ = [
+    "RESULTS_VARIABLE",
     "Beta",
     "Data",
     "Evaluate",

@@ -5,6 +5,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+RESULTS_VARIABLE = "MEDGEN_RESULTS"  # environment variable of a stage's process: `Project.results`
+
 
 @dataclass(frozen=True)
 class Project:
@@ -13,6 +15,7 @@ class Project:
     root: Path
     # folder of model, prior, refiner, runs and reports instead: of a trial or a registered version
     apart: Path | None = None
+    results: Path | None = None  # folder of artifacts/ and reports/ instead: of a recipe
     parent: Path | None = None  # project that keeps the runs and the tracking store of this one, an experiment of DVC
 
     @classmethod
@@ -21,20 +24,22 @@ class Project:
 
         DVC removes such a tree after the experiment, and names the project it belongs to in the variable DVC_ROOT.
         """
-        owner = os.environ.get("DVC_ROOT")
+        folder, owner = os.environ.get(RESULTS_VARIABLE), os.environ.get("DVC_ROOT")
+        results = Path(folder) if folder else None
         if owner is None or Path(owner, ".dvc").resolve() not in root.resolve().parents:
-            return cls(root)
-        return cls(root, parent=Path(_git(Path(owner), "--show-toplevel"), _git(root, "--show-prefix")))
+            return cls(root, results=results)
+        parent = Path(_git(Path(owner), "--show-toplevel"), _git(root, "--show-prefix"))
+        return cls(root, results=results, parent=parent)
 
     @property
     def dataset(self) -> Path:
         """The preprocessed dataset."""
-        return self.root / "artifacts" / "dataset"
+        return self._results / "artifacts" / "dataset"
 
     @property
     def features(self) -> Path:
         """The domain extractor."""
-        return self.root / "artifacts" / "features"
+        return self._results / "artifacts" / "features"
 
     @property
     def model(self) -> Path:
@@ -87,8 +92,12 @@ class Project:
         return self.evaluation / "images"
 
     @property
+    def _results(self) -> Path:
+        return self.results or self.root
+
+    @property
     def _own(self) -> Path:
-        return self.apart or self.root
+        return self.apart or self._results
 
 
 def _git(folder: Path, option: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, jaccard_score
 
-from medgen import recipes, registry
+from medgen import registry
 from medgen.config import Data, Evaluate, Loss, Model, Params, Phase, Preprocess, Project, Tracking, Train, Weights
 from medgen.data.store import Split, Store, open_store
 from medgen.errors import UserError
@@ -23,6 +23,7 @@ from medgen.ingest import preprocess
 from medgen.models import bundle
 from medgen.models.base import ModelOutput
 from medgen.models.unet import UNet
+from medgen.projects import recipes
 from medgen.serving import generate
 from medgen.tracking import history
 from medgen.training import prior, refiner, train
@@ -233,8 +234,9 @@ def test_recipes_run_in_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def stage(project: Project, name: str, stage: str, overrides: Any) -> None:
         ran.append((name, stage))
         score = {"segmentation/dice_foreground": 0.5} if name.startswith("unet") else {"reconstruction/ssim": 0.75}
-        project.reports.mkdir(exist_ok=True)
-        (project.reports / "metrics.json").write_text(json.dumps(score))
+        reports = project.root / "runs" / "recipes" / name / "reports"
+        reports.mkdir(parents=True, exist_ok=True)
+        (reports / "metrics.json").write_text(json.dumps(score))
 
     monkeypatch.setattr(recipes, "_run_stage", stage)
     recipes.run(Project(tmp_path), ["unet-maxpool-transposed-bce", "chest-xray-64"])

@@ -21,7 +21,7 @@ from medgen.config import (
 )
 from medgen.errors import UserError
 from medgen.models import MODELS
-from medgen.recipes import list_recipes
+from medgen.projects.recipes import list_recipes
 from medgen.tune.objective import choose_objective
 from medgen.tune.space import build_space, shorten, trial_params, value_at
 

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from medgen import recipes
 from medgen.config import Model, Prior, Project, load
 from medgen.datasets import catalog
 from medgen.datasets.sample import draw
 from medgen.errors import TrainingInterrupted, UserError
 from medgen.ingest import preprocess
 from medgen.models import MODELS, build_model
-from medgen.recipes import list_recipes, read
+from medgen.projects import recipes
+from medgen.projects.recipes import list_recipes, read
 from medgen.tracking import history
 from medgen.training import prior, refiner, train
 
@@ -101,6 +101,23 @@ def test_recipe_trains(name, root, images, tmp_path):
         tiny = params.refiner.model_copy(update={"channels": 8, "blocks": 1, "epochs": 1})
         prior.run(project, prior=Prior(name="gaussian"), tracking=params.tracking)
         assert refiner.run(project, refiner=tiny, tracking=params.tracking) is not None
+
+
+def test_a_run_leaves_the_artifacts_and_reports_of_the_project_alone(images, tmp_path, monkeypatch, capsys):
+    """The stage runs as a process of its own, as it does for a user."""
+    for folder in ("model", "dataset"):
+        (tmp_path / "artifacts" / folder).mkdir(parents=True)
+        (tmp_path / "artifacts" / folder / "mine").write_text("the project's")
+    monkeypatch.setattr(recipes, "_stages", lambda *_: ["preprocess"])
+    results = tmp_path / "runs" / "recipes" / "chest-xray-64"
+    (results / "reports").mkdir(parents=True)
+    (results / "reports" / "metrics.json").write_text('{"reconstruction/ssim": 0.5}')  # of the stages left out
+    recipes.run(Project(tmp_path), ["chest-xray-64"], [f"data.path={images}", "preprocess.max_rejected=0.9"])
+    assert (results / "artifacts" / "dataset" / "dataset.json").exists()
+    assert {path.name for path in tmp_path.rglob("mine")} == {"mine"}
+    assert sorted(path.name for path in (tmp_path / "artifacts" / "dataset").iterdir()) == ["mine"]
+    assert {path.name for path in (tmp_path / "reports").iterdir()} == {"recipes.csv"}
+    assert "--model runs/recipes/NAME/artifacts" in capsys.readouterr().out
 
 
 STAGE_THAT_IS_STOPPED = """

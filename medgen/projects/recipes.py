@@ -7,6 +7,7 @@ medgen recipe run unet-maxpool-transposed-bce unet-maxpool-transposed-dice --set
 import csv
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from medgen.config import Project, load, unknown_name
+from medgen.config import RESULTS_VARIABLE, Project, load, unknown_name
 from medgen.config.edit import as_yaml, set_value
 from medgen.console import OUT, say, show
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 from medgen.io import write_atomic
 from medgen.machine import signal_handler
 from medgen.metrics.summary import SUMMARY
+from medgen.projects.shipped import find_shipped
 
 
 def list_recipes() -> dict[str, str]:
@@ -35,7 +37,7 @@ def read(name: str) -> str:
     Raises:
         UserError: unknown name; the message lists the names.
     """
-    return _find(name).read_text(encoding="utf-8")
+    return find(name).read_text(encoding="utf-8")
 
 
 def use(name: str, project: Project) -> None:
@@ -53,10 +55,10 @@ def use(name: str, project: Project) -> None:
 
 
 def run(project: Project, names: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
-    """Run all stages of each recipe in this project, print the metrics, and write reports/recipes.csv.
+    """Run all stages of each recipe on this project's data, print the metrics, and write reports/recipes.csv.
 
-    The same command resumes after an interruption. Afterwards artifacts/ and the other reports are those of the last
-    recipe; the runs and registered versions of all recipes are kept.
+    The artifacts and reports of a recipe are in runs/recipes/NAME/: those of the project stay as they are. Runs and
+    registered versions are recorded with the project's own. The same command resumes after an interruption.
 
     Returns:
         The metrics of each recipe.
@@ -68,16 +70,25 @@ def run(project: Project, names: Sequence[str], overrides: Sequence[str] = ()) -
     dataset = _dataset_name(project.root / "params.yaml")
     if dataset is not None and not any(override.startswith("data.") for override in overrides):
         overrides = [f"data.name={as_yaml(dataset)}", *overrides]
-    plans = {name: _stages(_find(name), overrides) for name in names}  # checks all recipes before the first one runs
+    plans = {name: _stages(find(name), overrides) for name in names}  # checks all recipes before the first one runs
     metrics: dict[str, dict[str, float]] = {}
     for name, stages in plans.items():
         OUT.rule(f"recipe {name}")
         for stage in stages:
             _run_stage(project, name, stage, overrides)
-        metrics[name] = json.loads((project.reports / "metrics.json").read_text(encoding="utf-8"))
+        metrics[name] = json.loads((_results(project, name) / "reports" / "metrics.json").read_text(encoding="utf-8"))
     _write_csv(project.reports / "recipes.csv", metrics)
     _print_table(metrics)
+    say(
+        "runs/recipes/NAME/ holds each recipe's artifacts and reports; this project's own are unchanged. "
+        "Next: medgen generate --model runs/recipes/NAME/artifacts --out DIR"
+    )
     return metrics
+
+
+def _results(project: Project, name: str) -> Path:
+    """Folder of a recipe's artifacts/ and reports/."""
+    return project.runs / "recipes" / name
 
 
 def _dataset_name(params_file: Path) -> str | None:
@@ -106,9 +117,10 @@ def _stages(path: Path, overrides: Sequence[str]) -> list[str]:
 
 def _run_stage(project: Project, name: str, stage: str, overrides: Sequence[str]) -> None:
     """Run a stage in its own process, as DVC does, so that stages share no state in memory."""
-    command = [sys.executable, "-m", "medgen", stage, "--params", str(_find(name))]
+    command = [sys.executable, "-m", "medgen", stage, "--params", str(find(name))]
     command += [word for override in overrides for word in ("--set", override)]
-    code = _wait_for(subprocess.Popen(command, cwd=project.root))
+    environment = os.environ | {RESULTS_VARIABLE: str(_results(project, name))}
+    code = _wait_for(subprocess.Popen(command, cwd=project.root, env=environment))
     if code == TrainingInterrupted.exit_code:
         raise TrainingInterrupted(
             f"recipe {name}: `medgen {stage}` was stopped and saved its state; run the same command to resume"
@@ -153,7 +165,12 @@ def _print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
     show(table)
 
 
-def _find(name: str) -> Path:
+def find(name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        UserError: unknown name; the message lists the names.
+    """
     paths = {path.stem: path for path in _files()}
     if name not in paths:
         raise unknown_name("recipe", name, paths)
@@ -161,6 +178,4 @@ def _find(name: str) -> Path:
 
 
 def _files() -> list[Path]:
-    here = Path(__file__).parent
-    installed, checkout = here / "recipes", here.parent / "recipes"
-    return sorted((installed if installed.is_dir() else checkout).glob("*.yaml"))
+    return sorted(find_shipped("recipes").glob("*.yaml"))

@@ -1,0 +1,1 @@
+"""Create projects and run recipes; `init.init` and `recipes.run` are its entry functions."""
