@@ -1,11 +1,14 @@
-# make        install everything and run the pipeline on the sample data
-# make help   list the other targets
+# make         install everything and run the pipeline on the sample data
+# make CPU=1   the same with PyTorch's build for CPUs, which lacks 4 GB of CUDA libraries; give it with every target
+# make help    list the other targets
 .DEFAULT_GOAL := run
-.PHONY: run setup test test-fast lint format help clean
+.PHONY: run setup test test-fast lint format wheel help clean
 export PYTHONUNBUFFERED = 1
 
 UV := $(if $(shell command -v uv 2>/dev/null),uv,.uv/bin/uv)
 # one process per core; a file's tests stay in one process, so that shared fixtures are made once
+EXPORT := $(UV) export --quiet --locked --no-hashes --no-emit-project --no-annotate
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST := $(UV) run --no-sync pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 run: setup  ## install, then preprocess, train, evaluate and register a model (dvc repro --pull)
@@ -17,7 +20,16 @@ run: setup  ## install, then preprocess, train, evaluate and register a model (d
 
 setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## install uv if it is missing, and the locked packages
 	@# compile bytecode once: with PYTHONDONTWRITEBYTECODE every process would otherwise compile for 15 s
+ifdef CPU
+	$(UV) venv --quiet --allow-existing
+	$(EXPORT) --prune torch --prune torchvision --output-file .venv/others.txt > /dev/null
+	$(EXPORT) | grep -E '^(torch|torchvision)==' > .venv/torch.txt
+	$(UV) pip install --compile-bytecode --index $(TORCH_INDEX) --index-strategy unsafe-best-match \
+	  -r .venv/torch.txt -r .venv/others.txt
+	$(UV) pip install --no-deps --editable .
+else
 	$(UV) sync --locked --compile-bytecode
+endif
 
 .uv/bin/uv:
 	python3 -m pip install --quiet --target .uv uv \
@@ -40,6 +52,9 @@ lint: setup  ## check style, types, import order, Dockerfile
 format: setup  ## format the code
 	$(UV) run --no-sync ruff check --fix
 	$(UV) run --no-sync ruff format
+
+wheel: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## build dist/medgen-VERSION-py3-none-any.whl, for projects without a clone
+	$(UV) build --wheel
 
 clean:  ## remove outputs of the pipeline and the tools; keeps data and git
 	rm -rf artifacts runs outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

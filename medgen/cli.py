@@ -88,6 +88,25 @@ def _global_options(
 
 
 @app.command()
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", file_okay=False, help="Folder of the project; created if it is missing.")
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Recipe for params.yaml. Default: parameters of the sample project."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Folder, zip or tar of images to import into the project.")
+    ] = None,
+) -> None:
+    """Create a project: parameters, pipeline, git and DVC in a folder of its own."""
+    from medgen.projects import init
+
+    init.init(folder, recipe, data)
+
+
+@app.command()
 def doctor(params: ParamsFile = PARAMS, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check this machine and this project, and say how to fix each problem."""
     from medgen import doctor

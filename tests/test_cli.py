@@ -13,6 +13,7 @@ from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
 
 # Fixed on purpose: add an option only where `--set key=value` cannot do the same.
 COMMANDS = {
+    "init": {"--recipe", "--data"},
     "doctor": {"--params", "--set", "--json"},
     "code": set(),
     "preprocess": {"--params", "--set"},
@@ -160,6 +161,8 @@ MISTAKES = {  # arguments, text of params.yaml (None: no file), parts of the err
         ["recipe", "run", "chest-xray-64", "--set", "train.sed=1"], None, ["train.sed", "did you mean 'seed'"]
     ),
     "unknown weights": (["weights", "fetch", "vg16"], "{}", ["vg16", "did you mean 'vgg16'"]),
+    "unknown recipe for a project": (["init", "p", "--recipe", "chest-xray"], None, ["chest-xray", "Known:"]),
+    "a file as project": (["init", "params.yaml"], "{}", ["params.yaml", "is a file"]),
     "no such command": (["trian"], "{}", ["trian"]),
 }  # fmt: skip
 
