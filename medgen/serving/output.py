@@ -36,7 +36,9 @@ def new_files(out: Path) -> Iterator[Path]:
         yield building
         _replace(building, out, earlier)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error}. Name a folder that you may write to") from None
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror or error}). Name a folder that you may write to"
+        ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
