@@ -47,7 +47,7 @@ def run(project: Project) -> None:
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else hashes
         if changed := [name for name in sorted({*before, *hashes}) if before.get(name) != hashes.get(name)]:
             more = f" and {len(changed) - NUM_NAMES} more files" if len(changed) > NUM_NAMES else ""
-            say(f"code of stage {stage} changed, so it runs again: {', '.join(changed[:NUM_NAMES])}{more}")
+            say(f"code of stage {stage} changed: {', '.join(changed[:NUM_NAMES])}{more}")
         write_atomic(path, to_json(hashes))
 
 

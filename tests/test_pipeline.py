@@ -74,7 +74,7 @@ def test_code_says_which_stages_changed_since_the_last_call(tmp_path, capsys):
     path.write_text(json.dumps(hashes | {"medgen/gone.py": "0", "medgen/priors/gmm.py": "0"}))
     source.run(Project(tmp_path))
     said = capsys.readouterr().out
-    assert said == "code of stage prior changed, so it runs again: medgen/gone.py, medgen/priors/gmm.py\n"
+    assert said == "code of stage prior changed: medgen/gone.py, medgen/priors/gmm.py\n"
     assert json.loads(path.read_text()) == hashes
 
 
