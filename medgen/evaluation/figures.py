@@ -18,6 +18,7 @@ from medgen.metrics.privacy import ClosestPairs
 from medgen.priors import sample_images
 from medgen.reports.evaluation import CLOSEST_PAIRS, LABEL_SWAPS, UNREFINED_SAMPLES
 from medgen.reports.figures import overlay, write_grid, write_stacks
+from medgen.reports.fonts import class_captions
 
 NUM_RECONSTRUCTIONS = 16
 NUM_SWAPS, SWAP_COLUMNS = 25, 9  # as many as in the published experiment
@@ -33,7 +34,8 @@ def write_samples(figures: Path, context: EvaluationContext) -> None:
     if context.conditional:
         known = context.prior.frequencies.nonzero().flatten()
         labels = known.repeat_interleave(max(1, num_images // len(known)))
-        captions = [context.store.classes[label] for label in labels.tolist()]
+        names = class_captions(context.store.classes)
+        captions = [names[label] for label in labels.tolist()]
         columns = len(labels) // len(known)
         while columns > MAX_COLUMNS:
             columns = (columns + 1) // 2
@@ -72,7 +74,8 @@ def write_label_swaps(figures: Path, swap: LabelSwap, classes: Sequence[str]) ->
     """Write wrong_labels.png: test images over their decoding with a wrong label, captioned with both labels."""
     size = min(NUM_SWAPS, len(swap.true))
     pairs = zip(subsample(swap.true, size).tolist(), subsample(swap.given, size).tolist(), strict=True)
-    captions = [f"true: {classes[true]}\ngiven: {classes[given]}" for true, given in pairs]
+    names = class_captions(classes)
+    captions = [f"true: {names[true]}\ngiven: {names[given]}" for true, given in pairs]
     rows = {"original": subsample(swap.original, size), "decoded": subsample(swap.decoded, size)}
     write_stacks(figures / LABEL_SWAPS, rows, columns=SWAP_COLUMNS, captions=captions)
 

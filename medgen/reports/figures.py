@@ -6,18 +6,20 @@ cached by hash. Files are written atomically.
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from medgen.io import replace_folder, write_atomic
+from medgen.reports import fonts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,11 +28,12 @@ Pixels = npt.NDArray[np.uint8]
 Images = Tensor | npt.NDArray[Any]  # (N, 1 or 3, H, W), floats in [0, 1] or uint8
 
 _GAP = 2  # pixels between tiles
-_FONT_SIZE = 12
 _CAPTION_HEIGHT = 18
 _BACKGROUND = (255, 255, 255)
 _TEXT = (40, 40, 40)
 _MIN_TILE = 96  # smaller images are enlarged by an integer factor to at least this side
+MAX_DIFFERENCE = 0.25  # of grey values in [0, 1] that a difference map distinguishes
+NUM_COLOURS = 7  # of _STYLE
 _PALETTE_FRAMES = 64  # at most, from which the palette of an animation is computed
 _STYLE: dict[Any, Any] = {  # added to matplotlib's defaults; the user's settings are ignored
     "font.size": 10.0,
@@ -148,16 +151,29 @@ def overlay(images: Tensor, true: Tensor, predicted: Tensor) -> Tensor:
     return result
 
 
+def differences(images: Tensor, others: Tensor) -> Tensor:
+    """Colours (N, 3, H, W) of `others` minus `images`, both (N, C, H, W) in [0, 1], in [0, 1].
+
+    White: equal; blue: darker; red: brighter; full colour at a difference of MAX_DIFFERENCE, mean over the channels.
+    """
+    difference = ((others - images).mean(dim=1, keepdim=True) / MAX_DIFFERENCE).clamp(-1.0, 1.0)
+    blue, red = (torch.tensor(colour)[:, None, None] / 255.0 for colour in ((0, 114, 178), (213, 94, 0)))
+    size = difference.abs()
+    return (1.0 - size) + size * torch.where(difference < 0, blue, red)
+
+
 def write_curves(
     path: Path,
     series: Mapping[str, Sequence[float]],
     log: bool = False,
     *,
     y_label: str = "value",
+    phases: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Plot named series over epochs, counted from 1, as one PNG; NaN leaves a gap.
 
-    `log` adds a second plot with a logarithmic axis, with gaps at values <= 0.
+    `log` adds a second plot with a logarithmic axis, with gaps at values <= 0. `phases` has the first epoch of each
+    phase by name, in order; with two or more, a line marks where each begins.
 
     Raises:
         ValueError: there is no series.
@@ -167,7 +183,7 @@ def write_curves(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with plot_style():
+    with plot_style(phases):
         scales = ("linear", "log") if log else ("linear",)
         figure = Figure(figsize=(5.2 * len(scales), 3.6), dpi=110, layout="constrained")
         for axes, scale in zip(figure.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
@@ -178,16 +194,47 @@ def write_curves(
                 axes.plot(np.arange(1, len(heights) + 1), heights, label=name, marker=marker)
             axes.set(xlabel="epoch", ylabel=f"{y_label} ({scale})" if log else y_label, yscale=scale)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            if len(phases) > 1:
+                for name, first in phases.items():
+                    axes.axvline(first - 0.5, color="#888888", linewidth=1.0, linestyle=":")
+                    where = axes.get_xaxis_transform()  # epochs, and shares of the plot's height
+                    text = fonts.caption(name).text
+                    axes.text(first - 0.4, 1.01, text, transform=where, fontsize=8.0, color="#555555")
             axes.legend()
         write_plot(path, figure)
 
 
+def write_scatter(
+    path: Path,
+    groups: Mapping[str, npt.NDArray[np.float64]],
+    background: Mapping[str, npt.NDArray[np.float64]],
+    labels: tuple[str, str],
+) -> None:
+    """Plot groups of points (N, 2), each in a colour of its own, over grey background points, as one PNG."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    with plot_style(groups):
+        figure = Figure(figsize=(6.4, 5.2), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        for name, points in background.items():
+            axes.scatter(*points.T, s=9, color="#b5b5b5", linewidths=0, label=name)
+        for number, (name, points) in enumerate(groups.items()):
+            colour = f"C{number}" if len(groups) <= NUM_COLOURS else colormaps["turbo"](number / (len(groups) - 1))
+            axes.scatter(*points.T, s=14, color=colour, linewidths=0, alpha=0.8, label=name)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        if len(groups) <= 2 * NUM_COLOURS:  # a longer list does not fit
+            axes.legend(fontsize=8.0, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        write_plot(path, figure)
+
+
 @contextmanager
-def plot_style() -> Iterator[None]:
-    """Context manager in which plots have medgen's style, whatever the user's settings are."""
+def plot_style(texts: Iterable[str] = ()) -> Iterator[None]:
+    """Context manager in which plots have medgen's style, whatever the user's settings are, and can show `texts`."""
     import matplotlib as mpl  # slow to import, and most callers never plot
 
-    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "backend": "agg"}):
+    style = {**_STYLE, "font.family": fonts.families(text for text in texts if not text.isascii())}
+    with mpl.rc_context({**mpl.rcParamsDefault, **style, "backend": "agg"}):
         yield
 
 
@@ -242,10 +289,6 @@ def _tiles(images: Images, scale: int | None) -> Pixels:
     return np.ascontiguousarray(np.broadcast_to(array.transpose(0, 2, 3, 1), (*array.shape[:1], *array.shape[2:], 3)))
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(_FONT_SIZE)  # part of Pillow, so it is the same on every machine
-
-
 def _check_captions(captions: Sequence[str] | None, expected: int) -> None:
     if captions is not None and len(captions) != expected:
         raise ValueError(f"captions: found {len(captions)}, expected {expected}")
@@ -253,11 +296,12 @@ def _check_captions(captions: Sequence[str] | None, expected: int) -> None:
 
 def _draw_caption(draw: ImageDraw.ImageDraw, centre: tuple[int, int], text: str, width: int) -> None:
     """Draw a line of text, cut with an ellipsis if it is wider than `width` pixels."""
-    if draw.textlength(text, _font()) > width:
-        while text and draw.textlength(text + "…", _font()) > width:
+    text, font = fonts.caption(text)
+    if draw.textlength(text, font) > width:
+        while text and draw.textlength(text + "…", font) > width:
             text = text[:-1]
         text += "…"
-    draw.text(centre, text, _TEXT, _font(), anchor="mm")
+    draw.text(centre, text, _TEXT, font, anchor="mm")
 
 
 def _vertical_caption(text: str, height: int) -> Image.Image:

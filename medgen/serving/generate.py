@@ -29,6 +29,7 @@ from medgen.priors import Prior, find_label, is_conditional, iterate_samples, lo
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator
 from medgen.reports.figures import write_gif, write_grid, write_image
+from medgen.reports.fonts import class_captions
 from medgen.serving.output import new_files
 from medgen.training.distributed import pick_device
 
@@ -60,6 +61,7 @@ def run(
     """
     loaded = load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
     network, info, prior = loaded.model, loaded.info, loaded.prior
+    drawn = dict(zip(info.classes, class_captions(info.classes), strict=True))
     labels = None if label is None else torch.full((n,), find_label(label, info.classes, prior, network))
     batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE, loaded.refiner if refine else None)
     num_batches = math.ceil(n / BATCH_SIZE)
@@ -74,7 +76,7 @@ def run(
                 write_image(folder / paths[-1].name, image)
             missing = MAX_GRID_IMAGES - len(captions)
             shown.append(images[:missing])
-            captions += names[:missing]
+            captions += [drawn.get(name, name) for name in names[:missing]]
         write_grid(folder / "grid.png", torch.cat(shown), captions=captions if is_conditional(prior, network) else None)
     say(f"{n} images and grid.png in {out}")
     return paths

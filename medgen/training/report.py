@@ -2,13 +2,15 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from medgen.config import Prior
+from medgen.config import Loss, Phase, Prior, Train
 from medgen.io import write_atomic
 from medgen.models import GenerativeModel, ImageModel
 from medgen.priors import ANALYTIC, sample_images
@@ -95,11 +97,13 @@ def write_report(
     written = [folder / "curves.csv", folder / "progress.gif"]
     write_atomic(written[0], table.getvalue().encode())
 
+    settings = read_settings(scratch)
+    phases = first_epochs(settings.train.phases) if settings else {}
     series = {name: [record.get(name, float("nan")) for record in records] for name in names}
     for name, label, shown in CURVES:
         path = folder / f"{name}.png"
         if drawn := {key: series[key] for key in shown if key in series}:
-            write_curves(path, drawn, log=name in ON_LOG_AXES, y_label=label)
+            write_curves(path, drawn, log=name in ON_LOG_AXES, y_label=label, phases=phases)
             written.append(path)
     # only the grids of this run: an earlier, shorter one has left its last grid
     grids = [_grid(scratch, name, epoch) for name in ("samples", "masks") for epoch in drawn_epochs]
@@ -108,6 +112,28 @@ def write_report(
     for path in set(folder.iterdir()) - set(written):
         path.unlink()
     return written
+
+
+class Settings(NamedTuple):
+    """The parameters that a model was trained with."""
+
+    loss: Loss
+    train: Train
+
+
+def read_settings(scratch: Path) -> Settings | None:
+    """The settings of the run in `scratch`; None if the folder has none that this version of medgen can read."""
+    try:
+        content = json.loads((scratch / "params.json").read_text(encoding="utf-8"))
+        return Settings(Loss.model_validate(content["loss"]), Train.model_validate(content["train"]))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def first_epochs(phases: Sequence[Phase]) -> dict[str, int]:
+    """First epoch of each phase by name, counted from 1, without phases of no epochs."""
+    lengths = [phase.epochs for phase in phases]
+    return {phase.name: 1 + sum(lengths[:at]) for at, phase in enumerate(phases) if phase.epochs}
 
 
 def _grid(scratch: Path, name: str, epoch: int) -> Path:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medgen.reports.figures import write_curves, write_gif, write_grid, write_stacks
+from medgen.reports.figures import differences, write_curves, write_gif, write_grid, write_scatter, write_stacks
 
 
 def images(count: int, size: int = 32, channels: int = 1) -> torch.Tensor:
@@ -22,10 +22,12 @@ def frames(folder: Path) -> list[Path]:
     return paths
 
 
+POINTS = np.array([[0.0, 1.0], [1.0, 2.0]])
 WRITERS: dict[str, Callable[[Path], None]] = {
     "grid.png": lambda path: write_grid(path, images(5), captions=["NORMAL", "COVID19", "", "x" * 80, "ü"]),
     "pairs.png": lambda path: write_stacks(path, {"a": images(9), "b": images(9)}),
     "stacks.png": lambda path: write_stacks(path, {"a": images(3), "b": images(3)}, captions=["true: x\ngiven: y"] * 3),
+    "scatter.png": lambda path: write_scatter(path, {"A": POINTS, "B": -POINTS}, {"samples": 2 * POINTS}, ("x", "y")),
     "curves.png": lambda path: write_curves(path, {"train": [1.0, 0.1], "val": [2.0, float("nan")]}, log=True),
     "progress.gif": lambda path: write_gif(path, frames(path.parent / "frames"), 0.2),
 }
@@ -130,6 +132,23 @@ def test_curves_have_a_second_plot_with_a_logarithmic_axis(tmp_path: Path) -> No
     write_curves(tmp_path / "both.png", {"loss": [1.0, 0.5], "kl": [0.0, 0.0]}, log=True)
     with Image.open(tmp_path / "linear.png") as linear, Image.open(tmp_path / "both.png") as both:
         assert both.width == 2 * linear.width
+
+
+def test_a_line_marks_the_begin_of_each_of_several_phases(tmp_path: Path) -> None:
+    contents = []
+    for phases in ({}, {"one": 1}, {"one": 1, "two": 3}, {"one": 1, "two": 4}):
+        write_curves(tmp_path / "curves.png", {"loss": [4.0, 3.0, 2.0, 1.0]}, phases=phases)
+        contents.append((tmp_path / "curves.png").read_bytes())
+    assert contents[0] == contents[1] and len(set(contents)) == 3
+
+
+def test_difference_maps_show_darker_blue_and_brighter_red() -> None:
+    image = torch.full((1, 3, 1, 3), 0.5)
+    other = torch.tensor([0.5, 0.2, 0.6]).expand(1, 3, 1, 3)
+    equal, darker, brighter = differences(image, other)[0, :, 0].T
+    assert equal.tolist() == [1.0, 1.0, 1.0]
+    assert darker.mul(255).round().tolist() == [0, 114, 178]
+    assert brighter[0] > brighter[2] and brighter.min() > 0
 
 
 @pytest.mark.parametrize(
