@@ -16,7 +16,15 @@ from medgen.errors import UserError
 from medgen.evaluation import figures
 from medgen.evaluation.context import EvaluationContext, FeatureSets, describe_images, load_context, load_images
 from medgen.evaluation.data import EvaluationData, EvaluationInfo, save_evaluation
-from medgen.evaluation.findings import NO_INCEPTION, image_findings, mask_findings, unrecognised_finding
+from medgen.evaluation.description import class_table, describe, describe_context, describe_model
+from medgen.evaluation.findings import (
+    NO_INCEPTION,
+    image_findings,
+    image_verdict,
+    mask_findings,
+    mask_verdict,
+    unrecognised_finding,
+)
 from medgen.evaluation.generation import (
     draw_samples,
     evaluate_classes,
@@ -35,13 +43,15 @@ from medgen.evaluation.reconstruction import (
 )
 from medgen.evaluation.results import record_results, write_results
 from medgen.evaluation.segmentation import evaluate_masks, mask_data
+from medgen.io import write_atomic
 from medgen.metrics.generation import subsample
-from medgen.metrics.intervals import group_indices
+from medgen.metrics.intervals import group_indices, mean_interval
 from medgen.metrics.privacy import ClosestPairs
 from medgen.models import GenerativeModel, ImageModel, bundle
 from medgen.models.bundle import BundleInfo
 from medgen.reports import evaluation as report
 from medgen.reports.figures import write_grid, write_images
+from medgen.reports.model_card import MODEL_CARD, render_card
 from medgen.training.distributed import pick_device
 
 
@@ -61,10 +71,11 @@ class Evaluation:
     features: FeatureSets
     pairs: ClosestPairs
     swap: LabelSwap | None
+    label_accuracy: dict[int, float]  # of the samples, by class
 
 
 def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
-    """Write reports/ (summary.json, metrics.json, provenance.json, index.html, figures/), and record it in the run.
+    """Write reports/ (summary.json, metrics.json, provenance.json, index.html, MODEL_CARD.md, figures/), and record it.
 
     Returns:
         The content of metrics.json.
@@ -80,6 +91,7 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     else:
         metrics, page = _evaluate_masks(project, store, model, info, evaluate)
     report.write_page(project.reports / "index.html", page)
+    write_atomic(project.reports / MODEL_CARD, render_card(page.card, metrics))
     record_results(project, info, evaluate, tracking, metrics)
     report.print_table(page.rows)
     return metrics
@@ -157,8 +169,11 @@ def evaluate_model(context: EvaluationContext) -> Evaluation:
         metrics |= evaluate_classes(context, features)
     privacy, pairs = evaluate_privacy(context, features, samples, train, held_out)
     swap = swap_labels(context)
-    metrics |= privacy | evaluate_labels(context, samples, swap)
-    return Evaluation(metrics, reconstructions, refined, samples, train, held_out, features, pairs, swap)
+    labels = evaluate_labels(context, samples, swap)
+    metrics |= privacy | labels.metrics
+    return Evaluation(
+        metrics, reconstructions, refined, samples, train, held_out, features, pairs, swap, labels.by_class
+    )
 
 
 def image_data(context: EvaluationContext, ssim: Tensor, features: FeatureSets) -> EvaluationData:
@@ -189,6 +204,9 @@ def _evaluate_images(
     figures.write_samples(project.figures, context)
     refined = result.refined.images if result.refined else None
     figures.write_reconstructions(project.figures, context, result.reconstructions.images, refined)
+    figures.write_cases(project.figures, result.held_out, result.reconstructions.images, result.reconstructions.ssim)
+    assert result.reconstructions.latents is not None
+    figures.write_latents(project.figures, context, result.reconstructions.latents)
     figures.write_closest_pairs(project.figures, result.samples, result.train, result.pairs)
     if result.swap:
         figures.write_label_swaps(project.figures, result.swap, store.classes)
@@ -200,9 +218,14 @@ def _evaluate_images(
         findings.append(unrecognised_finding(context.unrecognised))
     if "inception" in params.extractors and context.inception is None:
         findings.append(NO_INCEPTION)
-    captions = report.REFINED_FIGURES if context.refiner else report.IMAGE_FIGURES
-    rows, tables = report.image_rows(metrics, pca, context.num_latent), report.refiner_tables(metrics, store.classes)
-    return metrics, report.Page(captions, findings, rows, _describe_context(context), tables)
+    tags = [context.prior.name, *(["refiner"] if context.refiner else [])]
+    page = describe(project, store, info, image_verdict(metrics), findings, describe_context(project, context), tags)
+    by_class = class_table(store, result.reconstructions.ssim, "SSIM of reconstructions", result.label_accuracy)
+    return metrics, page._replace(
+        figures=report.image_figures(context.refiner is not None),
+        rows=report.image_rows(metrics, pca, context.num_latent),
+        tables=[*by_class, *report.refiner_tables(metrics, store.classes)],
+    )
 
 
 def _evaluate_masks(
@@ -213,8 +236,11 @@ def _evaluate_masks(
     data = mask_data(store, result, "test")
     metrics = write_results(project, store, info, params, result.metrics, data, {})
     figures.write_masks(project.figures, result, params.grid_images)
-    findings, rows, description = mask_findings(metrics), report.mask_rows(metrics), _describe_model(store, info)
-    return metrics, report.Page(report.MASK_FIGURES, findings, rows, description, generative=False)
+    verdict = mask_verdict(metrics, mean_interval(data.similarity, data.groups.tolist()))
+    description, tags = describe_model(project, store, info), ["segmentation"]
+    page = describe(project, store, info, verdict, mask_findings(metrics), description, tags, generative=False)
+    rows, tables = report.mask_rows(metrics), class_table(store, result.dice, "Dice of masks")
+    return metrics, page._replace(figures=report.mask_figures(), rows=rows, tables=tables)
 
 
 def _evaluate_split(
@@ -242,30 +268,4 @@ def _counts(store: Store, params: Evaluate) -> dict[str, float]:
         "run/num_train": store.counts["train"],
         "run/num_test": store.counts["test"],
         "run/num_generated": params.num_generated,
-    }
-
-
-def _describe_context(context: EvaluationContext) -> dict[str, str]:
-    """Names and values of the model, prior, refiner and extractors for the page; the same in identical runs."""
-    description = _describe_model(context.store, context.info) | {
-        "latent": " x ".join(map(str, context.model.latent_shape)),
-        "prior": context.prior.name,
-        "extractor": "; ".join(f"{name}, {digest[:12]}" for name, digest in context.hashes.items()),
-    }
-    if context.refiner:
-        description |= {f"refiner.{name}": str(value) for name, value in context.refiner.params}
-    return description
-
-
-def _describe_model(store: Store, info: BundleInfo) -> dict[str, str]:
-    """Names and values of the data, run and settings of any model."""
-    counts = ", ".join(f"{count:,} {name}" for name, count in store.counts.items())
-    sections = {"model": info.model, "preprocess": info.preprocess}
-    settings = {f"{section}.{name}": str(value) for section, values in sections.items() for name, value in values}
-    return {
-        "images": f"{counts}; {' x '.join(map(str, store.image_shape))}",
-        "classes": ", ".join(store.classes) or "none",
-        "dataset": store.fingerprint,
-        "run": info.run,
-        **settings,
     }

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.evaluation.context import EvaluationContext, load_images
+from medgen.evaluation.context import EvaluationContext, load_images, proportional_labels
 from medgen.evaluation.label_accuracy import LabelSwap
 from medgen.evaluation.segmentation import SegmentationResult
 from medgen.metrics.generation import subsample
 from medgen.metrics.privacy import ClosestPairs
 from medgen.priors import sample_images
-from medgen.reports.evaluation import CLOSEST_PAIRS, LABEL_SWAPS, UNREFINED_SAMPLES
-from medgen.reports.figures import overlay, write_grid, write_stacks
+from medgen.priors.axes import PrincipalAxes
+from medgen.reports.evaluation import CASES, CLOSEST_PAIRS, LABEL_SWAPS, LATENTS, UNREFINED_SAMPLES
+from medgen.reports.figures import differences, overlay, write_grid, write_scatter, write_stacks
 from medgen.reports.fonts import class_captions
 
 NUM_RECONSTRUCTIONS = 16
@@ -25,6 +26,8 @@ NUM_SWAPS, SWAP_COLUMNS = 25, 9  # as many as in the published experiment
 NUM_MASKS = 16
 MAX_COLUMNS = 12
 MAX_MASK_COLUMNS = 8
+NUM_CASES = 4  # of each kind
+MAX_LATENTS, MAX_PRIOR_LATENTS = 1000, 300  # points in latents.png
 
 
 def write_samples(figures: Path, context: EvaluationContext) -> None:
@@ -59,6 +62,49 @@ def write_reconstructions(
     write_stacks(figures / "reconstructions.png", {name: subsample(images, size) for name, images in rows.items()})
 
 
+def write_cases(figures: Path, originals: Tensor, reconstructions: Tensor, ssim: Tensor) -> None:
+    """Write cases.png: the worst, median and best images (N, C, H, W) uint8 by SSIM (N,), with difference maps."""
+    chosen, kinds = select_cases(ssim)
+    real, other = (images[chosen].float() / 255.0 for images in (originals, reconstructions))
+    captions = [f"{kind}\nSSIM {score:.3f}" for kind, score in zip(kinds, ssim[chosen].tolist(), strict=True)]
+    stacks = {"original": real, "reconstruction": other, "difference": differences(real, other)}
+    write_stacks(figures / CASES, stacks, columns=len(chosen) // 3, captions=captions)
+
+
+def select_cases(scores: Tensor, most: int = NUM_CASES) -> tuple[Tensor, list[str]]:
+    """Rows of the lowest, middle and highest scores (N,), at most `most` of each, and the kind of each row."""
+    order = scores.argsort(stable=True)
+    size = max(1, min(most, len(order) // 3))
+    middle = (len(order) - size) // 2
+    rows = torch.cat([order[:size], order[middle : middle + size], order[len(order) - size :]])
+    return rows, [kind for kind in ("worst", "median", "best") for _ in range(size)]
+
+
+def write_latents(figures: Path, context: EvaluationContext, latents: Tensor) -> None:
+    """Write latents.png: latents (N, *latent_shape) of held-out images by class, over samples of the prior.
+
+    Both are projected on the first two principal axes of the held-out latents. There is no figure if they have fewer.
+    """
+    rows = subsample(torch.arange(len(latents)), min(len(latents), MAX_LATENTS))
+    flat, labels = latents[rows].flatten(1), torch.from_numpy(context.held_out.labels.copy())[rows]
+    axes = PrincipalAxes.fit(flat)
+    if len(axes.scales) < 2:
+        return
+    count = min(MAX_PRIOR_LATENTS, context.params.num_generated)
+    known = proportional_labels(context.prior.frequencies, count) if context.conditional else None
+    generator = torch.Generator().manual_seed(seed_of(context.params.seed, 5))
+    drawn = context.prior.sample(count, known, generator).flatten(1)
+    plane, samples = ((axes.whiten(points) * axes.scales)[:, :2].numpy() for points in (flat, drawn))
+    names = class_captions(context.store.classes)
+    groups = {name: plane[labels == label] for label, name in enumerate(names) if bool((labels == label).any())}
+    if bool((labels < 0).any()):
+        groups["no label" if names else "test images"] = plane[labels < 0]
+    shares = axes.scales.square() / axes.scales.square().sum()
+    first, second = (f"principal axis ({share:.0%} of the variance)" for share in shares[:2].tolist())
+    axis_labels = (f"first {first}", f"second {second}")
+    write_scatter(figures / LATENTS, groups, {"samples of the prior": samples}, axis_labels)
+
+
 def write_closest_pairs(figures: Path, samples: Tensor, train: Tensor, pairs: ClosestPairs) -> None:
     """Write nearest_train.png: the samples nearest to a train image over that image. It must not be published."""
     distances = ["pixels" if by_pixels else "features" for by_pixels in pairs.by_pixels.tolist()]
@@ -90,13 +136,10 @@ def write_masks(figures: Path, result: SegmentationResult, num_images: int) -> N
         "predicted": _greys(result.predicted[rows], result.num_classes),
     }
     write_stacks(figures / "reconstructions.png", stacks)
-    order = result.dice.argsort(stable=True)
-    third = max(1, min(num_images // 3, len(order) // 3, MAX_MASK_COLUMNS))
-    middle = (len(order) - third) // 2
-    chosen = torch.cat([order[:third], order[middle : middle + third], order[len(order) - third :]])
+    chosen, _ = select_cases(result.dice, min(num_images // 3, MAX_MASK_COLUMNS))
     overlays = overlay(result.images[chosen], result.true[chosen], result.predicted[chosen])
     captions = [f"Dice {score:.3f}" for score in result.dice[chosen].tolist()]
-    write_grid(figures / "samples.png", overlays, columns=third, captions=captions)
+    write_grid(figures / "samples.png", overlays, columns=len(chosen) // 3, captions=captions)
 
 
 def _greys(masks: Tensor, num_classes: int) -> Tensor:

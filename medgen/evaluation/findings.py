@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from medgen.metrics import c2st
-from medgen.metrics.intervals import DETECTABLE_ERRORS, NORMAL_QUANTILE
+from medgen.metrics.intervals import DETECTABLE_ERRORS, NORMAL_QUANTILE, Interval
 from medgen.metrics.privacy import CERTAIN_COPY, MIN_HELD_OUT_LIMIT
 from medgen.metrics.spectrum import NUM_BANDS
+from medgen.reports.evaluation import Verdict
 
 MIN_CODEBOOK_USAGE = 0.5
 BLUR_RATIO = 0.8  # of real images' power in the finest band; below, blur is visible
@@ -21,6 +22,46 @@ NO_INCEPTION = (
     "evaluate.extractors has inception, but there is no Inception Score and no FID, because the weights of the "
     "Inception network are missing. Run `medgen weights fetch inception`, then `medgen evaluate` again."
 )
+
+
+def image_verdict(metrics: Mapping[str, float]) -> Verdict:
+    """The main conclusion about a generative model and the power behind it, from the content of metrics.json."""
+    power = _power(metrics)
+    if _has_copies(metrics):
+        return Verdict("bad", "The model reproduces patients' images: publish neither samples nor model.", power)
+    if "generation/c2st_auc" in metrics:
+        auc, low, high, reference = (
+            metrics[f"generation/c2st_auc{suffix}"] for suffix in ("", "_ci_low", "_ci_high", "_floor")
+        )
+        if low > max(0.5, reference):
+            text = (
+                f"Samples can be told from real images: a classifier recognises them with an AUC of {auc:.2f} "
+                f"({low:.2f} to {high:.2f}; chance is 0.5, and train images reach {reference:.2f})."
+            )
+            return Verdict("warning", text, power)
+    if metrics["generation/mmd_domain_ci_low"] > metrics["generation/mmd_domain_floor"]:
+        text = (
+            "By the domain extractor's features, samples are farther from test images than train images are (squared "
+            f"MMD {metrics['generation/mmd_domain']:.2g}, train images {metrics['generation/mmd_domain_floor']:.2g})."
+        )
+        return Verdict("warning", text, power)
+    return Verdict("neutral", "This test found no difference between samples and real images.", power)
+
+
+def mask_verdict(metrics: Mapping[str, float], dice: Interval) -> Verdict:
+    """The main conclusion about a model that predicts masks; `dice` is the mean over images with its interval."""
+    value, reference = metrics["segmentation/dice_foreground"], metrics["segmentation/dice_foreground_mean_mask"]
+    detectable = DETECTABLE_ERRORS * (dice.high - dice.low) / 2 / NORMAL_QUANTILE
+    power = (
+        f"Mean Dice of {metrics['run/num_test']:,.0f} test images with a mask: {dice.value:.3f} ({dice.low:.3f} to "
+        f"{dice.high:.3f}). In 4 of 5 cases the test finds a difference of {detectable:.2g} or more from a given "
+        "value; smaller ones it may miss. The variation between trainings is not included."
+    )
+    if value <= reference:
+        text = f"The model is no better than one mask for all images (Dice {value:.3f}, that mask {reference:.3f})."
+        return Verdict("bad", text, power)
+    text = f"Predicted masks have a Dice of {value:.3f}; one mask for all images has {reference:.3f}."
+    return Verdict("neutral", text, power)
 
 
 def image_findings(metrics: Mapping[str, float]) -> list[str]:
@@ -104,11 +145,9 @@ def _realism(metrics: Mapping[str, float]) -> str:
             f"{reference:.2f}). Compare the images below: if reconstructions look as wrong as samples, train longer; "
             f"if only samples do, {_simpler_latent(metrics)}."
         )
-    error = (metrics["generation/c2st_auc_ci_high"] - low) / 2 / NORMAL_QUANTILE
-    detectable = max(0.5, reference) + DETECTABLE_ERRORS * error
     return (
         f"Too few images to decide whether samples differ from real ones ({sizes}): AUC {auc:.2f} ({inputs}; train "
-        f"images {reference:.2f}). An AUC below {detectable:.2f} would not be detected."
+        f"images {reference:.2f}). An AUC below {_detectable_auc(metrics):.2f} would not be detected."
     )
 
 
@@ -122,10 +161,39 @@ def _distance(metrics: Mapping[str, float]) -> str:
             f"By domain features, samples are farther from test images than train images are ({mmd}, train images "
             f"{reference:.3g})."
         )
-    detectable = reference + DETECTABLE_ERRORS * (high - low) / 2 / NORMAL_QUANTILE
     return (
         "Too few images to decide by domain features whether samples are farther from test images than train images "
-        f"are ({_sizes(metrics)}): {mmd}; a value below {detectable:.2g} would not be detected."
+        f"are ({_sizes(metrics)}): {mmd}; a value below {_detectable_mmd(metrics):.2g} would not be detected."
+    )
+
+
+def _detectable_auc(metrics: Mapping[str, float]) -> float:
+    """The AUC that the classifier test finds in 4 of 5 cases.
+
+    Its standard error is at least that of a classifier without skill: near an AUC of 1 the interval vanishes.
+
+    Source: Mason and Graham, Areas beneath the relative operating characteristics curves, 2002 (the null distribution).
+    """
+    low, high, reference = (metrics[f"generation/c2st_auc{suffix}"] for suffix in ("_ci_low", "_ci_high", "_floor"))
+    n, m = metrics["run/num_test"], metrics["run/num_generated"]
+    error = max((high - low) / 2 / NORMAL_QUANTILE, math.sqrt((n + m + 1) / (12 * n * m)))
+    return max(0.5, reference) + DETECTABLE_ERRORS * error
+
+
+def _detectable_mmd(metrics: Mapping[str, float]) -> float:
+    """The squared MMD that the test finds in 4 of 5 cases."""
+    low, high, reference = (metrics[f"generation/mmd_domain{suffix}"] for suffix in ("_ci_low", "_ci_high", "_floor"))
+    return reference + DETECTABLE_ERRORS * (high - low) / 2 / NORMAL_QUANTILE
+
+
+def _power(metrics: Mapping[str, float]) -> str:
+    """A sentence about the differences from real images that the tests would have found."""
+    found = [f"a squared MMD of {_detectable_mmd(metrics):.2g}"]
+    if "generation/c2st_auc" in metrics:
+        found.insert(0, f"an AUC of {_detectable_auc(metrics):.2f}")
+    return (
+        f"With {_sizes(metrics)}, the tests find {' or '.join(found)} and more in 4 of 5 cases; smaller differences "
+        "they may miss. The variation between trainings is not included."
     )
 
 
@@ -147,6 +215,11 @@ def _gap(metrics: Mapping[str, float]) -> list[str]:
         f"Refined reconstructions differ from real images, too ({values}): much of the gap is due to the decoder and "
         "the refiner. Train the refiner longer (refiner.epochs) or make it larger (refiner.channels)."
     ]
+
+
+def _has_copies(metrics: Mapping[str, float]) -> bool:
+    rate, chance = metrics["privacy/copy_rate"], metrics["privacy/copy_rate_plausible"]
+    return rate > chance or metrics["privacy/nearest_over_limit"] < CERTAIN_COPY
 
 
 def _privacy(metrics: Mapping[str, float]) -> list[str]:

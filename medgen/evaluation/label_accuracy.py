@@ -8,6 +8,7 @@ Shapes: N images, C channels, H W height and width, K classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,14 @@ class LabelSwap:
     rows: Tensor  # (N,) of the test split
 
 
-def evaluate_labels(context: EvaluationContext, samples: Tensor, swap: LabelSwap | None) -> dict[str, float]:
+class LabelAccuracy(NamedTuple):
+    """Accuracy of the domain classifier."""
+
+    metrics: dict[str, float]  # `generation/label_accuracy` and others
+    by_class: dict[int, float]  # share of samples of each class in which the classifier finds it
+
+
+def evaluate_labels(context: EvaluationContext, samples: Tensor, swap: LabelSwap | None) -> LabelAccuracy:
     """Balanced accuracy of the domain classifier on samples, label swaps and real images, with 95 % intervals.
 
     All three use the same classes: those that the extractor recognises and that occur in samples and real images. With
@@ -42,7 +50,7 @@ def evaluate_labels(context: EvaluationContext, samples: Tensor, swap: LabelSwap
     """
     labels, groups = torch.from_numpy(context.held_out.labels.copy()), context.held_out.patients
     if context.sample_labels is None:
-        return {}
+        return LabelAccuracy({}, {})
     sets: dict[str, tuple[Tensor, Tensor, Groups]] = {
         "label_accuracy": (samples, context.sample_labels, None),
         "label_accuracy_real": (load_images(context.held_out), labels, groups),
@@ -50,14 +58,16 @@ def evaluate_labels(context: EvaluationContext, samples: Tensor, swap: LabelSwap
     recognised = {i for i, name in enumerate(context.store.classes) if name not in context.unrecognised}
     classes = sorted(recognised.intersection(*(targets.tolist() for _, targets, _ in sets.values())))
     if len(classes) < 2:
-        return {}
+        return LabelAccuracy({}, {})
     if swap and set(classes) <= set(swap.given.tolist()):
         sets["label_accuracy_wrong"] = (swap.decoded, swap.given, select_groups(groups, swap.rows))
-    intervals = {}
+    intervals, by_class = {}, dict[int, float]()
     for name, (images, targets, keys) in sets.items():
         correct = is_correct(context.extractor, images, targets, context.params.batch_size)
         intervals[name] = balanced_accuracy(correct, targets, classes, keys)
-    return interval_metrics("generation", intervals)
+        if images is samples:
+            by_class = {label: float(correct[targets == label].double().mean()) for label in classes}
+    return LabelAccuracy(interval_metrics("generation", intervals), by_class)
 
 
 def swap_labels(context: EvaluationContext) -> LabelSwap | None:

@@ -27,6 +27,7 @@ class Reconstructions(NamedTuple):
     images: Tensor  # (N, C, H, W) uint8
     ssim: Tensor  # (N,)
     metrics: dict[str, float]
+    latents: Tensor | None = None  # (N, *latent_shape) posterior means; not for refined reconstructions
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
     if codes:
         usage = latent.codebook_use(torch.cat(codes), context.info.model.num_embeddings)
         metrics |= {f"latent/{name}": value for name, value in usage.items()}
-    return Reconstructions(images, scores["ssim"], metrics)
+    return Reconstructions(images, scores["ssim"], metrics, torch.cat(means))
 
 
 def evaluate_pca(context: EvaluationContext, train: Tensor, test: Tensor) -> dict[int, float]:

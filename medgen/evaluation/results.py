@@ -15,7 +15,7 @@ from medgen.priors.generator import content_hash
 from medgen.tracking import EVALUATION_ORIGIN, Tracker, history, lineage
 from medgen.training.distributed import pick_device
 
-REPORTS = ("summary.json", "metrics.json", "provenance.json", "index.html")
+REPORTS = ("summary.json", "metrics.json", "provenance.json", "index.html", "MODEL_CARD.md")
 SIGNIFICANT_DIGITS = 6
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from PIL import Image
 from rich.table import Table
 
 from medgen.console import show
@@ -12,32 +13,89 @@ from medgen.metrics import c2st
 from medgen.metrics.privacy import CERTAIN_COPY
 from medgen.metrics.spectrum import NUM_BANDS
 from medgen.reports.html import data_uri, render
+from medgen.reports.model_card import ModelCard
 
+TRAINING_FIGURES = "training"  # folder in reports/ of what stage train draws
 UNREFINED_SAMPLES, CLOSEST_PAIRS, LABEL_SWAPS = "samples_decoded.png", "nearest_train.png", "wrong_labels.png"
-IMAGE_FIGURES = {  # file in figures/ -> caption
-    "samples.png": "Samples of the prior",
-    "reconstructions.png": "Test images over their reconstructions",
-    CLOSEST_PAIRS: "The samples closest to a train image, over that image; below 1 of the limit a sample counts as a "
-    "copy. This shows train images: do not publish it, nor this page",
-    LABEL_SWAPS: "Test images over their decoding with a wrong label",
-    "progress.gif": "Samples by epoch",
-    "loss.png": "Loss by epoch, linear and logarithmic",
-    "ssim.png": "SSIM on the validation split by epoch",
-    "codebook.png": "Codes used on the validation split by epoch",
-}
-REFINED_FIGURES = {
-    "samples.png": "Samples of the prior, decoded and refined",
-    UNREFINED_SAMPLES: "The same samples, decoded and not refined",
-    "reconstructions.png": "Test images over the decoder's reconstructions, over refined reconstructions",
-    **{name: text for name, text in IMAGE_FIGURES.items() if name not in ("samples.png", "reconstructions.png")},
-}
-MASK_FIGURES = {
-    "reconstructions.png": "Test images, their masks, and the predicted masks",
-    "samples.png": "The worst, middle and best test images by Dice. Blue: correct; red: missed; yellow: false positive",
-    "progress.gif": "Predicted masks of validation images by epoch",
-    "loss.png": "Loss by epoch, linear and logarithmic",
-    "dice.png": "Dice on the validation split by epoch",
-}
+CASES, LATENTS = "cases.png", "latents.png"
+HIGHLIGHTS = (  # key metrics at the top of the page
+    "SSIM of reconstructions",
+    "MMD of samples",
+    "Realism (C2ST)",
+    "Label accuracy of samples",
+    "Copies of train images",
+    "Dice of masks",
+    "IoU of masks",
+)
+
+
+class FigureFile(NamedTuple):
+    """A figure of the page, left out if its file does not exist."""
+
+    name: str  # of the file in reports/figures/
+    caption: str
+    kind: Literal["generated", "real", "plot"] = "generated"  # real: shows images of the dataset
+    folder: str = "figures"
+
+
+_CLOSEST = (
+    "The samples closest to a train image, over that image; below 1 of the limit a sample counts as a copy. This shows "
+    "train images: do not publish it, nor this page"
+)
+_CASES = (
+    "Test images, their reconstructions and the difference: the worst, median and best by SSIM. Blue: the "
+    "reconstruction is darker; red: it is brighter, in full colour from a quarter of the grey range"
+)
+_LATENTS = (
+    "Latents of test images in the plane of their first two principal axes, by class, over latents that the prior "
+    "draws (grey). Where one kind of points lies without the other, the prior does not fit"
+)
+_CURVES = [
+    FigureFile("loss.png", "Loss by epoch, linear and logarithmic", "plot", TRAINING_FIGURES),
+    FigureFile("kl.png", "KL of the posterior by epoch, linear and logarithmic", "plot", TRAINING_FIGURES),
+    FigureFile("ssim.png", "SSIM on the validation split by epoch", "plot", TRAINING_FIGURES),
+    FigureFile("dice.png", "Dice on the validation split by epoch", "plot", TRAINING_FIGURES),
+    FigureFile("codebook.png", "Codes used on the validation split by epoch", "plot", TRAINING_FIGURES),
+]
+
+
+def image_figures(has_refiner: bool) -> dict[str, list[FigureFile]]:
+    """Figures of a generative model by section."""
+    samples = [FigureFile("samples.png", "Samples of the prior" + ", decoded and refined" * has_refiner)]
+    rows = "Test images over their reconstructions"
+    if has_refiner:
+        samples.append(FigureFile(UNREFINED_SAMPLES, "The same samples, decoded and not refined"))
+        rows = "Test images over the decoder's reconstructions, over refined reconstructions"
+    return {
+        "Samples": samples,
+        "Reconstructions": [FigureFile(CASES, _CASES, "real"), FigureFile("reconstructions.png", rows, "real")],
+        "Latents": [
+            FigureFile(LATENTS, _LATENTS, "plot"),
+            FigureFile(LABEL_SWAPS, "Test images over their decoding with a wrong label", "real"),
+        ],
+        "Similarity to train images": [FigureFile(CLOSEST_PAIRS, _CLOSEST, "real")],
+        "Training curves": [
+            *_CURVES,
+            FigureFile("progress.gif", "Samples by epoch", "generated", TRAINING_FIGURES),
+        ],
+    }
+
+
+def mask_figures() -> dict[str, list[FigureFile]]:
+    """Figures of a model that predicts masks by section."""
+    cases = "The worst, middle and best test images by Dice. Blue: correct; red: missed; yellow: false positive"
+    return {
+        "Masks": [
+            FigureFile("samples.png", cases, "real"),
+            FigureFile("reconstructions.png", "Test images, their masks, and the predicted masks", "real"),
+        ],
+        "Training curves": [
+            *_CURVES,
+            FigureFile("progress.gif", "Predicted masks of validation images by epoch", "real", TRAINING_FIGURES),
+        ],
+    }
+
+
 FIDELITY = (
     "Fidelity is the similarity of an image to its original (SSIM). Realism is the similarity of a set of images to "
     "real images (all other columns). A refiner raises realism and lowers SSIM: it adds plausible detail that is not "
@@ -71,15 +129,25 @@ class PageTable(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
+class Verdict(NamedTuple):
+    """The main conclusion about a model."""
+
+    tone: Literal["neutral", "warning", "bad"]
+    text: str
+    power: str  # differences that the test behind it would have found
+
+
 class Page(NamedTuple):
     """The content of index.html."""
 
-    captions: Mapping[str, str]  # by file name of the figure
+    verdict: Verdict
     findings: Sequence[str]
+    card: ModelCard
+    phases: PageTable  # of the training
+    settings: Mapping[str, str]  # of model, training and data, by name
+    figures: Mapping[str, Sequence[FigureFile]]  # by section
     rows: Sequence[Row]
-    description: Mapping[str, str]  # of the model and data, by name
     tables: Sequence[PageTable] = ()
-    generative: bool = True  # False if `medgen generate` cannot use the model
 
 
 def image_rows(metrics: Mapping[str, float], pca: Mapping[int, float], num_latent: int) -> list[Row]:
@@ -297,12 +365,22 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write index.html; its figures are in figures/ and training/ next to it, and missing ones are left out."""
-    folders = (path.parent / "figures", path.parent / "training")
-    files = {folder / name: caption for name, caption in page.captions.items() for folder in folders}
-    figures = [
-        (data_uri(file.read_bytes(), file.suffix.removeprefix(".")), caption)
-        for file, caption in files.items()
-        if file.is_file()
-    ]
-    write_atomic(path, render("evaluation.html", title="medgen: evaluation", figures=figures, **page._asdict()))
+    """Write index.html with its figures inside; those that do not exist are left out."""
+    sections = {
+        title: [shown for each in figures if (shown := _load(path.parent, each))]
+        for title, figures in page.figures.items()
+    }
+    values = page._asdict() | {"figures": {title: figures for title, figures in sections.items() if figures}}
+    title = f"medgen: {page.card.name}"
+    write_atomic(path, render("evaluation.html", title=title, highlights=HIGHLIGHTS, **values))
+
+
+def _load(reports: Path, figure: FigureFile) -> dict[str, Any] | None:
+    """The values of template `figure` for a file; None if it does not exist."""
+    file = reports / figure.folder / figure.name
+    if not file.is_file():
+        return None
+    with Image.open(file) as image:
+        width, height = image.size
+    source = data_uri(file.read_bytes(), file.suffix.removeprefix("."))
+    return {"source": source, "caption": figure.caption, "kind": figure.kind, "width": width, "height": height}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from medgen.config import Evaluate, LocalNetwork, Project, Refiner, Tracking, seed_of
@@ -29,7 +30,7 @@ from medgen.priors.generator import content_hash
 from medgen.priors.refiner import Refiner as ImageRefiner
 from medgen.priors.refiner import load_refiner, save_disabled, save_refiner
 from medgen.reports.figures import write_grid
-from medgen.tracking import history, read_run
+from medgen.tracking import PRIOR_ORIGIN, history, read_run
 
 Trained = Callable[..., Project]
 Evaluated = tuple[Project, dict[str, float]]  # a project and its metrics
@@ -79,6 +80,9 @@ REPORTS = (
     "provenance.json",
     "metrics.json",
     "index.html",
+    "MODEL_CARD.md",
+    "figures/cases.png",
+    "figures/latents.png",
     "figures/samples.png",
     "figures/reconstructions.png",
     "figures/nearest_train.png",
@@ -175,7 +179,7 @@ def test_reports_contain_no_local_path_and_need_no_other_file(evaluated: Evaluat
         assert str(project.root) not in (project.reports / name).read_text()
     page = (project.reports / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("<img") == 3
+    assert page.count("<img") == 5 and page.count(">real images<") == 3
     for name in ("reconstruction/ssim", "generation/mmd_domain", "generation/kid_domain"):
         low, high = (metrics[f"{name}_ci_{end}"] for end in ("low", "high"))
         assert f"{metrics[name]:.3g} ({low:.3g} to {high:.3g})" in page
@@ -189,6 +193,42 @@ def test_the_summary_has_the_main_metrics_alone(evaluated: Evaluated) -> None:
     summary = json.loads((project.reports / "summary.json").read_text())
     assert {"reconstruction/ssim", "generation/mmd_domain", "privacy/copy_rate"} <= set(summary) and len(summary) <= 12
     assert summary.items() <= metrics.items()
+
+
+def test_the_page_has_a_verdict_with_its_power_numbers_by_class_and_a_model_card(evaluated: Evaluated) -> None:
+    project, _ = evaluated
+    page, card = ((project.reports / name).read_text() for name in ("index.html", "MODEL_CARD.md"))
+    verdict = re.search(r'<div class="verdict \w+"><p>(.*?)</p><p>(.*?)</p>', page)
+    assert verdict and "in 4 of 5 cases" in verdict[2] and "Variation between" not in verdict[1]
+    store = open_store(project.dataset)
+    for name in store.classes:
+        assert re.search(rf"<td>{name}</td><td[^>]*>\d+</td><td[^>]*>\d+</td><td[^>]*>0\.\d+ \(", page), name
+    header = YAML(typ="safe").load(card.split("---\n")[1])
+    assert header["library_name"] == "medgen" and header["pipeline_tag"] == "unconditional-image-generation"
+    values = {each["type"]: each["value"] for each in header["model-index"][0]["results"][0]["metrics"]}
+    assert values["ssim"] == evaluated[1]["reconstruction/ssim"]
+    for text in ("Not for diagnosis", "Licence of the images: not recorded"):
+        assert text in page and text in card
+    assert "model.latent_size" in page and "num_embeddings" not in page, "keys of other families"
+
+
+def test_the_page_says_what_was_trained_and_not_where(evaluated: Evaluated, project: Project) -> None:
+    phases = {
+        "one": {"epochs": 3, "learning_rate": 2e-3},
+        "two": {"epochs": 2, "beta": {"schedule": "linear", "end": 0.3, "epochs": 4}},
+    }
+    train = {"seed": 7, "device": "cuda", "phases": phases}
+    scratch = project.runs / "run0"
+    scratch.mkdir(parents=True)
+    (scratch / "params.json").write_text(json.dumps({"loss": {"weights": {"l1": 1.0, "ssim": 0.5}}, "train": train}))
+    (scratch / PRIOR_ORIGIN).write_text(
+        json.dumps({"sha256": hash_file(project.prior / "prior.json"), "prior": {"name": "gmm", "variance_kept": 0.77}})
+    )
+    evaluate.run(project, evaluate=SMALL, tracking=OFF)
+    page, card = ((project.reports / name).read_text() for name in ("index.html", "MODEL_CARD.md"))
+    for text in ("5 epochs in 2 phases", "0 to 0.3 over 4 epochs", "l1 1, ssim 0.5", "0.002", "0.77"):
+        assert text in page, text
+    assert "train.seed | 7" in card.replace("\\", "") and "cuda" not in page + card
 
 
 def test_provenance_has_extractor_and_data_and_the_run_has_versions(evaluated: Evaluated) -> None:
@@ -470,7 +510,7 @@ def test_refined_reconstructions_are_compared_with_their_originals(refined: Eval
 def test_the_page_compares_metrics_before_and_after_the_refiner(evaluated: Evaluated, refined: Evaluated) -> None:
     (project, metrics), plain = refined, evaluated[0]
     page = (project.reports / "index.html").read_text()
-    assert "Fidelity and realism" in page and "perception-distortion" in page and page.count("<img") == 4
+    assert "Fidelity and realism" in page and "perception-distortion" in page and page.count("<img") == 6
     for name, group in (
         ("decoder&#39;s reconstructions", "reconstruction"),
         ("refined reconstructions", "refined"),

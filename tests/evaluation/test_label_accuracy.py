@@ -67,7 +67,7 @@ def test_label_accuracy_of_a_conditional_model(evaluated: Evaluated) -> None:
         )
     assert not [key for key in metrics if "label_agreement" in key]
     page = (project.reports / "index.html").read_text()
-    assert "Label accuracy of samples" in page and "with a wrong label" in page and page.count("<img") == 4
+    assert "Label accuracy of samples" in page and "with a wrong label" in page and page.count("<img") == 6
     with Image.open(project.figures / "wrong_labels.png") as image:
         assert image.height > 2 * 96
 
