@@ -411,13 +411,17 @@ def audit(
         Path | None, typer.Argument(metavar="PATH", help="Folder of images. Default: the project's data.")
     ] = None,
     params: ParamsFile = PARAMS,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of audit.html and audit.json. Default: reports/.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 2 if the splits leak.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Check images for leaks between splits, duplicates, wrong labels, odd and unreadable files."""
     from medgen.ingest import audit
 
-    _call(audit.run, params, overrides, path=path, as_json=as_json)
+    _call(audit.run, params, overrides, path=path, out=out, strict=strict, as_json=as_json)
 
 
 @data_app.command("list")

@@ -20,7 +20,7 @@ from medgen.config import Project
 from medgen.console import counting_bar, note
 from medgen.errors import UserError
 from medgen.ingest import dataset_scan, images
-from medgen.ingest.audit_page import Audit, print_tables, render_page, shown_records
+from medgen.ingest.audit_page import Audit, histogram, print_tables, render_page, shown_records
 from medgen.ingest.dataset_checks import CheckResults, ImageIndex, check_dataset
 from medgen.ingest.dataset_scan import ImageRecord
 from medgen.ingest.formats.raw import RawImage
@@ -38,13 +38,17 @@ def run(
     data: config.Data,
     preprocess: config.Preprocess,
     path: Path | None = None,
+    out: Path | None = None,
+    strict: bool = False,
     as_json: bool = False,
 ) -> CheckResults:
-    """Check the data folder, or the folder `path`, and write reports/audit.html and reports/audit.json.
+    """Check the data folder, or the folder `path`, and write audit.html and audit.json to reports/, or to `out`.
 
     Raises:
-        UserError: the folder does not exist, is a file, contains no images, or has a wrong manifest.
+        UserError: the folder does not exist, is a file, contains no images, or has a wrong manifest; `out` cannot be
+            written; with `strict`, splits leak.
     """
+    reports = out or project.reports
     folder = project.root / data.path if path is None else path
     if folder.is_file():
         raise UserError(
@@ -53,16 +57,27 @@ def run(
         )
     data = data.model_copy(update={"keep_patient_ids": False})  # reports may be shared
     preprocess = preprocess.model_copy(update={"channels": 3})  # to find colour images in a grey dataset
-    audit = _check_folder(project.runs, folder, data, preprocess)
-    content = to_json(audit.to_json())
-    page = render_page(audit, _jpegs(folder, shown_records(audit), preprocess))
-    write_atomic(project.reports / "audit.json", content)
-    write_atomic(project.reports / "audit.html", page)
+    try:
+        audit = _check_folder(reports, folder, data, preprocess)
+        content = to_json(audit.to_json())
+        page = render_page(audit, _jpegs(folder, shown_records(audit), preprocess))
+        write_atomic(reports / "audit.json", content)
+        write_atomic(reports / "audit.html", page)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or reports}: {error.strerror or error}; expected images that can be read and a folder "
+            "for the page that can be written, which --out chooses"
+        ) from error
     if as_json:
         print(content.decode(), end="")
     else:
         print_tables(audit)
-    note(f"images and lists: {project.reports / 'audit.html'}")
+    note(f"images and lists: {reports / 'audit.html'}")
+    if strict and (leaks := audit.results.leaks):
+        raise UserError(
+            f"{folder}: {len(leaks)} leaks between splits, for example: {leaks[0]}. {reports / 'audit.html'} lists "
+            "them. Set data.leaks to move, or data.splits to own"
+        )
     return audit.results
 
 
@@ -86,6 +101,10 @@ def _check_folder(scratch: Path, folder: Path, data: config.Data, preprocess: co
                 index.add(result, result.value)
             progress.advance(task)
         results = check_dataset(index, [record.split for record in index.records])
+        histograms = {
+            "Longer side of the images in pixels": histogram(index.sizes.max(axis=1)) if len(index) else [],
+            "Mean grey value of the images, from 0 (black) to 255 (white)": histogram(index.mean_greys, (0, 256)),
+        }
     masks = {record.mask for record in scanned.records if record.mask}
     images_per_file = Counter(record.path for record in records)
     num_image_files = len(masks | images_per_file.keys())
@@ -99,6 +118,7 @@ def _check_folder(scratch: Path, folder: Path, data: config.Data, preprocess: co
         left_out=left_out,
         other_files=scanned.other_files,
         records={record.name: record for record in index.records},
+        histograms=histograms,
     )
 
 

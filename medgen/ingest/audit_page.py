@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from medgen.console import say, show
@@ -12,9 +14,13 @@ from medgen.ingest.dataset_checks import CheckResults, DuplicateGroup, escaped
 from medgen.ingest.dataset_scan import ImageRecord
 from medgen.reports.html import data_uri, render
 
+_NUM_BINS = 32  # of a histogram, at most
 _MAX_SHOWN = 12  # entries per section of the page; audit.json contains all
 _MIN_IMBALANCE = 3.0  # ratio of the largest to the smallest class that is worth a sentence
-_CHECK_COLUMNS = ("check", "number", "details or an example")
+_NAME_PATIENTS = "name them in manifest.csv (column patient), or set data.patient_pattern"
+_CONTENT_COLUMNS = ("content", "number", "details")
+_CHECK_COLUMNS = ("check", "number", "severity", "an example")
+SEVERITIES = ("error", "serious", "note")  # the most severe first
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Audit:
     left_out: list[tuple[str, str]]  # undamaged images that the settings leave out, such as empty slices
     other_files: list[tuple[str, str]]  # files that are not images
     records: Mapping[str, ImageRecord]  # by name, of the images that were read
+    histograms: Mapping[str, list[tuple[str, int]]]  # title -> range of values and number of images of each bin
 
     def to_json(self) -> dict[str, Any]:
         """The content of audit.json."""
@@ -38,7 +45,25 @@ class Audit:
         reasons = {
             key: [{"path": name, "reason": reason} for name, reason in entries] for key, entries in lists.items()
         }
-        return counts | self.results.to_json() | reasons
+        histograms = {
+            title: [{"range": label, "images": count} for label, count in bins]
+            for title, bins in self.histograms.items()
+        }
+        return counts | self.results.to_json() | reasons | {"histograms": histograms}
+
+
+def histogram(values: NDArray[Any], limits: tuple[int, int] | None = None) -> list[tuple[str, int]]:
+    """The range and the number of values in each of up to 32 bins of whole numbers, from low to high."""
+    if len(values) == 0:
+        return []
+    low, high = limits or (int(values.min()), int(values.max()) + 1)
+    width = max(1, -(-(high - low) // _NUM_BINS))
+    edges = np.arange(low, high + width, width)
+    counts, _ = np.histogram(values, edges)
+    return [
+        (str(edge) if width == 1 else f"{edge} to {edge + width - 1}", count)
+        for edge, count in zip(edges[:-1].tolist(), counts.tolist(), strict=True)
+    ]
 
 
 def print_tables(audit: Audit) -> None:
@@ -50,12 +75,17 @@ def print_tables(audit: Audit) -> None:
     for cells in body:
         classes.add_row(*cells)
     show(classes)
-    checks = Table(title="Checks", title_justify="left")
-    for at, heading in enumerate(_CHECK_COLUMNS):
-        checks.add_column(heading, justify="right" if at == 1 else "left", no_wrap=at < 2, overflow="fold")
-    for row in _check_rows(audit):
-        checks.add_row(*row)
-    show(checks)
+    for title, columns, rows in (
+        ("Content", _CONTENT_COLUMNS, _content_rows(audit)),
+        ("Checks", _CHECK_COLUMNS, _check_rows(audit)),
+    ):
+        table = Table(title=title, title_justify="left")
+        for at, heading in enumerate(columns):
+            last = at == len(columns) - 1
+            table.add_column(heading, justify="right" if at == 1 else "left", no_wrap=not last, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        show(table)
     for sentence in _conclusions(audit):
         say(f"- {sentence}")
 
@@ -78,6 +108,9 @@ def render_page(audit: Audit, jpegs: Mapping[str, bytes]) -> bytes:
         conclusions=_conclusions(audit),
         class_head=class_head,
         class_rows=class_rows,
+        histograms={title: bins for title, bins in audit.histograms.items() if bins},
+        content_head=_CONTENT_COLUMNS,
+        content_rows=_content_rows(audit),
         check_head=_CHECK_COLUMNS,
         check_rows=_check_rows(audit),
         leaks=[(leak.patient, _join(leak.counts), escaped(leak.example)) for leak in results.patient_leaks],
@@ -92,8 +125,8 @@ def render_page(audit: Audit, jpegs: Mapping[str, bytes]) -> bytes:
     )
 
 
-def _check_rows(audit: Audit) -> list[tuple[str, str, str]]:
-    """Name, number and details of each count, and an example of each kind of problem."""
+def _content_rows(audit: Audit) -> list[tuple[str, str, str]]:
+    """Name, number and details of what the folder contains."""
     results = audit.results
     kinds = [
         f"{name} {kind['files']:,}" + (f" ({kind['images']:,} images)" if kind["images"] != kind["files"] else "")
@@ -102,24 +135,55 @@ def _check_rows(audit: Audit) -> list[tuple[str, str, str]]:
     small, median, large = (f"{w} x {h}" for w, h in zip(results.widths, results.heights, strict=True))
     num_classes = sum(1 for label in results.counts if label)
     balance = "one class" if results.imbalance is None else f"{results.imbalance:.3g} to 1, largest to smallest"
-    per_patient = results.num_images / max(results.num_patients, 1)
-    rows: list[tuple[str, int, str]] = [
-        ("files", audit.num_files, ", ".join(kinds)),
-        ("images", results.num_images, ", ".join(f"{mode} {num:,}" for mode, num in results.modes.items())),
-        ("sizes", results.num_sizes, f"{small} to {large}, median {median}"),
-        ("classes", num_classes, balance if num_classes else "no labels"),
-        ("patients", results.num_patients, f"images per patient: {per_patient:.3g}"),
-        ("masks", audit.num_masks, ""),
-        (
-            "patients in several splits",
-            len(results.patient_leaks),
-            _first(leak.example for leak in results.patient_leaks),
-        ),
+    modes = ", ".join(f"{mode} {num:,}" for mode, num in results.modes.items())
+    return [
+        ("files", f"{audit.num_files:,}", ", ".join(kinds)),
+        ("images", f"{results.num_images:,}", modes),
+        ("sizes", f"{results.num_sizes:,}", f"{small} to {large}, median {median}"),
+        ("classes", f"{num_classes:,}", balance if num_classes else "no labels"),
+        _patients_row(results),
+        ("masks", f"{audit.num_masks:,}", ""),
     ]
+
+
+def _patients_row(results: CheckResults) -> tuple[str, str, str]:
+    unknown = results.num_images_without_patient
+    known_images = results.num_images - unknown
+    if not known_images:
+        return "patients", "unknown", "no file name, header or manifest.csv names a patient"
+    details = f"images per patient: {known_images / results.num_known_patients:.3g}"
+    return (
+        "patients",
+        f"{results.num_known_patients:,}",
+        details + (f"; unknown for {unknown:,} images" if unknown else ""),
+    )
+
+
+def _check_rows(audit: Audit) -> list[tuple[str, str, str, str]]:
+    """Name, number, severity and an example of each kind of problem, the most severe first."""
+    results = audit.results
+    unknown = results.num_images_without_patient
+    number, example = f"{len(results.patient_leaks):,}", _first(leak.example for leak in results.patient_leaks)
+    if unknown and not results.patient_leaks:
+        number = "unknown"
+        known = results.num_images - unknown
+        example = f"{unknown:,} images name no patient" + (f"; none among the other {known:,}" if known else "")
+    severity = "error" if results.patient_leaks else "serious" if unknown else ""
+    rows = [("patients in several splits", number, severity, example)]
     for title, groups in _sections(results).items():
-        rows.append((title, len(groups), _first(" and ".join(group.names[:2]) for group in groups)))
-    rows += [(title, len(entries), _first(map(": ".join, entries))) for title, entries in _file_lists(audit).items()]
-    return [(name, f"{number:,}", details) for name, number, details in rows]
+        example = _first(" and ".join(group.names[:2]) for group in groups)
+        rows.append((title, f"{len(groups):,}", _severity(title) if groups else "", example))
+    for title, entries in _file_lists(audit).items():
+        severity = _severity(title) if entries else ""
+        rows.append((title, f"{len(entries):,}", severity, _first(map(": ".join, entries))))
+    return sorted(rows, key=lambda row: SEVERITIES.index(row[2]) if row[2] else len(SEVERITIES))
+
+
+def _severity(title: str) -> str:
+    """The severity of a kind of problem: error for one that makes results wrong."""
+    if title.endswith("across splits"):
+        return "error"
+    return "serious" if title in ("one image, several labels", "unreadable") else "note"
 
 
 def _file_lists(audit: Audit) -> dict[str, list[tuple[str, str]]]:
@@ -137,7 +201,11 @@ def _sections(results: CheckResults) -> dict[str, Sequence[DuplicateGroup]]:
         sections[f"{title} across splits"] = [group for group in groups if group.is_across]
         sections[f"other {title}"] = [group for group in groups if not group.is_across]
     sections["one image, several labels"] = results.conflicts
-    return sections | {"outliers": single(results.outliers), "blank": single(results.blank)}
+    order = sorted(sections, key=lambda title: SEVERITIES.index(_severity(title)))
+    return {title: sections[title] for title in order} | {
+        "outliers": single(results.outliers),
+        "blank": single(results.blank),
+    }
 
 
 def _conclusions(audit: Audit) -> list[str]:
@@ -180,11 +248,23 @@ def _leak_conclusion(results: CheckResults) -> str:
             "trained on. Set data.leaks to move, or data.splits to own."
         )
     splits = {split for counts in results.counts.values() for split in counts if split}
+    unknown = results.num_images_without_patient
     if len(splits) == 1:
         return f"All images are in {splits.pop()}, so there are no leaks between splits."
+    if splits and unknown:
+        return (
+            f"No image is in two of the dataset's splits. Patients are unknown for {unknown:,} of "
+            f"{results.num_images:,} images, so leaks of patients cannot be found there: {_NAME_PATIENTS}."
+        )
     if splits:
         return "No patient and no image is in two of the dataset's splits."
-    return "The dataset defines no splits; preprocess keeps patients and duplicates together when it assigns them."
+    text = "The dataset defines no splits; preprocess keeps patients and duplicates together when it assigns them."
+    if unknown:
+        text += (
+            f" Patients are unknown for {unknown:,} of {results.num_images:,} images, whose files count as one patient "
+            f"each: {_NAME_PATIENTS}."
+        )
+    return text
 
 
 def _class_table(results: CheckResults) -> tuple[list[str], list[list[str]]]:

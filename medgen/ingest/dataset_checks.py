@@ -35,6 +35,8 @@ from medgen.ingest.near_duplicates import (
 )
 from medgen.ingest.reading import ReadResult
 
+_BATCH = 512  # thumbnails
+
 
 class ImageIndex:
     """Hash, size, contrast and thumbnail of each image that was read, in about 150 bytes of memory per image."""
@@ -74,6 +76,16 @@ class ImageIndex:
     def sizes(self) -> NDArray[np.int32]:
         """(N, 2) width and height of each image in its file."""
         return np.array(self._sizes, np.int32).reshape(-1, 2)
+
+    @cached_property
+    def mean_greys(self) -> NDArray[np.float32]:
+        """(N,) mean grey value of each image, 0 to 255."""
+        thumbnails = self._thumbnails()
+        parts = [
+            thumbnails[start : start + _BATCH].mean(axis=(1, 2), dtype=np.float32)
+            for start in range(0, len(thumbnails), _BATCH)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
     @cached_property
     def exact_duplicates(self) -> list[list[int]]:
@@ -144,7 +156,7 @@ class CheckResults:
     """Counts and problems of a dataset. All lists are complete, except that `near` ends after MAX_PAIRS pairs."""
 
     num_images: int
-    num_patients: int
+    num_patients: int  # where nothing names the patient, each file counts as one
     counts: dict[str, dict[str, int]]  # label -> split -> images; "" if there is none
     modes: dict[str, int]
     widths: tuple[int, int, int]  # smallest, median, largest
@@ -156,6 +168,8 @@ class CheckResults:
     conflicts: list[DuplicateGroup]  # exact or near duplicates with several labels
     blank: list[str]
     outliers: list[str]
+    num_known_patients: int  # named by a manifest, a header or a name
+    num_images_without_patient: int
 
     @property
     def num_duplicates(self) -> int:
@@ -203,6 +217,7 @@ def check_dataset(index: ImageIndex, splits: Sequence[str | None], dropped: Coll
         patients[record.patient][split or ""] += 1
         examples.setdefault(record.patient, record.name)
     exact, near = _group_duplicates(index, splits, dropped)
+    kept = [record for row, record in enumerate(records) if row not in dropped]
     return CheckResults(
         num_images=len(index),
         num_patients=len(patients),
@@ -221,6 +236,8 @@ def check_dataset(index: ImageIndex, splits: Sequence[str | None], dropped: Coll
         conflicts=[group for group in [*exact, *near] if len(group.labels) > 1],
         blank=[records[row].name for row in index.blank],
         outliers=[records[row].name for row in index.outliers],
+        num_known_patients=len({record.patient for record in kept if record.patient_known}),
+        num_images_without_patient=sum(not record.patient_known for record in kept),
     )
 
 

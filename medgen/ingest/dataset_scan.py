@@ -11,7 +11,7 @@ from the file (a DICOM header, the labels in an NPZ file), then from the names o
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from medgen import config
@@ -36,6 +36,7 @@ class ImageRecord:
     split: str | None  # train, val, test if the dataset defines it
     mask: str | None  # path of the mask file
     index: int = 0  # position of the image in its file; the mask has the same index in the mask file
+    patient_known: bool = field(default=True, compare=False)  # False: nothing names the patient
 
     @property
     def name(self) -> str:
@@ -85,7 +86,9 @@ def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> Scan
     records: list[ImageRecord] = []
     for path in sorted(pairs.images):
         contents, row, labels = inspected[path], (rows or {}).get(path, ManifestRow()), labeler.labels_of(path)
-        patient = patient_ids.of_file(path, contents, row, labels)
+        identifier = patient_ids.find(path, contents, row, labels)
+        is_known = identifier is not None
+        patient = patient_ids.of_file(path, contents, identifier)
         mask = pairs.mask_of(path)
         for at, index in enumerate(contents.indices):
             records.append(
@@ -96,6 +99,7 @@ def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> Scan
                     split=row.split or _item(contents.splits, at) or labels.split,
                     mask=mask,
                     index=index,
+                    patient_known=is_known,
                 )
             )
     has_patient_ids = any(contents.patient for contents in inspected.values())
@@ -150,11 +154,17 @@ class _PatientIds:
         self._pattern = patients.compile_pattern(data.patient_pattern)
         self._salt = None if data.keep_patient_ids else patients.read_salt(folder)
 
-    def of_file(self, path: str, contents: Contents, row: ManifestRow, labels: PathLabels) -> str | None:
-        """The patient of all images of a file; None if every image belongs to a different patient."""
+    def find(self, path: str, contents: Contents, row: ManifestRow, labels: PathLabels) -> str | None:
+        """The patient's identifier of a file; None if nothing names the patient."""
         if row.patient is None and contents.independent:
             return None
-        return self._pseudonym(row.patient or self._find(path, contents, labels) or path)
+        return row.patient or self._find(path, contents, labels)
+
+    def of_file(self, path: str, contents: Contents, identifier: str | None) -> str | None:
+        """The patient of all images of a file; None if every image belongs to a different patient."""
+        if identifier is None and contents.independent:
+            return None
+        return self._pseudonym(identifier or path)
 
     def of_image(self, path: str, index: int) -> str:
         """The patient of one image of a file of many patients."""

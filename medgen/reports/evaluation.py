@@ -48,7 +48,7 @@ _CASES = (
 )
 _LATENTS = (
     "Latents of test images in the plane of their first two principal axes, by class, over latents that the prior "
-    "draws (grey). Where one kind of points lies without the other, the prior does not fit"
+    "draws (grey crosses). Where one kind of points lies without the other, the prior does not fit"
 )
 _CURVES = [
     FigureFile("loss.png", "Loss by epoch, linear and logarithmic", "plot", TRAINING_FIGURES),

@@ -18,6 +18,7 @@ from medgen.config import Data, Preprocess, Project
 from medgen.datasets.sample import render
 from medgen.errors import UserError
 from medgen.ingest.audit import run
+from medgen.ingest.audit_page import SEVERITIES
 from medgen.ingest.patients import pseudonymize, read_salt
 
 Shared = Callable[[str], Path]
@@ -115,6 +116,59 @@ def test_the_generated_sample_is_clean(tiny_store: Path, tmp_path: Path, capsys:
     assert sentences == [
         "- The dataset defines no splits; preprocess keeps patients and duplicates together when it assigns them."
     ]
+
+
+def test_unknown_patients_are_said_to_be_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, split in enumerate(["train", "train", "test"]):
+        save(tmp_path / "data" / split / "A" / f"image{number}.png", make_image(number))
+    found = audit(tmp_path)
+    assert (found["num_known_patients"], found["num_images_without_patient"]) == (0, 3)
+    page = (tmp_path / "reports" / "audit.html").read_text()
+    assert re.search(r"<td>patients in several splits</td><td[^>]*>unknown</td>", page)
+    assert re.search(r"<td>patients</td><td[^>]*>unknown</td>", page)
+    assert "Patients are unknown for 3 of 3 images, so leaks of patients cannot be found there" in page
+    assert "No patient and no image" not in page + capsys.readouterr().out
+
+    (tmp_path / "data" / "manifest.csv").write_text(
+        "path,patient\ntrain/A/image0.png,P1\ntrain/A/image1.png,\ntest/A/image2.png,P2\n"
+    )
+    found = audit(tmp_path)
+    assert (found["num_known_patients"], found["num_images_without_patient"]) == (2, 1)
+    page = (tmp_path / "reports" / "audit.html").read_text()
+    assert re.search(r"<td>patients in several splits</td><td[^>]*>unknown</td>", page)
+    assert "1 images name no patient; none among the other 2" in page
+
+
+def test_strict_exits_with_code_2_on_leaks_after_the_page_is_written(planted: Path) -> None:
+    with pytest.raises(UserError, match="3 leaks between splits"):
+        run(Project(planted), data=Data(), preprocess=Preprocess(), strict=True)
+    assert (planted / "reports" / "audit.html").exists()
+    run(Project(planted), data=Data(splits="own"), preprocess=Preprocess(), strict=True)
+
+
+def test_out_is_the_only_folder_that_is_written(planted: Path, tmp_path: Path) -> None:
+    before = {path for path in planted.rglob("*") if path.name != ".salt"}
+    run(Project(planted), data=Data(), preprocess=Preprocess(), out=tmp_path / "page" / "new")
+    written = {path for path in planted.rglob("*") if path.name != ".salt"} - before
+    names = ("page", "page/new", "page/new/audit.html", "page/new/audit.json")
+    assert written == {tmp_path / name for name in names}
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out"):
+        run(Project(planted), data=Data(), preprocess=Preprocess(), out=tmp_path / "file" / "page")
+
+
+def test_the_page_has_histograms_and_lists_the_most_severe_problems_first(planted: Path) -> None:
+    found = audit(planted)
+    assert [sum(each["images"] for each in bins) for bins in found["histograms"].values()] == [18, 18]
+    page = (planted / "reports" / "audit.html").read_text()
+    assert page.count('class="bars"') == 2
+    severities = re.findall(r'data-head="severity">(\w*)<', page)
+    assert severities[:3] == ["error"] * 3 and [each for each in severities if each] == sorted(
+        filter(None, severities), key=SEVERITIES.index
+    )
+    titles = ["Patients in several splits", "Exact duplicates across", "One image, several", "Other exact", "Outliers"]
+    places = [page.index(f"<h2>{title}") for title in titles]
+    assert places == sorted(places)
 
 
 def test_json_on_standard_output_is_the_file(planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
