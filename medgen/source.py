@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import medgen
 from medgen.config import Project
 from medgen.console import say
 from medgen.io import hash_file, to_json, write_atomic
@@ -33,7 +32,7 @@ IGNORED = ("tracking", "datasets", "console.py", "errors.py", "io.py", "machine.
 # files that decide the result of every training
 TRAINING = tuple(f"training/{name}.py" for name in ("guard", "loader", "loop", "losses", "optimizers", "state"))
 NUM_NAMES = 3  # changed files that a line names
-PACKAGE = Path(medgen.__file__).parent
+PACKAGE = Path(__file__).parent
 
 
 def run(project: Project) -> None:

@@ -39,15 +39,21 @@ REJECTED_COLUMNS = ("path", "reason")
 _QUOTING: Literal[1] = csv.QUOTE_ALL  # an unquoted carriage return in a file name ends the row (Python 3.11)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Split:
-    """The memory-mapped arrays of one split."""
+    """The memory-mapped, read-only arrays of one split."""
 
     name: str
     images: NDArray[np.uint8]  # (N, C, H, W)
     labels: NDArray[np.int64]  # (N,), -1 if unlabelled
     masks: NDArray[np.uint8] | None  # (N, 1, H, W) class numbers, 0/1 if binary; see `masked_rows`
     manifest: Path
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return f"Split({self.name!r}, images={self.images.shape}, masks={self.masks is not None})"
 
     def rows(self) -> Iterator[dict[str, str]]:
         """The split's rows of manifest.csv, in the order of the arrays."""
@@ -76,7 +82,7 @@ class Split:
         return names if all(names) and len(counts) >= 3 and max(counts.values()) <= len(names) - 2 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Store:
     """A checked dataset folder."""
 
@@ -88,6 +94,12 @@ class Store:
     source: str  # digest of the source files and settings
     name: str  # data.name
     preprocess: config.Preprocess  # settings that a new image needs too
+
+    def __repr__(self) -> str:
+        return (
+            f"Store({str(self.folder)!r}, name={self.name!r}, counts={self.counts}, image_shape={self.image_shape}, "
+            f"classes={self.classes})"
+        )
 
     def split(self, name: str) -> Split:
         """Open "train", "val" or "test"."""

@@ -148,14 +148,15 @@ def find_local_network(params: Evaluate, root: Path, device: torch.device) -> Lo
 
 def describe_images(context: EvaluationContext, images: Tensor) -> ImageSet:
     """Domain features and radial power of images (N, C, H, W) uint8."""
-    return ImageSet(extract_features(context, images), radial_power(images))
+    return ImageSet(extract_features(context.extractor, images, context.params.batch_size), radial_power(images))
 
 
 @torch.no_grad()
-def extract_features(context: EvaluationContext, images: Tensor) -> Tensor:
+def extract_features(extractor: DomainExtractor, images: Tensor, batch_size: int) -> Tensor:
     """Domain features (N, 128), on the CPU, of images (N, C, H, W) uint8."""
-    parts = torch.split(images, context.params.batch_size)
-    return torch.cat([context.extractor(part.to(context.device).float() / 255.0).cpu() for part in parts])
+    device = extractor.mean.device
+    parts = torch.split(images, batch_size)
+    return torch.cat([extractor(part.to(device).float() / 255.0).cpu() for part in parts])
 
 
 def load_images(split: Split) -> Tensor:

@@ -82,7 +82,8 @@ def evaluate_samples(
     intervals = domain_distances(features.samples, features.held_out, features.bandwidth, groups)
     intervals |= prdc_intervals(features.held_out.content, features.samples.content, groups)
     if context.held_out.name == "test":  # a search does not use it, and it trains networks
-        intervals |= classifier_tests(context, samples, features.samples, held_out, features.held_out)
+        sets = (samples, features.samples, held_out, features.held_out)
+        intervals |= classifier_tests(*sets, groups, seed=context.params.seed, device=context.device)
     spectrum = spectrum_metrics("generation", features.samples.power, features.held_out.power)
     return interval_metrics("generation", intervals) | spectrum
 
@@ -94,9 +95,9 @@ def evaluate_reference(
     seed = seed_of(context.params.seed)
     rows, groups = reference_rows(context)
     reference = ImageSet(features.train.features[rows], features.train.power[rows])
-    intervals = domain_distances(
-        reference, features.held_out, features.bandwidth, context.held_out.patients, groups
-    ) | classifier_tests(context, train[rows], reference, test, features.held_out, groups)
+    held_out_groups, sets = context.held_out.patients, (train[rows], reference, test, features.held_out)
+    intervals = domain_distances(reference, features.held_out, features.bandwidth, held_out_groups, groups)
+    intervals |= classifier_tests(*sets, held_out_groups, groups, context.params.seed, context.device)
     metrics = {f"generation/{name}_floor": interval.value for name, interval in intervals.items()}
     spectrum = spectrum_metrics("generation", reference.power, features.held_out.power)
     metrics["generation/spectrum_distance_floor"] = spectrum["generation/spectrum_distance"]
@@ -143,24 +144,27 @@ def domain_distances(
 
 
 def classifier_tests(
-    context: EvaluationContext,
     images: Tensor,
     features: ImageSet,
     held_out: Tensor,
     held_out_features: ImageSet,
+    groups: Groups,
     image_groups: Groups = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Interval]:
-    """AUC of classifiers of a set against the held-out images, by input and the highest; empty for too few groups."""
-    groups = context.held_out.patients
+    """AUC of classifiers of a set against the held-out images, by input and the highest; empty for too few groups.
+
+    Without features (N, 0) there is no classifier by features.
+    """
     if min(len(group_rows(len(images), image_groups)), len(group_rows(len(held_out), groups))) < MIN_GROUPS:
         return {}
-    seed = seed_of(context.params.seed, 3) % 2**31
     power, held_out_power = log_power(features.power), log_power(held_out_features.power)
-    intervals = {
-        "spectrum": linear_auc(held_out_power, power, groups, image_groups),
-        "domain": linear_auc(held_out_features.features, features.features, groups, image_groups),
-        "pixels": network_auc(held_out, images, groups, image_groups, seed, context.device),
-    }
+    intervals = {"spectrum": linear_auc(held_out_power, power, groups, image_groups)}
+    if features.features.shape[1]:
+        intervals["domain"] = linear_auc(held_out_features.features, features.features, groups, image_groups)
+    network_seed = seed_of(seed, 3) % 2**31
+    intervals["pixels"] = network_auc(held_out, images, groups, image_groups, network_seed, device)
     highest = max(intervals.values(), key=lambda interval: interval.value)
     return {"c2st_auc": highest} | {f"c2st_auc_{name}": interval for name, interval in intervals.items()}
 

@@ -82,7 +82,6 @@ def run(
     return paths
 
 
-@torch.no_grad()
 def interpolate(
     model: Path, out: Path, *, ends: tuple[Path, Path], n: int = NUM_IMAGES, label: str | None = None
 ) -> Tensor:
@@ -106,19 +105,10 @@ def interpolate(
     """
     _check_steps(n)
     network, info = bundle.load_generative(model / "model", pick_device("auto"))
-    device = next(network.parameters()).device
     labels = [_find_label(network, info, label, end) for end in ends]
     originals = torch.cat([_load_end(end, info.preprocess) for end in ends])  # (2, C, S, S)
-    end_labels = None if labels[0] is None else torch.tensor(labels, device=device)
-    latent = network.encode(originals.to(device), end_labels)
-    # Samples of N(0, I) in many dimensions lie near a sphere, which a straight line leaves. Latent grids are
-    # interpolated linearly, because their posterior is far narrower.
-    spherical = latent.logvar is not None and latent.mean.dim() == 2
-    weights = torch.linspace(0.0, 1.0, n, device=device)
-    path = (slerp if spherical else lerp)(latent.mean[0], latent.mean[1], weights)
-    path_labels = None if end_labels is None else end_labels[(weights > 0.5).long()]
-    images = _decode(network, path, path_labels)
-    captions = [f"{weight:.2f}" for weight in weights.tolist()]
+    images, path_labels = interpolate_images(network, originals, None if labels[0] is None else torch.tensor(labels), n)
+    captions = [f"{weight:.2f}" for weight in torch.linspace(0.0, 1.0, n).tolist()]
     if path_labels is not None:
         captions = [f"{text} as {info.classes[c]}" for c, text in zip(path_labels.tolist(), captions, strict=True)]
     shown = torch.cat([originals[:1], images, originals[1:]])
@@ -129,6 +119,26 @@ def interpolate(
         _write_animation(folder / "interpolation.gif", [image[None] for image in images], columns=1)
     say(f"{n} images, interpolation.png and .gif in {out}")
     return images
+
+
+@torch.no_grad()
+def interpolate_images(
+    network: GenerativeModel, ends: Tensor, labels: Tensor | None, n: int
+) -> tuple[Tensor, Tensor | None]:
+    """Images (n, C, S, S) between the latents of two images (2, C, S, S) in [0, 1], and their labels (n,).
+
+    `labels` (2,) are of the ends: the first half of the images is decoded as the first, the second half as the second.
+    """
+    device = next(network.parameters()).device
+    end_labels = None if labels is None else labels.to(device)
+    latent = network.encode(ends.to(device), end_labels)
+    # Samples of N(0, I) in many dimensions lie near a sphere, which a straight line leaves. Latent grids are
+    # interpolated linearly, because their posterior is far narrower.
+    spherical = latent.logvar is not None and latent.mean.dim() == 2
+    weights = torch.linspace(0.0, 1.0, n, device=device)
+    path = (slerp if spherical else lerp)(latent.mean[0], latent.mean[1], weights)
+    path_labels = None if end_labels is None else end_labels[(weights > 0.5).long()]
+    return decode_batches(network, path, path_labels), path_labels
 
 
 @torch.no_grad()
@@ -163,7 +173,7 @@ def traverse(model: Path, out: Path, *, n: int = AXIS_STEPS, label: str | None =
     white[torch.arange(num_axes), :, torch.arange(num_axes)] = steps
     path = axes.colour(white.flatten(0, 1)).view(-1, *network.latent_shape).to(next(network.parameters()).device)
     labels = None if label_index is None else torch.full((len(path),), label_index, device=path.device)
-    images = _decode(network, path, labels)
+    images = decode_batches(network, path, labels)
     captions = [f"axis {axis + 1}: {step:+.2f}" for axis in range(num_axes) for step in steps.tolist()]
     with new_files(out) as folder:
         write_grid(folder / "traversal.png", images, columns=n, captions=captions)
@@ -207,7 +217,8 @@ def _load_end(end: Path, preprocess: Preprocess) -> Tensor:
         raise UserError(f"--interpolate: {end}: not readable as an image: {error}") from None
 
 
-def _decode(network: GenerativeModel, latents: Tensor, labels: Tensor | None) -> Tensor:
+def decode_batches(network: GenerativeModel, latents: Tensor, labels: Tensor | None) -> Tensor:
+    """Images (N, C, S, S) in [0, 1], on the CPU, of latents (N, ...) and labels (N,) on the model's device."""
     batches = torch.split(torch.arange(len(latents)), BATCH_SIZE)
     decoded = [network.decode(latents[rows], None if labels is None else labels[rows]) for rows in batches]
     return torch.cat([images.float().cpu() for images in decoded])

@@ -1,0 +1,64 @@
+"""Check image arrays that come from a user's Python code.
+
+Shapes: N images, C channels (1 grey, 3 colour), H W height and width.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgen.errors import UserError
+
+DTYPES = (np.uint8, np.float16, np.float32, np.float64)
+
+
+def check_images(
+    images: Any, name: str, shape: tuple[int, int, int] | None = None
+) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Images as a new array (N, C, H, W), uint8 from 0 to 255 or float32 from 0 to 1.
+
+    Grey images may leave out C; where the shape is known, a single image may leave out N.
+
+    Args:
+        images: uint8 from 0 to 255, or floats from 0 to 1.
+        name: the argument's name, for error messages.
+        shape: the expected C, H, W; None accepts grey and colour images of any size.
+
+    Raises:
+        UserError: the shape, type or range is another one, a value is not finite, or there is no image.
+    """
+    array = np.asarray(images)
+    if array.dtype not in DTYPES:
+        raise UserError(f"{name}: found {array.dtype}; expected uint8 from 0 to 255 or floats from 0 to 1")
+    array = _add_axes(array, shape)
+    found = " x ".join(map(str, np.shape(images)))
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or not array.size:
+        hint = ""
+        if array.ndim == 4 and array.shape[-1] in (1, 3):
+            hint = "; the channels are last here: use images.transpose(0, 3, 1, 2)"
+        raise UserError(f"{name}: found shape {found}; expected (N, C, H, W) with 1 or 3 channels{hint}")
+    if shape is not None and array.shape[1:] != shape:
+        expected = " x ".join(map(str, shape))
+        raise UserError(f"{name}: found images of shape {found}; expected (N, C, H, W) with C x H x W = {expected}")
+    if array.dtype == np.uint8:
+        return np.array(array, np.uint8, order="C")
+    if not np.isfinite(array).all():
+        raise UserError(f"{name}: holds values that are not finite (NaN or infinity); expected floats from 0 to 1")
+    low, high = float(array.min()), float(array.max())
+    if low < 0.0 or high > 1.0:
+        raise UserError(
+            f"{name}: found floats from {low:g} to {high:g}; expected 0 to 1. Scale them, or pass uint8 from 0 to 255"
+        )
+    return np.array(array, np.float32, order="C")
+
+
+def _add_axes(array: NDArray[Any], shape: tuple[int, int, int] | None) -> NDArray[Any]:
+    """`array` with the axes N and C if it leaves them out."""
+    if array.ndim == 3 and array.shape == shape:
+        return array[None]
+    if array.ndim == 3 and (shape is None or shape[0] == 1):
+        return array[:, None]
+    if array.ndim == 2 and shape is not None and shape[0] == 1:
+        return array[None, None]
+    return array

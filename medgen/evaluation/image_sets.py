@@ -1,0 +1,157 @@
+"""Evaluate images of any origin against real ones: `medgen.evaluate` of the Python API.
+
+medgen.evaluate(images, dataset.split("test"), train=dataset.split("train"), extractor="artifacts/features")
+
+Shapes: N images, C channels, H W height and width.
+"""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medgen.data.arrays import check_images
+from medgen.data.store import Split
+from medgen.errors import UserError
+from medgen.evaluation.context import extract_features, to_uint8
+from medgen.evaluation.generation import classifier_tests, domain_distances
+from medgen.metrics.c2st import MIN_GROUPS
+from medgen.metrics.comparison import ImageSet
+from medgen.metrics.features import DomainExtractor, load_extractor
+from medgen.metrics.generation import prdc, prdc_intervals, subsample
+from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metrics, select_groups
+from medgen.metrics.mmd import median_distance
+from medgen.metrics.spectrum import radial_power, spectrum_metrics
+from medgen.training.distributed import pick_device
+
+MIN_SIDE, MIN_EXTRACTOR_SIDE = 16, 32  # pixels
+BATCH_SIZE = 64
+
+
+class _MeasuredImages(NamedTuple):
+    """A set of images with its features (N, 0 without an extractor) and spectra."""
+
+    pixels: Tensor  # (N, C, H, W) uint8
+    measured: ImageSet
+    groups: Groups  # patient of each image
+
+
+def evaluate(
+    images: NDArray[Any] | Split,
+    reference: NDArray[Any] | Split,
+    *,
+    train: NDArray[Any] | Split | None = None,
+    extractor: str | Path | None = None,
+    patients: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Metrics of a set of images of any origin against a set of real images.
+
+    Images are arrays (N, C, H, W) or grey (N, H, W), uint8 from 0 to 255 or floats from 0 to 1, or a split of a
+    dataset. Floats are rounded to 256 grey values. The values are those of `medgen evaluate` for the same images.
+
+    Args:
+        images: the images to evaluate, such as a model's samples.
+        reference: real images that the model was not trained on, such as the test split.
+        train: the images that the model was trained on. They add the references KEY_floor (KEY_real of precision …
+            coverage), which are the same metrics of train images, and they set the bandwidth of `mmd_domain`; without
+            them the reference images do.
+        extractor: folder of a domain extractor, such as "artifacts/features". It adds the metrics by features: MMD,
+            KID, Fréchet distance, precision, recall, density and coverage, and a classifier by features.
+        patients: patient of each reference image, for intervals and folds by patient, if `reference` is an array. A
+            split has its own. None: each image is a patient.
+        seed: seed of the classifier on pixels.
+
+    Returns:
+        Metrics by their key in reports/metrics.json, such as generation/spectrum_distance (docs/contract.md): all keys
+            that compare samples with test images.
+
+    Raises:
+        UserError: an array has another type, shape or range, a set has fewer than 10 images (or patients), or the
+            extractor is missing, damaged or made for other channels.
+    """
+    network = None if extractor is None else load_extractor(Path(extractor))[0].to(pick_device("auto"))
+    real = _measure(reference, "reference", network, None, patients)
+    shape = (real.pixels.shape[1], real.pixels.shape[2], real.pixels.shape[3])
+    own = _measure(images, "images", network, shape)
+    trained_on = None if train is None else _measure(train, "train", network, shape)
+    bandwidth = None if network is None else _bandwidth(trained_on or real)
+    intervals = _compare(own, real, bandwidth, seed)
+    if network is not None:
+        intervals |= prdc_intervals(real.measured.content, own.measured.content, real.groups, own.groups)
+    spectrum = spectrum_metrics("generation", own.measured.power, real.measured.power)
+    metrics = interval_metrics("generation", intervals) | spectrum
+    if trained_on is not None:
+        metrics |= _reference_metrics(_subsample(trained_on, len(own.pixels)), real, bandwidth, seed)
+    return metrics
+
+
+def _reference_metrics(
+    train: _MeasuredImages, real: _MeasuredImages, bandwidth: float | None, seed: int
+) -> dict[str, float]:
+    """The metrics of train images, with the keys of references."""
+    spectrum = spectrum_metrics("generation", train.measured.power, real.measured.power)
+    values = {f"generation/{name}": interval.value for name, interval in _compare(train, real, bandwidth, seed).items()}
+    metrics = {f"{key}_floor": value for key, value in (values | spectrum).items()}
+    if bandwidth is not None:
+        shares = prdc(real.measured.content, train.measured.content)._asdict()
+        metrics |= {f"generation/{name}_real": value for name, value in shares.items()}
+    return metrics
+
+
+def _compare(images: _MeasuredImages, real: _MeasuredImages, bandwidth: float | None, seed: int) -> dict[str, Interval]:
+    """Classifier tests, and with a bandwidth distances by features."""
+    sets = (images.pixels, images.measured, real.pixels, real.measured)
+    intervals = classifier_tests(*sets, real.groups, images.groups, seed, pick_device("auto"))
+    if bandwidth is not None:
+        intervals |= domain_distances(images.measured, real.measured, bandwidth, real.groups, images.groups)
+    return intervals
+
+
+def _measure(
+    images: NDArray[Any] | Split,
+    name: str,
+    network: DomainExtractor | None,
+    shape: tuple[int, int, int] | None,
+    patients: Sequence[Hashable] | None = None,
+) -> _MeasuredImages:
+    """Check a set of images and compute its features and spectra."""
+    array = check_images(images.images if isinstance(images, Split) else images, name, shape)
+    pixels = torch.from_numpy(array) if array.dtype == "uint8" else to_uint8(torch.from_numpy(array))
+    groups = images.patients if isinstance(images, Split) else patients
+    if groups is not None and len(groups) != len(pixels):
+        raise UserError(f"patients: found {len(groups)}; expected one for each of the {len(pixels)} images in {name}")
+    num_groups = len(group_rows(len(pixels), groups))
+    if num_groups < MIN_GROUPS:
+        unit = "images" if groups is None else "patients"
+        raise UserError(f"{name}: found {num_groups} {unit}; expected at least {MIN_GROUPS}, better hundreds")
+    side, needed = min(pixels.shape[2:]), MIN_SIDE if network is None else MIN_EXTRACTOR_SIDE
+    if side < needed:
+        raise UserError(f"{name}: found images with a side of {side} pixels; expected at least {needed}")
+    if network is None:
+        features = torch.empty(len(pixels), 0)
+    elif network.sizes.image_channels != pixels.shape[1]:
+        raise UserError(
+            f"{name}: found {pixels.shape[1]} channels; expected {network.sizes.image_channels}, as the extractor's "
+            "train images"
+        )
+    else:
+        features = extract_features(network, pixels, BATCH_SIZE)
+    return _MeasuredImages(pixels, ImageSet(features, radial_power(pixels)), groups)
+
+
+def _bandwidth(images: _MeasuredImages) -> float:
+    bandwidth = median_distance(images.measured.features)
+    if not bandwidth > 0.0:
+        raise UserError("reference, train: most images are equal; expected different real images")
+    return bandwidth
+
+
+def _subsample(images: _MeasuredImages, most: int) -> _MeasuredImages:
+    """At most so many of the images, spread evenly."""
+    rows = subsample(torch.arange(len(images.pixels)), min(len(images.pixels), most))
+    measured = ImageSet(images.measured.features[rows], images.measured.power[rows])
+    return _MeasuredImages(images.pixels[rows], measured, select_groups(images.groups, rows))
