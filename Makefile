@@ -2,7 +2,7 @@
 # make CPU=1   the same with PyTorch's build for CPUs, which lacks 4 GB of CUDA libraries; give it with every target
 # make help    list the other targets
 .DEFAULT_GOAL := run
-.PHONY: run setup test test-fast lint format wheel help clean
+.PHONY: run setup test test-fast lint format wheel docs help clean
 export PYTHONUNBUFFERED = 1
 
 UV := $(if $(shell command -v uv 2>/dev/null),uv,.uv/bin/uv)
@@ -56,8 +56,12 @@ format: setup  ## format the code
 wheel: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## build dist/medgen-VERSION-py3-none-any.whl, for projects without a clone
 	$(UV) build --wheel
 
+docs: setup  ## build the documentation as a web site in site/, and check its links
+	$(UV) sync --locked --inexact --group docs
+	$(UV) run --no-sync mkdocs build --strict
+
 clean:  ## remove outputs of the pipeline and the tools; keeps data and git
-	rm -rf artifacts runs outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf artifacts runs outputs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

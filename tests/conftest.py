@@ -77,6 +77,20 @@ def tiny_store(tmp_path_factory) -> Path:
     return root / "artifacts" / "dataset"
 
 
+@pytest.fixture(scope="session")
+def patients_store(tmp_path_factory) -> Path:
+    """artifacts/dataset as `tiny_store`, with more test images: classifier tests need ten patients."""
+    from medgen.config import Data, Preprocess, Project
+    from medgen.datasets.sample import draw
+    from medgen.ingest import preprocess
+
+    root = tmp_path_factory.mktemp("patients")
+    draw(root / "data", num_images=72, size=64, seed=0)
+    sizes = Preprocess(image_size=32, clahe_tiles=2, val_fraction=0.1, test_fraction=0.4)
+    preprocess.run(Project(root), data=Data(), preprocess=sizes)
+    return root / "artifacts" / "dataset"
+
+
 @pytest.fixture
 def tiny_project(tiny_store: Path, tmp_path: Path):
     """A fresh project folder with the tiny store in it."""

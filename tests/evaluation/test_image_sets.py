@@ -1,18 +1,17 @@
 """`medgen.evaluate`: the values of `medgen evaluate` for the same images, and checked sets."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import medgen
-from medgen.config import Data, Evaluate, Preprocess, Project, Tracking
+from medgen.config import Evaluate, Project, Tracking
 from medgen.data.store import open_store
-from medgen.datasets.sample import draw
 from medgen.errors import UserError
 from medgen.evaluation import evaluate
-from medgen.ingest import preprocess
 from medgen.metrics import c2st
 
 
@@ -25,12 +24,10 @@ def short_training():
 
 
 @pytest.fixture(scope="module")
-def evaluated(trained, tmp_path_factory):
-    """A project after an evaluation that saved its images, with more test images than usual: C2ST needs 10 patients."""
+def evaluated(patients_store, trained, tmp_path_factory):
+    """A project after an evaluation that saved its images."""
     project = Project(tmp_path_factory.mktemp("evaluated"))
-    draw(project.root / "data", num_images=72, size=64, seed=0)
-    sizes = Preprocess(image_size=32, clahe_tiles=2, val_fraction=0.1, test_fraction=0.4)
-    preprocess.run(project, data=Data(), preprocess=sizes)
+    shutil.copytree(patients_store, project.dataset)
     params = Evaluate(num_generated=25, batch_size=7, grid_images=4, save_images=True, seed=2)
     evaluate.run(trained(project), evaluate=params, tracking=Tracking(enabled=False))
     return project
