@@ -1,7 +1,7 @@
 """medgen: train, search, evaluate and ship generative models of medical images.
 
 dataset = medgen.open_dataset("artifacts/dataset")
-model = medgen.load("models:/medgen@champion")
+model = medgen.load("models:/NAME@champion")
 images = model.sample(16, label="NORMAL", seed=0)
 metrics = medgen.evaluate(images, dataset.split("test"))
 """

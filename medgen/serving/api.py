@@ -201,7 +201,7 @@ def load(
     """Load a trained model with its prior and refiner.
 
     Args:
-        model: a folder with model/, prior/ and refiner/, or a registered version such as "models:/medgen@champion".
+        model: a folder with model/, prior/ and refiner/, or a registered version such as "models:/NAME@champion".
             None: the project's model, artifacts/.
         project: the project's folder. Its params.yaml says where the registry is.
         device: "auto" is the GPU if there is one.
