@@ -56,9 +56,8 @@ format: setup  ## format the code
 wheel: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## build dist/medgen-VERSION-py3-none-any.whl, for projects without a clone
 	$(UV) build --wheel
 
-docs: setup  ## build the documentation as a web site in site/, and check its links
-	$(UV) sync --locked --inexact --group docs
-	$(UV) run --no-sync mkdocs build --strict
+docs: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## build the documentation as a web site in site/, and check its links
+	$(UV) run --locked --group docs mkdocs build --strict
 
 clean:  ## remove outputs of the pipeline and the tools; keeps data and git
 	rm -rf artifacts runs outputs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
