@@ -160,7 +160,14 @@ def small_params() -> dict:
         "model": {"base_channels": 8, "latent_size": 8, "latent_channels": 4},
         "loss": {"weights": {"l1": 1.0, "ssim": 0.5}},
         "prior": {"name": "gmm", "components": [1]},
-        "refiner": {"enabled": True, "channels": 8, "blocks": 1, "epochs": 1, "sampling_steps": 2, "sampling_noise": 0.0},
+        "refiner": {
+            "enabled": True,
+            "channels": 8,
+            "blocks": 1,
+            "epochs": 1,
+            "sampling_steps": 2,
+            "sampling_noise": 0.0,
+        },
         "train": {"batch_size": 8, "sample_every": 1, "phases": {"one": {"epochs": 2, "learning_rate": 1e-3}}},
         "evaluate": {"num_generated": 24, "grid_images": 6},
     }

@@ -53,9 +53,7 @@ def init(folder: Path, recipe: str | None = None, data: Path | None = None) -> N
     origin = f"recipe {recipe!r}" if recipe else "the sample project"
     say(f"{folder}: a project with the parameters of {origin}. Next: cd {folder}; README.md lists the steps")
     if data is not None:
-        import_data.import_folder(
-            Project(folder), params.data, params.preprocess, data, file=folder / "params.yaml"
-        )
+        import_data.import_folder(Project(folder), params.data, params.preprocess, data, file=folder / "params.yaml")
 
 
 def _check(folder: Path, files: Mapping[str, bytes], section: config.Data, data: Path | None) -> None:
