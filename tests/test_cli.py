@@ -38,7 +38,7 @@ COMMANDS = {
     "sync": {"--params", "--set"},
     "data sample": {"--params", "--set", "--seed", "--n"},
     "data import": {"--name", "--params", "--set"},
-    "data audit": {"--params", "--set", "--json"},
+    "data audit": {"--params", "--set", "--json", "--out", "--strict"},
     "data list": set(),
     "data fetch": {"--params", "--set"},
     "weights list": set(),

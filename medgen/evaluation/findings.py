@@ -35,7 +35,7 @@ def image_verdict(metrics: Mapping[str, float]) -> Verdict:
         )
         if low > max(0.5, reference):
             text = (
-                f"Samples can be told from real images: a classifier recognises them with an AUC of {auc:.2f} "
+                f"Samples differ from real images: a classifier recognises them with an AUC of {auc:.2f} "
                 f"({low:.2f} to {high:.2f}; chance is 0.5, and train images reach {reference:.2f})."
             )
             return Verdict("warning", text, power)

@@ -114,7 +114,7 @@ def test_too_few_patients_for_a_classifier_test_are_a_finding() -> None:
     ("change", "tone", "words"),
     [
         ({}, "neutral", "found no difference"),
-        ({"generation/c2st_auc": 0.9, "generation/c2st_auc_ci_low": 0.85}, "warning", "can be told from real images"),
+        ({"generation/c2st_auc": 0.9, "generation/c2st_auc_ci_low": 0.85}, "warning", "differ from real images"),
         ({"generation/mmd_domain_ci_low": 0.0015}, "warning", "farther from test images"),
         ({"privacy/copy_rate": 0.2, "generation/c2st_auc_ci_low": 0.85}, "bad", "reproduces patients' images"),
     ],

@@ -41,8 +41,8 @@ def test_a_project_has_parameters_pipeline_git_and_dvc(tmp_path, root):
     assert FILES | {"data", "data.dvc", ".git", ".dvc"} == {path.name for path in project.iterdir()}
     assert (project / "dvc.yaml").read_bytes() == (root / "dvc.yaml").read_bytes()
     params, recipe = load(project / "params.yaml"), load(root / "recipes" / "chest-xray-64.yaml")
-    assert params.data.name == "images"
-    assert params.model_copy(update={"data": recipe.data}) == recipe
+    assert params.data.name == params.registry.model_name == "images"
+    assert params.model_copy(update={"data": recipe.data, "registry": recipe.registry}) == recipe
     assert (project / "README.md").read_text().startswith("# xray\n")
     assert git(project, "check-ignore", *OUTPUTS).stdout.split() == OUTPUTS
     assert git(project, "check-ignore", *FILES, "dvc.lock", "data.dvc", ".dvc/config").stdout == ""

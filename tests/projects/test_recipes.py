@@ -169,8 +169,9 @@ def test_use_keeps_the_name_of_the_dataset(tmp_path):
 @pytest.mark.parametrize(("override", "expected"), [(None, ["data.name=our-xrays"]), ("data.path=x", ["data.path=x"])])
 def test_run_keeps_the_name_of_the_dataset(tmp_path, monkeypatch, override, expected):
     (tmp_path / "params.yaml").write_text("data: {name: our-xrays}\n")
-    (tmp_path / "reports").mkdir()
-    (tmp_path / "reports" / "metrics.json").write_text("{}")
+    metrics = tmp_path / "runs" / "recipes" / NAMES[0] / "reports" / "metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("{}")
     found = []
     monkeypatch.setattr(recipes, "_run_stage", lambda project, name, stage, overrides: found.append(list(overrides)))
     recipes.run(Project(tmp_path), [NAMES[0]], [override] if override else [])
