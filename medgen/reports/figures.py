@@ -218,10 +218,10 @@ def write_scatter(
         figure = Figure(figsize=(6.4, 5.2), dpi=110, layout="constrained")
         axes = figure.subplots()
         for name, points in background.items():
-            axes.scatter(*points.T, s=24, color="#8a8a8a", marker="+", linewidths=0.8, label=name)
+            axes.scatter(points[:, 0], points[:, 1], s=24, color="#8a8a8a", marker="+", linewidths=0.8, label=name)
         for number, (name, points) in enumerate(groups.items()):
             colour = f"C{number}" if len(groups) <= NUM_COLOURS else colormaps["turbo"](number / (len(groups) - 1))
-            axes.scatter(*points.T, s=14, color=colour, linewidths=0, alpha=0.8, label=name)
+            axes.scatter(points[:, 0], points[:, 1], s=14, color=colour, linewidths=0, alpha=0.8, label=name)
         axes.set(xlabel=labels[0], ylabel=labels[1])
         if len(groups) <= 2 * NUM_COLOURS:  # a longer list does not fit
             axes.legend(fontsize=8.0, loc="upper left", bbox_to_anchor=(1.0, 1.0))

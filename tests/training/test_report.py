@@ -80,15 +80,17 @@ def test_curves_mark_where_each_phase_begins(tmp_path: Path, monkeypatch: pytest
     marked: dict[str, dict[str, int]] = {}
     monkeypatch.setattr(report, "write_curves", lambda path, series, *, phases, **_: marked.update({path.name: phases}))
     monkeypatch.setattr(report, "write_gif", lambda *_, **__: None)
-    (tmp_path / "params.json").write_text(json.dumps({"loss": {}, "train": {"phases": phases}}))
-    write_report(tmp_path, tmp_path, [{"train/kl": 1.0, "train/loss": 1.0}] * 5, [1])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "params.json").write_text(json.dumps({"loss": {}, "train": {"phases": phases}}))
+    write_report(tmp_path / "training", scratch, [{"train/kl": 1.0, "train/loss": 1.0}] * 5, [1])
     assert marked == {name: {"reconstruct": 1, "regularise": 4} for name in ("loss.png", "kl.png")}
 
 
 def test_the_figure_of_a_segmenter_is_named_after_dice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "write_gif", lambda *_, **__: None)
-    paths = write_report(tmp_path, tmp_path, [{"val/dice": 0.5}] * 2, [1])
-    assert [path.name for path in paths] == ["curves.csv", "dice.png", "progress.gif"]
+    paths = write_report(tmp_path, tmp_path / "scratch", [{"val/dice": 0.5}] * 2, [1])
+    assert {path.name for path in paths} == {"curves.csv", "dice.png", "progress.gif"}
 
 
 def test_every_loss_has_a_curve_and_an_earlier_models_figures_are_gone(
