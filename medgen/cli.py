@@ -421,7 +421,8 @@ def audit(
     """Check images for leaks between splits, duplicates, wrong labels, odd and unreadable files."""
     from medgen.ingest import audit
 
-    _call(audit.run, params, overrides, path=path, out=out, strict=strict, as_json=as_json)
+    required = path is None or params != PARAMS  # a folder can be checked before there is a project
+    _call(audit.run, params, overrides, required, path=path, out=out, strict=strict, as_json=as_json)
 
 
 @data_app.command("list")
@@ -506,11 +507,16 @@ def run_recipes(
     recipes.run(_project(), names, overrides or ())
 
 
-def _call(function: Callable[..., T], params_file: Path, overrides: list[str] | None, **options: Any) -> T:
-    """Call `function` with the project, the params sections in its signature, and the command's own options."""
+def _call(
+    function: Callable[..., T], params_file: Path, overrides: list[str] | None, required: bool = True, **options: Any
+) -> T:
+    """Call `function` with the project, the params sections in its signature, and the command's own options.
+
+    A params file that is missing and not `required` means default values.
+    """
     from medgen.config import Params, load
 
-    params = load(params_file, overrides or ())
+    params = load(params_file, overrides or (), required)
     wanted = inspect.signature(function).parameters
     sections = {name: getattr(params, name) for name in Params.model_fields if name in wanted and name not in options}
     if "params" in wanted:

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from medgen.errors import UserError
+
 LOG = logging.getLogger("medgen")
 LOG.addHandler(logging.NullHandler())  # without a handler, Python prints warnings a second time
 OUT = Console(highlight=False, markup=False, emoji=False)
@@ -31,8 +33,13 @@ def configure(verbose: bool = False, quiet: bool = False, log_file: Path | None 
         handlers.append(logging.StreamHandler())
         handlers[0].addFilter(lambda record: record.name != LOG.name)  # messages of commands are printed already
     if log_file is not None:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"--log-file {log_file}: cannot be written ({error.strerror}); name a file that you may write to"
+            ) from None
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         LOG.addHandler(handler)

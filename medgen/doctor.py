@@ -91,7 +91,7 @@ def show(results: Sequence[Check], as_json: bool = False) -> bool:
 
 def _check_torch() -> Check:
     """Import both: a torchvision built for another torch fails at import."""
-    fix = "The two are built for different versions. `uv sync` installs a matching pair (pip alone may not)"
+    fix = "The two are built for different versions. Install a matching pair (in a clone: `make setup`)"
     try:
         torch, torchvision = importlib.import_module("torch"), importlib.import_module("torchvision")
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
@@ -203,10 +203,10 @@ def _check_dvc(project: Project) -> Check:
             command, cwd=project.root, env=quiet, capture_output=True, text=True, timeout=DVC_TIMEOUT, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("dvc", "fail", f"does not run: {error}", "Run `uv sync`")
+        return Check("dvc", "fail", f"does not run: {error}", "Install medgen again (in a clone: `make setup`)")
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        fix = "Run `uv sync` to install DVC; `dvc config --list` shows its configuration"
+        fix = "Install medgen again (in a clone: `make setup`); `dvc config --list` shows its configuration"
         return Check("dvc", "fail", f"`dvc remote list` failed: {reason}", fix)
     remotes = [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip()]
     if not remotes:

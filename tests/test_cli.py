@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import cv2
+import numpy as np
 import pytest
 import typer
 
@@ -113,6 +115,7 @@ def medgen(tmp_path, monkeypatch, capsys):
 NO_STORE = "artifacts/dataset"
 MISTAKES = {  # arguments, text of params.yaml (None: no file), parts of the error message
     "no params": (["train"], None, ["params.yaml: not found", "--params FILE"]),
+    "log file in a file": (["--log-file", "params.yaml/log", "train"], "{}", ["--log-file", "cannot be written"]),
     "not yaml": (["train"], "a: [1", ["params.yaml", "not readable as YAML"]),
     "not sections": (["train"], "- 1", ["params.yaml", "expected sections"]),
     "unknown section": (["train"], "tran: {}", ["tran", "did you mean 'train'"]),
@@ -235,6 +238,15 @@ def test_doctor_reports_json(medgen, tmp_path):
     (tmp_path / "params.yaml").write_text("{}")
     _, out, _ = medgen("doctor", "--json")
     assert {"torch"} <= {word for finding in json.loads(out) for word in json.dumps(finding).split('"')}
+
+
+def test_a_folder_is_checked_before_there_is_a_project(medgen, tmp_path):
+    (tmp_path / "images").mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), np.eye(16, dtype=np.uint8) * 255)
+    code, _, error = medgen("data", "audit", "images", "--out", "page")
+    assert (code, (tmp_path / "page" / "audit.html").is_file()) == (0, True), error
+    code, _, error = medgen("data", "audit")
+    assert code == 2 and "params.yaml: not found" in error
 
 
 def test_sections_of_the_schema_are_the_contract():

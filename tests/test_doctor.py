@@ -85,7 +85,7 @@ def test_torchvision_built_for_another_torch_fails(monkeypatch: pytest.MonkeyPat
     result = doctor._check_torch()
     assert result.level == "fail"
     assert "nms" in result.found
-    assert "uv sync" in result.fix
+    assert "make setup" in result.fix
 
 
 def test_builds_for_different_cuda_versions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,13 +59,13 @@ def to_name(text: str) -> str:
     return re.sub("[^A-Za-z0-9._]+", "-", plain).strip("-._")
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Params:
+def load(path: Path, overrides: Sequence[str] = (), required: bool = True) -> Params:
     """Read and validate a params file; `overrides` are `dotted.key=YAML value`.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown or a value is invalid.
+        UserError: the file is missing (if it is required) or not YAML, a key is unknown or a value is invalid.
     """
-    tree = _read_yaml(path)
+    tree = _read_yaml(path) if required or path.exists() else {}
     for override in overrides:
         _apply(tree, override)
     return _validate(tree, str(path))
