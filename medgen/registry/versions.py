@@ -34,7 +34,10 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"  # aliases
 CONTENT_TAG, PARAMS_TAG = "medgen.content", "params.fingerprint"  # hashes of the files and the parameters
 EVALUATED_ON, EVALUATED_WITH = "evaluated.dataset", "evaluated.extractor"  # tags: hashes of the dataset and extractor
 EVALUATION_DIGEST = "evaluated.values"  # tag: SHA-256 of the per-image values stored with the version
-METRIC_GROUPS = ("reconstruction/", "latent/", "generation/", "privacy/", "segmentation/", "run/")
+METRIC_GROUPS = (
+    *("reconstruction/", "refined/", "latent/", "decoded/", "generation/", "privacy/"),
+    *("segmentation/", "run/"),
+)
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 _NOT_FOUND = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # MLflow's error codes for a version that does not exist
 

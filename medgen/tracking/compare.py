@@ -12,6 +12,7 @@ from rich.table import Table
 from medgen.config import Project
 from medgen.console import OUT, show
 from medgen.errors import UserError
+from medgen.metrics.summary import SUMMARY
 from medgen.tracking import RunRecord, read_run
 
 NAME_WIDTH, RUN_WIDTH = 30, 16  # columns of the table, in characters
@@ -71,8 +72,13 @@ def _find_differing(params: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _print(rows: Sequence[Row], differing: Sequence[str]) -> None:
-    """Print tables, one below the other, with as many runs each as fit the width of the terminal."""
-    metrics = sorted({name for row in rows for name in row.metrics})
+    """Print tables, one below the other, with as many runs each as fit the width of the terminal.
+
+    They have the main metrics and those of training; `--json` has all.
+    """
+    measured = {name for row in rows for name in row.metrics}
+    metrics = [name for name in SUMMARY if name in measured]
+    metrics += sorted(name for name in measured if name.startswith("val/"))
     per_table = max(1, (OUT.width - NAME_WIDTH) // (RUN_WIDTH + 3))
     for first in range(0, len(rows), per_table):
         shown = rows[first : first + per_table]

@@ -543,7 +543,7 @@ def test_history_reports_an_alias_moved_by_other_means(register: Register, capsy
 
 
 def test_new_metrics_replace_earlier_ones_except_privacy(register: Register) -> None:
-    number = register(METRICS | {"generation/fd_inception": 7.0})
+    number = register(METRICS | {"generation/fd_inception": 7.0, "refined/ssim": 0.7, "decoded/fd_domain": 3.0})
     later = {"reconstruction/ssim": 0.7, "generation/mmd_domain": 0.3}
     provenance = {"dataset": "later", "extractors": {"domain": {"sha256": "x"}}}
     version = register.client.get_model_version(register.name, str(number))

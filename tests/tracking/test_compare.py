@@ -22,6 +22,7 @@ def project(tmp_path):
             tracker.params({"model": {"base_channels": channels}, "train": {"seed": 0}})
             for step, loss in enumerate(losses):
                 tracker.metrics({"val/loss": loss}, step=step)
+            tracker.metrics({"generation/mmd_domain": 0.125, "generation/mmd_domain_floor": 0.0625}, step=1)
     (project.runs / "killed-before-its-first-line").mkdir()
     return project
 
@@ -34,9 +35,10 @@ def test_runs_are_shown_side_by_side(project, capsys):
     ]
     # parameters that are equal in all runs are left out
     assert [row.params for row in rows] == [{"model.base_channels": 32}, {"model.base_channels": 64}]
-    assert [row.metrics for row in rows] == [{"val/loss": 0.25}, {"val/loss": 0.4}]
+    assert [row.metrics["val/loss"] for row in rows] == [0.25, 0.4]
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("bbb", "aaa", "model.base_channels", "0.25", "0.4"))
+    assert all(word in printed for word in ("bbb", "aaa", "model.base_channels", "0.25", "0.4", "0.125"))
+    assert "mmd_domain_floor" not in printed, "references are in the JSON output only"
     assert "train.seed" not in printed
 
 
@@ -74,7 +76,8 @@ def test_json_output(project, capsys):
     compare(project, as_json=True)
     rows = json.loads(capsys.readouterr().out)
     assert [row["run"] for row in rows] == ["bbb", "aaa"]
-    assert rows[0]["metrics"] == {"val/loss": 0.25}
+    assert rows[0]["metrics"]["val/loss"] == 0.25
+    assert rows[0]["metrics"]["generation/mmd_domain_floor"] == 0.0625
 
 
 def test_many_runs_fit_a_narrow_terminal(tmp_path, capsys, monkeypatch):
