@@ -269,7 +269,7 @@ def test_client_downloads_the_candidate_from_the_server_in_params(team: Team, tm
     wrong = f"sqlite:///{tmp_path}/absent/mlflow.db"
     medgen(tmp_path, wrong, "generate", *options, "--set", f"tracking.uri={team.server.uri}")
     medgen(team.folder, team.server.uri, "generate", "--n", "2", "--out", str(tmp_path / "local"))
-    assert len(files(tmp_path / "out")) == 3
+    assert len(files(tmp_path / "out")) == 4  # two images, their grid, and the record of them
     assert files(tmp_path / "out") == files(tmp_path / "local")
     assert {path.name for path in tmp_path.iterdir()} == {"params.yaml", "out", "local"}
 
