@@ -265,7 +265,13 @@ def tune(
     """Search for better parameters; run the same command again to continue (docs/tune.md)."""
     from medgen import tune
 
-    options = {"trials": trials, "workers": workers, "timeout": timeout, "confirm": confirm, "apply": apply}
+    options: dict[str, Any] = {
+        "trials": trials,
+        "workers": workers,
+        "timeout": timeout,
+        "confirm": confirm,
+        "apply": apply,
+    }
     _call(tune.run, params, overrides, file=params, **options)
 
 

@@ -79,7 +79,12 @@ def test_code_says_which_stages_changed_since_the_last_call(tmp_path, capsys):
 
 
 def test_every_picture_among_the_plots_is_made_by_a_stage(pipeline):
-    made = {path for stage in pipeline["stages"].values() for path in stage["outs"]}
+    made = {
+        path
+        for stage in pipeline["stages"].values()
+        for out in stage["outs"]
+        for path in ([out] if isinstance(out, str) else out)
+    }
     assert all(made & {plot, plot.rpartition("/")[0]} for plot in pipeline["plots"] if isinstance(plot, str))
 
 

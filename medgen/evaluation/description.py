@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import Beta, Model, Phase, Prior, Project, Schedule, Volume, Weights
-from medgen.data.store import Store
+from medgen.data.store import Split, Store
 from medgen.datasets import catalog
 from medgen.evaluation.context import EvaluationContext
 from medgen.io import hash_file
@@ -117,13 +117,13 @@ def describe(
 
 
 def class_table(
-    store: Store, scores: Tensor, title: str, label_accuracy: Mapping[int, float] | None = None
+    store: Store, test: Split, scores: Tensor, title: str, label_accuracy: Mapping[int, float] | None = None
 ) -> list[PageTable]:
-    """The table of a score of each test image (N,) by class, with its interval by patient; none without classes.
+    """The table of a score of each image (N,) of a test split by class, with its interval by patient; none without.
 
     `scores` of a model that predicts masks are of the images that have one.
     """
-    train, test = store.split("train"), store.split("test")
+    train = store.split("train")
     rows = torch.arange(len(test.labels)) if len(scores) == len(test.labels) else torch.from_numpy(test.masked_rows)
     labels, patients = torch.from_numpy(test.labels.copy())[rows], select_groups(test.patients, rows)
     body = []

@@ -220,7 +220,9 @@ def _evaluate_images(
         findings.append(NO_INCEPTION)
     tags = [context.prior.name, *(["refiner"] if context.refiner else [])]
     page = describe(project, store, info, image_verdict(metrics), findings, describe_context(project, context), tags)
-    by_class = class_table(store, result.reconstructions.ssim, "SSIM of reconstructions", result.label_accuracy)
+    by_class = class_table(
+        store, context.held_out, result.reconstructions.ssim, "SSIM of reconstructions", result.label_accuracy
+    )
     return metrics, page._replace(
         figures=report.image_figures(context.refiner is not None),
         rows=report.image_rows(metrics, pca, context.num_latent),
@@ -239,7 +241,8 @@ def _evaluate_masks(
     verdict = mask_verdict(metrics, mean_interval(data.similarity, data.groups.tolist()))
     description, tags = describe_model(project, store, info), ["segmentation"]
     page = describe(project, store, info, verdict, mask_findings(metrics), description, tags, generative=False)
-    rows, tables = report.mask_rows(metrics), class_table(store, result.dice, "Dice of masks")
+    rows = report.mask_rows(metrics)
+    tables = class_table(store, store.split("test"), result.dice, "Dice of masks")
     return metrics, page._replace(figures=report.mask_figures(), rows=rows, tables=tables)
 
 

@@ -230,6 +230,8 @@ def test_version_contains_no_pickle(project: Project) -> None:
         ".txt",
         ".typed",
         ".html",
+        ".md",
+        "gitignore",
     }
 
 
