@@ -100,6 +100,12 @@ def test_every_params_file_is_valid_and_has_the_sections_dvc_asks_for(root, pipe
         assert path.name == "params.yaml" or path.read_text().startswith("# ")
 
 
+def test_git_has_no_results_of_the_sample(root):
+    """They differ between processors: `make` on another machine would leave changed files behind."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in tracked if name == "dvc.lock" or name.startswith(("reports/", "artifacts/"))]
+
+
 @pytest.fixture(scope="module")
 def repository(root, small_params, tmp_path_factory):
     """A git and DVC repository with the package, a small params file and 60 drawn images; `dvc repro` has run."""
