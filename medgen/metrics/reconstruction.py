@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medgen.metrics.generation import subsample
+from medgen.nn.ssim import ssim
 
 _MIN_MSE = 1e-10  # limits the PSNR of identical images to 100 dB
 _MAX_SQUARE = 4096  # side of the largest matrix that is decomposed (a minute on two cores)
@@ -29,17 +30,6 @@ def mse(original: Tensor, reconstruction: Tensor) -> Tensor:
 def psnr(original: Tensor, reconstruction: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB (B,) for a data range of 1, at most 100, of two batches (B, C, H, W)."""
     return -10.0 * mse(original, reconstruction).clamp_min(_MIN_MSE).log10()
-
-
-def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Structural similarity (B,) of two batches (B, C, H, W); Gaussian window of 11 pixels, data range 1.
-
-    Source: Wang, Bovik, Sheikh, Simoncelli: Image quality assessment, 2004, eq. 13.
-    """
-    import pytorch_msssim
-
-    value: Tensor = pytorch_msssim.ssim(original.float(), reconstruction.float(), data_range=1.0, size_average=False)
-    return value
 
 
 def ms_ssim_window(image_size: int) -> int | None:

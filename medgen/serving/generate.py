@@ -22,9 +22,10 @@ from medgen.errors import UserError
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.ingest.images import read_image
 from medgen.ingest.transforms import preprocess_image
-from medgen.metrics.reconstruction import psnr, ssim
+from medgen.metrics.reconstruction import psnr
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo, label_to_encode
+from medgen.nn.ssim import ssim
 from medgen.priors import Prior, find_label, is_conditional, iterate_samples, load_prior
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medgen.config import Beta, Loss, Weights
 from medgen.models.base import Latent, ModelOutput
+from medgen.nn.ssim import ssim
 
 VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3
 TERM_WEIGHTS = {"commitment": "commitment_cost"}  # term of a model -> its weight in `loss`; others have weight 1
@@ -96,11 +97,8 @@ class Objective(nn.Module):
 
 
 def ssim_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """1 - SSIM (Wang et al. 2004), window 11 and σ 1.5, for images in [0, 1]."""
-    from pytorch_msssim import ssim
-
-    # its default data_range, 255, would be wrong for [0, 1]
-    return 1.0 - ssim(reconstruction, image, data_range=1.0)  # type: ignore[no-any-return]
+    """1 - SSIM, mean over a batch of images in [0, 1]."""
+    return 1.0 - ssim(image, reconstruction).mean()
 
 
 def sigma_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
