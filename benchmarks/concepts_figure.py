@@ -36,7 +36,7 @@ def main() -> None:
     row = (torch.from_numpy(test.labels.copy()) == label).nonzero()[0]
     random = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        image = torch.from_numpy(test.images[row.numpy()].copy()).float() / 255.0
+        image = torch.from_numpy(test.images[row.numpy()]).float() / 255.0
         encoded, drawn = model.encode(image, label).mean, prior.sample(1, label, random)
         rows = [("test image", image, encoded), ("", None, drawn)]
         figure, axes = plt.subplots(2, 4, figsize=(9, 4.9), dpi=110)

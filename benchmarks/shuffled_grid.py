@@ -43,7 +43,7 @@ def main() -> None:
     asked = labels[rows] if conditional else None
     drawn = sample_images(parts.prior, parts.model, arguments.n, asked, arguments.seed, refiner=parts.refiner)
     generated = (drawn.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
-    real = torch.from_numpy(test.images[rows.numpy()].copy())
+    real = torch.from_numpy(test.images[rows.numpy()])
     order = torch.randperm(2 * arguments.n, generator=random)
     numbers = [str(number) for number in range(1, len(order) + 1)]
     write_grid(arguments.out / "grid.png", torch.cat([real, generated])[order], captions=numbers)

@@ -431,6 +431,18 @@ def audit(
     _call(audit.run, params, overrides, required, path=path, out=out, strict=strict, as_json=as_json)
 
 
+@data_app.command("verify")
+def verify_dataset(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Preprocessed dataset. Default: artifacts/dataset.")
+    ] = None,
+) -> None:
+    """Check the SHA-256 of every file of the preprocessed dataset."""
+    from medgen.data import store
+
+    store.verify_store(folder or _project().dataset)
+
+
 @data_app.command("list")
 def list_datasets(
     name: Annotated[

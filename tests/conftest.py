@@ -131,7 +131,7 @@ def trained() -> Callable[..., Any]:
         split = store.split("train")
         labels = torch.from_numpy(split.labels.copy())
         with torch.no_grad():
-            means = model.encode(torch.from_numpy(split.images.copy()).float() / 255, labels).mean
+            means = model.encode(torch.from_numpy(split.images[:]).float() / 255, labels).mean
         params, digest = Prior(conditional=conditional, components=(1,)), bundle.digest(project.model)
         save_prior(project.prior, ANALYTIC[prior].fit(means, labels, len(store.classes), params), digest)
         save_disabled(project.refiner, digest)

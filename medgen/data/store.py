@@ -1,11 +1,16 @@
 """Read and write the preprocessed dataset: memory-mapped uint8 arrays and a manifest with the source of each row.
 
 artifacts/dataset/
-  train/ val/ test/   images.npy (N, C, H, W) uint8 · labels.npy (N,) int64 · masks.npy (N, 1, H, W) uint8 class numbers
+  train/ val/ test/   images-00000.npy, images-00001.npy, … (N, C, H, W) uint8 · labels.npy (N,) int64
+                      masks-00000.npy, … (N, 1, H, W) uint8 class numbers
   manifest.csv        row i of a split = array row i: source file, index in the file, sha256, label, patient,
                       original size and mode
   rejected.csv        files and images that are not in the dataset, with reasons
   dataset.json        schema, classes, shape, counts, preprocessing, hash of every file
+artifacts/dataset.checked.json   time stamps of the files at the last check of their hashes; can be deleted
+
+Images and masks are in shards of at most SHARD_BYTES, or of one image. All shards but the last have the same number of
+rows.
 
 Shapes: N images of a split, C channels (1 grey, 3 colour), H W height and width.
 """
@@ -13,12 +18,16 @@ Shapes: N images of a split, C channels (1 grey, 3 colour), H W height and width
 import csv
 import io
 import json
+import math
 import shutil
+import sys
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO
 
@@ -27,16 +36,67 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from medgen import config
+from medgen.console import say
 from medgen.errors import UserError
-from medgen.io import hash_file, swap, write_atomic
+from medgen.io import hash_file, swap, to_json, write_atomic
 
-SCHEMA = 2
+SCHEMA = 3
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1
 DESCRIPTION, MANIFEST, REJECTED = "dataset.json", "manifest.csv", "rejected.csv"
+SHARD_BYTES = 256 << 20
+# A file that changes twice within a clock tick keeps its time stamp. 2 s is the longest tick of a file system (FAT).
+_SETTLED_NS = 2_000_000_000
 COLUMNS = ("split", "path", "index", "sha256", "label", "patient", "width", "height", "mode", "mask")
 REJECTED_COLUMNS = ("path", "reason")
 _QUOTING: Literal[1] = csv.QUOTE_ALL  # an unquoted carriage return in a file name ends the row (Python 3.11)
+
+
+class ShardedArray:
+    """A read-only array (N, …) in memory-mapped shards, indexed like a NumPy array.
+
+    The first index is an integer, a slice, or a sequence of integers or booleans. The result is a new NumPy array: only
+    the rows asked for are read. `np.asarray` reads all rows.
+    """
+
+    def __init__(self, shards: Sequence[NDArray[Any]]) -> None:
+        """All `shards` but the last have the same number of rows."""
+        self._shards = [shard.view(np.ndarray) for shard in shards]  # indexed faster than np.memmap
+        self._rows_per_shard = max(1, len(shards[0]))
+        self.shape: tuple[int, ...] = (sum(map(len, shards)), *shards[0].shape[1:])
+        self.dtype = shards[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        first, *others = index if isinstance(index, tuple) else (index,)
+        if isinstance(first, int | np.integer):
+            return np.asarray(self._read(np.array([first]))[(0, *others)])
+        if first is Ellipsis:
+            first, others = slice(None), [first, *others]
+        rows = np.arange(*first.indices(len(self))) if isinstance(first, slice) else np.asarray(first)
+        if rows.dtype == np.bool_:
+            if rows.shape != self.shape[:1]:
+                raise IndexError(f"booleans of shape {rows.shape}; expected {self.shape[:1]}")
+            rows = np.flatnonzero(rows)
+        return np.asarray(self._read(rows.astype(np.int64))[(slice(None), *others)])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def _read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of these rows (M,); negative ones count from the end."""
+        if len(rows) and not -len(self) <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"row {rows.min()} or {rows.max()} is out of range for {len(self)} rows")
+        shard, row = np.divmod(np.where(rows < 0, rows + len(self), rows), self._rows_per_shard)
+        if len(self._shards) == 1:
+            return self._shards[0][row]
+        result = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for number in np.unique(shard):
+            chosen = np.flatnonzero(shard == number)
+            result[chosen] = self._shards[number][row[chosen]]
+        return result
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,9 +104,9 @@ class Split:
     """The memory-mapped, read-only arrays of one split."""
 
     name: str
-    images: NDArray[np.uint8]  # (N, C, H, W)
+    images: ShardedArray  # (N, C, H, W) uint8
     labels: NDArray[np.int64]  # (N,), -1 if unlabelled
-    masks: NDArray[np.uint8] | None  # (N, 1, H, W) class numbers, 0/1 if binary; see `masked_rows`
+    masks: ShardedArray | None  # (N, 1, H, W) uint8 class numbers, 0/1 if binary; see `masked_rows`
     manifest: Path
 
     def __len__(self) -> int:
@@ -59,25 +119,25 @@ class Split:
         """The split's rows of manifest.csv, in the order of the arrays."""
         return (row for row in read_csv(self.manifest, COLUMNS) if row["split"] == self.name)
 
-    @property
+    @cached_property
     def masked_rows(self) -> NDArray[np.int64]:
         """Positions of the images that have a mask."""
         if self.masks is None:
             return np.zeros(0, np.int64)
-        return np.array([i for i, row in enumerate(self.rows()) if row["mask"]], dtype=np.int64)
+        return np.fromiter((i for i, row in enumerate(self.rows()) if row["mask"]), np.int64)
 
     @property
     def paths(self) -> list[str]:
         """Source files, relative to the data folder, in the order of the arrays."""
         return [row["path"] for row in self.rows()]
 
-    @property
+    @cached_property
     def patients(self) -> list[str] | None:
         """Patient of each image, for statistics by patient.
 
         None if a patient is unknown, or if there are fewer than three patients or fewer than two images without one.
         """
-        names = [row["patient"] for row in self.rows()]
+        names = [sys.intern(row["patient"]) for row in self.rows()]  # one copy of each name in memory
         counts = Counter(names)
         return names if all(names) and len(counts) >= 3 and max(counts.values()) <= len(names) - 2 else None
 
@@ -106,31 +166,43 @@ class Store:
         if name not in SPLITS:
             raise config.unknown_name("split", name, SPLITS)
         folder = self.folder / name
-        masks = folder / "masks.npy"
+        images = _open_shards(folder, "images")
+        assert images is not None, "open_store has checked it"
         return Split(
             name=name,
-            images=_open_array(folder / "images.npy"),
+            images=images,
             labels=_open_array(folder / "labels.npy"),
-            masks=_open_array(masks) if masks.exists() else None,
+            masks=_open_shards(folder, "masks"),
             manifest=self.folder / MANIFEST,
         )
 
 
 def open_store(folder: Path) -> Store:
-    """Open a dataset folder after a check of every file against its hash in dataset.json.
+    """Open a dataset folder after a check of its files against dataset.json.
+
+    A file is hashed once. Later its size and time stamp are compared with those in FOLDER.checked.json, so that a large
+    dataset opens as fast as a small one. This misses a change that keeps both, by a failing disk or by someone who sets
+    the time stamp back; `verify_store` hashes all files again. Where FOLDER.checked.json cannot be written, every call
+    hashes all files.
 
     Raises:
         UserError: the folder is missing, has another schema, or a file in it is missing or damaged.
     """
     description = _read_description(folder)
+    earlier = _read_checked(folder)
+    checked = {}
     for name, expected in description["files"].items():
-        _check_file(folder / name, expected)
+        checked[name], damage = _check_file(folder / name, expected, earlier.get(name))
+        if damage:
+            raise _damaged(folder / name, damage)
+    _write_checked(folder, checked, earlier)
     counts = description["counts"]
     shape = tuple(description["image_shape"])
     for split in SPLITS:  # the fingerprint, checked above, covers all files, but not the counts
-        images = _open_array(folder / split / "images.npy")
-        if images.shape != (counts[split], *shape):
-            raise _damaged(folder / split / "images.npy", f"shape {images.shape}", f"{(counts[split], *shape)}")
+        images, expected_shape = _open_shards(folder / split, "images"), (counts[split], *shape)
+        if images is None or images.shape != expected_shape:
+            found = "no file" if images is None else f"shape {images.shape}"
+            raise _damaged(folder / split / "images-*.npy", f"found {found}; expected {expected_shape}")
     return Store(
         folder=folder,
         classes=tuple(description["classes"]),
@@ -141,6 +213,27 @@ def open_store(folder: Path) -> Store:
         name=description["name"],
         preprocess=config.Preprocess.model_validate(description["preprocessing"]),
     )
+
+
+def verify_store(folder: Path) -> None:
+    """Hash every file of a dataset folder, whatever was checked before, and print the result.
+
+    Raises:
+        UserError: as `open_store`; the message names every damaged file.
+    """
+    files = _read_description(folder)["files"]
+    results = {name: _check_file(folder / name, expected) for name, expected in files.items()}
+    damages = {name: damage for name, (_, damage) in results.items() if damage}
+    # opening then refuses a damaged file, also one with its old time stamp
+    _write_checked(folder, {name: stamp for name, (stamp, _) in results.items() if name not in damages})
+    if damages:
+        found = "; ".join(f"{name}: {damage}" for name, damage in damages.items())
+        raise UserError(
+            f"{folder}: {len(damages)} of {len(files)} files are damaged: {found}. Run `medgen preprocess` again"
+        )
+    open_store(folder)
+    size = sum(expected["bytes"] for expected in files.values())
+    say(f"{folder}: the SHA-256 of all {len(files)} files ({size / 1e6:,.1f} MB) is correct")
 
 
 class StoreWriter:
@@ -221,6 +314,8 @@ class StoreWriter:
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (self.building / DESCRIPTION).write_text(text, encoding="utf-8")
         swap(self.building, self.folder)
+        stamps = {name: (self.folder / name).stat().st_mtime_ns for name in files}
+        _write_checked(self.folder, {name: [stamps[name], file["sha256"]] for name, file in files.items()})
         return open_store(self.folder)
 
     def _write_split(
@@ -228,20 +323,23 @@ class StoreWriter:
     ) -> int:
         """Write the arrays and manifest rows of one split; returns its number of images."""
         index = {"": UNLABELLED, **{name: i for i, name in enumerate(classes)}}
-        labels = array("q")
+        labels, rows = array("q"), array("q")
         folder = self.building / split
         folder.mkdir()
-        for chosen, row in zip(splits, self._read_rows(), strict=True):
+        for number, (chosen, row) in enumerate(zip(splits, self._read_rows(), strict=True)):
             if chosen == split:
+                rows.append(number)
                 labels.append(index[row["label"]])
                 manifest.writerow({**row, "split": split})
         for kind, shape in self.shapes.items():
             staged = np.memmap(self._staging / kind, np.uint8, "r", shape=(len(splits), *shape))
-            with (folder / f"{kind}.npy").open("wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
-                npy.write_array_header_1_0(file, header)
-                for number, chosen in enumerate(splits):
-                    if chosen == split:
+            size = max(1, SHARD_BYTES // math.prod(shape))
+            for shard, start in enumerate(range(0, max(1, len(rows)), size)):
+                chosen_rows = rows[start : start + size]
+                with (folder / f"{kind}-{shard:05}.npy").open("wb") as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen_rows), *shape)}
+                    npy.write_array_header_1_0(file, header)
+                    for number in chosen_rows:
                         file.write(staged[number].data)
         np.save(folder / "labels.npy", np.array(labels, dtype=np.int64), allow_pickle=False)
         return len(labels)
@@ -278,32 +376,68 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
         schema = description["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"unreadable ({error})", "a dataset's description") from None
+        raise _damaged(path, f"unreadable ({error}); expected a dataset's description") from None
     if schema != SCHEMA:
         raise UserError(f"{path}: schema {schema}; expected {SCHEMA}. Run `medgen preprocess` again")
     expected = {"classes", "image_shape", "counts", "fingerprint", "files", "source"}
     if missing := expected - description.keys():
-        raise _damaged(path, f"no {', '.join(sorted(missing))}", "a complete description")
+        raise _damaged(path, f"found no {', '.join(sorted(missing))}; expected a complete description")
     digest = config.fingerprint(SCHEMA, description["classes"], description["image_shape"], description["files"])
     if digest != description["fingerprint"]:
-        raise _damaged(path, f"content of fingerprint {digest}", f"{description['fingerprint']}")
+        raise _damaged(path, f"found content of fingerprint {digest}; expected {description['fingerprint']}")
     return dict(description)
 
 
-def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise _damaged(path, "no such file", f"{expected['bytes']} bytes")
-    if (size := path.stat().st_size) != expected["bytes"]:
-        raise _damaged(path, f"{size} bytes", f"{expected['bytes']}")
-    if (digest := hash_file(path)) != expected["sha256"]:
-        raise _damaged(path, f"sha256 {digest[:12]}…", f"{expected['sha256'][:12]}…")
+def _check_file(path: Path, expected: Mapping[str, Any], earlier: object = None) -> tuple[list[Any], str]:
+    """Time stamp and expected SHA-256 of a file, and its damage, "" without. Hashed unless `earlier` has the same."""
+    try:
+        status = path.stat()
+    except OSError:
+        return [], f"found no such file; expected {expected['bytes']} bytes"
+    stamp = [status.st_mtime_ns, expected["sha256"]]
+    if status.st_size != expected["bytes"]:
+        return stamp, f"found {status.st_size} bytes; expected {expected['bytes']}"
+    if stamp != earlier and (digest := hash_file(path)) != expected["sha256"]:
+        return stamp, f"found sha256 {digest[:12]}…; expected {expected['sha256'][:12]}…"
+    return stamp, ""
+
+
+def _checked_path(folder: Path) -> Path:
+    """File beside the folder, whose bytes are reproducible and belong to DVC."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.checked.json")
+
+
+def _read_checked(folder: Path) -> dict[str, list[Any]]:
+    """Name of each checked file to its time stamp and SHA-256; empty if the record is missing or unreadable."""
+    with suppress(OSError, ValueError):
+        if isinstance(found := json.loads(_checked_path(folder).read_text(encoding="utf-8")), dict):
+            return found
+    return {}
+
+
+def _write_checked(
+    folder: Path, checked: Mapping[str, list[Any]], earlier: Mapping[str, list[Any]] | None = None
+) -> None:
+    """Record the checked files, unless the record has them already or cannot be written."""
+    latest = time.time_ns() - _SETTLED_NS
+    settled = {name: stamp for name, stamp in checked.items() if stamp[0] < latest}
+    if settled != earlier:
+        with suppress(OSError):
+            write_atomic(_checked_path(folder), to_json(settled))
 
 
 def _open_array(path: Path) -> NDArray[Any]:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
     except (ValueError, EOFError, OSError) as error:
-        raise _damaged(path, f"unreadable ({error})", "a NumPy array") from None
+        raise _damaged(path, f"unreadable ({error}); expected a NumPy array") from None
+
+
+def _open_shards(folder: Path, kind: str) -> ShardedArray | None:
+    """The images or masks of a split; None if it has none."""
+    paths = sorted(folder.glob(f"{kind}-*.npy"))
+    return ShardedArray([_open_array(path) for path in paths]) if paths else None
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -315,9 +449,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise _damaged(path, f"columns {reader.fieldnames}", f"{list(columns)}")
+            raise _damaged(path, f"found columns {reader.fieldnames}; expected {list(columns)}")
         yield from reader
 
 
-def _damaged(path: Path, found: str, expected: str) -> UserError:
-    return UserError(f"{path}: damaged: found {found}; expected {expected}. Run `medgen preprocess` again")
+def _damaged(path: Path, damage: str) -> UserError:
+    return UserError(f"{path}: damaged: {damage}. Run `medgen preprocess` again")

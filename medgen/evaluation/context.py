@@ -161,7 +161,7 @@ def extract_features(extractor: DomainExtractor, images: Tensor, batch_size: int
 
 def load_images(split: Split) -> Tensor:
     """All images (N, C, H, W) uint8 of a split."""
-    return torch.from_numpy(split.images.copy())
+    return torch.from_numpy(split.images[:])
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -217,10 +217,11 @@ def load(
 
 
 def open_dataset(path: str | Path = "artifacts/dataset") -> Store:
-    """Open a preprocessed dataset, after a check of every file against its hash.
+    """Open a preprocessed dataset, after a check of its files (`medgen.data.store.open_store`).
 
     `split("train")`, `"val"` and `"test"` have `images` (N, C, H, W) uint8 and `labels` (N,), memory-mapped and
-    read-only, and `rows()` of the manifest: `pandas.DataFrame(dataset.split("test").rows())`.
+    read-only: `images[:8]` reads eight images. `rows()` gives the manifest:
+    `pandas.DataFrame(dataset.split("test").rows())`.
 
     Raises:
         UserError: the folder is missing, has another schema, or a file in it is missing or damaged.

@@ -134,7 +134,7 @@ class ExtractorTask(TrainingTask):
     def __init__(self, store: Store, features: Features, device: torch.device) -> None:
         self.features = features
         split, val = store.split("train"), store.split("val")
-        self.files = split.paths
+        self.split = split
         self.loader = Loader(split, features.batch_size, device, features.seed)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         warmup_steps = max(1, features.epochs * self.num_batches // 10)
@@ -196,8 +196,8 @@ class ExtractorTask(TrainingTask):
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
         """Images of the step at `position`, and their files."""
         generator = torch.Generator().manual_seed(seed_of(self.features.seed, position, 1))
-        batch = self.loader.gather(self._rows(generator))
-        return batch.image, [self.files[row] for row in batch.index.tolist()]
+        batch, files = self.loader.gather(self._rows(generator)), self.split.paths
+        return batch.image, [files[row] for row in batch.index.tolist()]
 
     def _rows(self, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.chances, self.batch_size, replacement=True, generator=generator)

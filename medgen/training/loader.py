@@ -1,17 +1,27 @@
-"""Batches of a split, which is kept in memory as uint8; no worker processes, no state to save.
+"""Batches of a split, read from its memory-mapped files before the step that needs them; no state to save.
 
-A training batch is a pure function of (seed, position, rank, world), so that a resumed run sees the same batches.
+A training batch is a pure function of (seed, position, rank, world), so that a resumed run sees the same batches. The
+processes of a machine share one copy of the images: the operating system's cache of the files.
 """
 
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.store import Split
+from medgen.data.store import ShardedArray, Split
+
+NUM_AHEAD = 3  # batches that are read before they are asked for
+CHUNK_BYTES = 64 << 20  # read at a time to fill a GPU's memory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,8 @@ class Batch:
 class Loader:
     """Batches of a split on `device`.
 
-    The images are kept on the device if they fit into a quarter of its free memory, and in main memory otherwise.
+    On a GPU, images that fit into a quarter of its free memory are kept there. Otherwise a thread reads the next
+    batches from the files, and for a GPU copies them there from pinned memory.
     `subset` uses only that many images, spread over the split; `with_masks` only those with a mask, and adds it.
     """
 
@@ -47,55 +58,125 @@ class Loader:
         rows = split.masked_rows if with_masks else np.arange(len(split.images))
         total = len(rows)
         self.rows = rows[np.unique(np.linspace(0, total - 1, min(subset or total, total)).astype(np.int64))]
-        self.images = _resident(split.images[self.rows], self.device)  # (N, C, H, W) uint8
-        self.labels = torch.from_numpy(split.labels[self.rows]).to(self.images.device)
-        masks = split.masks if with_masks else None  # (N, 1, H, W) uint8
-        self.masks = None if masks is None else _resident(masks[self.rows], self.device)
-        self.batch_size = min(batch_size, len(self.images))
-        self.num_batches = (
-            len(self.images) // self.batch_size
-        )  # an epoch leaves out the incomplete last batch, of other images each time
+        self.num_images = len(self.rows)
+        self.labels = torch.from_numpy(split.labels[self.rows])  # (N,) on the CPU
+        self.batch_size = min(batch_size, self.num_images)
+        # an epoch leaves out the incomplete last batch, of other images each time
+        self.num_batches = self.num_images // self.batch_size
         self.seed, self.rank, self.world = seed, rank, world
         self.horizontal_flip = horizontal_flip
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # epoch and its permutation
+        masks = split.masks if with_masks else None
+        self._arrays = [split.images] if masks is None else [split.images, masks]
+        self._resident = self._copy_to_device()
+        is_mapped = self._resident is None
+        self._thread = ThreadPoolExecutor(1, "loader") if is_mapped else None
+        on_gpu = is_mapped and self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._steps = self._ahead(self._read_step)
 
     def batch(self, position: int) -> Batch:
         """This rank's part of batch number `position`, in an order shuffled anew for each epoch."""
-        epoch, step = divmod(position, self.num_batches)
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-            self._order = (epoch, torch.randperm(len(self.images), generator=generator))
-        rows = self._order[1][step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
-        batch = self.gather(rows)
+        batch = self._finish(self._steps(position))
         if self.horizontal_flip:
             generator = torch.Generator().manual_seed(seed_of(self.seed, position, self.rank, 1))
-            batch = _flip(batch, torch.rand(len(rows), generator=generator) < 0.5)
+            batch = _flip(batch, torch.rand(len(batch.index), generator=generator) < 0.5)
         return batch
 
     def sequential(self) -> Iterator[Batch]:
-        """The whole split in order; the last batch may be smaller."""
-        for start in range(0, len(self.images), self.batch_size):
-            yield self.gather(torch.arange(start, min(start + self.batch_size, len(self.images))))
+        """This rank's part of the split in order: consecutive batches. The last batch of the split may be smaller."""
+        total = math.ceil(self.num_images / self.batch_size)
+        first, stop = (rank * total // self.world for rank in (self.rank, self.rank + 1))
+        read = self._ahead(self._read_in_order, stop)
+        for number in range(first, stop):
+            yield self._finish(read(number))
 
     def gather(self, rows: Tensor) -> Batch:
         """Images at these positions (B,), a tensor on the CPU, among those that the loader uses."""
-        index = torch.from_numpy(self.rows)[
-            rows
-        ]  # from rows on the CPU: reading them from the device would wait for it
-        rows = rows.to(self.images.device, non_blocking=True)
-        return Batch(
-            image=self.images[rows].to(self.device).float().div_(255.0),
-            label=self.labels[rows].to(self.device),
-            index=index,
-            mask=None if self.masks is None else self.masks[rows].to(self.device).float(),
-        )
+        return self._finish(self._read(rows))
+
+    def _ahead(self, read: Callable[[int], "_Rows"], stop: int = sys.maxsize) -> Callable[[int], "_Rows"]:
+        return read if self._thread is None else _Ahead(self._thread, read, stop)
+
+    def _read_step(self, position: int) -> "_Rows":
+        epoch, step = divmod(position, self.num_batches)
+        known, order = self._order
+        if known != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            order = torch.randperm(self.num_images, generator=generator)
+            self._order = (epoch, order)
+        return self._read(order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world])
+
+    def _read_in_order(self, number: int) -> "_Rows":
+        start = number * self.batch_size
+        return self._read(torch.arange(start, min(start + self.batch_size, self.num_images)))
+
+    def _read(self, rows: Tensor) -> "_Rows":
+        index = self.rows[rows.numpy()]
+        if self._resident is not None:
+            rows = rows.to(self.device, non_blocking=True)
+            return _Rows(torch.from_numpy(index), [tensor[rows] for tensor in self._resident])
+        # NumPy, since an operation of torch in another thread may start a second set of OpenMP threads
+        tensors = [torch.from_numpy(array[index]) for array in self._arrays]
+        tensors = [torch.from_numpy(self.labels.numpy()[rows.numpy()]), *tensors]
+        if self._stream is None:
+            return _Rows(torch.from_numpy(index), tensors)
+        with torch.cuda.stream(self._stream):
+            tensors = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+            return _Rows(torch.from_numpy(index), tensors, self._stream.record_event())
+
+    def _finish(self, rows: "_Rows") -> Batch:
+        if rows.copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(rows.copied)
+            for tensor in rows.tensors:
+                tensor.record_stream(stream)  # its memory is not reused before this stream has read it
+        label, image, *masks = rows.tensors
+        mask = masks[0].float() if masks else None
+        return Batch(image=image.float().div_(255.0), label=label, index=rows.index, mask=mask)
+
+    def _copy_to_device(self) -> list[Tensor] | None:
+        """Labels, images and masks in a GPU's memory; None on a CPU, or if they are too large."""
+        size = sum(self.num_images * math.prod(array.shape[1:]) for array in self._arrays)
+        if self.device.type != "cuda" or size >= torch.cuda.mem_get_info(self.device)[0] // 4:
+            return None
+        return [self.labels.to(self.device), *(self._copy_array(array) for array in self._arrays)]
+
+    def _copy_array(self, array: ShardedArray) -> Tensor:
+        shape = array.shape[1:]
+        copy = torch.empty((self.num_images, *shape), dtype=torch.uint8, device=self.device)
+        size = max(1, CHUNK_BYTES // math.prod(shape))
+        for start in range(0, self.num_images, size):
+            copy[start : start + size] = torch.from_numpy(array[self.rows[start : start + size]])
+        return copy
 
 
-def _resident(array: np.ndarray, device: torch.device) -> Tensor:
-    images = torch.from_numpy(array)
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
-        return images.to(device)
-    return images
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a split, on the device of a batch."""
+
+    index: Tensor  # (B,)
+    tensors: list[Tensor]  # labels, images as uint8, and masks as uint8 if they are used
+    copied: "torch.cuda.Event | None" = None  # recorded after the copy to a GPU
+
+
+class _Ahead(Generic[T]):
+    """A function of consecutive numbers below `stop`, computed in a thread before they are asked for."""
+
+    def __init__(self, thread: ThreadPoolExecutor, function: Callable[[int], T], stop: int) -> None:
+        self._thread, self._function, self._stop = thread, function, stop
+        self._pending: dict[int, Future[T]] = {}
+
+    def __call__(self, number: int) -> T:
+        """The function's result for any number, or its exception."""
+        old = self._pending
+        wanted = range(number, min(number + 1 + NUM_AHEAD, self._stop))
+        self._pending = {
+            each: old.pop(each) if each in old else self._thread.submit(self._function, each) for each in wanted
+        }
+        for future in old.values():  # after a jump
+            future.cancel()
+        return self._pending.pop(number).result()
 
 
 def _flip(batch: Batch, chosen: Tensor) -> Batch:

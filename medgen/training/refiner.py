@@ -84,7 +84,7 @@ class RefinerTask(TrainingTask):
     def __init__(self, model: GenerativeModel, store: Store, params: config.Refiner, world: World) -> None:
         self.decoder, self.params, self.world, self.device = model, params, world, world.device
         split = store.split("train")
-        self.files = split.paths
+        self.split = split
         self.loader = Loader(
             split, params.batch_size, world.device, params.seed, world.rank, world.size, params.horizontal_flip
         )
@@ -122,13 +122,13 @@ class RefinerTask(TrainingTask):
             noised = self._decode_noised(batch.image, batch.label, generator)
             loss = self.forward(self.model, (batch.image, *noised, batch.label, generator))
             total += len(batch.image) * float(loss)
-        mean = total / len(self.validation.images)
+        mean = total / self.validation.num_images
         return {"loss": mean, "objective": mean}
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
         """Write a figure of validation images, their reconstructions and the refined reconstructions."""
         path = folder / "samples" / f"epoch_{epoch:04d}.png"
-        batch = self.validation.gather(torch.arange(min(NUM_SHOWN, len(self.validation.images))))
+        batch = self.validation.gather(torch.arange(min(NUM_SHOWN, self.validation.num_images)))
         with torch.no_grad():
             decoded = self.decoder.reconstruct(batch.image, batch.label).float()
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, 3))
@@ -140,8 +140,8 @@ class RefinerTask(TrainingTask):
 
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
         """Images of the step at `position`, and their files."""
-        batch = self.loader.batch(position)
-        return batch.image, [self.files[row] for row in batch.index.tolist()]
+        batch, files = self.loader.batch(position), self.split.paths
+        return batch.image, [files[row] for row in batch.index.tolist()]
 
     @torch.no_grad()
     def _decode_noised(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class RefinerTask(TrainingTask):
         power = torch.zeros(self.refiner.spectrum.shape, dtype=torch.float64)
         for batch in loader.sequential():
             residual = batch.image - self._decode_noised(batch.image, batch.label, generator)[0]
-            weight = len(residual) / len(loader.images)
+            weight = len(residual) / loader.num_images
             variance += weight * residual.double().square().mean((0, 2, 3)).cpu()
             power += weight * torch.fft.rfft2(residual, norm="ortho").abs().square().double().mean(0).cpu()
         variance = variance.clamp_min(MIN_RESIDUAL**2)

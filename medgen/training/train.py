@@ -80,7 +80,7 @@ class ModelTask(TrainingTask):
         self.params, self.loss, self.train, self.device = model, loss, train, world.device
         self.store = open_store(project.dataset)
         train_split, val_split = self.store.split("train"), self.store.split("val")
-        self.train_files = train_split.paths
+        self.train_split = train_split
         if not len(val_split.images):
             raise UserError(
                 f"{project.dataset}: the val split is empty, and training needs one for validation; "
@@ -105,7 +105,7 @@ class ModelTask(TrainingTask):
         if self.loader.batch_size % world.size:
             raise UserError(
                 f"train.batch_size: {self.loader.batch_size} images a step (configured {train.batch_size}, "
-                f"{len(self.loader.images)} training images) for {world.size} processes; expected a multiple of "
+                f"{self.loader.num_images} training images) for {world.size} processes; expected a multiple of "
                 f"{world.size}; change train.batch_size or train.subset"
             )
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
@@ -152,7 +152,7 @@ class ModelTask(TrainingTask):
                 scores[name] += size * float(score(result, target))
             if output.latent is not None and output.latent.codes is not None:
                 codes.append(output.latent.codes.cpu())
-        means = {name: total / len(self.validation.images) for name, total in scores.items()}
+        means = {name: total / self.validation.num_images for name, total in scores.items()}
         return means | (codebook_use(torch.cat(codes), self.params.num_embeddings) if codes else {})
 
     def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
@@ -166,8 +166,8 @@ class ModelTask(TrainingTask):
 
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
         """The images of the step at `position`, and their files."""
-        batch = self.loader.batch(position)
-        return batch.image, [self.train_files[row] for row in batch.index.tolist()]
+        batch, files = self.loader.batch(position), self.train_split.paths
+        return batch.image, [files[row] for row in batch.index.tolist()]
 
     def export(self, folder: Path, run: str) -> None:
         """Write the model with its present weights to `folder`; `run` is the name of its folder in runs/."""

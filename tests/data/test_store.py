@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from medgen.data.store import StoreWriter, open_store
+from medgen.data import store
+from medgen.data.store import StoreWriter, open_store, verify_store
 from medgen.errors import UserError
+from medgen.io import hash_file
 
 SIZE = 16
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE)).astype(np.uint8)
@@ -37,9 +40,8 @@ def test_written_data_is_read_back(tmp_path: Path) -> None:
     assert store.image_shape == (1, SIZE, SIZE)
     assert store.counts == {"train": 3, "val": 0, "test": 2}
     train, val, test = (store.split(name) for name in ("train", "val", "test"))
-    assert isinstance(train.images, np.memmap)
-    assert (train.images == IMAGES[[0, 2, 3]]).all()
-    assert (test.images == IMAGES[[1, 4]]).all()
+    assert (train.images[:] == IMAGES[[0, 2, 3]]).all()
+    assert (test.images[:] == IMAGES[[1, 4]]).all()
     assert val.images.shape == (0, 1, SIZE, SIZE)
     assert train.labels.tolist() == [0, 1, -1]
     assert train.labels.dtype == np.int64
@@ -67,10 +69,12 @@ def test_the_same_content_gives_the_same_bytes_and_fingerprint(tmp_path: Path) -
 def test_numpy_reads_the_arrays(tmp_path: Path) -> None:
     """The arrays can be read without medgen."""
     folder = write(tmp_path / "dataset")
-    assert np.load(folder / "train" / "images.npy", allow_pickle=False).shape == (3, 1, SIZE, SIZE)
+    assert np.load(folder / "train" / "images-00000.npy", allow_pickle=False).shape == (3, 1, SIZE, SIZE)
 
 
-FILES = [f"{split}/{kind}.npy" for split in ("train", "val", "test") for kind in ("images", "labels", "masks")]
+FILES = [
+    f"{split}/{kind}.npy" for split in ("train", "val", "test") for kind in ("images-00000", "labels", "masks-00000")
+]
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.csv", "rejected.csv"])
@@ -91,11 +95,11 @@ def test_a_damaged_file_is_refused(tmp_path: Path, name: str, damage: str) -> No
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"schema": 0}, "dataset.json: schema 0; expected 2"),
+        ({"schema": 0}, "dataset.json: schema 0; expected 3"),
         ({"classes": ["A", "C"]}, "dataset.json: damaged"),
         ({"image_shape": [1, 8, 8]}, "dataset.json: damaged"),
         ({"files": {}}, "dataset.json: damaged"),
-        ({"counts": {"train": 4, "val": 0, "test": 1}}, "images.npy: damaged"),
+        ({"counts": {"train": 4, "val": 0, "test": 1}}, r"images-\*\.npy: damaged"),
     ],
 )
 def test_a_wrong_dataset_json_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
@@ -106,7 +110,7 @@ def test_a_wrong_dataset_json_is_refused(tmp_path: Path, change: dict[str, objec
         open_store(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 3}', "{"])
 def test_an_unreadable_dataset_json_is_refused(tmp_path: Path, text: str) -> None:
     folder = write(tmp_path / "dataset")
     (folder / "dataset.json").write_text(text)
@@ -124,17 +128,141 @@ def test_the_error_for_an_unknown_split_lists_the_splits(tmp_path: Path) -> None
         open_store(write(tmp_path / "dataset")).split("tests")
 
 
+@pytest.fixture
+def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store with at most two images in a file."""
+    monkeypatch.setattr(store, "SHARD_BYTES", 2 * SIZE * SIZE + 1)
+    return write(tmp_path / "dataset")
+
+
+def test_a_large_split_is_many_files(sharded: Path) -> None:
+    names = [f"{kind}-{shard:05}.npy" for kind in ("images", "masks") for shard in range(2)]
+    assert sorted(path.name for path in (sharded / "train").iterdir()) == sorted([*names, "labels.npy"])
+    shards = [np.load(sharded / "train" / name) for name in names[:2]]
+    assert [len(shard) for shard in shards] == [2, 1]
+    assert (np.concatenate(shards) == IMAGES[[0, 2, 3]]).all()
+    assert np.load(sharded / "val" / "images-00000.npy").shape == (0, 1, SIZE, SIZE)
+    (sharded / "train" / names[1]).unlink()
+    with pytest.raises(UserError, match=r"train/images-00001\.npy: damaged: found no such file"):
+        open_store(sharded)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [0, -1, np.int64(2), slice(None), slice(1, 9), slice(None, None, -2), [2, 0, 2, -1], np.array([1, 2]), [], ...,
+     np.array([True, False, True]), (slice(1, 3), 0), (0, 0), (..., slice(2, 5)), ([0, 2], 0, slice(3))],
+    ids=str,
+)  # fmt: skip
+def test_shards_are_indexed_like_one_array(sharded: Path, index: object) -> None:
+    images, expected = open_store(sharded).split("train").images, IMAGES[[0, 2, 3]]
+    found = images[index]
+    assert isinstance(found, np.ndarray) and found.flags.writeable
+    np.testing.assert_array_equal(found, expected[index], strict=True)  # type: ignore[call-overload]
+
+
+def test_all_images_of_shards_are_read_in_order(sharded: Path) -> None:
+    images = open_store(sharded).split("train").images
+    assert (np.stack(list(images)) == IMAGES[[0, 2, 3]]).all()
+    assert np.asarray(images, float).tolist() == IMAGES[[0, 2, 3]].tolist()
+    assert (images.shape, images.dtype, len(images)) == ((3, 1, SIZE, SIZE), np.uint8, 3)
+
+
+@pytest.mark.parametrize("index", [3, -4, [0, 3], [-4], [True, False]], ids=str)
+def test_rows_that_do_not_exist_are_refused(sharded: Path, index: object) -> None:
+    with pytest.raises(IndexError, match="3"):
+        open_store(sharded).split("train").images[index]
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that have been hashed."""
+    names: list[str] = []
+    monkeypatch.setattr(store, "hash_file", lambda path: (names.append(path.name), hash_file(path))[1])
+    return names
+
+
+def age(folder: Path, seconds: int = 60) -> None:
+    """Set the time stamps of a store's files back: only files that have not changed for a while are remembered."""
+    for path in folder.rglob("*.*"):
+        times = path.stat()
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns - seconds * 10**9))
+
+
+def test_a_file_is_hashed_once_and_again_after_a_change(tmp_path: Path, hashed: list[str]) -> None:
+    folder = write(tmp_path / "dataset")
+    age(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    hashed.clear()
+    first = open_store(folder)
+    assert len(hashed) == len(before) - 1  # all but dataset.json
+    hashed.clear()
+    assert open_store(folder) == first
+    assert hashed == []
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before, "the folder belongs to DVC"
+    age(folder / "train")
+    open_store(folder)
+    assert sorted(hashed) == ["images-00000.npy", "labels.npy", "masks-00000.npy"]
+
+
+def test_a_file_that_has_just_been_written_is_hashed_again(tmp_path: Path, hashed: list[str]) -> None:
+    """A second change within one tick of the clock would not change the time stamp."""
+    folder = write(tmp_path / "dataset")
+    for _ in range(2):
+        hashed.clear()
+        open_store(folder)
+        assert "labels.npy" in hashed
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"manifest.csv": 3, "train/labels.npy": [1]}', "\udcff"])
+def test_all_files_are_hashed_if_nothing_is_known_of_them(
+    tmp_path: Path, hashed: list[str], content: str | None
+) -> None:
+    folder = write(tmp_path / "dataset")
+    age(folder)
+    record = tmp_path / "dataset.checked.json"
+    record.unlink()
+    if content is None:
+        record.mkdir()  # cannot be written
+    else:
+        record.write_bytes(content.encode(errors="surrogateescape"))
+    hashed.clear()
+    open_store(folder)
+    first, _ = len(hashed), hashed.clear()
+    open_store(folder)
+    assert (first, len(hashed)) == (11, 11 if content is None else 0)
+
+
+def test_verify_names_every_damaged_file_also_with_its_old_time_stamp(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "dataset")
+    age(folder)
+    verify_store(folder)
+    assert "all 11 files (0.0 MB) is correct" in capsys.readouterr().out
+    for name in ("test/images-00000.npy", "manifest.csv"):
+        path, times = folder / name, (folder / name).stat()
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    open_store(folder)  # size and time are those of the last check
+    with pytest.raises(UserError, match=r"2 of 11 files.*manifest\.csv: found.*test/images-00000\.npy: found"):
+        verify_store(folder)
+    with pytest.raises(UserError, match="damaged"):
+        open_store(folder)
+
+
 def test_a_failed_write_leaves_the_old_store(tmp_path: Path) -> None:
     folder = write(tmp_path / "dataset")
     before = open_store(folder).fingerprint
     with pytest.raises(ValueError, match="uint8"), StoreWriter(folder, (1, SIZE, SIZE), with_masks=False) as writer:
         writer.add(IMAGES[0, :, :8], None, {})
     assert open_store(folder).fingerprint == before
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "dataset.checked.json"]
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / "dataset.building" / "train").mkdir(parents=True)
     (tmp_path / "dataset.old").mkdir()
     open_store(write(tmp_path / "dataset"))
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "dataset.checked.json"]

@@ -138,7 +138,7 @@ def test_metrics_have_the_documented_keys_and_are_sorted(evaluated: Evaluated) -
 def test_reconstruction_metrics_cover_every_test_image(evaluated: Evaluated) -> None:
     project, metrics = evaluated
     store, (model, _) = open_store(project.dataset), bundle.load(project.model)
-    train, test = (torch.from_numpy(store.split(name).images.copy()) for name in ("train", "test"))
+    train, test = (torch.from_numpy(store.split(name).images[:]) for name in ("train", "test"))
     assert len(test) % SMALL.batch_size, "the last batch must be smaller"
     with torch.no_grad():
         rebuilt = model.reconstruct(test.float() / 255)
@@ -349,7 +349,7 @@ def test_inception_metrics_are_those_of_the_saved_images(
     assert set(metrics) == KEYS | more
     assert {name: metrics[name] for name in KEYS} == evaluated[1]
     generated, real = (bytes_of(project.images / name) for name in ("generated", "real"))
-    assert real.equal(torch.from_numpy(open_store(project.dataset).split("test").images.copy()))
+    assert real.equal(torch.from_numpy(open_store(project.dataset).split("test").images[:]))
     assert len(generated) == 20
     seen, other = network(generated).features, network(real).features
     expected = generation.frechet_distance(other, seen)
@@ -490,7 +490,7 @@ def test_refined_reconstructions_are_compared_with_their_originals(refined: Eval
     test = open_store(project.dataset).split("test")
     (model, _), refiner = bundle.load(project.model), load_refiner(project.refiner, bundle.digest(project.model))
     assert refiner is not None
-    originals, labels = torch.from_numpy(test.images.copy()).float() / 255, torch.from_numpy(test.labels.copy())
+    originals, labels = torch.from_numpy(test.images[:]).float() / 255, torch.from_numpy(test.labels.copy())
     with torch.no_grad():
         decoded = model.reconstruct(originals, labels)
     generator, parts = torch.Generator().manual_seed(seed_of(SMALL.seed, 4)), []

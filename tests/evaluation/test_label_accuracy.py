@@ -53,7 +53,7 @@ def test_label_accuracy_of_a_conditional_model(evaluated: Evaluated) -> None:
         return sum(correct) / len(correct)
 
     labels = test.labels.tolist()
-    real = sum(share(torch.from_numpy(test.images / 255), labels, wanted) for wanted in range(3)) / 3
+    real = sum(share(torch.from_numpy(test.images[:] / 255), labels, wanted) for wanted in range(3)) / 3
     assert metrics["generation/label_accuracy_real"] == pytest.approx(real, rel=1e-5)
     prior = load_prior(project.prior, bundle.digest(project.model))
     asked = proportional_labels(prior.frequencies, 12)
@@ -85,7 +85,7 @@ def test_unrecognised_classes_are_reported_and_left_out(
         store, (extractor, _) = open_store(project.dataset), load_extractor(project.features)
         test, left = store.split("test"), [store.classes.index(name) for name in ("COVID19", "NORMAL")]
         labels = torch.from_numpy(test.labels.copy())
-        correct = label_accuracy.is_correct(extractor, torch.from_numpy(test.images.copy()), labels, 7)
+        correct = label_accuracy.is_correct(extractor, torch.from_numpy(test.images[:]), labels, 7)
         expected = sum(float(correct[labels == label].double().mean()) for label in left) / 2
         assert metrics["generation/label_accuracy_real"] == pytest.approx(expected, rel=1e-5)
 
@@ -96,7 +96,7 @@ def test_codebook_metrics_and_deletion_of_an_earlier_models_figure(evaluated: Ev
     stale.touch()
     sizes = Model(name="vqvae", base_channels=8, latent_channels=4, latent_size=8, num_embeddings=16)
     project, metrics, model = evaluated(sizes)
-    images = torch.from_numpy(open_store(project.dataset).split("test").images.copy()).float() / 255
+    images = torch.from_numpy(open_store(project.dataset).split("test").images[:]).float() / 255
     with torch.no_grad():
         used = torch.cat([model.encode(image[None]).codes.flatten() for image in images])  # type: ignore[union-attr]
     assert metrics["latent/codebook_usage"] == pytest.approx(len(set(used.tolist())) / 16)

@@ -165,7 +165,7 @@ def test_the_background_is_not_counted(done: Evaluated, left_out: tuple[int, ...
 def test_empty_masks_are_an_error(done: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
     def emptied(store: Store, name: str) -> Split:
         part = split(store, name)
-        return part if part.masks is None else dataclasses.replace(part, masks=np.zeros_like(part.masks))
+        return part if part.masks is None else dataclasses.replace(part, masks=np.zeros_like(part.masks[:]))
 
     split = Store.split
     monkeypatch.setattr(Store, "split", emptied)

@@ -160,7 +160,7 @@ def test_any_change_rebuilds_the_dataset(tmp_path: Path, change: str) -> None:
     elif change == "settings":
         options = options.model_copy(update={"fit": "squash"})
     elif change == "damage":
-        (project.dataset / "train" / "images.npy").write_bytes(b"")
+        (project.dataset / "train" / "images-00000.npy").write_bytes(b"")
     else:
         Image.fromarray(np.full((21, 30), 50, np.uint8)).save(folder / "A" / "new.png")
     second = run(project, data=data, preprocess=options)
@@ -297,9 +297,10 @@ def test_an_unlabelled_copy_is_no_label_conflict(tmp_path: Path) -> None:
 def test_the_store_has_no_other_files(tmp_path: Path) -> None:
     make(tmp_path / "data")
     run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
-    arrays = {f"{split}/{kind}.npy" for split in store.SPLITS for kind in ("images", "labels")}
+    arrays = {f"{split}/{kind}.npy" for split in store.SPLITS for kind in ("images-00000", "labels")}
     assert content(tmp_path / "artifacts").keys() == {
-        f"dataset/{name}" for name in arrays | {"manifest.csv", "rejected.csv", "dataset.json"}
+        "dataset.checked.json",
+        *(f"dataset/{name}" for name in arrays | {"manifest.csv", "rejected.csv", "dataset.json"}),
     }
     assert not content(tmp_path / "runs")
 
@@ -427,7 +428,7 @@ def test_real_lung_masks(shared_data: Callable[[str], Path], tmp_path: Path) -> 
     train = run(Project(tmp_path), data=data, preprocess=config.Preprocess(clahe_clip=0)).split("train")
     assert train.masks is not None
     assert set(np.unique(train.masks)) == {0, 1}
-    shares = train.masks.mean(axis=(1, 2, 3))
+    shares = train.masks[:].mean(axis=(1, 2, 3))
     assert 0.1 < shares.min() < shares.max() < 0.6
     darker = 0
     for image, mask in zip(train.images[:, 0], train.masks[:, 0], strict=True):

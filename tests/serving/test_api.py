@@ -204,8 +204,11 @@ def test_a_registered_version_is_found_by_the_projects_params(refined, model, tm
 def test_a_dataset_is_memory_mapped_and_read_only(refined):
     dataset = medgen.open_dataset(str(refined.dataset))
     test = dataset.split("test")
-    assert isinstance(test.images, np.memmap)
-    assert not test.images.flags.writeable
+    first = test.images[:8]
+    assert isinstance(first, np.ndarray) and first.shape == (8, *test.images.shape[1:])
+    np.testing.assert_array_equal(test.images[np.arange(8)], first)
+    with pytest.raises(TypeError, match="item assignment"):
+        test.images[0] = 0
     assert len(test) == len(test.images) == dataset.counts["test"]
     assert [row["label"] for row in test.rows()] == [dataset.classes[label] for label in test.labels]
     assert "counts" in repr(dataset)

@@ -99,7 +99,7 @@ def test_the_scales_are_those_of_the_train_split(project):
     )
     model, _ = bundle.load_generative(project.model)
     split = open_store(project.dataset).split("train")
-    images = torch.from_numpy(split.images[:].copy()).float() / 255
+    images = torch.from_numpy(split.images[:]).float() / 255
     with torch.no_grad():
         means = model.encode(images).mean
     torch.testing.assert_close(made.latent_scale, means.std(0, correction=0), rtol=1e-3, atol=1e-5)
@@ -197,7 +197,7 @@ def test_without_a_prior_it_says_what_to_do_before_it_trains(project, monkeypatc
 def test_the_gain_brings_samples_to_the_contrast_of_train_images(project, monkeypatch, contrast, gain):
     made = refiner.run(project, refiner=SMALL, tracking=QUIET)
     store = open_store(project.dataset)
-    images = torch.from_numpy(store.split("train").images[:].copy()).float() / 255
+    images = torch.from_numpy(store.split("train").images[:]).float() / 255
     mean = images.mean((2, 3), keepdim=True)
     monkeypatch.setattr(refiner, "sample_images", lambda *_, **__: mean + contrast * (images - mean))
     found = refiner.fit_gain(made, None, None, store)

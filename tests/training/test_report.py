@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from medgen.data.store import Split
+from medgen.data.store import ShardedArray, Split
 from medgen.models import GenerativeModel, ImageModel
 from medgen.models.base import Latent, ModelOutput
 from medgen.training import report
@@ -20,7 +20,7 @@ from medgen.training.report import CURVES, draw_epoch, write_report
 def loader(labels: list[int], channels: int = 1) -> Loader:
     """Images of noise with these labels."""
     images = np.random.default_rng(0).integers(0, 256, (len(labels), channels, 16, 16), dtype=np.uint8)
-    return Loader(Split("train", images, np.array(labels), None, Path()), 4, "cpu")
+    return Loader(Split("train", ShardedArray([images]), np.array(labels), None, Path()), 4, "cpu")
 
 
 class Labelled(GenerativeModel):
@@ -66,9 +66,12 @@ class Segmenter(ImageModel):
     predict = forward
 
 
-def test_colour_images_stand_in_colour_over_their_masks(tmp_path: Path) -> None:
-    validation = loader([-1] * 4, channels=3)
-    validation.masks = torch.ones(4, 1, 16, 16, dtype=torch.uint8)
+def test_colour_images_stand_in_colour_over_their_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
+    masks = ShardedArray([np.ones((4, 1, 16, 16), np.uint8)])
+    monkeypatch.setattr(Split, "masked_rows", np.arange(4))
+    split = Split("val", ShardedArray([images]), np.full(4, -1), masks, Path())
+    validation = Loader(split, 4, "cpu", with_masks=True)
     path = draw_epoch(Segmenter(), validation, validation, tmp_path, epoch=1, seed=0)["masks"]
     with Image.open(path) as picture:
         drawn = np.asarray(picture).astype(int)

@@ -89,7 +89,7 @@ def test_validation_numbers_are_those_of_the_exported_model_over_the_whole_split
 
     project, scratch = finished
     model, _ = bundle.load(project.model)
-    images = torch.tensor(open_store(project.dataset).split("val").images).float() / 255
+    images = torch.tensor(open_store(project.dataset).split("val").images[:]).float() / 255
     reconstructions = torch.cat([model.reconstruct(image[None]) for image in images]).detach()
     last = history(scratch)[-1]
     assert last["val/l1"] == pytest.approx((reconstructions - images).abs().mean().item(), rel=1e-4)
@@ -110,7 +110,7 @@ def test_the_epoch_that_is_kept_is_the_best_by_the_objective_that_training_ends_
     loss = Loss(weights=Weights(l1=1.0), free_bits=1.0)
     records = history(run(tiny_project, Train(batch_size=8, phases=(first, RAMP), keep=keep), loss=loss))
     model, _ = bundle.load(tiny_project.model)
-    images = torch.tensor(open_store(tiny_project.dataset).split("val").images).float() / 255
+    images = torch.tensor(open_store(tiny_project.dataset).split("val").images[:]).float() / 255
     with torch.no_grad():
         latent = model.encode(images)
         error = model.decode(latent.mean) - images
@@ -138,7 +138,7 @@ def test_without_kl_the_objective_is_the_loss_and_what_the_model_adds(tiny_proje
     trained, _ = bundle.load(tiny_project.model)
     added = 0.0
     if name == "vqvae":
-        images = torch.tensor(open_store(tiny_project.dataset).split("val").images).float() / 255
+        images = torch.tensor(open_store(tiny_project.dataset).split("val").images[:]).float() / 255
         with torch.no_grad():
             vectors = trained._encode_vectors(images)
         nearest = torch.cdist(vectors.movedim(1, -1).flatten(0, 2), trained.codebook).min(1).values
