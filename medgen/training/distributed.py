@@ -27,13 +27,39 @@ class World:
         """True for the process that writes files, logs and prints."""
         return self.rank == 0
 
-    def mean_of(self, values: dict[str, float]) -> dict[str, float]:
-        """Mean of each value over processes, which all have the same names."""
+    def sum_of(self, values: dict[str, float]) -> dict[str, float]:
+        """Sum of each value over processes, which all have the same names."""
         if self.size == 1:
             return values
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return dict(zip(values, (total / self.size).tolist(), strict=True))
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def mean_of(self, values: dict[str, float]) -> dict[str, float]:
+        """Mean of each value over processes, which all have the same names."""
+        return {name: total / self.size for name, total in self.sum_of(values).items()}
+
+    def concat(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes' tensors, in the order of their ranks, on the CPU of each.
+
+        The tensors may differ in their number of rows, which may be 0, and in nothing else.
+        """
+        if self.size == 1:
+            return tensor.cpu()
+        counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        counts[self.rank] = len(tensor)
+        dist.all_reduce(counts)
+        parts = []
+        for rank, count in enumerate(counts.tolist()):  # one after another: a device holds one other part at most
+            own = rank == self.rank
+            part = (
+                tensor.to(self.device).contiguous()
+                if own
+                else tensor.new_empty(count, *tensor.shape[1:], device=self.device)
+            )
+            dist.broadcast(part, rank)
+            parts.append(part.cpu())
+        return torch.cat(parts)
 
     def any(self, flag: Tensor) -> Tensor:
         """Maximum of a flag over processes."""
