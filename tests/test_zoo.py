@@ -80,7 +80,7 @@ def test_an_interrupted_codebook_model_resumes_bit_identically(
         return batch(self, position)
 
     monkeypatch.setattr(Loader, "batch", interrupted_batch)
-    monkeypatch.setattr("medgen.training.state.TrainState.save_is_due", lambda self: True)
+    monkeypatch.setattr("medgen.training.state.TrainState.due", lambda self: (False, True))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(tiny_project, "vqvae", codebook=codebook)

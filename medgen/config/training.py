@@ -77,6 +77,9 @@ class Train(Section):
 
     seed: int = 0
     batch_size: Count = 32  # over all processes
+    # parts of a batch that a process trains on in turn, to save memory (gradient accumulation). BatchNorm, codebooks,
+    # sigma, dice and free bits then see one part at a time
+    accumulate_steps: Count = 1
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(name="train", epochs=1),)
     clip_norm: Positive = 1.0
     ema_decay: Fraction = 0.0  # of averaged weights; 0: none

@@ -4,7 +4,7 @@ It is trained on the train split itself, because features of a network trained o
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -76,14 +76,19 @@ class DomainExtractor(nn.Module):
         return scores
 
     @torch.no_grad()
-    def standardise(self, clean: Iterable[Tensor], degraded: Iterable[Tensor]) -> None:
+    def standardise(
+        self, clean: Iterable[Tensor], degraded: Iterable[Tensor], gather: Callable[[Tensor], Tensor] = Tensor.cpu
+    ) -> None:
         """Set the features' mean and scale from batches of train images, so that kernels get values around 1.
+
+        `gather` concatenates the rows of all processes, each of which has a part of the batches.
 
         The scale of a feature is its standard deviation over the clean images, or larger if degradations shift the
         feature so far that a slight blur would hide every other difference.
         """
-        pooled = torch.cat([self._pooled(image) for image in clean]).double()
-        moved = torch.cat([self._pooled(image) for image in degraded]).double() - pooled.mean(dim=0)
+        none = torch.empty(0, NUM_FEATURES, device=self.mean.device)  # a process may have no batch
+        pooled = gather(torch.cat([none, *(self._pooled(image) for image in clean)])).double()
+        moved = gather(torch.cat([none, *(self._pooled(image) for image in degraded)])).double() - pooled.mean(dim=0)
         scale = pooled.std(dim=0, correction=0)
         # Otherwise a feature that hardly varies on real images would dominate the distances of unusual ones.
         scale = scale.clamp_min(0.1 * float(scale.mean()) + 1e-6)
@@ -141,9 +146,10 @@ class _Quality(nn.Module):
         return F.silu(self.last(F.silu(self.hidden(statistics))))
 
     @torch.no_grad()
-    def standardise(self, batches: Iterable[Tensor]) -> None:
-        """Set the mean and scale of the statistics from images, before training."""
-        statistics = torch.cat([self._statistics(image) for image in batches]).double()
+    def standardise(self, batches: Iterable[Tensor], gather: Callable[[Tensor], Tensor] = Tensor.cpu) -> None:
+        """Set the mean and scale of the statistics from images, before training; `gather` as for the extractor."""
+        none = torch.empty(0, len(self.mean), device=self.mean.device)
+        statistics = gather(torch.cat([none, *(self._statistics(image) for image in batches)])).double()
         self.mean.copy_(statistics.mean(dim=0))
         self.scale.copy_(statistics.std(dim=0, correction=0).clamp_min(1e-3))
 

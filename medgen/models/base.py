@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from medgen.nn.parallel import randn_like
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -113,5 +115,5 @@ def soft_bound(value: Tensor, bound: float) -> Tensor:
 def gaussian_latent(mean: Tensor, logvar: Tensor, training: bool) -> Latent:
     """Reparameterised posterior (Kingma & Welling 2014): a draw in training, the mean otherwise."""
     mean = mean.float()  # KL and sampling stay in float32 under autocast
-    value = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar) if training else mean
+    value = mean + randn_like(mean) * torch.exp(0.5 * logvar) if training else mean
     return Latent(value=value, mean=mean, logvar=logvar)

@@ -12,6 +12,7 @@ from medgen.config import Model
 from medgen.errors import UserError
 from medgen.models.base import GenerativeModel, Latent, gaussian_latent, soft_bound
 from medgen.models.grids import flat_sizes
+from medgen.nn.parallel import BatchNorm2d
 
 DEFAULT_LATENT_DIM = 128  # D if model.latent_channels is null
 
@@ -31,14 +32,14 @@ class VAE(GenerativeModel):
 
         encoder: list[nn.Module] = []
         for before, after in zip([image_shape[0], *channels[:-1]], channels, strict=True):
-            encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+            encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), BatchNorm2d(after), nn.LeakyReLU(0.2)]
         self.encoder = nn.Sequential(*encoder, nn.Flatten())
         self.to_latent = nn.Linear(features + embedding, 2 * latent_dim)
 
         self.from_latent = nn.Linear(latent_dim + embedding, features)
         decoder: list[nn.Module] = []
         for before, after in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
-            decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+            decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), BatchNorm2d(after), nn.ReLU()]
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 3, padding=1))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:

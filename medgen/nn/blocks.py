@@ -8,6 +8,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medgen.nn.parallel import Dropout
+
 
 def conv2d(in_channels: int, out_channels: int, stride: int = 1, single_position: bool = False) -> nn.Conv2d:
     """3×3 convolution that keeps the grid, or halves it with `stride` 2; 1×1 on a grid of a single position."""
@@ -49,7 +51,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = conv2d(in_channels, out_channels, stride, single_position)
         self.film = nn.Linear(condition_dim, 2 * out_channels) if condition_dim else None
         self.norm2 = group_norm(out_channels, single_position)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = conv2d(out_channels, out_channels, single_position=single_position)
         nn.init.zeros_(self.conv2.weight)  # the block starts as its shortcut, which lets deep stacks train at once
         same = in_channels == out_channels and stride == 1

@@ -4,9 +4,10 @@ Shapes: B batch, Z channels of a vector, h w grid, K codes.
 """
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from medgen.nn.parallel import draw_vectors, sum_over_processes
 
 EMA_DECAY = 0.99
 DEAD_USAGE = 0.05  # a code with less than this share of an even use is dead
@@ -67,14 +68,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def restart_dead_codes(self, vectors: Tensor) -> None:
-        """Move dead codes to vectors (B, Z, h, w) drawn from a training batch, before the batch is quantized.
-
-        All processes use the draws of the first one.
-        """
-        flat = _flatten(vectors)
-        drawn = flat[torch.randint(len(flat), (self.num_embeddings,), device=flat.device)]
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast(drawn, 0)
+        """Move dead codes to vectors (B, Z, h, w) drawn from a training batch, before the batch is quantized."""
+        drawn = draw_vectors(vectors.movedim(1, -1).flatten(1, 2).float(), self.num_embeddings)
         # the training loop reports and skips a batch that is not finite; the codes must stay finite
         dead = (self.usage < DEAD_USAGE) & torch.isfinite(drawn).all(dim=1)
         self.codebook.data.copy_(torch.where(dead[:, None], drawn, self.codebook))
@@ -90,9 +85,7 @@ class Quantizer(nn.Module):
         flat, indices = _flatten(vectors), codes.flatten()
         counts = torch.zeros_like(self.usage).index_add_(0, indices, torch.ones_like(flat[:, 0]))
         sums = torch.zeros_like(self.sums).index_add_(0, indices, flat)
-        if torch.distributed.is_initialized():
-            for tensor in (counts, sums):
-                torch.distributed.all_reduce(tensor)
+        counts, sums = sum_over_processes(counts), sum_over_processes(sums)
         even = counts.sum() / self.num_embeddings
         finite = torch.isfinite(sums).all()
         self.usage.copy_(torch.where(finite, self.usage.lerp(counts / even, 1 - EMA_DECAY), self.usage))

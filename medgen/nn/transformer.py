@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medgen.nn.parallel import Dropout
+
 HEAD_CHANNELS = 32
 
 
@@ -35,7 +37,7 @@ class MaskedTransformer(nn.Module):
         self.label = nn.Embedding(num_classes + 1, channels)  # row 0 is "no label"
         self.row = nn.Parameter(torch.empty(sides[0], 1, channels))
         self.column = nn.Parameter(torch.empty(sides[1], channels))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.Sequential(*(TransformerBlock(channels, dropout) for _ in range(blocks)))
         self.head = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU())
         self.norm = nn.LayerNorm(channels)
@@ -64,7 +66,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.widen = nn.Linear(channels, 4 * channels)
         self.narrow = nn.Linear(4 * channels, channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for layer in (self.project, self.narrow):  # the block starts as its shortcut
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

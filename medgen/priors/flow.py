@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from medgen import config
 from medgen.nn.guidance import drop_labels
+from medgen.nn.parallel import randn
 from medgen.nn.velocity import VelocityNetwork
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 from medgen.priors.neural import NeuralPrior, conditioning_classes
@@ -78,8 +79,8 @@ class Flow(NeuralPrior):
 
     def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error of the velocity over all dimensions; see `NeuralPrior.loss`."""
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        time = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
+        noise = randn(*latents.shape, generator=generator).to(latents.device)
+        time = randn(len(latents), generator=generator).sigmoid().to(latents.device)
         labels = drop_labels(labels, self.conditional, generator)
         self.path = self.path.to(latents.device)
         standard = self.path.standardise(latents)

@@ -39,6 +39,7 @@ from medgen.errors import UserError
 from medgen.io import parsing, read_description, read_tensors, save_artifact, to_json, write_folder
 from medgen.models.base import Decoder
 from medgen.nn.guidance import drop_labels
+from medgen.nn.parallel import randn
 from medgen.nn.velocity import VelocityNetwork
 from medgen.priors.neural import load_network
 
@@ -118,9 +119,9 @@ class Refiner:
             generator: source of all randomness, on the CPU.
         """
         residual = _filter((images - decoded) / self._scale(images), self.spectrum.rsqrt())
-        noise = torch.randn(residual.shape, generator=generator).to(residual.device)
+        noise = randn(*residual.shape, generator=generator).to(residual.device)
         # logit-normal times: those near 0 and 1 are easy (Esser et al. 2024, section 3.1)
-        time = torch.randn(len(images), generator=generator).sigmoid().to(residual.device)
+        time = randn(len(images), generator=generator).sigmoid().to(residual.device)
         labels = drop_labels(labels, self.num_classes > 0, generator)
         angle = self._angle(time)
         y, target = _rotate(noise, residual, angle), _rotate(residual, -noise, angle)
@@ -131,7 +132,7 @@ class Refiner:
 
     def noise_latents(self, latents: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (B, *latent_shape) with Gaussian noise of `levels` (B,) times each dimension's standard deviation."""
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        noise = randn(*latents.shape, generator=generator).to(latents.device)
         amount = levels.to(latents.device).view(-1, *[1] * (latents.dim() - 1))
         return latents + amount * self.latent_scale.to(latents.device) * noise
 

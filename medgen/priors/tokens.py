@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from medgen import config
 from medgen.errors import UserError
 from medgen.nn.guidance import drop_labels
+from medgen.nn.parallel import mean_over_processes, rand
 from medgen.nn.quantizer import nearest_codes
 from medgen.nn.transformer import MaskedTransformer
 from medgen.priors.axes import check_finite, constant_latents_error
@@ -81,7 +82,8 @@ class Tokens(NeuralPrior):
         masked = draw_mask(len(codes), codes.shape[1], generator).to(latents.device)
         labels = drop_labels(labels, self.conditional, generator)
         logits = self.network(codes.masked_fill(masked, len(self.codebook)), labels)
-        return F.cross_entropy(logits[masked].float(), codes[masked])
+        total = F.cross_entropy(logits[masked].float(), codes[masked], reduction="sum")
+        return total / mean_over_processes(masked.sum().float())
 
     def _sample(self, labels: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
         sides = self.latent_shape[1:]
@@ -121,8 +123,8 @@ class Tokens(NeuralPrior):
 
 def draw_mask(num: int, num_positions: int, generator: torch.Generator) -> Tensor:
     """Random masks (num, P) bool: a share cos(π r / 2) of the positions, at least one, with r uniform per row."""
-    share = torch.cos(0.5 * math.pi * torch.rand(num, 1, generator=generator))
-    ranks = torch.rand(num, num_positions, generator=generator).argsort(dim=1).argsort(dim=1)
+    share = torch.cos(0.5 * math.pi * rand(num, 1, generator=generator))
+    ranks = rand(num, num_positions, generator=generator).argsort(dim=1).argsort(dim=1)
     return ranks < (share * num_positions).ceil().clamp_min(1)
 
 

@@ -1,8 +1,8 @@
-"""Data parallel training with torchrun or Slurm: `torchrun --nproc-per-node 2 -m medgen train`."""
+"""The processes that train a model together, each with its part of the data."""
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from medgen.console import ERR
 from medgen.errors import UserError
 from medgen.machine import signal_handler
 
@@ -27,12 +28,15 @@ class World:
         """True for the process that writes files, logs and prints."""
         return self.rank == 0
 
+    def share(self, count: int) -> range:
+        """This process's range of `count` items, such as batches."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
     def sum_of(self, values: dict[str, float]) -> dict[str, float]:
         """Sum of each value over processes, which all have the same names."""
         if self.size == 1:
             return values
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        total = self.sum(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
 
     def mean_of(self, values: dict[str, float]) -> dict[str, float]:
@@ -46,11 +50,10 @@ class World:
         """
         if self.size == 1:
             return tensor.cpu()
-        counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = len(tensor)
-        dist.all_reduce(counts)
         parts = []
-        for rank, count in enumerate(counts.tolist()):  # one after another: a device holds one other part at most
+        for rank, count in enumerate(self.sum(counts).tolist()):  # one at a time saves device memory
             own = rank == self.rank
             part = (
                 tensor.to(self.device).contiguous()
@@ -61,16 +64,29 @@ class World:
             parts.append(part.cpu())
         return torch.cat(parts)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over processes, on its device."""
+        if self.size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
     def any(self, flag: Tensor) -> Tensor:
-        """Maximum of a flag over processes."""
+        """Maximum of each element of a flag over processes."""
         if self.size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return flag
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Send the main process's values to all processes."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.broadcast(tensor, 0)
+    def check_batch_size(self, section: str, batch_size: int, num_images: int, parts: int = 1) -> None:
+        """Raise UserError unless processes get equal shares of a batch, and each of its `parts` equally many images."""
+        if batch_size % (self.size * parts):
+            steps = f" and {section}.accumulate_steps: {parts}" if parts > 1 else ""
+            raise UserError(
+                f"{section}.batch_size: {batch_size} images a step, of {num_images} training images, for {self.size} "
+                f"processes{steps}; expected a multiple of {self.size * parts}; change {section}.batch_size"
+                f"{f', {section}.accumulate_steps' if parts > 1 else ''} or compute.processes"
+            )
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -110,20 +126,27 @@ def join(device: str) -> Iterator[World]:
     Args:
         device: "auto", "cpu" or "cuda".
     """
-    size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-    if size > 1 and "MASTER_ADDR" not in os.environ:
-        size = 1  # a Slurm job with several tasks that was not launched as a distributed training
+    size = group_size() or 1
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) if size > 1 else 0
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) if size > 1 else 0
     chosen = pick_device(device, local)
     if size == 1:
         yield World(0, 1, chosen)
         return
+    ERR.quiet |= rank > 0
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
     try:
         yield World(rank, size, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def group_size() -> int | None:
+    """Number of processes in the group that this process was started in; None if it was started alone."""
+    if "MASTER_ADDR" not in os.environ:  # also a Slurm job with several tasks that was not started as a group
+        return None
+    size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
+    return None if size is None else int(size)
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

@@ -19,7 +19,7 @@ from medgen.console import say, show, warn
 from medgen.data.store import Store, open_store
 from medgen.metrics.degradations import DEGRADATIONS, degrade
 from medgen.metrics.features import CLEAN, DomainExtractor, ExtractorSizes, save_extractor
-from medgen.training.distributed import World, pick_device
+from medgen.training.distributed import World, join
 from medgen.training.loader import Batch, Loader
 from medgen.training.losses import Losses
 from medgen.training.parts import one_phase, trained
@@ -77,22 +77,27 @@ def run(project: Project, *, features: Features) -> float | None:
         UserError: there is no store, or it is damaged.
         NonFiniteError, TrainingInterrupted: as in `medgen train`.
     """
+    with join("auto") as world:
+        return _train_extractor(project, features, world)
+
+
+def _train_extractor(project: Project, features: Features, world: World) -> float | None:
     store = open_store(project.dataset)
-    world = World(0, 1, pick_device("auto"))
-    task = ExtractorTask(store, features, world.device)
+    task = ExtractorTask(store, features, world)
     scratch = project.runs / "features" / fingerprint(store.fingerprint, features, source.fingerprint(*CODE))
-    with trained(task, world, scratch, project, "features") as state:
-        assert state is not None, "the extractor is trained in one process"
+    with trained(task, world, scratch, project, "features"):
         extractor = task.model.eval()
-        generator = torch.Generator().manual_seed(seed_of(features.seed, 2))
         extractor.standardise(
             (batch.image for batch in task.loader.sequential()),
-            (degraded(batch.image, position, generator) for position, batch in enumerate(task.loader.sequential())),
+            (task.degraded(batch) for batch in task.loader.sequential()),
+            world.concat,
         )
         found = Validation({}, {}, {})
         if store.counts["val"]:
-            found = validate(extractor, task.validation, task.names, task.by_class, generator)
+            found = validate(extractor, task.validation, task.names, task.by_class, features.seed, world)
         accuracy = found.balanced_accuracy
+        if not world.is_main:
+            return accuracy
         classes = found.unrecognised_classes(task.names)
         degradations = found.unrecognised_degradations(store.counts["val"])
         facts = {
@@ -131,15 +136,17 @@ class ExtractorTask(TrainingTask):
 
     model: DomainExtractor
 
-    def __init__(self, store: Store, features: Features, device: torch.device) -> None:
-        self.features = features
+    def __init__(self, store: Store, features: Features, world: World) -> None:
+        self.features, self.world, device = features, world, world.device
         split, val = store.split("train"), store.split("val")
         self.split = split
-        self.loader = Loader(split, features.batch_size, device, features.seed)
+        self.loader = Loader(split, features.batch_size, device, features.seed, world.rank, world.size)
+        world.check_batch_size("features", self.loader.batch_size, self.loader.num_images)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         warmup_steps = max(1, features.epochs * self.num_batches // 10)
         self.train = one_phase(features, "extractor", warmup_steps, 0.0, clip_norm=10.0, compile="off")
-        self.validation = Loader(val if len(val.images) else split, 2 * features.batch_size, device)
+        validated = val if len(val.images) else split
+        self.validation = Loader(validated, 2 * features.batch_size, device, rank=world.rank, world=world.size)
         self.by_class = len(store.classes) > 1
         turns = [f"turned by {90 * count} degrees" for count in range(NUM_TURNS)]
         self.names = list(store.classes) if self.by_class else turns
@@ -152,7 +159,7 @@ class ExtractorTask(TrainingTask):
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(features.seed))
             self.model = DomainExtractor(sizes).to(device)
-        self.model.quality.standardise(batch.image for batch in self.loader.sequential())
+        self.model.quality.standardise((batch.image for batch in self.loader.sequential()), world.concat)
         labels = self.loader.labels
         self.chances = sampling_weights(labels) if self.by_class else torch.ones(len(labels))
         # A batch has as many clean images as degraded ones of all kinds together: every answer counts equally.
@@ -168,7 +175,10 @@ class ExtractorTask(TrainingTask):
         if not self.by_class:
             target = torch.randint(NUM_TURNS, (len(image),), generator=generator).to(image.device)
             image = torch.stack([turned(one[None], int(count))[0] for one, count in zip(image, target, strict=True)])
-        return Questions(image, target, mixed, degradation_kinds(len(image), position).to(image.device))
+        kinds = degradation_kinds(len(image), position).to(image.device)
+        # each process makes the whole batch, since an image's draws depend on the images before it
+        rows = slice(self.world.rank, None, self.world.size)
+        return Questions(image[rows], target[rows], mixed[rows], kinds[rows])
 
     def forward(self, network: nn.Module, batch: Questions) -> tuple[Tensor, Tensor]:
         """Class scores and quality scores."""
@@ -185,12 +195,13 @@ class ExtractorTask(TrainingTask):
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
         """Class loss on the val split (on the train split if that is empty)."""
-        total = count = 0.0
+        total = count = 0.0  # over labelled images
         for batch in self.validation.sequential():
             for image, target in questions(batch, self.by_class):
                 total += float(F.cross_entropy(self.model.logits(image), target, ignore_index=-1, reduction="sum"))
                 count += int((target >= 0).sum())
-        loss = total / max(1.0, count)
+        sums = self.world.sum_of({"total": total, "count": count})
+        loss = sums["total"] / max(1.0, sums["count"])
         return {"loss": loss, "objective": loss}
 
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
@@ -198,6 +209,11 @@ class ExtractorTask(TrainingTask):
         generator = torch.Generator().manual_seed(seed_of(self.features.seed, position, 1))
         batch, files = self.loader.gather(self._rows(generator)), self.split.paths
         return batch.image, [files[row] for row in batch.index.tolist()]
+
+    def degraded(self, batch: Batch) -> Tensor:
+        """Degraded copies of a batch of the train split in order."""
+        number = int(batch.index[0]) // self.loader.batch_size
+        return degraded(batch.image, number, batch.generator(self.features.seed, 2))
 
     def _rows(self, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.chances, self.batch_size, replacement=True, generator=generator)
@@ -263,28 +279,31 @@ def turned(image: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def validate(
-    extractor: DomainExtractor, validation: Loader, names: Sequence[str], by_class: bool, generator: torch.Generator
+    extractor: DomainExtractor, validation: Loader, names: Sequence[str], by_class: bool, seed: int, world: World
 ) -> Validation:
-    """Accuracy for each class (or turn), and AUC of clean against degraded images.
+    """Accuracy for each class (or turn), and AUC of clean against degraded images, over all processes.
 
     Every image is degraded in every way with a random severity; images are ranked by the probability of "clean".
     """
     correct, total = torch.zeros(2, len(names), dtype=torch.float64)
-    damage: dict[str, list[Tensor]] = {kind: [] for kind in ("clean", *DEGRADATIONS)}
+    damage = {kind: [torch.empty(0)] for kind in ("clean", *DEGRADATIONS)}
     for batch in validation.sequential():
         for image, target in questions(batch, by_class):
             answer = extractor.logits(image).argmax(dim=1)
             known = target >= 0
             correct += torch.bincount(target[known & (answer == target)].cpu(), minlength=len(correct))
             total += torch.bincount(target[known].cpu(), minlength=len(total))
+        generator = batch.generator(seed, 3)
         for kind, scores in damage.items():
             image = batch.image if kind == "clean" else degrade(batch.image, kind, generator).to(batch.image.device)
             scores.append(-extractor.quality_logits(image).log_softmax(dim=1)[:, CLEAN].cpu())
-    clean = torch.cat(damage.pop("clean"))
+    correct, total = world.sum(correct), world.sum(total)
+    ranked = {kind: world.concat(torch.cat(scores)) for kind, scores in damage.items()}
+    clean = ranked.pop("clean")
     return Validation(
         accuracy={name: float(correct[i] / total[i]) for i, name in enumerate(names) if total[i] > 0},
         num_images={name: int(total[i]) for i, name in enumerate(names) if total[i] > 0},
-        degradation_auc={kind: area_under_curve(torch.cat(scores), clean) for kind, scores in damage.items()},
+        degradation_auc={kind: area_under_curve(scores, clean) for kind, scores in ranked.items()},
     )
 
 

@@ -33,6 +33,16 @@ class Batch:
     index: Tensor  # (B,) int64 on the CPU: row in the split and in its manifest
     mask: Tensor | None = None  # (B, 1, H, W) float32 class numbers, 0 or 1 in a binary mask
 
+    def generator(self, *seeds: int) -> torch.Generator:
+        """Generator of the batch's random draws, the same whichever process has the batch."""
+        return torch.Generator().manual_seed(seed_of(*seeds, int(self.index[0])))
+
+    def part(self, index: int, count: int) -> "Batch":
+        """The rows `index`, `index + count`, …"""
+        rows = slice(index, None, count)
+        mask = None if self.mask is None else self.mask[rows]
+        return Batch(self.image[rows], self.label[rows], self.index[rows], mask)
+
 
 class Loader:
     """Batches of a split on `device`.
@@ -79,8 +89,9 @@ class Loader:
         """This rank's part of batch number `position`, in an order shuffled anew for each epoch."""
         batch = self._finish(self._steps(position))
         if self.horizontal_flip:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, position, self.rank, 1))
-            batch = _flip(batch, torch.rand(len(batch.index), generator=generator) < 0.5)
+            generator = torch.Generator().manual_seed(seed_of(self.seed, position, 0, 1))
+            draws = torch.rand(self.batch_size, generator=generator)[self.rank :: self.world]
+            batch = _flip(batch, draws < 0.5)
         return batch
 
     def sequential(self) -> Iterator[Batch]:

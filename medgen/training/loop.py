@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Mapping
 
-import torch
-
-from medgen.config import Phase, seed_of
+from medgen.config import Phase
 from medgen.errors import NonFiniteError
 from medgen.tracking import Tracker
 from medgen.training import guard
 from medgen.training.optimizers import clip_gradients, set_rate
 from medgen.training.progress import Display
-from medgen.training.state import Meter, TrainState
+from medgen.training.state import Forward, Meter, TrainState
 
 AfterEpoch = Callable[[int, Mapping[str, float]], None]
 
@@ -43,12 +41,7 @@ def train_epoch(state: TrainState, phase: Phase, display: Display) -> bool:
     meter = Meter(counters.sums)
     state.network.train()
     while counters.step < task.num_batches:
-        torch.manual_seed(seed_of(train.seed, counters.position, state.world.rank))
-        batch = task.batch(counters.position)
-        output = task.forward(state.network, batch)
-        losses = task.objective(output, batch, phase, state.epoch_at(counters.step))
-        state.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        losses = state.backward(state.network, counters.position, phase, state.epoch_at(counters.step))
         norm = clip_gradients(state.network.parameters(), train.clip_norm)
         skip = state.guard.check(losses.total, norm, counters.position)
         set_rate(state.optimizer, state.rate_at(counters.step, phase))
@@ -56,12 +49,12 @@ def train_epoch(state: TrainState, phase: Phase, display: Display) -> bool:
         state.optimizer.step()
         if state.average:
             state.average.update(skip)
-        meter.add({"loss": losses.total.detach(), **losses.terms, "gradient_norm": norm})
+        meter.add({"loss": losses.total, **losses.terms, "gradient_norm": norm})
         counters.step += 1
         counters.position += 1
 
-        stop = state.stop_is_due()
-        save_now = stop or state.save_is_due()
+        stop, save = state.due()
+        save_now = stop or save
         bad = state.guard.read(counters.position, force=save_now or counters.step == task.num_batches)
         if bad is not None:
             recover(state, phase, bad)
@@ -81,11 +74,9 @@ def finish_epoch(state: TrainState, phase: Phase, tracker: Tracker | None, displ
     task, world, counters = state.task, state.world, state.counters
     last = counters.step - 1  # at the epoch's end a schedule may already start again
     logged = {"learning_rate": state.rate_at(last, phase), **task.scalars(phase, state.epoch_at(last))}
-    state.share_statistics()
     with state.averaged_weights():
         state.model.eval()
-        # one value for all processes: each updates its own plateau with it
-        validation = world.mean_of(task.validate(phase))
+        validation = task.validate(phase)
         state.keep_best(validation["objective"])
     metrics = {
         **{f"train/{name}": total / counters.step for name, total in world.mean_of(counters.sums).items()},
@@ -113,15 +104,11 @@ def recover(state: TrainState, phase: Phase, bad: int) -> None:
     task, train, counters = state.task, state.train, state.counters
     step = counters.step - (counters.position - bad)
     epoch = state.epoch_at(step)
-    torch.manual_seed(seed_of(train.seed, bad, state.world.rank))
     state.model.train()
     # the guard has skipped every update since: the weights are those before the bad step
-    batch = task.batch(bad)
-    losses = task.objective(task.forward(state.model, batch), batch, phase, epoch)
-    state.model.zero_grad(set_to_none=True)
-    losses.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    losses = state.backward(Forward(task, state.model), bad, phase, epoch)
     norms = guard.gradient_norms(state.model)
-    terms = {**losses.terms, "total": losses.total.detach()}
+    terms = {**losses.terms, "total": losses.total}
     term = guard.first_nonfinite(terms)
     path = state.scratch / f"nonfinite_step_{bad}_rank_{state.world.rank}.json"
     again = train.on_nonfinite == "rollback" and counters.num_rollbacks < train.max_rollbacks

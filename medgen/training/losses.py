@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medgen.config import Beta, Loss, Weights
 from medgen.models.base import Latent, ModelOutput
+from medgen.nn.parallel import mean_over_processes, sum_over_processes
 from medgen.nn.ssim import ssim
 
 VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3
@@ -106,12 +107,15 @@ def sigma_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
 
     σ-VAE (Rybkin et al. 2021, eq. 6): with β = 1 the sum is an evidence lower bound, without a weight to tune.
     """
-    return 0.5 * torch.log(F.mse_loss(reconstruction, image) + 1e-8)  # 1e-8: finite for a perfect fit
+    error = mean_over_processes(F.mse_loss(reconstruction, image))
+    return 0.5 * torch.log(error + 1e-8)  # 1e-8: finite for a perfect fit
 
 
 def dice_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
     """1 - Dice over a batch of masks (B, K, H, W), with smoothing 1e-5, mean over K."""
-    overlap, total = (part.sum(dim=(0, 2, 3)) for part in (probabilities * mask, probabilities + mask))
+    overlap, total = (
+        sum_over_processes(part.sum(dim=(0, 2, 3))) for part in (probabilities * mask, probabilities + mask)
+    )
     return (1.0 - (2.0 * overlap + 1e-5) / (total + 1e-5)).mean()
 
 
@@ -152,7 +156,7 @@ def kl_per_dim(latent: Latent) -> Tensor:
 def free_bits(kl: Tensor, nats: float) -> Tensor:
     """Batch-mean KL, a scalar, with `nats` per latent channel without cost (Kingma et al. 2016, eq. 15)."""
     per_channel = kl.mean(dim=0).flatten(1).sum(dim=1) if kl.dim() > 2 else kl.mean(dim=0)
-    return per_channel.clamp(min=nats).sum() if nats > 0 else per_channel.sum()
+    return mean_over_processes(per_channel).clamp(min=nats).sum() if nats > 0 else per_channel.sum()
 
 
 def beta_at(beta: Beta, epoch: float) -> float:

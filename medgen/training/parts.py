@@ -1,7 +1,7 @@
 """Train a part of a model that has its own stage (domain extractor, prior, refiner), and record it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,15 @@ def one_phase(
 
 
 @contextmanager
-def trained(
-    task: TrainingTask, world: World, scratch: Path, project: Project, name: str
-) -> Iterator[TrainState | None]:
-    """Train to the end, resumed from `scratch`; the state with the weights to export, or None in other processes.
+def trained(task: TrainingTask, world: World, scratch: Path, project: Project, name: str) -> Iterator[TrainState]:
+    """Train to the end, resumed from `scratch`; the state with the weights to export.
 
     The epochs are recorded in `scratch`, and not in the run of the model.
     """
     state = TrainState(task, world, scratch)
     with state.stop.listening():
-        if not world.is_main:
-            train_to_end(state, None)
-            yield None
-            return
-        with Tracker.open(scratch, Tracking(enabled=False), project, name) as tracker:
+        off = Tracking(enabled=False)
+        with Tracker.open(scratch, off, project, name) if world.is_main else nullcontext() as tracker:
             train_to_end(state, tracker)
         with state.final_weights():
             yield state

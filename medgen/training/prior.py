@@ -21,10 +21,10 @@ from medgen.priors.gmm import RARE
 from medgen.priors.neural import NeuralPrior
 from medgen.reports.figures import write_grid
 from medgen.tracking import PRIOR_ORIGIN
-from medgen.training.distributed import World, pick_device
+from medgen.training.distributed import World, join
 from medgen.training.loader import Loader
 from medgen.training.parts import draw_losses, one_phase, record, trained
-from medgen.training.state import TrainingTask
+from medgen.training.state import TrainingTask, TrainState
 
 BATCH_SIZE = 64
 MAX_LATENT_VALUES = 1 << 28  # in memory at once, 1 GiB; of a larger split, images spread over it are used
@@ -50,7 +50,8 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
     """Encode the train split, fit or train the prior, write artifacts/prior and record it in the model's run.
 
     Returns:
-        The prior; None for a segmentation model, which has no latent (prior.json then says so).
+        The prior; None for a segmentation model, which has no latent (prior.json then says so), and in processes other
+        than the main one.
 
     Raises:
         UserError: the store or the model is missing or damaged, they do not belong together, or the
@@ -59,39 +60,47 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
     """
     if prior.name is not None and prior.name not in PRIORS:
         raise unknown_name("prior.name", prior.name, PRIORS)
-    store, device = open_store(project.dataset), pick_device("auto")
-    model, info = bundle.load_for(store, project.model, device)
-    if not isinstance(model, GenerativeModel):
-        write_none(project, info)
-        return None
-    name = prior.name or ("gmm" if model.codebook is None else "tokens")
-    train, val = encode(model, store.split("train")), encode(model, store.split("val"))
-    warn_of_rare_classes(train.labels, store.classes)
-    digest, num_classes = bundle.digest(project.model), len(store.classes)
-    made: Prior
-    figures: list[Path] = []
-    if name in ANALYTIC:
-        made = fitted = ANALYTIC[name].fit(
-            train.means, train.labels, num_classes, prior, train.variance, train.patients
-        )
-        save_prior(project.prior, fitted, digest)
-        metrics = {"train_log_likelihood": mean_log_likelihood(fitted, train)}
-        if len(val.labels):
-            metrics["val_log_likelihood"] = mean_log_likelihood(fitted, val)
-        print_choices(fitted, store.classes)
-    else:
-        codes = None if model.codebook is None else model.codebook.cpu()
-        made = network = NEURAL[name].create(train.means, train.labels, num_classes, prior, train.variance, codes)
-        task = LatentTask(network, model, train, val, prior, device)
-        plain = prior.model_dump(mode="json", exclude=SAMPLING) | {"name": name}
-        scratch = project.runs / info.run / f"prior_{fingerprint(digest, plain, code())}"
-        metrics, figures = train_network(project, task, scratch, name, digest)
-    named = {f"prior/{key}": value for key, value in metrics.items()}
-    used = prior.model_copy(update={"name": name})
-    record(project, info, tracking, used, project.prior / "prior.json", named, figures, PRIOR_ORIGIN)
-    values = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items())
-    say(f"prior {name}: {values}")
-    return made
+    with join("auto") as world:
+        store = open_store(project.dataset)
+        model, info = bundle.load_for(store, project.model, world.device)
+        if not isinstance(model, GenerativeModel):
+            if world.is_main:
+                write_none(project, info)
+            return None
+        name = prior.name or ("gmm" if model.codebook is None else "tokens")
+        train, val = encode(model, store.split("train")), encode(model, store.split("val"))
+        if name in ANALYTIC and not world.is_main:
+            return None
+        if world.is_main:
+            warn_of_rare_classes(train.labels, store.classes)
+        digest, num_classes = bundle.digest(project.model), len(store.classes)
+        made: Prior
+        figures: list[Path] = []
+        if name in ANALYTIC:
+            made = fitted = ANALYTIC[name].fit(
+                train.means, train.labels, num_classes, prior, train.variance, train.patients
+            )
+            save_prior(project.prior, fitted, digest)
+            metrics = {"train_log_likelihood": mean_log_likelihood(fitted, train)}
+            if len(val.labels):
+                metrics["val_log_likelihood"] = mean_log_likelihood(fitted, val)
+            print_choices(fitted, store.classes)
+        else:
+            codes = None if model.codebook is None else model.codebook.cpu()
+            made = network = NEURAL[name].create(train.means, train.labels, num_classes, prior, train.variance, codes)
+            task = LatentTask(network, model, train, val, prior, world)
+            plain = prior.model_dump(mode="json", exclude=SAMPLING) | {"name": name}
+            scratch = project.runs / info.run / f"prior_{fingerprint(digest, plain, code())}"
+            with trained(task, world, scratch, project, name) as state:
+                if not world.is_main:
+                    return None
+                metrics, figures = export_network(project, task, state, digest)
+        named = {f"prior/{key}": value for key, value in metrics.items()}
+        used = prior.model_copy(update={"name": name})
+        record(project, info, tracking, used, project.prior / "prior.json", named, figures, PRIOR_ORIGIN)
+        values = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items())
+        say(f"prior {name}: {values}")
+        return made
 
 
 class LatentTask(TrainingTask):
@@ -106,18 +115,19 @@ class LatentTask(TrainingTask):
         train: Encoded,
         val: Encoded,
         params: config.Prior,
-        device: torch.device,
+        world: World,
     ) -> None:
-        self.prior, self.decoder, self.data, self.params = prior, model, train, params
+        self.prior, self.decoder, self.data, self.params, self.world = prior, model, train, params, world
         self.validation = val if len(val.labels) else train
-        self.batch_size, self.device = params.batch_size, device
-        self.model = prior.network.to(device)
+        self.batch_size, self.device = params.batch_size, world.device
+        world.check_batch_size("prior", params.batch_size, len(train.labels))
+        self.model = prior.network.to(world.device)
         self.train = one_phase(params, "prior", STEPS_PER_EPOCH, 0.02, ema_decay=0.999, keep="best", compile="off")
 
     def batch(self, position: int) -> tuple[Tensor, Tensor, torch.Generator]:
         """Latents, labels and the generator of the step's random draws."""
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, position, 1))
-        return *self._latents(self.data, self._rows(position)), generator
+        return *self._latents(self.data, self._rows(position)[self.world.rank :: self.world.size]), generator
 
     def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor, torch.Generator]) -> Tensor:
         """Loss of the prior, which its family defines."""
@@ -126,13 +136,15 @@ class LatentTask(TrainingTask):
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
         """Loss on validation latents (on train latents if there are none), with the same random draws each time."""
-        generator = torch.Generator().manual_seed(seed_of(self.params.seed, 2))
         data, total = self.validation, 0.0
-        for _ in range(NUM_DRAWS):
-            for rows in torch.split(torch.arange(len(data.labels)), BATCH_SIZE):
-                total += len(rows) * float(self.prior.loss(*self._latents(data, rows), generator))
-        loss = total / (NUM_DRAWS * len(data.labels))
-        return {"loss": loss, "objective": loss}
+        batches = torch.split(torch.arange(len(data.labels)), BATCH_SIZE)
+        for number in self.world.share(len(batches)):
+            for draw in range(NUM_DRAWS):
+                generator = torch.Generator().manual_seed(seed_of(self.params.seed, 2, number, draw))
+                loss = self.prior.loss(*self._latents(data, batches[number]), generator)
+                total += len(batches[number]) * float(loss)
+        mean = self.world.sum_of({"loss": total})["loss"] / (NUM_DRAWS * len(data.labels))
+        return {"loss": mean, "objective": mean}
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
         """Write a grid of samples."""
@@ -153,16 +165,14 @@ class LatentTask(TrainingTask):
         return torch.randint(len(self.data.labels), (self.batch_size,), generator=generator)
 
 
-def train_network(
-    project: Project, task: LatentTask, scratch: Path, name: str, digest: str
+def export_network(
+    project: Project, task: LatentTask, state: TrainState, digest: str
 ) -> tuple[dict[str, float], list[Path]]:
-    """Train the prior and write artifacts/prior; return its losses, and figures to record."""
-    grid, curves = scratch / "prior_samples.png", scratch / "prior_loss.png"
-    with trained(task, World(0, 1, task.device), scratch, project, name) as state:
-        assert state is not None, "a prior is trained in one process"
-        save_prior(project.prior, task.prior, digest)
-        write_grid(grid, sample_images(task.prior, task.decoder, NUM_SAMPLES, None, task.params.seed))
-    losses = {"train_loss": draw_losses(scratch, curves), "val_loss": state.counters.best_objective}
+    """Write the trained prior to artifacts/prior; return its losses, and figures to record."""
+    grid, curves = state.scratch / "prior_samples.png", state.scratch / "prior_loss.png"
+    save_prior(project.prior, task.prior, digest)
+    write_grid(grid, sample_images(task.prior, task.decoder, NUM_SAMPLES, None, task.params.seed))
+    losses = {"train_loss": draw_losses(state.scratch, curves), "val_loss": state.counters.best_objective}
     return losses, [grid, curves]
 
 

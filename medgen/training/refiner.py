@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from medgen import config, source
 from medgen.config import Phase, Project, Tracking, fingerprint, seed_of
 from medgen.console import say
-from medgen.data.store import Store, open_store
+from medgen.data.store import Split, Store, open_store
 from medgen.metrics.spectrum import radial_index, radial_power
 from medgen.models import GenerativeModel, bundle
 from medgen.models.base import Decoder
+from medgen.nn.parallel import rand, randn
 from medgen.priors import Prior, load_prior, sample_images
 from medgen.priors.refiner import Refiner, load_refiner, save_disabled, save_refiner
 from medgen.reports.figures import write_stacks
@@ -63,7 +64,7 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
         plain = refiner.model_dump(mode="json", exclude=SAMPLING)
         scratch = project.runs / info.run / f"refiner_{fingerprint(digest, plain, code())}"
         with trained(task, world, scratch, project, "refiner") as state:
-            if state is None:
+            if not world.is_main:
                 return None
             task.refiner.gain = fit_gain(task.refiner, model, prior, store)
             save_refiner(project.refiner, task.refiner, digest)
@@ -88,24 +89,24 @@ class RefinerTask(TrainingTask):
         self.loader = Loader(
             split, params.batch_size, world.device, params.seed, world.rank, world.size, params.horizontal_flip
         )
+        world.check_batch_size("refiner", self.loader.batch_size, self.loader.num_images)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         val = store.split("val")
-        self.validation = Loader(val if len(val.images) else split, params.batch_size, world.device)
+        self.validation = self._loader(val if len(val.images) else split)
         self.precision = pick_precision("auto", world.device)
         num_classes = len(store.classes) if params.conditional else 0
-        latent_scale = latent_deviation(model, Loader(split, params.batch_size, world.device))
+        latent_scale = latent_deviation(model, self._loader(split), world)
         shape = store.image_shape
         flat = torch.ones(shape[0], shape[1], shape[2] // 2 + 1)
         self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale)
-        loader = Loader(split, params.batch_size, world.device)
-        self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(loader)
+        self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(self._loader(split))
         self.model = self.refiner.network.to(world.device)
         self.train = one_phase(params, "refiner", 100, 0.01, ema_decay=params.ema_decay, keep="best")
 
     def batch(self, position: int) -> tuple[Any, ...]:
         """Images, decoded noisy latents, noise levels, labels and the generator of the step's random draws."""
         batch = self.loader.batch(position)
-        generator = torch.Generator().manual_seed(seed_of(self.params.seed, position, self.world.rank, 1))
+        generator = torch.Generator().manual_seed(seed_of(self.params.seed, position, 0, 1))
         return batch.image, *self._decode_noised(batch.image, batch.label, generator), batch.label, generator
 
     def forward(self, network: nn.Module, batch: tuple[Any, ...]) -> Tensor:
@@ -116,13 +117,13 @@ class RefinerTask(TrainingTask):
     @torch.no_grad()
     def validate(self, phase: Phase) -> dict[str, float]:
         """Loss on the val split (on the train split if that is empty), with the same random draws each time."""
-        generator = torch.Generator().manual_seed(seed_of(self.params.seed, 2))
         total = 0.0
         for batch in self.validation.sequential():
+            generator = batch.generator(self.params.seed, 2)
             noised = self._decode_noised(batch.image, batch.label, generator)
             loss = self.forward(self.model, (batch.image, *noised, batch.label, generator))
             total += len(batch.image) * float(loss)
-        mean = total / self.validation.num_images
+        mean = self.world.sum_of({"loss": total})["loss"] / self.validation.num_images
         return {"loss": mean, "objective": mean}
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
@@ -143,28 +144,32 @@ class RefinerTask(TrainingTask):
         batch, files = self.loader.batch(position), self.split.paths
         return batch.image, [files[row] for row in batch.index.tolist()]
 
+    def _loader(self, split: Split) -> Loader:
+        """This process's part of a split, in order."""
+        return Loader(split, self.params.batch_size, self.device, rank=self.world.rank, world=self.world.size)
+
     @torch.no_grad()
     def _decode_noised(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Decoded posterior draws (B, C, H, W) with noise of random levels (B,) on the latents."""
         latent = self.decoder.encode(images, labels)
         value = latent.mean
         if latent.logvar is not None:
-            noise = torch.randn(value.shape, generator=generator).to(value.device)
+            noise = randn(*value.shape, generator=generator).to(value.device)
             value = value + noise * torch.exp(0.5 * latent.logvar)
-        levels = self.params.latent_noise * torch.rand(len(images), generator=generator).to(value.device)
+        levels = self.params.latent_noise * rand(len(images), generator=generator).to(value.device)
         return self.decoder.decode(self.refiner.noise_latents(value, levels, generator), labels).float(), levels
 
     def _residual_statistics(self, loader: Loader) -> tuple[Tensor, Tensor]:
         """RMS residual (C,) of a split, with noise on the latents as in training, and its power spectrum."""
-        generator = torch.Generator().manual_seed(seed_of(self.params.seed, 4))
         variance = torch.zeros(self.refiner.image_shape[0], dtype=torch.float64)
         power = torch.zeros(self.refiner.spectrum.shape, dtype=torch.float64)
         for batch in loader.sequential():
+            generator = batch.generator(self.params.seed, 4)
             residual = batch.image - self._decode_noised(batch.image, batch.label, generator)[0]
             weight = len(residual) / loader.num_images
             variance += weight * residual.double().square().mean((0, 2, 3)).cpu()
             power += weight * torch.fft.rfft2(residual, norm="ortho").abs().square().double().mean(0).cpu()
-        variance = variance.clamp_min(MIN_RESIDUAL**2)
+        variance, power = self.world.sum(variance).clamp_min(MIN_RESIDUAL**2), self.world.sum(power)
         spectrum = (power / variance[:, None, None]).clamp_min(MIN_POWER)
         return variance.sqrt().float(), spectrum.float()
 
@@ -187,14 +192,15 @@ def fit_gain(refiner: Refiner, decoder: Decoder, prior: Prior, store: Store) -> 
 
 
 @torch.no_grad()
-def latent_deviation(model: GenerativeModel, loader: Loader) -> Tensor:
+def latent_deviation(model: GenerativeModel, loader: Loader, world: World) -> Tensor:
     """Standard deviation (*latent_shape) of each dimension of a split's latents, float32 on the CPU."""
     first = torch.zeros(model.latent_shape, dtype=torch.float64)
-    second, count = torch.zeros_like(first), 0
+    second = torch.zeros_like(first)
     for batch in loader.sequential():
         means = model.encode(batch.image, batch.label).mean.double().cpu()
-        first, second, count = first + means.sum(0), second + means.square().sum(0), count + len(means)
-    return (second / count - (first / count).square()).clamp_min(0.0).sqrt().float()
+        first, second = first + means.sum(0), second + means.square().sum(0)
+    first, second = world.sum(first) / loader.num_images, world.sum(second) / loader.num_images
+    return (second - first.square()).clamp_min(0.0).sqrt().float()
 
 
 def code() -> str:

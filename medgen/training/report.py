@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,14 +43,14 @@ def draw_epoch(
 @torch.no_grad()
 def _draw_masks(model: ImageModel, validation: Loader, scratch: Path, epoch: int) -> dict[str, Path]:
     """Write validation images above their masks and the predicted masks."""
-    batch = next(validation.sequential())
-    image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
+    batch = validation.gather(torch.arange(min(NUM_RECONSTRUCTIONS, validation.num_images)))
+    image, label = batch.image, batch.label
     assert batch.mask is not None
     probabilities = model.predict(image, label).prediction.float().cpu()  # (B, K, H, W), K = 1 for binary masks
     num_classes = max(2, probabilities.shape[1])
     # of a binary mask the probability is drawn
     found = probabilities if num_classes == 2 else probabilities.argmax(dim=1, keepdim=True) / (num_classes - 1)
-    mask = batch.mask[:NUM_RECONSTRUCTIONS].cpu() / (num_classes - 1)
+    mask = batch.mask.cpu() / (num_classes - 1)
     path = _grid(scratch, "masks", epoch)
     write_stacks(path, {"image": image.cpu(), "mask": mask, "found": found})
     return {"masks": path}
@@ -66,12 +65,13 @@ def _draw_images(
     Samples come from a Gaussian fitted to train latents, since N(0, I) does not fit a model whose β is still 0.
     """
     paths = {name: _grid(scratch, name, epoch) for name in ("samples", "reconstructions")}
-    batch = next(validation.sequential())
-    image, label = batch.image[:NUM_RECONSTRUCTIONS], batch.label[:NUM_RECONSTRUCTIONS]
+    batch = validation.gather(torch.arange(min(NUM_RECONSTRUCTIONS, validation.num_images)))
+    image, label = batch.image, batch.label
     pairs = {"original": image.cpu(), "reconstruction": model.reconstruct(image, label).float().cpu()}
     write_stacks(paths["reconstructions"], pairs)
 
-    batches = islice(train.sequential(), -(-MAX_LATENTS // train.batch_size))
+    rows = torch.arange(min(-(-MAX_LATENTS // train.batch_size) * train.batch_size, train.num_images))
+    batches = (train.gather(part) for part in torch.split(rows, train.batch_size))
     latents, labels = zip(*[(model.encode(b.image, b.label).mean.cpu(), b.label.cpu()) for b in batches], strict=True)
     known = torch.cat(labels)
     # a conditional model gets labels in the proportions of the train split

@@ -6,16 +6,18 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from medgen.config import Phase, Train
+from medgen.config import Phase, Train, seed_of
 from medgen.errors import TrainingInterrupted, UserError
+from medgen.nn.parallel import BatchPart, batch_part
 from medgen.training import checkpoint
 from medgen.training.distributed import StopRequest, World
 from medgen.training.guard import Guard
@@ -41,7 +43,7 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def forward(self, network: nn.Module, batch: Any) -> Any:
-        """Output for a batch; `network` is the model, compiled or wrapped for data parallel training."""
+        """Output for a batch; `network` is the model, which may be compiled."""
 
     def objective(self, output: Any, batch: Any, phase: Phase, epoch: float) -> Losses:
         """Loss of an output, `epoch` epochs (with a fraction) into the phase; by default the output itself."""
@@ -49,7 +51,7 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def validate(self, phase: Phase) -> dict[str, float]:
-        """Metrics of the whole validation split, without randomness, among them `objective`.
+        """Metrics of the whole validation split, the same in all processes, without randomness; one is `objective`.
 
         The lower objective is better: it decides which epoch `train.keep: best` keeps, and the plateau schedule. It is
         the same function of the weights in all epochs of a phase.
@@ -163,10 +165,6 @@ class TrainState:
             self.optimizer = build_optimizer(phases[counters.phase], self.model.parameters())
         return phases[counters.phase]
 
-    def share_statistics(self) -> None:
-        """Send the main process's buffers, such as BatchNorm's, to all processes: each has those of its own batches."""
-        self.world.share([*self.model.buffers(), *(self.average.average if self.average else [])])
-
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The model with its averaged weights, if the training keeps them."""
@@ -198,22 +196,20 @@ class TrainState:
             self.counters.best_objective = objective
             self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
-    def save_is_due(self) -> bool:
-        """True if `train.checkpoint_seconds` have passed since the last save; in a single process only."""
-        return self.world.size == 1 and time.monotonic() - self._saved_at > self.train.checkpoint_seconds
+    def due(self) -> tuple[bool, bool]:
+        """Two flags: a signal asked to stop, and the checkpoint is older than `train.checkpoint_seconds`.
 
-    def stop_is_due(self) -> bool:
-        """True if a signal asked any process to stop.
-
-        All processes get the same answer, since one that stopped alone would leave the others waiting. They agree as
-        often as the guard reads its flag, because this waits for the device too.
+        They are those of any process: one that stopped alone would leave the others waiting. Processes agree as often
+        as the guard reads its flag, because this waits for the device too.
         """
-        asked = self.stop.signal is not None
-        if self.world.size == 1:
-            return asked
-        if self.counters.position % self.guard.read_every:
-            return False
-        return bool(self.world.any(torch.tensor(float(asked), device=self.world.device)))
+        stop = self.stop.signal is not None
+        save = time.monotonic() - self._saved_at > self.train.checkpoint_seconds
+        if self.world.size > 1:
+            if self.counters.position % self.guard.read_every:
+                return False, False
+            flags = self.world.any(torch.tensor([stop, save], dtype=torch.float32, device=self.world.device))
+            stop, save = flags.bool().tolist()
+        return stop, save
 
     def interruption(self) -> BaseException:
         """Exception that ends a training which was asked to stop: KeyboardInterrupt after Ctrl-C."""
@@ -223,6 +219,34 @@ class TrainState:
         return TrainingInterrupted(
             f"training stopped by {name} after step {self.counters.position} and saved; run the same command to resume"
         )
+
+    def backward(self, network: nn.Module, position: int, phase: Phase, epoch: float) -> Losses:
+        """Compute the losses and gradients of a step, of `train.accumulate_steps` parts of its batch in turn.
+
+        Args:
+            network: `self.network`, or another that is called with a batch.
+            position: the step, counted from the start of the training.
+            phase: its phase.
+            epoch: epochs (with a fraction) from the start of the phase.
+        """
+        task, world, num_parts = self.task, self.world, self.train.accumulate_steps
+        seed = seed_of(self.train.seed, position, 0)
+        torch.manual_seed(seed)
+        with batch_part(BatchPart(world.rank, world.size, world.size)):
+            share = task.batch(position)
+        network.zero_grad(set_to_none=True)
+        losses: list[Losses] = []
+        for number in range(num_parts):
+            torch.manual_seed(seed)  # each part makes the draws of the whole batch and keeps its own
+            batch = share if num_parts == 1 else share.part(number, num_parts)
+            inner = isinstance(network, DistributedDataParallel) and number < num_parts - 1
+            exchange = cast(DistributedDataParallel, network).no_sync() if inner else nullcontext()
+            part = BatchPart(world.rank + number * world.size, num_parts * world.size, world.size)
+            with batch_part(part), exchange:
+                losses.append(task.objective(network(batch), batch, phase, epoch))
+                (losses[-1].total / num_parts).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        terms = {name: torch.stack([part.terms[name] for part in losses]).mean(0) for name in losses[0].terms}
+        return Losses(torch.stack([part.total.detach() for part in losses]).mean(0), terms)
 
     def save(self) -> None:
         """Replace the checkpoint."""
@@ -273,7 +297,20 @@ class TrainState:
     def _wrap(self, model: nn.Module) -> nn.Module:
         can = self.world.device.type == "cuda" and bool(shutil.which("cc") or shutil.which("gcc"))
         compiled = {"on": True, "off": False, "auto": can}[self.train.compile]  # triton needs a C compiler
-        network = cast(nn.Module, torch.compile(model)) if compiled else model
-        if self.world.size > 1:
-            network = nn.parallel.DistributedDataParallel(network)
-        return network
+        network = Forward(self.task, cast(nn.Module, torch.compile(model)) if compiled else model)
+        if self.world.size == 1:
+            return network
+        # buffers are alike in all processes already (medgen/nn/parallel.py)
+        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class Forward(nn.Module):
+    """A task's forward pass as a module, which DistributedDataParallel can wrap."""
+
+    def __init__(self, task: TrainingTask, network: nn.Module) -> None:
+        super().__init__()
+        self.task, self.network = task, network
+
+    def forward(self, batch: Any) -> Any:
+        """Output of the task for a batch."""
+        return self.task.forward(self.network, batch)

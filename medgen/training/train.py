@@ -77,7 +77,7 @@ class ModelTask(TrainingTask):
     model: ImageModel
 
     def __init__(self, project: Project, world: World, model: Model, loss: Loss, train: Train) -> None:
-        self.params, self.loss, self.train, self.device = model, loss, train, world.device
+        self.params, self.loss, self.train, self.world, self.device = model, loss, train, world, world.device
         self.store = open_store(project.dataset)
         train_split, val_split = self.store.split("train"), self.store.split("val")
         self.train_split = train_split
@@ -102,14 +102,11 @@ class ModelTask(TrainingTask):
             train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
             train.horizontal_flip, train.subset, with_masks,
         )  # fmt: skip
-        if self.loader.batch_size % world.size:
-            raise UserError(
-                f"train.batch_size: {self.loader.batch_size} images a step (configured {train.batch_size}, "
-                f"{self.loader.num_images} training images) for {world.size} processes; expected a multiple of "
-                f"{world.size}; change train.batch_size or train.subset"
-            )
+        world.check_batch_size("train", self.loader.batch_size, self.loader.num_images, train.accumulate_steps)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
-        self.validation = Loader(val_split, 2 * train.batch_size, world.device, with_masks=with_masks)
+        self.validation = Loader(
+            val_split, 2 * train.batch_size, world.device, rank=world.rank, world=world.size, with_masks=with_masks
+        )
         latent_shape = self.model.latent_shape if isinstance(self.model, GenerativeModel) else ()
         self.latent_numel = int(torch.Size(latent_shape).numel())
         self.criterion = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
@@ -139,7 +136,7 @@ class ModelTask(TrainingTask):
         that is regularised least.
         """
         scores = {name: 0.0 for name in ("loss", "objective", *SCORES[self.model.target])}
-        codes: list[Tensor] = []
+        codes = [torch.empty(0, dtype=torch.int64)]
         for batch in self.validation.sequential():
             with self._autocast():
                 output = self.model.predict(batch.image, batch.label)
@@ -151,9 +148,11 @@ class ModelTask(TrainingTask):
             for name, score in SCORES[self.model.target].items():
                 scores[name] += size * float(score(result, target))
             if output.latent is not None and output.latent.codes is not None:
-                codes.append(output.latent.codes.cpu())
-        means = {name: total / self.validation.num_images for name, total in scores.items()}
-        return means | (codebook_use(torch.cat(codes), self.params.num_embeddings) if codes else {})
+                codes.append(output.latent.codes.flatten().cpu())
+        means = {name: total / self.validation.num_images for name, total in self.world.sum_of(scores).items()}
+        if not isinstance(self.model, GenerativeModel) or self.model.codebook is None:
+            return means
+        return means | codebook_use(self.world.concat(torch.cat(codes)), self.params.num_embeddings)
 
     def scalars(self, phase: Phase, epoch: float) -> dict[str, float]:
         """β as configured, and on the scale where 1 is the evidence lower bound."""

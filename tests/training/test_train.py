@@ -259,47 +259,25 @@ def test_a_longer_last_phase_resumes_and_a_changed_model_does_not(finished):
         assert other != name
 
 
-WITHOUT_NOISE = """
-import sys
-import medgen.models.spatial_vae as module
-from medgen import cli
-from medgen.models.base import Latent
-module.gaussian_latent = lambda mean, logvar, training: Latent(mean.float(), mean.float(), logvar)
-sys.argv = ["medgen", "train"]
-cli.main()
-"""
+def test_a_batch_in_parts_gives_the_weights_of_the_whole_batch(tiny_project, monkeypatch):
+    """Also its flips and posterior draws; each forward pass holds one part of it."""
+    sizes, forward = [], SpatialVAE.forward
+    monkeypatch.setattr(
+        SpatialVAE, "forward", lambda self, image, label: (sizes.append(len(image)), forward(self, image, label))[1]
+    )
+    weights = {}
+    for parts, size in {1: 8, 4: 2}.items():
+        sizes.clear()
+        run(tiny_project, TRAIN.model_copy(update={"accumulate_steps": parts, "phases": PHASES[1:]}))
+        assert set(sizes) == {size}
+        weights[parts] = load_file(tiny_project.model / "model.safetensors")
+    for key, value in weights[1].items():
+        torch.testing.assert_close(weights[4][key], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_model_one_would(tiny_store, tmp_path):
-    """Each process has half of every batch; without the posterior's noise, which each draws for itself, all agrees."""
-    params = {
-        "model": SMALL.model_dump(mode="json"),
-        "train": TRAIN.model_copy(update={"horizontal_flip": False}).model_dump(mode="json"),
-        "tracking": {"enabled": False},
-    }
-    (tmp_path / "without_noise.py").write_text(WITHOUT_NOISE)
-    launchers = {
-        "one": [sys.executable],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
-    }
-    records, weights = {}, {}
-    for name, launcher in launchers.items():
-        folder = tmp_path / name
-        (folder / "artifacts").mkdir(parents=True)
-        (folder / "artifacts" / "dataset").symlink_to(tiny_store)
-        (folder / "params.yaml").write_text(json.dumps(params))
-        command = [*launcher, str(tmp_path / "without_noise.py")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        (scratch,) = (folder / "runs").iterdir()
-        records[name] = strip(history(scratch))
-        weights[name] = load_file(folder / "artifacts" / "model" / "model.safetensors")
-    for one, two in zip(records["one"], records["two"], strict=True):
-        assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
-    for key, value in weights["one"].items():
-        torch.testing.assert_close(weights["two"][key], value, rtol=1e-2, atol=1e-3)
+def test_a_batch_that_parts_do_not_divide_is_refused(tiny_project):
+    with pytest.raises(UserError, match=r"train\.accumulate_steps: 3; expected a multiple of 3"):
+        run(tiny_project, TRAIN.model_copy(update={"accumulate_steps": 3}))
 
 
 ALIKE = """
@@ -480,7 +458,7 @@ def test_no_weight_at_all_is_refused(tmp_path):
 def test_shares_of_processes_are_even_whatever_is_left_to_train_on(tiny_project):
     """A subset smaller than the batch shrinks it: three images for one process and two for the other are refused."""
     world = World(0, 2, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"5 images a step \(configured 8, 5 training images\) for 2 processes"):
+    with pytest.raises(UserError, match="5 images a step, of 5 training images, for 2 processes; expected a multiple"):
         train.ModelTask(tiny_project, world, SMALL, Loss(), TRAIN.model_copy(update={"subset": 5}))
 
 
