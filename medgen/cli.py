@@ -137,7 +137,8 @@ def features(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Train the domain extractor, the feature network of the metrics (stage 2)."""
     from medgen.training import extractor
 
-    _call(extractor.run, params, overrides)
+    if not _launch("features", params, overrides):
+        _call(extractor.run, params, overrides)
 
 
 @app.command()
@@ -145,7 +146,8 @@ def train(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Train the model, or resume an interrupted training (stage 3)."""
     from medgen.training import train
 
-    _call(train.run, params, overrides)
+    if not _launch("train", params, overrides):
+        _call(train.run, params, overrides)
 
 
 @app.command()
@@ -153,7 +155,8 @@ def prior(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Fit or train the prior, from which latents are drawn (stage 4)."""
     from medgen.training import prior
 
-    _call(prior.run, params, overrides)
+    if not _launch("prior", params, overrides):
+        _call(prior.run, params, overrides)
 
 
 @app.command()
@@ -161,7 +164,8 @@ def refiner(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Train the refiner, which adds the fine detail that the decoder loses (stage 5)."""
     from medgen.training import refiner
 
-    _call(refiner.run, params, overrides)
+    if not _launch("refiner", params, overrides):
+        _call(refiner.run, params, overrides)
 
 
 @app.command()
@@ -540,6 +544,14 @@ def _call(
     if "params" in wanted:
         sections["params"] = params
     return function(_project(), **sections, **options)
+
+
+def _launch(stage: str, params_file: Path, overrides: list[str] | None) -> bool:
+    """Run this command in the processes that compute.processes asks for; False if this process has to do the work."""
+    from medgen.config import load
+    from medgen.training.launch import launch
+
+    return launch(main, load(params_file, overrides or ()), stage)
 
 
 def _project() -> "Project":

@@ -1,4 +1,4 @@
-"""slurm/train.sbatch with fake srun and scontrol: a signal stops both processes at one step; the next job resumes."""
+"""slurm/train.sbatch with fake srun and scontrol: a signal stops both nodes at one step; the next job resumes."""
 
 import json
 import os
@@ -16,8 +16,8 @@ import os, signal, subprocess, sys
 tasks = []
 signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
 signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])  # as the real one does
-for rank in "01":
-    ranks = dict(SLURM_NTASKS="2", SLURM_PROCID=rank, SLURM_LOCALID=rank, SCRIPT=str(os.getppid()))
+for node in "01":
+    ranks = dict(SLURM_NTASKS="2", SLURM_PROCID=node, SLURM_LOCALID="0", SCRIPT=str(os.getppid()))
     tasks.append(subprocess.Popen(sys.argv[1:], env=os.environ | ranks))
 sys.exit(max(task.wait() for task in tasks))
 """
@@ -25,14 +25,14 @@ SCONTROL = """#!/bin/sh
 [ "$1" = show ] && echo localhost || echo "$@" >> scontrol.log
 """
 MEDGEN = f"""#!{sys.executable}
-# Task 0 sends the signal to the batch script once and waits until the script has passed it on.
+# The first process sends the signal to the batch script once and waits until the script has passed it on.
 import os, pathlib, signal, time
 from medgen import cli
 from medgen.training.loader import Loader
 from medgen.training.distributed import StopRequest
 received, batch, record = [], Loader.batch, StopRequest._record
 def batch_after_signal(self, position):
-    if position == 3 and os.environ["SLURM_PROCID"] == "0" and not pathlib.Path("sent").exists():
+    if position == 3 and os.environ["RANK"] == "0" and not pathlib.Path("sent").exists():
         pathlib.Path("sent").touch()
         os.kill(int(os.environ["SCRIPT"]), getattr(signal, os.environ["STOP_SIGNAL"]))
         while not received:
@@ -40,7 +40,8 @@ def batch_after_signal(self, position):
     return batch(self, position)
 Loader.batch = batch_after_signal
 StopRequest._record = lambda self, number, frame: (received.append(number), record(self, number, frame))
-cli.main()
+if __name__ == "__main__":
+    cli.main()
 """
 
 
@@ -69,6 +70,8 @@ def test_stopped_job_saves_and_the_next_job_resumes(tiny_project, root, stop_sig
         "STOP_SIGNAL": stop_signal,
         "SLURM_JOB_ID": str(os.getpid()),  # gives each test its own port
         "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NNODES": "2",
+        "MEDGEN_STAGES": "train prior",
     }
     command = ["bash", str(root / "slurm" / "train.sbatch")]
 
@@ -85,4 +88,5 @@ def test_stopped_job_saves_and_the_next_job_resumes(tiny_project, root, stop_sig
     assert done.returncode == 0, done.stderr
     assert [record["step"] for record in history(scratch)] == [1, 2]
     assert bundle.load_info(tiny_project.model).run == scratch.name
+    assert (tiny_project.prior / "prior.json").exists()
     assert log.exists() == requeued

@@ -4,6 +4,7 @@ params = load(Path("params.yaml"), ["train.batch_size=16"])
 """
 
 from medgen.config.base import Section, fingerprint, seed_of
+from medgen.config.compute import Compute
 from medgen.config.data import Data, Preprocess, Volume
 from medgen.config.evaluation import Evaluate, LocalNetwork
 from medgen.config.model import Model
@@ -18,6 +19,7 @@ from medgen.errors import unknown_name
 __all__ = [
     "RESULTS_VARIABLE",
     "Beta",
+    "Compute",
     "Data",
     "Evaluate",
     "Features",

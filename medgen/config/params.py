@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from medgen.config.base import FamilySection, Section
+from medgen.config.compute import Compute
 from medgen.config.data import Data, Preprocess
 from medgen.config.evaluation import Evaluate
 from medgen.config.model import Model
@@ -37,6 +38,7 @@ class Params(Section):
     refiner: Refiner = Refiner()
     evaluate: Evaluate = Evaluate()
     tune: Tune = Tune()
+    compute: Compute = Compute()
     tracking: Tracking = Tracking()
     registry: Registry = Registry()
 
