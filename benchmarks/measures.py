@@ -46,8 +46,8 @@ from medgen.registry.evaluations import compare_versions
 from medgen.registry.gates import check_gates
 from medgen.registry.promotion import select_references
 from medgen.registry.versions import EVALUATED_ON, EVALUATED_WITH, Version
-from medgen.training.distributed import pick_device
-from medgen.training.prior import encode
+from medgen.training.distributed import World, pick_device
+from medgen.training.latents import encode_dataset
 
 NUM_UNSEEN, UNSEEN_SEED = 3300, 20240  # procedural images of unseen patients
 NUM_REFERENCE = 1000  # of these, the reference of the first table
@@ -192,7 +192,9 @@ def altered_models(reference: Reference) -> dict[str, Callable[[int, int], Tenso
         f"prior temperature {temperature:g}": Altered(context.prior, temperature) for temperature in (0.8, 1.1, 1.25)
     }
     store, parameters = context.store, reference.params.prior
-    latents = encode(context.model, store.split("train"))
+    world, digest = World(0, 1, pick_device("auto")), bundle.digest(reference.project.model)
+    run = reference.project.runs / bundle.load_info(reference.project.model).run
+    latents, _ = encode_dataset(store, context.model, digest, run, world)
     priors["one Gaussian for the mixture"] = ANALYTIC["gaussian"].fit(
         latents.means, latents.labels, len(store.classes), parameters, latents.variance
     )

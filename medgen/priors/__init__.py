@@ -19,6 +19,7 @@ from medgen.errors import UserError
 from medgen.io import parsing, read_description, read_tensors, save_artifact
 from medgen.models.base import Decoder
 from medgen.models.bundle import class_index
+from medgen.priors.axes import LatentArray
 from medgen.priors.flow import Flow
 from medgen.priors.gaussian import Gaussian, Normal
 from medgen.priors.gmm import GaussianMixture
@@ -66,7 +67,7 @@ class AnalyticPrior(Prior, Protocol):
     @classmethod
     def fit(
         cls,
-        latents: Tensor,
+        latents: LatentArray,
         labels: Tensor | None,
         num_classes: int,
         params: config.Prior,
@@ -79,7 +80,7 @@ class AnalyticPrior(Prior, Protocol):
         instead of draws from each posterior keeps its noise out of the principal axes.
 
         Args:
-            latents: (N, *latent_shape) posterior means.
+            latents: (N, *latent_shape) posterior means, in memory or on disk.
             labels: (N,) int64, -1 where unlabelled; None for unlabelled data.
             num_classes: number of classes.
             params: the parameters.

@@ -25,6 +25,7 @@ from medgen import config
 from medgen.nn.guidance import drop_labels
 from medgen.nn.parallel import randn
 from medgen.nn.velocity import VelocityNetwork
+from medgen.priors.axes import LatentArray
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
 from medgen.priors.neural import NeuralPrior, conditioning_classes
 from medgen.priors.path import GaussianPath, expand
@@ -48,7 +49,7 @@ class Flow(NeuralPrior):
     @classmethod
     def create(
         cls,
-        latents: Tensor,
+        latents: LatentArray,
         labels: Tensor | None,
         num_classes: int,
         params: config.Prior,
@@ -59,7 +60,7 @@ class Flow(NeuralPrior):
         frequencies = class_frequencies(labels, num_classes)
         num_classes = conditioning_classes(params, frequencies)
         used = labels.cpu() if labels is not None and num_classes else torch.full((len(latents),), -1)
-        path = GaussianPath.fit(latents.cpu(), used, num_classes)
+        path = GaussianPath.fit(latents, used, num_classes)
         buffers = {**vars(path), "noise": posterior_noise(variance), "frequencies": frequencies}
         return cls.initialise(tuple(latents.shape[1:]), buffers, params)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import Prior
-from medgen.priors.axes import LOG_TAU, PrincipalAxes
+from medgen.priors.axes import LOG_TAU, LatentArray, PrincipalAxes
 
 
 class Normal:
@@ -23,7 +23,7 @@ class Normal:
     @classmethod
     def fit(
         cls,
-        latents: Tensor,
+        latents: LatentArray,
         labels: Tensor | None,
         num_classes: int,
         params: Prior,
@@ -69,7 +69,7 @@ class Gaussian:
     @classmethod
     def fit(
         cls,
-        latents: Tensor,
+        latents: LatentArray,
         labels: Tensor | None,
         num_classes: int,
         params: Prior,
@@ -77,7 +77,7 @@ class Gaussian:
         patients: Sequence[str] | None = None,
     ) -> Self:
         """See `medgen.priors.AnalyticPrior.fit`; `params.variance_kept` is not used: all of the covariance is kept."""
-        axes = PrincipalAxes.fit(latents.flatten(1).cpu())
+        axes = PrincipalAxes.fit(latents)
         frequencies = class_frequencies(labels, num_classes)
         return cls.restore(
             {**axes.tensors(), "frequencies": frequencies, "noise": posterior_noise(variance)},

@@ -15,18 +15,32 @@ Shapes: N latents, D dimensions of a latent, R axes, of which K under the mixtur
 M components over all classes.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from medgen.config import Prior
-from medgen.priors.axes import LOG_TAU, PrincipalAxes, constant_latents_error, num_axes
+from medgen.console import say, warn
+from medgen.priors.axes import (
+    LOG_TAU,
+    LatentArray,
+    PrincipalAxes,
+    chunk_size,
+    chunks,
+    constant_latents_error,
+    num_axes,
+    spread,
+)
 from medgen.priors.gaussian import add_noise, class_frequencies, posterior_noise
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 RARE = 50  # a class with fewer images gets its own mean and the covariance of all classes
 _FOLDS = 5  # one part in so many is held out to choose the number of components
@@ -36,6 +50,8 @@ _LEADING = 50  # axes that decide clusters and their number: in more, a held-out
 _POOLING = 0.5  # weight of the class's pooled covariance in that of a component
 _SHRINKAGE = 0.05  # of a covariance towards its diagonal
 _VARIANCE_FLOOR = 1e-2  # of a whitened coordinate, whose variance is 1
+_MAX_CLUSTERED = 100_000  # images of a class that k-means works on
+_MAX_FACTORS = 1 << 26  # values of the covariances of all components: 256 MB
 _RESIDUAL_SHARE = 0.999  # of the variance; the axes after that would double the file and change nothing visible
 _TENSORS = ("noise", "frequencies", "weights", "owners", "centres", "factors", "residual_means", "residual_scales")
 
@@ -51,6 +67,48 @@ class _Mixture:
     def covariances(self) -> Tensor:
         diagonal = torch.diag_embed(self.scatters.diagonal(dim1=1, dim2=2) + _VARIANCE_FLOOR)
         return (1.0 - _SHRINKAGE) * self.scatters + _SHRINKAGE * diagonal
+
+
+class _Moments:
+    """Sums over the rows of one class, by cluster: one pass over latents that are not in memory at once."""
+
+    def __init__(self, clusters: int, num_axes: int, kept: int) -> None:
+        self.counts = torch.zeros(clusters, dtype=torch.float64)
+        self.sums = torch.zeros(clusters, num_axes, dtype=torch.float64)
+        self.squares = torch.zeros(num_axes, dtype=torch.float64)
+        self.products = torch.zeros(clusters, kept, kept, dtype=torch.float64)
+
+    def add(self, white: Tensor, clusters: Tensor) -> None:
+        """Add whitened coordinates (n, R) and the clusters (n,) that they belong to."""
+        self.squares += white.square().sum(0)
+        kept = self.products.shape[1]
+        for cluster in range(len(self.counts)):
+            rows = white[clusters == cluster]
+            self.counts[cluster] += len(rows)
+            self.sums[cluster] += rows.sum(0)
+            self.products[cluster] += rows[:, :kept].T @ rows[:, :kept]
+
+    def mixture(self) -> _Mixture:
+        """The mixture of the clusters that have rows."""
+        rows, kept = self.counts > 0, self.products.shape[1]
+        counts = self.counts[rows]
+        centres, weights = self.sums[rows, :kept] / counts[:, None], counts / counts.sum()
+        scatters = self.products[rows] / counts[:, None, None] - centres[:, :, None] * centres[:, None, :]
+        pooled = (weights[:, None, None] * scatters).sum(0)
+        return _Mixture(weights, centres, torch.lerp(scatters, pooled.expand_as(scatters), _POOLING))
+
+    def mean(self) -> Tensor:
+        """Mean (R,) of all rows."""
+        return self.sums.sum(0) / self.counts.sum()
+
+    def scatter(self) -> Tensor:
+        """Sum (K, K) over all rows of the products of their differences from the mean."""
+        mean = self.mean()[: self.products.shape[1]]
+        return self.products.sum(0) - self.counts.sum() * mean[:, None] * mean
+
+    def deviations(self) -> Tensor:
+        """Sum (R,) over all rows of the squares of their differences from the mean."""
+        return (self.squares - self.counts.sum() * self.mean().square()).clamp_min(0.0)
 
 
 @dataclass(frozen=True)
@@ -96,7 +154,7 @@ class GaussianMixture:
     @classmethod
     def fit(
         cls,
-        latents: Tensor,
+        latents: LatentArray,
         labels: Tensor | None,
         num_classes: int,
         params: Prior,
@@ -104,29 +162,34 @@ class GaussianMixture:
         patients: Sequence[str] | None = None,
     ) -> Self:
         """See `medgen.priors.AnalyticPrior.fit`. Unlabelled rows only affect the axes if other rows are labelled."""
-        flat = latents.flatten(1).double().cpu()
-        axes = PrincipalAxes.fit(flat, max(_RESIDUAL_SHARE, params.variance_kept))
+        axes = PrincipalAxes.fit(latents, max(_RESIDUAL_SHARE, params.variance_kept))
         if len(axes.scales) == 0:
             raise constant_latents_error(latents)
         kept = num_axes(axes.scales.square(), params.variance_kept)
-        white = axes.whiten(flat)
-        patient_ids = torch.arange(len(white))
+        patient_ids = torch.arange(len(latents))
         if patients is not None:
             patient_ids = torch.from_numpy(np.unique(np.array(patients), return_inverse=True)[1])
         frequencies = class_frequencies(labels, num_classes)
-        members = {-1: torch.ones(len(white), dtype=torch.bool)}
+        owners = torch.full((len(latents),), -1)
         if params.conditional and labels is not None and len(frequencies):
-            members = {c: labels.cpu() == c for c in range(num_classes) if bool(frequencies[c] > 0)}
-        pooled = torch.cat([white[rows] - white[rows].mean(0) for rows in members.values()])  # (N, R)
-        fits = [
-            _fit_class(owner, white[rows], patient_ids[rows], pooled, axes.scales[:kept], params)
-            for owner, rows in members.items()
-        ]
+            owners = torch.where(labels < 0, num_classes, labels).cpu()  # unlabelled images belong to no mixture
+        names = [c for c in range(-1, num_classes) if bool((owners == c).any())]
+        leading = axes.first(min(kept, _LEADING))
+        found = {name: _Clusters.fit(name, latents, owners, patient_ids, leading, params) for name in names}
+        kept = _affordable_axes(kept, sum(clusters.number for clusters in found.values()))
+        sums = {name: _Moments(clusters.number, len(axes.scales), kept) for name, clusters in found.items()}
+        for rows, part in chunks(latents):
+            white, members = axes.whiten(part.flatten(1)), owners[rows]
+            for name, clusters in found.items():
+                own = white[members == name]
+                sums[name].add(own, clusters.assign(own))
+        fits = [_fit_class(clusters, sums[name], list(sums.values())) for name, clusters in found.items()]
+        total = sum(fit.choice["rows"] for fit in fits)
         tensors = {
             **axes.tensors(),
             "noise": posterior_noise(variance),
             "frequencies": frequencies,
-            "weights": torch.cat([fit.mixture.weights * fit.choice["rows"] / len(pooled) for fit in fits]),
+            "weights": torch.cat([fit.mixture.weights * fit.choice["rows"] / total for fit in fits]),
             "owners": torch.tensor([fit.choice["class"] for fit in fits for _ in fit.mixture.weights]),
             "centres": torch.cat([fit.mixture.centres for fit in fits]),
             "factors": torch.linalg.cholesky(torch.cat([fit.mixture.covariances() for fit in fits])),
@@ -188,46 +251,97 @@ class GaussianMixture:
         return weights / sums
 
 
-def _fit_class(owner: int, rows: Tensor, patients: Tensor, pooled: Tensor, scales: Tensor, params: Prior) -> _ClassFit:
-    """Fit one class.
+@dataclass(frozen=True)
+class _Clusters:
+    """Clusters of one class, found by k-means in the leading axes."""
 
-    Args:
-        owner: the class, -1 for all images together.
-        rows: (N, R) whitened coordinates of its images.
-        patients: (N,) int64, index of each image's patient.
-        pooled: (all images, R) differences from their own class's mean, whose covariance a rare class borrows.
-        scales: (K,) standard deviations of the mixture's axes.
-        params: the parameters.
-    """
-    choice: dict[str, Any] = {"class": owner, "rows": len(rows)}
-    kept = len(scales)
-    mean, own = rows.mean(0), rows - rows.mean(0)
-    if len(rows) < RARE:
-        own = pooled
-        scatter = own[:, :kept].T @ own[:, :kept] / len(own)
-        mixture = _Mixture(torch.ones(1).to(rows), mean[None, :kept], scatter[None])
-        choice |= {"components": 1, "held_out": None}
+    choice: dict[str, Any]  # class, rows, components, held_out
+    scales: Tensor  # of the leading axes
+    means: "KMeans | None"  # None for a single cluster
+
+    @property
+    def number(self) -> int:
+        return int(self.choice["components"])
+
+    @classmethod
+    def fit(
+        cls, owner: int, latents: LatentArray, owners: Tensor, patients: Tensor, axes: PrincipalAxes, params: Prior
+    ) -> Self:
+        """Choose the number of clusters of one class and find them, in at most _MAX_CLUSTERED of its images.
+
+        Args:
+            owner: the class, -1 for all images together.
+            latents: (N, *latent_shape) of all classes.
+            owners: (N,) the class of each.
+            patients: (N,) int64, index of each image's patient.
+            axes: the leading axes.
+            params: the parameters.
+        """
+        rows = (owners == owner).nonzero()[:, 0]
+        choice: dict[str, Any] = {"class": owner, "rows": len(rows)}
+        if len(rows) < RARE:
+            return cls(choice | {"components": 1, "held_out": None}, axes.scales, None)
+        used = rows[spread(len(rows), _MAX_CLUSTERED)]
+        if len(used) < len(rows):
+            say(f"prior gmm: clusters are found in {len(used)} of {len(rows)} images, and fitted to all")
+        parts = torch.split(used, chunk_size(latents))
+        white = torch.cat([axes.whiten(latents[part].flatten(1)) for part in parts])
+        components, score = _choose_number(white, axes.scales, patients[used], params)
+        means = _k_means(white * axes.scales, components, params.seed)
+        return cls(choice | {"components": components, "held_out": score}, axes.scales, means)
+
+    def assign(self, white: Tensor) -> Tensor:
+        """Cluster (n,) of whitened coordinates (n, R)."""
+        if self.means is None or not len(white):
+            return torch.zeros(len(white), dtype=torch.int64)
+        leading = white[:, : len(self.scales)] * self.scales
+        return torch.from_numpy(self.means.predict(leading.numpy()))
+
+
+def _affordable_axes(kept: int, components: int) -> int:
+    """Number of axes under the mixture, at most `kept`, whose covariances fit into _MAX_FACTORS values."""
+    affordable = max(1, math.isqrt(_MAX_FACTORS // components))
+    if affordable < kept:
+        warn(
+            f"prior gmm: covariances of {components} components in {kept} axes exceed {_MAX_FACTORS} values; they are "
+            f"reduced to {affordable} axes, and the others are independent. Lower prior.components or "
+            "prior.variance_kept to choose otherwise, or set prior.name: flow"
+        )
+    return min(kept, affordable)
+
+
+def _fit_class(clusters: _Clusters, own: _Moments, all_classes: Sequence[_Moments]) -> _ClassFit:
+    """Fit one class from its sums; a rare class has its own mean and borrows the covariance of all classes."""
+    mean, kept = own.mean(), own.products.shape[1]
+    if clusters.choice["rows"] >= RARE:
+        mixture, used = own.mixture(), [own]
     else:
-        mixture, chosen = _fit_mixture(rows[:, :kept], scales, patients, params)
-        choice |= chosen
-    return _ClassFit(mixture, mean[kept:], own[:, kept:].square().mean(0).sqrt(), choice)
+        used = list(all_classes)
+        scatter = torch.stack([sums.scatter() for sums in used]).sum(0) / _count(used)
+        mixture = _Mixture(torch.ones(1, dtype=torch.float64), mean[None, :kept], scatter[None])
+    deviations = torch.stack([sums.deviations() for sums in used]).sum(0) / _count(used)
+    return _ClassFit(mixture, mean[kept:], deviations[kept:].sqrt(), clusters.choice)
 
 
-def _fit_mixture(rows: Tensor, scales: Tensor, patients: Tensor, params: Prior) -> tuple[_Mixture, dict[str, Any]]:
-    """Fit a mixture to `rows` (N, K) and choose its number of components; see `_fit_class`."""
-    chosen = _hold_out(patients, params.seed)
-    held_out, used = rows[chosen, :_LEADING], rows[~chosen, :_LEADING]
-    scores: dict[int, Tensor] = {}  # number of components -> log density of held-out rows (N,)
+def _count(classes: Sequence[_Moments]) -> float:
+    return sum(float(sums.counts.sum()) for sums in classes)
+
+
+def _choose_number(white: Tensor, scales: Tensor, patients: Tensor, params: Prior) -> tuple[int, float]:
+    """Number of components of the highest held-out likelihood of `white` (N, K), and that likelihood per axis."""
+    chosen, num_axes = _hold_out(patients, params.seed), white.shape[1]
+    held_out, used = white[chosen], white[~chosen]
+    scores: dict[int, float] = {}  # number of components -> mean log density of held-out rows
     affordable = {c for c in params.components if c * _ROWS_PER_COMPONENT <= len(used)} or {1}
     for components in sorted(affordable):
-        mixture = _cluster(used, scales[:_LEADING], components, params.seed)
+        moments = _Moments(components, num_axes, num_axes)
+        moments.add(used, torch.from_numpy(_k_means(used * scales, components, params.seed).labels_))
+        mixture = moments.mixture()
         factors = torch.linalg.cholesky(mixture.covariances())
         densities = mixture.weights.log() + _component_densities(held_out, mixture.centres, factors)
-        scores[components] = torch.logsumexp(densities, dim=1)
-    components = max(scores, key=lambda number: float(scores[number].mean()))
-    score = float(scores[components].mean()) / held_out.shape[1]
-    mixture = _cluster(rows, scales, components, params.seed)
-    return mixture, {"components": components, "held_out": round(score, 4)}
+        scores[components] = float(torch.logsumexp(densities, dim=1).mean())
+    best = max(scores, key=lambda number: scores[number])
+    return best, round(scores[best] / num_axes, 4)
 
 
 def _hold_out(patients: Tensor, seed: int) -> Tensor:
@@ -249,22 +363,14 @@ def _hold_out(patients: Tensor, seed: int) -> Tensor:
     return held_out[groups]
 
 
-def _cluster(rows: Tensor, scales: Tensor, components: int, seed: int) -> _Mixture:
-    """Mixture of the clusters that k-means finds in the leading axes of `rows` (N, K), scaled by `scales` (K,)."""
+def _k_means(points: Tensor, components: int, seed: int) -> "KMeans":
+    """Clusters of `points` (N, K)."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than components
-        leading = (rows * scales)[:, :_LEADING].numpy()
-        labels = torch.from_numpy(KMeans(components, n_init=_STARTS, random_state=seed).fit(leading).labels_)
-    clusters = [rows[labels == label] for label in sorted(set(labels.tolist()))]
-    weights = torch.tensor([len(cluster) / len(rows) for cluster in clusters]).double()
-    centres = torch.stack([cluster.mean(0) for cluster in clusters])
-    centred = [cluster - cluster.mean(0) for cluster in clusters]
-    scatters = torch.stack([cluster.T @ cluster / len(cluster) for cluster in centred])
-    pooled = torch.cat(centred)
-    return _Mixture(weights, centres, torch.lerp(scatters, pooled.T @ pooled / len(rows), _POOLING))
+        return KMeans(components, n_init=_STARTS, random_state=seed).fit(points.numpy())
 
 
 def _component_densities(rows: Tensor, centres: Tensor, factors: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medgen import config
 from medgen.config import seed_of
+from medgen.priors.axes import LatentArray
 
 _SETTINGS = ("channels", "blocks", "dropout", "sampling_steps", "solver", "guidance")  # stored parameters
 
@@ -39,7 +40,7 @@ class NeuralPrior(ABC):
     @abstractmethod
     def create(
         cls,
-        latents: Tensor,
+        latents: LatentArray,
         labels: Tensor | None,
         num_classes: int,
         params: config.Prior,

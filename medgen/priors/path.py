@@ -8,6 +8,7 @@ centre μ and with variances λ along principal axes that all classes share, the
 Shapes: N latents, B batch, D dimensions of a flattened latent, K axes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -15,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from medgen.priors.axes import PrincipalAxes, check_finite, constant_latents_error
+from medgen.priors.axes import LatentArray, PrincipalAxes, chunks, constant_latents_error, moments
 
 _MAX_AXES = 256  # bounds the matrix; the remaining directions share one variance
 _IMAGES_PER_AXIS = 12  # with more axes the likelihood of unseen latents falls: the last axes are noise
@@ -34,18 +35,16 @@ class GaussianPath:
     variances: Tensor  # (K + 1,); the last one is shared by all other directions
 
     @classmethod
-    def fit(cls, latents: Tensor, labels: Tensor, num_classes: int) -> Self:
+    def fit(cls, latents: LatentArray, labels: Tensor, num_classes: int) -> Self:
         """Fit the path to latents (N, *latent_shape) with labels (N,), -1 where unlabelled, on the CPU.
 
         Raises:
             UserError: the latents are not finite, or do not vary.
         """
-        mean, scale = _mean_and_scale(latents.double())
-        standard = (latents.double() - mean) / scale
-        centres = _class_centres(standard, labels, num_classes)
-        flat = (standard - centres[labels + 1]).flatten(1)
-        num, dim = flat.shape
-        axes = PrincipalAxes.fit(flat)
+        mean, scale = _mean_and_scale(latents)
+        centres = _class_centres(latents, mean, scale, labels, num_classes)
+        axes = PrincipalAxes.fit(_Centred(latents, mean, scale, centres, labels))
+        num, dim = len(latents), math.prod(latents.shape[1:])
         kept = min(_MAX_AXES, max(1, num // _IMAGES_PER_AXIS), len(axes.scales))
         variances = axes.scales.square()
         others = variances[kept:].sum() / max(1, dim - kept)
@@ -94,22 +93,49 @@ def expand(time: Tensor, x: Tensor) -> Tensor:
     return time.view(-1, *[1] * (x.dim() - 1))
 
 
-def _class_centres(standard: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+@dataclass(frozen=True)
+class _Centred:
+    """Standardised latents minus the centre of their class, computed for the rows that are read."""
+
+    latents: LatentArray  # (N, *latent_shape)
+    mean: Tensor  # (*latent_shape)
+    scale: Tensor  # (*latent_shape)
+    centres: Tensor  # (num_classes + 1, *latent_shape)
+    labels: Tensor  # (N,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.latents.shape
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return (self.latents[rows].double() - self.mean) / self.scale - self.centres[self.labels[rows] + 1]
+
+
+def _class_centres(latents: LatentArray, mean: Tensor, scale: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Centres (num_classes + 1, *latent_shape) of standardised latents, those of rare classes shrunk towards 0.
 
     The mean of few latents is mostly noise; it is shrunk by the share of noise in its square (James & Stein 1961).
     """
-    centres = standard.new_zeros(num_classes + 1, *standard.shape[1:])
+    centres = mean.new_zeros(num_classes + 1, *mean.shape)
+    sums, squares = torch.zeros_like(centres), mean.new_zeros(num_classes + 1)
+    for rows, part in chunks(latents) if num_classes else ():
+        standard, row_labels = (part.double() - mean) / scale, labels[rows] + 1
+        sums.index_add_(0, row_labels, standard)
+        squares.index_add_(0, row_labels, standard.square().flatten(1).sum(1))
     for label in range(num_classes):
-        rows = standard[labels == label]
-        if len(rows) > 1:  # a single latent has no variance
-            centre = rows.mean(0)
-            noise = rows.var(0).sum() / len(rows)
-            centres[label + 1] = centre * (1.0 - noise / centre.square().sum()).clamp_min(0.0)
+        count = int((labels == label).sum())
+        if count > 1:  # a single latent has no variance
+            centre = sums[label + 1] / count
+            size = centre.square().sum()
+            noise = (squares[label + 1] / count - size).clamp_min(0.0) / (count - 1)  # variance of the centre
+            centres[label + 1] = centre * (1.0 - noise / size).clamp_min(0.0)
     return centres
 
 
-def _mean_and_scale(latents: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_scale(latents: LatentArray) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (*latent_shape) of each dimension of the latents (N, *latent_shape), float64.
 
     The deviation of a dimension that hardly varies (a corner that is always black) is at least a tenth of its
@@ -119,12 +145,14 @@ def _mean_and_scale(latents: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: the latents are not finite, or do not vary.
     """
-    check_finite(latents)
-    mean = latents.mean(0)
-    variance = (latents - mean).square().mean(0)
+    flat_mean, squares = moments(latents)
+    total = torch.zeros_like(flat_mean)
+    for _, part in chunks(latents):
+        total += (part.flatten(1).double() - flat_mean).square().sum(0)
     # relative to the squares: equal latents leave only rounding errors
-    if bool(variance.sum() <= 1e-12 * latents.square().mean(0).sum()):
+    if bool(total.sum() <= 1e-12 * squares):
         raise constant_latents_error(latents)
+    mean, variance = flat_mean.view(latents.shape[1:]), total.view(latents.shape[1:]) / len(latents)
     channels = variance.flatten(1).mean(1) if variance.dim() > 1 else variance
     least = _MIN_RELATIVE_SCALE**2 * channels.clamp_min(_MIN_RELATIVE_SCALE**2 * variance.mean())
     least = least.view(-1, *[1] * (variance.dim() - 1))

@@ -25,7 +25,7 @@ from medgen.nn.guidance import drop_labels
 from medgen.nn.parallel import mean_over_processes, rand
 from medgen.nn.quantizer import nearest_codes
 from medgen.nn.transformer import MaskedTransformer
-from medgen.priors.axes import check_finite, constant_latents_error
+from medgen.priors.axes import LatentArray, check_finite, constant_latents_error, spread
 from medgen.priors.gaussian import class_frequencies
 from medgen.priors.neural import NeuralPrior, conditioning_classes
 
@@ -34,6 +34,7 @@ DEFAULT_SAMPLING_STEPS = 10  # the paper finds its best between 8 and 12
 # quantised random fields: with 1 the positions of a grid are too similar, with 0 nearly all have the same code
 CHOICE_TEMPERATURE = 4.5
 _MAX_LOGITS = 1 << 24  # held at once: 64 MB
+_NUM_CHECKED = 1024  # latents that are compared with the codebook before training, at most
 
 
 class Tokens(NeuralPrior):
@@ -49,7 +50,7 @@ class Tokens(NeuralPrior):
     @classmethod
     def create(
         cls,
-        latents: Tensor,
+        latents: LatentArray,
         labels: Tensor | None,
         num_classes: int,
         params: config.Prior,
@@ -62,7 +63,7 @@ class Tokens(NeuralPrior):
                 "prior.name: tokens needs a model with a codebook (model.name: vqvae); set prior.name to gmm or flow"
             )
         codebook = codebook.detach().float().cpu()
-        _check_codes(latents.float().cpu(), codebook)
+        _check_codes(latents[spread(len(latents), _NUM_CHECKED)].float(), codebook)
         buffers = {"codebook": codebook, "frequencies": class_frequencies(labels, num_classes)}
         return cls.initialise(tuple(latents.shape[1:]), buffers, params)
 

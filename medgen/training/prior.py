@@ -3,7 +3,7 @@
 medgen prior
 """
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
 
 import torch
@@ -12,38 +12,31 @@ from torch import Tensor, nn
 from medgen import config, source
 from medgen.config import Phase, Project, Tracking, fingerprint, seed_of, unknown_name
 from medgen.console import say, warn
-from medgen.data.store import Split, open_store
+from medgen.data.store import open_store
 from medgen.io import to_json, write_folder
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo
 from medgen.priors import ANALYTIC, NEURAL, PRIORS, AnalyticPrior, Prior, sample_images, save_prior
+from medgen.priors.axes import chunks
 from medgen.priors.gmm import RARE
 from medgen.priors.neural import NeuralPrior
 from medgen.reports.figures import write_grid
 from medgen.tracking import PRIOR_ORIGIN
 from medgen.training.distributed import World, join
-from medgen.training.loader import Loader
+from medgen.training.latents import BATCH_SIZE, Encoded, encode_dataset
 from medgen.training.parts import draw_losses, one_phase, record, trained
 from medgen.training.state import TrainingTask, TrainState
 
-BATCH_SIZE = 64
-MAX_LATENT_VALUES = 1 << 28  # in memory at once, 1 GiB; of a larger split, images spread over it are used
 STEPS_PER_EPOCH = 100  # of a network on latents: one pass over a small split would be too short for an epoch
 NUM_DRAWS = 8  # for each validation latent: the loss depends on random draws
 NUM_SAMPLES = 36
-CODE = ("nn/*.py", "priors/*.py", "training/prior.py")  # source files that decide the trained weights
+CODE = (
+    "nn/*.py",
+    "priors/*.py",
+    "training/latents.py",
+    "training/prior.py",
+)  # source files that decide the trained weights
 SAMPLING = {"sampling_steps", "solver", "guidance"}  # parameters that the trained network does not depend on
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Latents of a split's images."""
-
-    means: Tensor  # (N, *latent_shape) posterior means
-    labels: Tensor  # (N,) int64, -1 where unlabelled
-    variance: Tensor | None  # (*latent_shape) posterior variance, mean over the images; None without one
-    files: list[str]  # N paths
-    patients: list[str] | None = None  # N patients; see `medgen.data.store.Split.patients`
 
 
 def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior | None:
@@ -68,26 +61,26 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
                 write_none(project, info)
             return None
         name = prior.name or ("gmm" if model.codebook is None else "tokens")
-        train, val = encode(model, store.split("train")), encode(model, store.split("val"))
+        digest, classes = bundle.digest(project.model), store.classes
+        train, val = encode_dataset(store, model, digest, project.runs / info.run, world)
         if name in ANALYTIC and not world.is_main:
             return None
         if world.is_main:
-            warn_of_rare_classes(train.labels, store.classes)
-        digest, num_classes = bundle.digest(project.model), len(store.classes)
+            warn_of_rare_classes(train.labels, classes)
         made: Prior
         figures: list[Path] = []
         if name in ANALYTIC:
             made = fitted = ANALYTIC[name].fit(
-                train.means, train.labels, num_classes, prior, train.variance, train.patients
+                train.means, train.labels, len(classes), prior, train.variance, train.split.patients
             )
             save_prior(project.prior, fitted, digest)
             metrics = {"train_log_likelihood": mean_log_likelihood(fitted, train)}
             if len(val.labels):
                 metrics["val_log_likelihood"] = mean_log_likelihood(fitted, val)
-            print_choices(fitted, store.classes)
+            print_choices(fitted, classes)
         else:
             codes = None if model.codebook is None else model.codebook.cpu()
-            made = network = NEURAL[name].create(train.means, train.labels, num_classes, prior, train.variance, codes)
+            made = network = NEURAL[name].create(train.means, train.labels, len(classes), prior, train.variance, codes)
             task = LatentTask(network, model, train, val, prior, world)
             plain = prior.model_dump(mode="json", exclude=SAMPLING) | {"name": name}
             scratch = project.runs / info.run / f"prior_{fingerprint(digest, plain, code())}"
@@ -155,7 +148,8 @@ class LatentTask(TrainingTask):
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
         """Latents of the step at `position`, and the image files they were encoded from."""
         rows = self._rows(position)
-        return self.data.means[rows], [self.data.files[row] for row in rows.tolist()]
+        files = self.data.split.paths
+        return self.data.means[rows], [files[row] for row in rows.tolist()]
 
     def _latents(self, data: Encoded, rows: Tensor) -> tuple[Tensor, Tensor]:
         return data.means[rows].to(self.device), data.labels[rows].to(self.device)
@@ -189,36 +183,14 @@ def write_none(project: Project, info: BundleInfo) -> None:
     say(f"no prior: {reason}")
 
 
-@torch.no_grad()
-def encode(model: GenerativeModel, split: Split) -> Encoded:
-    """Encode a split, on the CPU; of a split too large for memory, images spread over it."""
-    limit = max(1, MAX_LATENT_VALUES // torch.Size(model.latent_shape).numel())
-    subset = limit if len(split.images) > limit else None
-    device = next(model.parameters()).device
-    means, labels = [torch.empty(0, *model.latent_shape)], [torch.empty(0, dtype=torch.int64)]
-    variance: Tensor | None = None
-    rows: list[int] = []
-    paths, patients = split.paths, split.patients
-    for batch in Loader(split, BATCH_SIZE, device, subset=subset).sequential() if len(paths) else ():
-        latent = model.encode(batch.image, batch.label)
-        means.append(latent.mean.float().cpu())
-        labels.append(batch.label.cpu())
-        rows += batch.index.tolist()
-        if latent.logvar is not None:
-            total = latent.logvar.double().exp().sum(0).cpu()
-            variance = total if variance is None else variance + total
-    mean_variance = None if variance is None else (variance / len(rows)).float()
-    of_rows = patients and [patients[row] for row in rows]
-    return Encoded(torch.cat(means), torch.cat(labels), mean_variance, [paths[row] for row in rows], of_rows)
-
-
 def mean_log_likelihood(prior: AnalyticPrior, data: Encoded) -> float:
     """Log-likelihood in nats per dimension of the latent, mean over images of classes in the train split."""
     labels = data.labels
     if len(prior.frequencies):
         unseen = (prior.frequencies == 0).nonzero()[:, 0]  # no density was fitted for these classes
         labels = torch.where(torch.isin(labels, unseen), -1, labels)
-    return float(prior.log_likelihood(data.means, labels).mean()) / data.means[0].numel()
+    parts = [prior.log_likelihood(part, labels[rows]) for rows, part in chunks(data.means)]
+    return float(torch.cat(parts).mean()) / math.prod(data.means.shape[1:])
 
 
 def warn_of_rare_classes(labels: Tensor, classes: tuple[str, ...]) -> None:

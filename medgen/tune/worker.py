@@ -283,11 +283,13 @@ def describe_error(error: Exception) -> str:
 
 
 def cleanup(search: Search, number: int) -> None:
-    """Remove the checkpoints of an ended trial, and its weights unless it is a confirmation."""
+    """Remove the checkpoints and latents of an ended trial, and its weights unless it is a confirmation."""
     folder = search.trial_folder(number)
     if not search.is_confirmation:
         shutil.rmtree(folder / "artifacts", ignore_errors=True)
     for scratch in folder.glob("runs/*"):
         checkpoint.remove(scratch)
+        for latents in scratch.glob("latents_*"):
+            shutil.rmtree(latents)
         for stage_folder in (*scratch.glob("prior_*"), *scratch.glob("refiner_*")):
             checkpoint.remove(stage_folder)  # its figures belong to the trial's record

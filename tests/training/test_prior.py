@@ -16,6 +16,7 @@ from medgen.models.bundle import BundleInfo
 from medgen.priors import ANALYTIC, gmm, load_prior
 from medgen.tracking import history, read_run
 from medgen.training import prior
+from medgen.training.latents import Encoded
 
 MODEL = Model(base_channels=8, max_channels=16, latent_channels=4, latent_size=4, attention_resolutions=())
 QUIET = Tracking(enabled=False)
@@ -66,20 +67,6 @@ def test_same_input_gives_the_same_bytes(project):
     assert {path.name: path.read_bytes() for path in project.prior.iterdir()} == first
 
 
-def test_encoding_keeps_order_and_averages_the_posterior_variance(project):
-    model, _ = bundle.load(project.model)
-    split = open_store(project.dataset).split("train")
-    encoded = prior.encode(model, split)
-    image = torch.from_numpy(split.images[:].copy()).float() / 255
-    with torch.no_grad():
-        latent = model.encode(image)
-    torch.testing.assert_close(encoded.means, latent.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(encoded.variance, latent.logvar.exp().mean(0), rtol=1e-4, atol=1e-5)
-    assert encoded.labels.tolist() == split.labels.tolist()
-    assert encoded.files == split.paths
-    assert split.patients and encoded.patients == split.patients
-
-
 def test_the_mixture_is_given_the_patients_of_its_rows(project, monkeypatch):
     given = []
     hold_out = gmm._hold_out
@@ -91,22 +78,10 @@ def test_the_mixture_is_given_the_patients_of_its_rows(project, monkeypatch):
     assert len(set(zip(names, patients.tolist(), strict=True))) == len(set(names)) == len(set(patients.tolist()))
 
 
-def test_too_many_latents_are_thinned(project, monkeypatch):
-    monkeypatch.setattr(prior, "MAX_LATENT_VALUES", 10 * 64)
-    model, _ = bundle.load(project.model)
-    split = open_store(project.dataset).split("train")
-    encoded = prior.encode(model, split)
-    assert encoded.means.shape == (10, 4, 4, 4)
-    assert len(set(encoded.labels.tolist())) > 1
-    rows = [split.paths.index(path) for path in encoded.files]
-    assert rows == sorted(rows)
-    assert encoded.patients == [split.patients[row] for row in rows]
-
-
 def test_unsplit_classes_do_not_break_the_check():
     latents, labels = torch.randn(120, 5), torch.arange(120) % 2
     fitted = ANALYTIC["gmm"].fit(latents, labels, 3, Prior())  # class 2 has no training image
-    seen = prior.Encoded(torch.randn(6, 5), torch.tensor([0, 1, 2, 2, 1, 0]), None, [])
+    seen = Encoded(torch.randn(6, 5), torch.tensor([0, 1, 2, 2, 1, 0]), None, None)
     value = prior.mean_log_likelihood(fitted, seen)
     assert value == value
 
