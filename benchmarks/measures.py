@@ -21,24 +21,27 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen import config
+from medgen.data.images import StoredImages
 from medgen.data.store import Split, open_store
 from medgen.datasets.sample import draw
-from medgen.evaluation.context import FeatureSets, describe_images, load_context, load_images, to_uint8
+from medgen.evaluation.context import FeatureSets, describe_images, load_context, to_uint8
 from medgen.evaluation.data import EvaluationData
 from medgen.evaluation.evaluate import image_data
 from medgen.evaluation.generation import domain_distances, draw_samples, evaluate_samples
 from medgen.evaluation.label_accuracy import evaluate_labels
-from medgen.evaluation.privacy import evaluate_privacy
-from medgen.evaluation.reconstruction import evaluate_reconstructions
+from medgen.evaluation.privacy import evaluate_privacy, search_train
+from medgen.evaluation.reconstruction import evaluate_reconstructions, reconstruct_rows
 from medgen.ingest import preprocess
 from medgen.metrics.comparison import ImageSet, compare
 from medgen.metrics.degradations import DEGRADATIONS
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import group_rows, interval_metrics
-from medgen.metrics.reconstruction import score_images
+from medgen.metrics.mmd import median_distance
+from medgen.metrics.reconstruction import ssim as image_ssim
 from medgen.models import GenerativeModel, bundle
 from medgen.priors import ANALYTIC
 from medgen.priors import Prior as AnyPrior
@@ -110,16 +113,17 @@ class Reference:
     def __init__(self, project: config.Project, cache: Path) -> None:
         self.project, self.params = project, config.load(project.root / "params.yaml")
         store = open_store(project.dataset)
-        model, info = bundle.load_for(store, project.model, pick_device("auto"))
+        device = pick_device("auto")
+        model, info = bundle.load_for(store, project.model, device)
         if not isinstance(model, GenerativeModel):
             raise SystemExit(f"{project.model}: finds masks; expected a model that draws images")
-        self.context = load_context(project, store, model, info, self.params.evaluate)
+        self.context = load_context(project, store, model, info, self.params.evaluate, World(0, 1, device))
         self.unseen = unseen_split(cache, self.params)
-        self.train, self.test = load_images(store.split("train")), load_images(self.context.held_out)
+        self.train, self.test = (StoredImages(split)[:] for split in (store.split("train"), self.context.held_out))
         self.train_view, self.test_view = self.view(self.train), self.view(self.test)
-        self.unseen_images, self.patients = load_images(self.unseen), list(self.unseen.patients or [])
+        self.unseen_images, self.patients = StoredImages(self.unseen)[:], list(self.unseen.patients or [])
         self.unseen_view = self.view(self.unseen_images)
-        self.bandwidth = FeatureSets(self.train_view, self.train_view, self.test_view).bandwidth
+        self.bandwidth = median_distance(self.train_view.features)
 
     def view(self, images: Tensor) -> ImageSet:
         """Images (N, C, H, W) uint8 as the measures see them."""
@@ -226,12 +230,13 @@ class Promotions:
     def version(self, samples: Tensor, metrics: dict[str, float], ssim: Tensor | None = None) -> Version:
         """A version with its evaluation, in memory."""
         context, number = self.reference.context, len(self.kept) + 1
-        features = FeatureSets(self.reference.view(samples), self.reference.train_view, self.reference.test_view)
+        reference = self.reference
+        features = FeatureSets(reference.view(samples), reference.train_view, reference.test_view, reference.bandwidth)
         similarity = self.reconstructions.ssim if ssim is None else ssim
         metrics = metrics | {
             "reconstruction/ssim": float(similarity.mean()),
             "run/num_generated": len(samples),
-            **evaluate_privacy(context, features, samples, self.reference.train, self.reference.test)[0],
+            **evaluate_privacy(context, search_train(context, features, samples))[0],
         }
         params = context.params.model_copy(update={"num_generated": len(samples)})
         self.kept[number] = image_data(replace(context, params=params), similarity, features)
@@ -256,13 +261,16 @@ def print_cases(reference: Reference) -> None:
     order = shuffled_patients(reference, torch.Generator().manual_seed(0))
     rows, others = order[:NUM_REFERENCE], order[NUM_REFERENCE:][:NUM_SAMPLES]
     held_out, images = take(reference.unseen_view, rows), reference.unseen_images[rows]
-    against = replace(context, held_out=ReferenceSplit([reference.patients[row] for row in rows.tolist()]))
+    patients = [reference.patients[row] for row in rows.tolist()]
+    against = replace(context, held_out=ReferenceSplit(patients, images.numpy()))
     first, second = (reference.draw(seed, NUM_SAMPLES) for seed in (0, 1))
-    rebuilt, originals = promotions.reconstructions.images, reference.test.float() / 255.0
+    batches = torch.split(torch.arange(len(reference.test)), context.params.batch_size)
+    rebuilt = torch.cat([to_uint8(reconstruct_rows(context, batch)[2]) for batch in batches])
+    originals = reference.test.float() / 255.0
 
     def measured(samples: Tensor, ssim: Tensor | None = None) -> tuple[dict[str, float], Version]:
-        features = FeatureSets(reference.view(samples), reference.train_view, held_out)
-        metrics = evaluate_samples(against, samples, images, features)
+        features = FeatureSets(reference.view(samples), reference.train_view, held_out, reference.bandwidth)
+        metrics = evaluate_samples(against, samples, features)
         if len(samples) == NUM_SAMPLES:
             params = context.params.model_copy(update={"num_generated": NUM_SAMPLES})
             metrics |= evaluate_labels(replace(context, params=params), samples, None)
@@ -299,15 +307,19 @@ def print_cases(reference: Reference) -> None:
 
 @dataclass(frozen=True)
 class ReferenceSplit:
-    """The part of a split that the metrics of samples need: its name and its patients."""
+    """The part of a split that the metrics of samples need."""
 
     patients: list[str]
+    images: NDArray[np.uint8]
     name: str = "test"
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 def similarity(originals: Tensor, images: Tensor) -> Tensor:
     """SSIM (N,) of images (N, C, H, W) uint8 with the originals in [0, 1]."""
-    return score_images([(originals, images.float() / 255.0)])["ssim"]
+    return image_ssim(originals, images.float() / 255.0).double()
 
 
 def similarity_of(reference: Reference, model: GenerativeModel) -> Tensor:

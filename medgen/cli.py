@@ -182,8 +182,8 @@ def evaluate(
     from medgen.evaluation import evaluate
 
     if model is None:
-        _call(evaluate.run, params, overrides)
-        _call(registry.register_if_enabled, params, overrides)
+        if _call(evaluate.run, params, overrides) is not None:
+            _call(registry.register_if_enabled, params, overrides)
     else:
         version, folder = _call(registry.fetch_for_evaluation, params, overrides, source=model)
         _call(evaluate.evaluate_version, params, overrides, folder=folder)

@@ -4,30 +4,37 @@ Shapes: N images, C channels, H W height and width, D features, R radial frequen
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from medgen.config import Evaluate, Project
 from medgen.console import warn
+from medgen.data.images import Images, StoredImages, split_images
 from medgen.data.store import Split, Store
 from medgen.datasets.weights import WEIGHTS, checked_weights
 from medgen.errors import UserError
 from medgen.metrics.comparison import ImageSet
-from medgen.metrics.features import DomainExtractor, load_extractor, unrecognised_classes
+from medgen.metrics.features import NUM_FEATURES, DomainExtractor, load_extractor, unrecognised_classes
+from medgen.metrics.generation import subsample
 from medgen.metrics.inception import Inception, load_inception
+from medgen.metrics.intervals import Groups, select_groups
 from medgen.metrics.local_network import LocalNetwork, load_local_network
-from medgen.metrics.mmd import median_distance
 from medgen.metrics.spectrum import radial_power
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo
 from medgen.priors import Prior, is_conditional, load_prior
 from medgen.priors.refiner import Refiner, load_refiner
+from medgen.training.distributed import World
 
 MIN_IMAGES = 3  # in each set: KID needs two images after one is left out
+MAX_HELD_OUT = 10_000  # compared with samples; of a larger split, images spread evenly over it
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,54 @@ class EvaluationContext:
     unrecognised: tuple[str, ...]  # classes that the extractor does not recognise
     inception: Inception | None  # None if it is not configured or its weights are missing
     local: LocalNetwork | None
-    device: torch.device
+    world: World
     params: Evaluate
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all networks."""
+        return self.world.device
+
+    @cached_property
+    def compared_rows(self) -> Tensor:
+        """Rows of the held-out images that samples are compared with."""
+        return subsample(torch.arange(len(self.held_out)), min(len(self.held_out), MAX_HELD_OUT))
+
+    @property
+    def compared(self) -> StoredImages:
+        """The held-out images that samples are compared with."""
+        return StoredImages(self.held_out, self.compared_rows)
+
+    @cached_property
+    def patients(self) -> Groups:
+        """Patient of each held-out image."""
+        return self.held_out.patients  # reads the manifest
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Patient of each compared image."""
+        return select_groups(self.patients, self.compared_rows)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Label of each held-out image."""
+        return labels_of(self.held_out)
+
+    @cached_property
+    def reference_rows(self) -> Tensor:
+        """Rows of up to `num_generated` train images, spread evenly, which are compared as the samples are."""
+        count = self.store.counts["train"]
+        return subsample(torch.arange(count), min(count, self.params.num_generated))
+
+    @property
+    def reference(self) -> StoredImages:
+        """The train images of `reference_rows`."""
+        return StoredImages(self.store.split("train"), self.reference_rows)
+
+    @cached_property
+    def reference_groups(self) -> Groups:
+        """Patient of each reference image."""
+        return select_groups(self.store.split("train").patients, self.reference_rows)
 
     @property
     def num_latent(self) -> int:
@@ -78,27 +131,29 @@ class EvaluationContext:
 
 
 class FeatureSets(NamedTuple):
-    """Domain features (N, 128) and radial power (N, R) of the three sets of images."""
+    """Domain features (N, 128) and radial power (N, R) of sets of images."""
 
     samples: ImageSet
-    train: ImageSet  # the whole split
-    held_out: ImageSet
-
-    @property
-    def bandwidth(self) -> float:
-        """Bandwidth of the RBF kernel, the same for all models of this dataset and extractor."""
-        return median_distance(self.train.features)
+    reference: ImageSet  # up to `num_generated` train images
+    held_out: ImageSet  # the compared images
+    bandwidth: float  # of the RBF kernel, the same for all models of this dataset and extractor
 
 
 def load_context(
-    project: Project, store: Store, model: GenerativeModel, info: BundleInfo, evaluate: Evaluate, split: str = "test"
+    project: Project,
+    store: Store,
+    model: GenerativeModel,
+    info: BundleInfo,
+    evaluate: Evaluate,
+    world: World,
+    split: str = "test",
 ) -> EvaluationContext:
     """Load the other parts of an evaluation.
 
     Raises:
         UserError: a part is missing or damaged, parts do not belong together, or a set is too small.
     """
-    device = next(model.parameters()).device
+    device = world.device
     weights = bundle.digest(project.model)
     prior = load_prior(project.prior, weights, device)
     refiner = load_refiner(project.refiner, weights, device)
@@ -123,7 +178,7 @@ def load_context(
         unrecognised=unrecognised_classes(project.features),
         inception=find_inception(evaluate, device),
         local=find_local_network(evaluate, project.root, device),
-        device=device,
+        world=world,
         params=evaluate,
     )
 
@@ -146,22 +201,59 @@ def find_local_network(params: Evaluate, root: Path, device: torch.device) -> Lo
     return load_local_network(params.local, root).to(device)
 
 
-def describe_images(context: EvaluationContext, images: Tensor) -> ImageSet:
+def describe_images(context: EvaluationContext, images: Images) -> ImageSet:
     """Domain features and radial power of images (N, C, H, W) uint8."""
-    return ImageSet(extract_features(context.extractor, images, context.params.batch_size), radial_power(images))
+    return image_set(map_images(context, images, lambda batch: describe_batch(context, batch)))
+
+
+def describe_batch(context: EvaluationContext, images: Tensor) -> Tensor:
+    """Features and radial power of images (B, C, H, W) uint8 side by side, for `image_set`: (B, 128 + R)."""
+    return torch.cat([extract_features(context.extractor, images, len(images)), radial_power(images)], dim=1)
+
+
+def image_set(columns: Tensor) -> ImageSet:
+    """The set of images whose features and power `describe_batch` gives."""
+    return ImageSet(*(part.contiguous() for part in columns.tensor_split([NUM_FEATURES], dim=1)))
+
+
+def map_images(context: EvaluationContext, images: Images, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`map_rows` of a function of each batch of images."""
+    return map_rows(context, len(images), lambda rows: function(images[rows]))
+
+
+def map_rows(context: EvaluationContext, count: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows (count, ...) that `function` gives for each batch of row numbers, on the CPU; processes share the batches.
+
+    Every process gets all rows.
+    """
+    batches = own_batches(context.world, count, context.params.batch_size)
+    if not batches:  # more processes than batches; the first row gives the shape
+        return context.world.concat(function(torch.arange(1))[:0])
+    return context.world.concat(torch.cat([function(rows) for rows in batches]))
+
+
+def own_batches(world: World, count: int, batch_size: int) -> Sequence[Tensor]:
+    """Row numbers of each batch of this process; all processes together have the batches of one process."""
+    batches = torch.split(torch.arange(count), batch_size)
+    return batches[own_share(world, len(batches))]
+
+
+def own_share(world: World, count: int) -> slice:
+    """This process's part of `count` items."""
+    return slice(world.rank * count // world.size, (world.rank + 1) * count // world.size)
 
 
 @torch.no_grad()
-def extract_features(extractor: DomainExtractor, images: Tensor, batch_size: int) -> Tensor:
+def extract_features(extractor: DomainExtractor, images: Images, batch_size: int) -> Tensor:
     """Domain features (N, 128), on the CPU, of images (N, C, H, W) uint8."""
     device = extractor.mean.device
-    parts = torch.split(images, batch_size)
+    parts = split_images(images, batch_size)
     return torch.cat([extractor(part.to(device).float() / 255.0).cpu() for part in parts])
 
 
-def load_images(split: Split) -> Tensor:
-    """All images (N, C, H, W) uint8 of a split."""
-    return torch.from_numpy(split.images[:])
+def labels_of(split: Split) -> Tensor:
+    """Labels (N,) int64 of a split, in memory."""
+    return torch.from_numpy(np.array(split.labels[:]))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from medgen.errors import UserError
 from medgen.io import parsing, read_description, read_tensors, save_artifact
 from medgen.metrics.comparison import ImageSet
+from medgen.metrics.generation import subsample
 
 DESCRIPTION = "evaluation.json"
 SCHEMA = 1
@@ -42,8 +43,14 @@ class EvaluationData:
     similarity: Tensor  # (N,) SSIM of each held-out image's reconstruction, or Dice of its mask
     groups: Tensor  # (N,) index of each held-out image's patient
     samples: ImageSet | None = None  # None for models that predict masks
-    held_out: ImageSet | None = None
+    held_out: ImageSet | None = None  # of n images: N, or fewer of a large split
     digest: str = ""  # SHA-256 of the file that the values were read from
+
+    @property
+    def held_out_groups(self) -> Tensor:
+        """Patient index (n,) of each image of the set `held_out`, which is spread evenly over a large split."""
+        assert self.held_out is not None
+        return subsample(self.groups, len(self.held_out.features))
 
 
 def save_evaluation(folder: Path, data: EvaluationData) -> str:

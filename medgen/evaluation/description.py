@@ -13,7 +13,7 @@ from torch import Tensor
 from medgen.config import Beta, Model, Phase, Prior, Project, Schedule, Volume, Weights
 from medgen.data.store import Split, Store
 from medgen.datasets import catalog
-from medgen.evaluation.context import EvaluationContext
+from medgen.evaluation.context import EvaluationContext, labels_of
 from medgen.io import hash_file
 from medgen.metrics.intervals import mean_interval, select_groups
 from medgen.models.bundle import BundleInfo
@@ -123,14 +123,14 @@ def class_table(
 
     `scores` of a model that predicts masks are of the images that have one.
     """
-    train = store.split("train")
     rows = torch.arange(len(test.labels)) if len(scores) == len(test.labels) else torch.from_numpy(test.masked_rows)
-    labels, patients = torch.from_numpy(test.labels.copy())[rows], select_groups(test.patients, rows)
+    labels, patients = labels_of(test)[rows], select_groups(test.patients, rows)
+    train_labels = labels_of(store.split("train"))
     body = []
     for label, name in enumerate(store.classes):
         chosen = (labels == label).nonzero()[:, 0]
         interval = mean_interval(scores[chosen], select_groups(patients, chosen)) if len(chosen) else None
-        cells = [name, f"{int((train.labels == label).sum()):,}", f"{len(chosen):,}"]
+        cells = [name, f"{int((train_labels == label).sum()):,}", f"{len(chosen):,}"]
         cells.append("–" if interval is None else f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})")
         if label_accuracy:
             cells.append(f"{label_accuracy[label]:.1%}" if label in label_accuracy else "–")

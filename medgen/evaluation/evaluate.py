@@ -7,14 +7,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from medgen.config import Evaluate, Project, Tracking
 from medgen.console import warn
+from medgen.data.images import StoredImages, split_images
 from medgen.data.store import Store, open_store
 from medgen.errors import UserError
 from medgen.evaluation import figures
-from medgen.evaluation.context import EvaluationContext, FeatureSets, describe_images, load_context, load_images
+from medgen.evaluation.context import EvaluationContext, FeatureSets, describe_images, load_context
 from medgen.evaluation.data import EvaluationData, EvaluationInfo, save_evaluation
 from medgen.evaluation.description import class_table, describe, describe_context, describe_model
 from medgen.evaluation.findings import (
@@ -26,24 +28,28 @@ from medgen.evaluation.findings import (
     unrecognised_finding,
 )
 from medgen.evaluation.generation import (
+    describe_sets,
     draw_samples,
     evaluate_classes,
     evaluate_networks,
     evaluate_reference,
     evaluate_samples,
+    network_outputs,
 )
 from medgen.evaluation.label_accuracy import LabelSwap, evaluate_labels, swap_labels
-from medgen.evaluation.privacy import evaluate_privacy
+from medgen.evaluation.privacy import NearestTrain, evaluate_privacy, search_train
 from medgen.evaluation.reconstruction import (
     Reconstructions,
+    RefinedReconstructions,
     evaluate_pca,
     evaluate_reconstructions,
     evaluate_refiner,
     refine_reconstructions,
 )
 from medgen.evaluation.results import record_results, write_results
-from medgen.evaluation.segmentation import evaluate_masks, mask_data
+from medgen.evaluation.segmentation import SegmentationResult, evaluate_masks, mask_data
 from medgen.io import write_atomic
+from medgen.metrics.comparison import ImageSet
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import group_indices, mean_interval
 from medgen.metrics.privacy import ClosestPairs
@@ -52,44 +58,60 @@ from medgen.models.bundle import BundleInfo
 from medgen.reports import evaluation as report
 from medgen.reports.figures import write_grid, write_images
 from medgen.reports.model_card import MODEL_CARD, render_card
-from medgen.training.distributed import pick_device
+from medgen.training.distributed import World, join, pick_device
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Values of images for the metrics, which all processes compute together and all get."""
+
+    reconstructions: Reconstructions
+    samples: Tensor  # (M, C, H, W) uint8
+    features: FeatureSets
+    networks: dict[str, list[Tensor]]
+    refined: RefinedReconstructions | None
+    unrefined: ImageSet | None  # the samples before refinement
+    nearest: NearestTrain
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of a generative model on a held-out split.
-
-    Shapes: N held-out images, M samples, T train images; images are (…, C, H, W) uint8.
-    """
+    """The evaluation of a generative model on a held-out split."""
 
     metrics: dict[str, float]  # those that differ between models of the same data
-    reconstructions: Reconstructions
-    refined: Reconstructions | None
-    samples: Tensor  # (M, C, H, W)
-    train: Tensor  # (T, C, H, W)
-    held_out: Tensor  # (N, C, H, W)
-    features: FeatureSets
+    computed: Computed
     pairs: ClosestPairs
     swap: LabelSwap | None
     label_accuracy: dict[int, float]  # of the samples, by class
 
 
-def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float]:
+def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float] | None:
     """Write reports/ (summary.json, metrics.json, provenance.json, index.html, MODEL_CARD.md, figures/), and record it.
 
+    Processes that torchrun starts share the computation; the main one writes.
+
     Returns:
-        The content of metrics.json.
+        The content of metrics.json; None in a process that is not the main one.
 
     Raises:
         UserError: a part is missing or damaged, parts do not belong together, or a set is too small.
     """
     store = open_store(project.dataset)
-    model, info = bundle.load_for(store, project.model, pick_device("auto"))
-    shutil.rmtree(project.figures, ignore_errors=True)  # of an earlier model; this one may have fewer
+    with join("auto") as world:
+        model, info = bundle.load_for(store, project.model, world.device)
+        if world.is_main:
+            shutil.rmtree(project.figures, ignore_errors=True)  # of an earlier model; this one may have fewer
+        if isinstance(model, GenerativeModel):
+            context = load_context(project, store, model, info, evaluate, world)
+            computed = compute(context)
+        else:
+            masks = evaluate_masks(store, model, evaluate.batch_size, world)
+    if not world.is_main:
+        return None
     if isinstance(model, GenerativeModel):
-        metrics, page = _evaluate_images(project, store, model, info, evaluate)
+        metrics, page = _report_images(project, context, computed)
     else:
-        metrics, page = _evaluate_masks(project, store, model, info, evaluate)
+        metrics, page = _report_masks(project, store, info, evaluate, masks)
     report.write_page(project.reports / "index.html", page)
     write_atomic(project.reports / MODEL_CARD, render_card(page.card, metrics))
     record_results(project, info, evaluate, tracking, metrics)
@@ -154,26 +176,32 @@ def evaluate_version(project: Project, *, folder: Path, evaluate: Evaluate) -> d
     return write_results(version, store, info, evaluate, metrics, data, hashes)
 
 
-def evaluate_model(context: EvaluationContext) -> Evaluation:
-    """Evaluate a generative model on the context's held-out split."""
+@torch.no_grad()
+def compute(context: EvaluationContext) -> Computed:
+    """Reconstruct, sample, extract features and search for copies; the processes share the work."""
     reconstructions = evaluate_reconstructions(context)
     samples, decoded = draw_samples(context)
-    train, held_out = load_images(context.store.split("train")), load_images(context.held_out)
-    features = FeatureSets(*(describe_images(context, images) for images in (samples, train, held_out)))
-    metrics = reconstructions.metrics | evaluate_samples(context, samples, held_out, features)
-    metrics |= evaluate_networks(context, samples, train, held_out)
-    refined = None
-    if context.held_out.name == "test":  # slow, and a search does not use them
-        refined = refine_reconstructions(context)
-        metrics |= evaluate_refiner(context, features, reconstructions, refined, decoded)
+    features = describe_sets(context, samples)
+    refined = unrefined = None
+    if decoded is not None and context.held_out.name == "test":  # slow, and a search does not use them
+        refined, unrefined = refine_reconstructions(context), describe_images(context, decoded)
+    networks = network_outputs(context, samples)
+    nearest = search_train(context, features, samples)
+    return Computed(reconstructions, samples, features, networks, refined, unrefined, nearest)
+
+
+def evaluate_model(context: EvaluationContext, computed: Computed) -> Evaluation:
+    """Metrics of a generative model on the context's held-out split."""
+    samples, features = computed.samples, computed.features
+    metrics = computed.reconstructions.metrics | evaluate_samples(context, samples, features)
+    metrics |= evaluate_networks(context, computed.networks)
+    if computed.refined and computed.unrefined:
+        metrics |= evaluate_refiner(context, features, computed.refined, computed.unrefined)
         metrics |= evaluate_classes(context, features)
-    privacy, pairs = evaluate_privacy(context, features, samples, train, held_out)
+    privacy, pairs = evaluate_privacy(context, computed.nearest)
     swap = swap_labels(context)
     labels = evaluate_labels(context, samples, swap)
-    metrics |= privacy | labels.metrics
-    return Evaluation(
-        metrics, reconstructions, refined, samples, train, held_out, features, pairs, swap, labels.by_class
-    )
+    return Evaluation(metrics | privacy | labels.metrics, computed, pairs, swap, labels.by_class)
 
 
 def image_data(context: EvaluationContext, ssim: Tensor, features: FeatureSets) -> EvaluationData:
@@ -186,33 +214,33 @@ def image_data(context: EvaluationContext, ssim: Tensor, features: FeatureSets) 
         num_generated=context.params.num_generated,
         bandwidth=features.bandwidth,
     )
-    groups = group_indices(len(ssim), context.held_out.patients)
+    groups = group_indices(len(ssim), context.patients)
     return EvaluationData(info, ssim, groups, features.samples, features.held_out)
 
 
-def _evaluate_images(
-    project: Project, store: Store, model: GenerativeModel, info: BundleInfo, params: Evaluate
+def _report_images(
+    project: Project, context: EvaluationContext, computed: Computed
 ) -> tuple[dict[str, float], report.Page]:
-    """Evaluate a generative model and write its results and figures; the metrics and the report page."""
-    context = load_context(project, store, model, info, params)
-    result = evaluate_model(context)
-    pca = evaluate_pca(context, result.train, result.held_out)
+    """Compute the metrics of a generative model and write its results and figures; the metrics and the report page."""
+    store, info, params = context.store, context.info, context.params
+    result, pca = evaluate_model(context, computed), evaluate_pca(context)
     metrics = result.metrics | {"reconstruction/pca_ssim": next(iter(pca.values()))} | _counts(store, params)
-    metrics |= evaluate_reference(context, result.samples, result.train, result.held_out, result.features)
-    data = image_data(context, result.reconstructions.ssim, result.features)
+    metrics |= evaluate_reference(context, computed.samples, computed.features)
+    ssim = computed.reconstructions.ssim
+    data = image_data(context, ssim, computed.features)
     metrics = write_results(project, store, info, params, metrics, data, context.hashes)
     figures.write_samples(project.figures, context)
-    refined = result.refined.images if result.refined else None
-    figures.write_reconstructions(project.figures, context, result.reconstructions.images, refined)
-    figures.write_cases(project.figures, result.held_out, result.reconstructions.images, result.reconstructions.ssim)
-    assert result.reconstructions.latents is not None
-    figures.write_latents(project.figures, context, result.reconstructions.latents)
-    figures.write_closest_pairs(project.figures, result.samples, result.train, result.pairs)
+    figures.write_reconstructions(project.figures, context)
+    figures.write_cases(project.figures, context, ssim)
+    figures.write_latents(project.figures, context)
+    train = StoredImages(store.split("train"))
+    figures.write_closest_pairs(project.figures, computed.samples, train, result.pairs)
     if result.swap:
         figures.write_label_swaps(project.figures, result.swap, store.classes)
     if params.save_images:
-        write_images(project.images / "generated", result.samples)
-        write_images(project.images / "real", result.held_out)
+        write_images(project.images / "generated", computed.samples)
+        originals = split_images(StoredImages(context.held_out), params.batch_size)
+        write_images(project.images / "real", (image for batch in originals for image in batch))
     findings = image_findings(metrics)
     if context.conditional and context.unrecognised:
         findings.append(unrecognised_finding(context.unrecognised))
@@ -220,9 +248,7 @@ def _evaluate_images(
         findings.append(NO_INCEPTION)
     tags = [context.prior.name, *(["refiner"] if context.refiner else [])]
     page = describe(project, store, info, image_verdict(metrics), findings, describe_context(project, context), tags)
-    by_class = class_table(
-        store, context.held_out, result.reconstructions.ssim, "SSIM of reconstructions", result.label_accuracy
-    )
+    by_class = class_table(store, context.held_out, ssim, "SSIM of reconstructions", result.label_accuracy)
     return metrics, page._replace(
         figures=report.image_figures(context.refiner is not None),
         rows=report.image_rows(metrics, pca, context.num_latent),
@@ -230,11 +256,10 @@ def _evaluate_images(
     )
 
 
-def _evaluate_masks(
-    project: Project, store: Store, model: ImageModel, info: BundleInfo, params: Evaluate
+def _report_masks(
+    project: Project, store: Store, info: BundleInfo, params: Evaluate, result: SegmentationResult
 ) -> tuple[dict[str, float], report.Page]:
-    """As `_evaluate_images`, for a model that predicts masks."""
-    result = evaluate_masks(store, model, params.batch_size)
+    """As `_report_images`, for a model that predicts masks."""
     data = mask_data(store, result, "test")
     metrics = write_results(project, store, info, params, result.metrics, data, {})
     figures.write_masks(project.figures, result, params.grid_images)
@@ -253,15 +278,17 @@ def _evaluate_split(
 
     Writes figures/samples.png.
     """
+    world = World(0, 1, next(model.parameters()).device)
     if not isinstance(model, GenerativeModel):
-        masks = evaluate_masks(store, model, params.batch_size, split)
+        masks = evaluate_masks(store, model, params.batch_size, world, split)
         figures.write_masks(project.figures, masks, params.grid_images)
         return masks.metrics, mask_data(store, masks, split), {}
-    context = load_context(project, store, model, info, params, split)
-    result = evaluate_model(context)
-    shown = subsample(result.samples, min(len(result.samples), params.grid_images))
+    context = load_context(project, store, model, info, params, world, split)
+    computed = compute(context)
+    result = evaluate_model(context, computed)
+    shown = subsample(computed.samples, min(len(computed.samples), params.grid_images))
     write_grid(project.figures / "samples.png", shown)
-    data = image_data(context, result.reconstructions.ssim, result.features)
+    data = image_data(context, computed.reconstructions.ssim, computed.features)
     return result.metrics, data, context.hashes
 
 

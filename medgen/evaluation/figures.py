@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.evaluation.context import EvaluationContext, load_images, proportional_labels
+from medgen.data.images import Images
+from medgen.evaluation.context import EvaluationContext, proportional_labels, to_uint8
 from medgen.evaluation.label_accuracy import LabelSwap
+from medgen.evaluation.reconstruction import reconstruct_rows, refine_rows
 from medgen.evaluation.segmentation import SegmentationResult
 from medgen.metrics.generation import subsample
 from medgen.metrics.privacy import ClosestPairs
@@ -51,21 +53,21 @@ def write_samples(figures: Path, context: EvaluationContext) -> None:
         write_grid(figures / name, images, columns, captions)
 
 
-def write_reconstructions(
-    figures: Path, context: EvaluationContext, reconstructions: Tensor, refined: Tensor | None
-) -> None:
-    """Write reconstructions.png: test images over their reconstructions (N, C, H, W), over the refined ones."""
-    rows = {"original": load_images(context.held_out), "reconstruction": reconstructions}
-    if refined is not None:
-        rows["refined"] = refined
-    size = min(NUM_RECONSTRUCTIONS, len(reconstructions))
-    write_stacks(figures / "reconstructions.png", {name: subsample(images, size) for name, images in rows.items()})
+def write_reconstructions(figures: Path, context: EvaluationContext) -> None:
+    """Write reconstructions.png: test images over their reconstructions, over the refined ones."""
+    rows = subsample(context.compared_rows, min(NUM_RECONSTRUCTIONS, len(context.compared_rows)))
+    originals, _, decoded = reconstruct_rows(context, rows)
+    stacks = {"original": originals, "reconstruction": to_uint8(decoded)}
+    if context.refiner:
+        stacks["refined"] = to_uint8(refine_rows(context, rows, decoded))
+    write_stacks(figures / "reconstructions.png", stacks)
 
 
-def write_cases(figures: Path, originals: Tensor, reconstructions: Tensor, ssim: Tensor) -> None:
-    """Write cases.png: the worst, median and best images (N, C, H, W) uint8 by SSIM (N,), with difference maps."""
+def write_cases(figures: Path, context: EvaluationContext, ssim: Tensor) -> None:
+    """Write cases.png: the worst, median and best test images by SSIM (N,) with reconstructions and difference maps."""
     chosen, kinds = select_cases(ssim)
-    real, other = (images[chosen].float() / 255.0 for images in (originals, reconstructions))
+    originals, _, decoded = reconstruct_rows(context, chosen)
+    real, other = (images.float() / 255.0 for images in (originals, to_uint8(decoded)))
     captions = [f"{kind}\nSSIM {score:.3f}" for kind, score in zip(kinds, ssim[chosen].tolist(), strict=True)]
     stacks = {"original": real, "reconstruction": other, "difference": differences(real, other)}
     write_stacks(figures / CASES, stacks, columns=len(chosen) // 3, captions=captions)
@@ -80,13 +82,15 @@ def select_cases(scores: Tensor, most: int = NUM_CASES) -> tuple[Tensor, list[st
     return rows, [kind for kind in ("worst", "median", "best") for _ in range(size)]
 
 
-def write_latents(figures: Path, context: EvaluationContext, latents: Tensor) -> None:
-    """Write latents.png: latents (N, *latent_shape) of held-out images by class, over samples of the prior.
+def write_latents(figures: Path, context: EvaluationContext) -> None:
+    """Write latents.png: latents of up to 1,000 held-out images by class, over samples of the prior.
 
     Both are projected on the first two principal axes of the held-out latents. There is no figure if they have fewer.
     """
-    rows = subsample(torch.arange(len(latents)), min(len(latents), MAX_LATENTS))
-    flat, labels = latents[rows].flatten(1), torch.from_numpy(context.held_out.labels.copy())[rows]
+    rows = subsample(torch.arange(len(context.held_out)), min(len(context.held_out), MAX_LATENTS))
+    batches = torch.split(rows, context.params.batch_size)
+    latents = torch.cat([reconstruct_rows(context, batch)[1].mean.cpu() for batch in batches])
+    flat, labels = latents.flatten(1), context.labels[rows]
     axes = PrincipalAxes.fit(flat)
     if len(axes.scales) < 2:
         return
@@ -105,7 +109,7 @@ def write_latents(figures: Path, context: EvaluationContext, latents: Tensor) ->
     write_scatter(figures / LATENTS, groups, {"samples of the prior": samples}, axis_labels)
 
 
-def write_closest_pairs(figures: Path, samples: Tensor, train: Tensor, pairs: ClosestPairs) -> None:
+def write_closest_pairs(figures: Path, samples: Tensor, train: Images, pairs: ClosestPairs) -> None:
     """Write nearest_train.png: the samples nearest to a train image over that image. It must not be published."""
     distances = ["pixels" if by_pixels else "features" for by_pixels in pairs.by_pixels.tolist()]
     captions = [
@@ -128,17 +132,17 @@ def write_label_swaps(figures: Path, swap: LabelSwap, classes: Sequence[str]) ->
 
 def write_masks(figures: Path, result: SegmentationResult, num_images: int) -> None:
     """Write reconstructions.png (image, mask, prediction) and samples.png (worst, middle and best images by Dice)."""
-    size = min(NUM_MASKS, len(result.images))
-    rows = torch.linspace(0, len(result.images) - 1, size).long()
+    rows = torch.linspace(0, len(result.dice) - 1, min(NUM_MASKS, len(result.dice))).long()
+    images, true, predicted = result.masks.predict(rows)
     stacks = {
-        "image": result.images[rows],
-        "mask": _greys(result.true[rows], result.num_classes),
-        "predicted": _greys(result.predicted[rows], result.num_classes),
+        "image": images,
+        "mask": _greys(true, result.masks.num_classes),
+        "predicted": _greys(predicted, result.masks.num_classes),
     }
     write_stacks(figures / "reconstructions.png", stacks)
     chosen, _ = select_cases(result.dice, min(num_images // 3, MAX_MASK_COLUMNS))
-    overlays = overlay(result.images[chosen], result.true[chosen], result.predicted[chosen])
     captions = [f"Dice {score:.3f}" for score in result.dice[chosen].tolist()]
+    overlays = overlay(*result.masks.predict(chosen))
     write_grid(figures / "samples.png", overlays, columns=len(chosen) // 3, captions=captions)
 
 

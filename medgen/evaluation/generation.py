@@ -3,7 +3,7 @@
 Shapes: N images, C channels, H W height and width, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.evaluation.context import MIN_IMAGES, EvaluationContext, FeatureSets, to_uint8
+from medgen.data.images import Images, StoredImages
+from medgen.evaluation.context import (
+    MIN_IMAGES,
+    EvaluationContext,
+    FeatureSets,
+    describe_images,
+    map_images,
+    to_uint8,
+)
 from medgen.metrics.c2st import MIN_GROUPS, linear_auc, network_auc
 from medgen.metrics.comparison import ImageSet
 from medgen.metrics.generation import (
@@ -22,9 +30,9 @@ from medgen.metrics.generation import (
     prdc_intervals,
     subsample,
 )
-from medgen.metrics.inception import inception_score
+from medgen.metrics.inception import NUM_FEATURES, inception_score
 from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metrics, select_groups
-from medgen.metrics.mmd import kid, median_distance, mmd
+from medgen.metrics.mmd import MAX_BANDWIDTH_IMAGES, kid, median_distance, mmd
 from medgen.metrics.spectrum import log_power, spectrum_metrics
 from medgen.models.base import Decoder
 from medgen.priors import iterate_samples
@@ -60,8 +68,10 @@ def draw_samples(context: EvaluationContext) -> Samples:
     Raises:
         UserError: the model, its prior or its refiner gives values that are not finite.
     """
-    params, decoded = context.params, list[Tensor]()
-    batches = iterate_samples(
+    params, world = context.params, context.world
+    none = torch.empty(0, *context.store.image_shape, dtype=torch.uint8)
+    images, decoded = [none], [none]
+    for batch, _ in iterate_samples(
         context.prior,
         context.model,
         params.num_generated,
@@ -69,42 +79,51 @@ def draw_samples(context: EvaluationContext) -> Samples:
         params.seed,
         params.batch_size,
         RecordingRefiner(context.refiner, decoded) if context.refiner else None,
+        world.rank,
+        world.size,
+    ):
+        images.append(to_uint8(batch))
+    samples = world.concat(torch.cat(images))
+    return Samples(samples, world.concat(torch.cat(decoded)) if context.refiner else None)
+
+
+def describe_sets(context: EvaluationContext, samples: Tensor) -> FeatureSets:
+    """Features of samples (N, C, H, W) uint8, reference images and compared images."""
+    train = context.store.split("train")
+    spread = StoredImages(train, subsample(torch.arange(len(train)), min(len(train), MAX_BANDWIDTH_IMAGES)))
+    return FeatureSets(
+        samples=describe_images(context, samples),
+        reference=describe_images(context, context.reference),
+        held_out=describe_images(context, context.compared),
+        bandwidth=median_distance(describe_images(context, spread).features),
     )
-    images = torch.cat([to_uint8(batch) for batch, _ in batches])
-    return Samples(images, torch.cat(decoded) if decoded else None)
 
 
-def evaluate_samples(
-    context: EvaluationContext, samples: Tensor, held_out: Tensor, features: FeatureSets
-) -> dict[str, float]:
-    """Metrics of samples (N, C, H, W) uint8 against held-out images, with 95 % intervals by patient."""
-    groups = context.held_out.patients
+def evaluate_samples(context: EvaluationContext, samples: Tensor, features: FeatureSets) -> dict[str, float]:
+    """Metrics of samples (N, C, H, W) uint8 against the compared images, with 95 % intervals by patient."""
+    groups = context.groups
     intervals = domain_distances(features.samples, features.held_out, features.bandwidth, groups)
     intervals |= prdc_intervals(features.held_out.content, features.samples.content, groups)
     if context.held_out.name == "test":  # a search does not use it, and it trains networks
-        sets = (samples, features.samples, held_out, features.held_out)
+        sets = (samples, features.samples, context.compared, features.held_out)
         intervals |= classifier_tests(*sets, groups, seed=context.params.seed, device=context.device)
     spectrum = spectrum_metrics("generation", features.samples.power, features.held_out.power)
     return interval_metrics("generation", intervals) | spectrum
 
 
-def evaluate_reference(
-    context: EvaluationContext, samples: Tensor, train: Tensor, test: Tensor, features: FeatureSets
-) -> dict[str, float]:
-    """The same metrics of up to `num_generated` train images, and the diversity of samples and test images."""
-    seed = seed_of(context.params.seed)
-    rows, groups = reference_rows(context)
-    reference = ImageSet(features.train.features[rows], features.train.power[rows])
-    held_out_groups, sets = context.held_out.patients, (train[rows], reference, test, features.held_out)
-    intervals = domain_distances(reference, features.held_out, features.bandwidth, held_out_groups, groups)
-    intervals |= classifier_tests(*sets, held_out_groups, groups, context.params.seed, context.device)
+def evaluate_reference(context: EvaluationContext, samples: Tensor, features: FeatureSets) -> dict[str, float]:
+    """The same metrics of the reference images, and the diversity of samples and compared images."""
+    seed, reference, groups = seed_of(context.params.seed), features.reference, context.reference_groups
+    sets = (context.reference, reference, context.compared, features.held_out)
+    intervals = domain_distances(reference, features.held_out, features.bandwidth, context.groups, groups)
+    intervals |= classifier_tests(*sets, context.groups, groups, context.params.seed, context.device)
     metrics = {f"generation/{name}_floor": interval.value for name, interval in intervals.items()}
     spectrum = spectrum_metrics("generation", reference.power, features.held_out.power)
     metrics["generation/spectrum_distance_floor"] = spectrum["generation/spectrum_distance"]
     if context.refiner:
         metrics |= {f"{key}_floor": value for key, value in spectrum.items()}
     metrics["generation/ms_ssim_diversity"] = ms_ssim_diversity(samples, seed=seed)
-    metrics["generation/ms_ssim_diversity_real"] = ms_ssim_diversity(test, seed=seed)
+    metrics["generation/ms_ssim_diversity_real"] = ms_ssim_diversity(context.compared, seed=seed)
     shares = prdc(features.held_out.content, reference.content)._asdict()
     return metrics | {f"generation/{name}_real": value for name, value in shares.items()}
 
@@ -115,13 +134,13 @@ def evaluate_classes(context: EvaluationContext, features: FeatureSets) -> dict[
     Classes with fewer than 20 held-out images are left out. Keys contain the index of the class, because MLflow does
     not allow some characters that a class name may contain.
     """
-    sample_labels, labels = context.sample_labels, torch.from_numpy(context.held_out.labels.copy())
+    sample_labels, labels = context.sample_labels, context.labels[context.compared_rows]
     if context.refiner is None or sample_labels is None:
         return {}
     metrics: dict[str, float] = {}
     for label in range(len(context.store.classes)):
         rows, sample_rows = (labels == label).nonzero()[:, 0], (sample_labels == label).nonzero()[:, 0]
-        groups = select_groups(context.held_out.patients, rows)
+        groups = select_groups(context.groups, rows)
         num_smallest = min(len(sample_rows), len(group_rows(len(rows), groups)))
         if len(rows) < MIN_CLASS_IMAGES or num_smallest < MIN_IMAGES:
             continue
@@ -144,9 +163,9 @@ def domain_distances(
 
 
 def classifier_tests(
-    images: Tensor,
+    images: Images,
     features: ImageSet,
-    held_out: Tensor,
+    held_out: Images,
     held_out_features: ImageSet,
     groups: Groups,
     image_groups: Groups = None,
@@ -169,32 +188,41 @@ def classifier_tests(
     return {"c2st_auc": highest} | {f"c2st_auc_{name}": interval for name, interval in intervals.items()}
 
 
-def evaluate_networks(context: EvaluationContext, samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Distances by features of the Inception and local networks, and the Inception Score; images as uint8."""
-    metrics: dict[str, float] = {}
-    rows, train_groups = reference_rows(context)
-    sets = (samples, train[rows], held_out)
-    if context.inception:
-        outputs = [context.inception(images) for images in sets]
-        metrics |= network_distances(context, "inception", [output.features for output in outputs], train_groups)
-        seed = seed_of(context.params.seed)
-        metrics["generation/inception_score"] = inception_score(outputs[0].logits, seed)
-        metrics["generation/inception_score_real"] = inception_score(outputs[2].logits, seed)
+def network_outputs(context: EvaluationContext, samples: Tensor) -> dict[str, list[Tensor]]:
+    """Output of the Inception and local networks for samples, reference images and compared images.
+
+    That of the Inception network is features and logits side by side.
+    """
+    networks: dict[str, Callable[[Tensor], Tensor]] = {}
+    if inception := context.inception:
+        networks["inception"] = lambda images: torch.cat(inception(images), dim=1)
     if context.local:
-        metrics |= network_distances(context, "local", [context.local(images) for images in sets], train_groups)
+        networks["local"] = context.local
+    sets: tuple[Images, ...] = (samples, context.reference, context.compared)
+    return {name: [map_images(context, images, network) for images in sets] for name, network in networks.items()}
+
+
+def evaluate_networks(context: EvaluationContext, outputs: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """Distances by features of the Inception and local networks, and the Inception Score."""
+    metrics: dict[str, float] = {}
+    for name, sets in outputs.items():
+        if name == "inception":
+            seed = seed_of(context.params.seed)
+            sets, logits = zip(*(output.tensor_split([NUM_FEATURES], dim=1) for output in sets), strict=True)
+            metrics["generation/inception_score"] = inception_score(logits[0], seed)
+            metrics["generation/inception_score_real"] = inception_score(logits[2], seed)
+        metrics |= network_distances(context, name, sets)
     return metrics
 
 
-def network_distances(
-    context: EvaluationContext, name: str, features: Sequence[Tensor], train_groups: Groups
-) -> dict[str, float]:
+def network_distances(context: EvaluationContext, name: str, features: Sequence[Tensor]) -> dict[str, float]:
     """KID, MMD and Fréchet distance from the held-out images, of samples and of train images for reference.
 
-    `features` (N, D) are of samples, train and held-out images; `name` is the network's, in the metric keys. The
+    `features` (N, D) are of samples, reference and compared images; `name` is the network's, in the metric keys. The
     Fréchet distance has no interval, which would take a hundred eigendecompositions of 2,048 features.
     """
     samples, train, held_out = features
-    groups = context.held_out.patients
+    groups, train_groups = context.groups, context.reference_groups
     bandwidth = median_distance(train)
     intervals = {
         f"kid_{name}": kid(held_out, samples, groups),
@@ -207,10 +235,3 @@ def network_distances(
         f"mmd_{name}_floor": mmd(held_out, train, bandwidth, groups, train_groups).interval.value,
     }
     return interval_metrics("generation", intervals) | {f"generation/{key}": value for key, value in values.items()}
-
-
-def reference_rows(context: EvaluationContext) -> tuple[Tensor, Groups]:
-    """Rows of up to `num_generated` train images, spread evenly, and their patients."""
-    split = context.store.split("train")
-    rows = subsample(torch.arange(len(split.images)), min(len(split.images), context.params.num_generated))
-    return rows, select_groups(split.patients, rows)

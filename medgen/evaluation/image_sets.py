@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen.data.arrays import check_images
+from medgen.data.images import Images, StoredImages, split_images
 from medgen.data.store import Split
 from medgen.errors import UserError
-from medgen.evaluation.context import extract_features, to_uint8
+from medgen.evaluation.context import MAX_HELD_OUT, extract_features, to_uint8
 from medgen.evaluation.generation import classifier_tests, domain_distances
 from medgen.metrics.c2st import MIN_GROUPS
 from medgen.metrics.comparison import ImageSet
 from medgen.metrics.features import DomainExtractor, load_extractor
 from medgen.metrics.generation import prdc, prdc_intervals, subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metrics, select_groups
-from medgen.metrics.mmd import median_distance
+from medgen.metrics.mmd import MAX_BANDWIDTH_IMAGES, median_distance
 from medgen.metrics.spectrum import radial_power, spectrum_metrics
 from medgen.training.distributed import pick_device
 
@@ -31,10 +32,22 @@ MIN_SIDE, MIN_EXTRACTOR_SIDE = 16, 32  # pixels
 BATCH_SIZE = 64
 
 
+class _CheckedImages(NamedTuple):
+    """A set of images."""
+
+    pixels: Images  # (N, C, H, W) uint8
+    groups: Groups  # patient of each image
+
+    def subsample(self, most: int) -> "_CheckedImages":
+        """At most so many of the images, spread evenly, in memory."""
+        rows = subsample(torch.arange(len(self.pixels)), min(len(self.pixels), most))
+        return _CheckedImages(self.pixels[rows], select_groups(self.groups, rows))
+
+
 class _MeasuredImages(NamedTuple):
     """A set of images with its features (N, 0 without an extractor) and spectra."""
 
-    pixels: Tensor  # (N, C, H, W) uint8
+    pixels: Images  # (N, C, H, W) uint8
     measured: ImageSet
     groups: Groups  # patient of each image
 
@@ -55,7 +68,8 @@ def evaluate(
 
     Args:
         images: the images to evaluate, such as a model's samples.
-        reference: real images that the model was not trained on, such as the test split.
+        reference: real images that the model was not trained on, such as the test split; of more than 10,000, as many
+            are used, spread evenly.
         train: the images that the model was trained on. They add the references KEY_floor (KEY_real of precision …
             coverage), which are the same metrics of train images, and they set the bandwidth of `mmd_domain`; without
             them the reference images do.
@@ -74,18 +88,24 @@ def evaluate(
             extractor is missing, damaged or made for other channels.
     """
     network = None if extractor is None else load_extractor(Path(extractor))[0].to(pick_device("auto"))
-    real = _measure(reference, "reference", network, None, patients)
+    checked = _check(reference, "reference", network, None, patients)
+    real = _measure(checked.subsample(MAX_HELD_OUT) if len(checked.pixels) > MAX_HELD_OUT else checked, network)
     shape = (real.pixels.shape[1], real.pixels.shape[2], real.pixels.shape[3])
-    own = _measure(images, "images", network, shape)
-    trained_on = None if train is None else _measure(train, "train", network, shape)
-    bandwidth = None if network is None else _bandwidth(trained_on or real)
+    own = _measure(_check(images, "images", network, shape), network)
+    trained_on = None if train is None else _check(train, "train", network, shape)
+    bandwidth = None
+    if network is not None:
+        features = real.measured.features
+        if trained_on is not None:
+            features = _measure(trained_on.subsample(MAX_BANDWIDTH_IMAGES), network).measured.features
+        bandwidth = _bandwidth(features)
     intervals = _compare(own, real, bandwidth, seed)
     if network is not None:
         intervals |= prdc_intervals(real.measured.content, own.measured.content, real.groups, own.groups)
     spectrum = spectrum_metrics("generation", own.measured.power, real.measured.power)
     metrics = interval_metrics("generation", intervals) | spectrum
     if trained_on is not None:
-        metrics |= _reference_metrics(_subsample(trained_on, len(own.pixels)), real, bandwidth, seed)
+        metrics |= _reference_metrics(_measure(trained_on.subsample(len(own.pixels)), network), real, bandwidth, seed)
     return metrics
 
 
@@ -111,16 +131,17 @@ def _compare(images: _MeasuredImages, real: _MeasuredImages, bandwidth: float | 
     return intervals
 
 
-def _measure(
+def _check(
     images: NDArray[Any] | Split,
     name: str,
     network: DomainExtractor | None,
     shape: tuple[int, int, int] | None,
     patients: Sequence[Hashable] | None = None,
-) -> _MeasuredImages:
-    """Check a set of images and compute its features and spectra."""
-    array = check_images(images.images if isinstance(images, Split) else images, name, shape)
-    pixels = torch.from_numpy(array) if array.dtype == "uint8" else to_uint8(torch.from_numpy(array))
+) -> _CheckedImages:
+    """Check a set of images; those of a split are read where they are used."""
+    array = check_images(images.images[:1] if isinstance(images, Split) else images, name, shape)
+    pixels: Images = torch.from_numpy(array) if array.dtype == "uint8" else to_uint8(torch.from_numpy(array))
+    pixels = StoredImages(images) if isinstance(images, Split) else pixels
     groups = images.patients if isinstance(images, Split) else patients
     if groups is not None and len(groups) != len(pixels):
         raise UserError(f"patients: found {len(groups)}; expected one for each of the {len(pixels)} images in {name}")
@@ -131,27 +152,24 @@ def _measure(
     side, needed = min(pixels.shape[2:]), MIN_SIDE if network is None else MIN_EXTRACTOR_SIDE
     if side < needed:
         raise UserError(f"{name}: found images with a side of {side} pixels; expected at least {needed}")
-    if network is None:
-        features = torch.empty(len(pixels), 0)
-    elif network.sizes.image_channels != pixels.shape[1]:
+    if network is not None and network.sizes.image_channels != pixels.shape[1]:
         raise UserError(
             f"{name}: found {pixels.shape[1]} channels; expected {network.sizes.image_channels}, as the extractor's "
             "train images"
         )
-    else:
-        features = extract_features(network, pixels, BATCH_SIZE)
-    return _MeasuredImages(pixels, ImageSet(features, radial_power(pixels)), groups)
+    return _CheckedImages(pixels, groups)
 
 
-def _bandwidth(images: _MeasuredImages) -> float:
-    bandwidth = median_distance(images.measured.features)
+def _measure(images: _CheckedImages, network: DomainExtractor | None) -> _MeasuredImages:
+    """Compute the features and spectra of a set of images."""
+    pixels = images.pixels
+    features = torch.empty(len(pixels), 0) if network is None else extract_features(network, pixels, BATCH_SIZE)
+    power = torch.cat([radial_power(part) for part in split_images(pixels, BATCH_SIZE)])
+    return _MeasuredImages(pixels, ImageSet(features, power), images.groups)
+
+
+def _bandwidth(features: Tensor) -> float:
+    bandwidth = median_distance(features)
     if not bandwidth > 0.0:
         raise UserError("reference, train: most images are equal; expected different real images")
     return bandwidth
-
-
-def _subsample(images: _MeasuredImages, most: int) -> _MeasuredImages:
-    """At most so many of the images, spread evenly."""
-    rows = subsample(torch.arange(len(images.pixels)), min(len(images.pixels), most))
-    measured = ImageSet(images.measured.features[rows], images.measured.power[rows])
-    return _MeasuredImages(images.pixels[rows], measured, select_groups(images.groups, rows))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
+from medgen.data.images import Images, StoredImages, split_images
 from medgen.data.store import Split
-from medgen.evaluation.context import EvaluationContext, load_images
+from medgen.evaluation.context import EvaluationContext, labels_of
 from medgen.metrics.features import DomainExtractor
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metrics, select_groups
@@ -48,19 +49,19 @@ def evaluate_labels(context: EvaluationContext, samples: Tensor, swap: LabelSwap
     All three use the same classes: those that the extractor recognises and that occur in samples and real images. With
     fewer than two such classes there are no metrics; the label swaps must have all of them, too.
     """
-    labels, groups = torch.from_numpy(context.held_out.labels.copy()), context.held_out.patients
+    labels = context.labels[context.compared_rows]
     if context.sample_labels is None:
         return LabelAccuracy({}, {})
-    sets: dict[str, tuple[Tensor, Tensor, Groups]] = {
+    sets: dict[str, tuple[Images, Tensor, Groups]] = {
         "label_accuracy": (samples, context.sample_labels, None),
-        "label_accuracy_real": (load_images(context.held_out), labels, groups),
+        "label_accuracy_real": (context.compared, labels, context.groups),
     }
     recognised = {i for i, name in enumerate(context.store.classes) if name not in context.unrecognised}
     classes = sorted(recognised.intersection(*(targets.tolist() for _, targets, _ in sets.values())))
     if len(classes) < 2:
         return LabelAccuracy({}, {})
     if swap and set(classes) <= set(swap.given.tolist()):
-        sets["label_accuracy_wrong"] = (swap.decoded, swap.given, select_groups(groups, swap.rows))
+        sets["label_accuracy_wrong"] = (swap.decoded, swap.given, select_groups(context.patients, swap.rows))
     intervals, by_class = {}, dict[int, float]()
     for name, (images, targets, keys) in sets.items():
         correct = is_correct(context.extractor, images, targets, context.params.batch_size)
@@ -86,12 +87,12 @@ def decode_with_wrong_labels(
 
     None if there is no labelled image, or no other class that the model has learnt.
     """
-    labels = torch.from_numpy(test.labels.copy())
+    labels = labels_of(test)
     rows = ((labels >= 0) & (known.sum() > known[labels.clamp(min=0)].long())).nonzero()[:, 0]
     if len(rows) == 0:
         return None
     rows = subsample(rows, min(MAX_SWAPPED, len(rows)))
-    original, true = torch.from_numpy(test.images[rows.numpy()]), labels[rows]
+    original, true = StoredImages(test, rows)[:], labels[rows]
     given = draw_wrong_labels(true, known, torch.Generator().manual_seed(seed))
     device = next(model.parameters()).device
     decoded = []
@@ -109,11 +110,11 @@ def draw_wrong_labels(true: Tensor, known: Tensor, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def is_correct(extractor: DomainExtractor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+def is_correct(extractor: DomainExtractor, images: Images, labels: Tensor, batch_size: int) -> Tensor:
     """True (N,) for each image (N, C, H, W), uint8 or floats in [0, 1], whose predicted class is its label (N,)."""
     device = next(extractor.parameters()).device
     predicted = []
-    for part in torch.split(images, batch_size):
+    for part in split_images(images, batch_size):
         part = part.to(device)
         scores = extractor.logits(part if part.is_floating_point() else part.float() / 255.0)
         predicted.append(scores.argmax(dim=1).cpu())

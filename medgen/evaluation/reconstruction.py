@@ -9,106 +9,160 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.evaluation.context import EvaluationContext, FeatureSets, describe_images, to_uint8
-from medgen.metrics import latent, reconstruction
+from medgen.data.images import StoredImages
+from medgen.evaluation.context import (
+    EvaluationContext,
+    FeatureSets,
+    describe_batch,
+    image_set,
+    map_rows,
+    own_batches,
+    to_uint8,
+)
+from medgen.metrics import reconstruction
 from medgen.metrics.c2st import MIN_GROUPS, linear_auc
+from medgen.metrics.comparison import ImageSet
 from medgen.metrics.generation import frechet_distance
 from medgen.metrics.intervals import group_rows, interval_metrics, mean_interval
+from medgen.metrics.latent import active_units, codebook_usage, kl_nats
 from medgen.metrics.mmd import mmd, paired_mmd
 from medgen.metrics.spectrum import log_power, radial_power, spectrum_metrics
-from medgen.training.loader import Loader
+from medgen.models.base import Latent
+from medgen.training.distributed import World
 
 PCA_COMPONENTS = (128, 256, 1024)  # reported in addition to the number of latent dimensions
 
 
 class Reconstructions(NamedTuple):
-    """Reconstructions of the held-out split and their metrics."""
+    """Scores of the held-out split's reconstructions."""
 
-    images: Tensor  # (N, C, H, W) uint8
     ssim: Tensor  # (N,)
     metrics: dict[str, float]
-    latents: Tensor | None = None  # (N, *latent_shape) posterior means; not for refined reconstructions
+
+
+class RefinedReconstructions(NamedTuple):
+    """Features of the compared images' reconstructions before and after refinement, and metrics of the refined ones."""
+
+    decoded: ImageSet
+    refined: ImageSet
+    metrics: dict[str, float]
+
+
+class _Sums:
+    """Sums over a split's images, for metrics that need no value of each image."""
+
+    def __init__(self, context: EvaluationContext) -> None:
+        num_frequencies, codebook = min(context.store.image_shape[1:]) // 2, context.model.codebook
+        self.power, self.real_power = (torch.zeros(num_frequencies, dtype=torch.float64) for _ in range(2))
+        self.means, self.squares = (torch.zeros(context.model.latent_shape, dtype=torch.float64) for _ in range(2))
+        self.kl = torch.zeros(1, dtype=torch.float64)
+        self.num_variational = torch.zeros(1, dtype=torch.int64)  # images whose posterior has a variance
+        self.codes = torch.zeros(0 if codebook is None else len(codebook), dtype=torch.int64)
+
+    def add(self, originals: Tensor, latent: Latent, images: Tensor) -> None:
+        """Add a batch of images (B, C, H, W) uint8, their latents and their reconstructions."""
+        self.power += radial_power(images).double().sum(dim=0)
+        self.real_power += radial_power(originals).double().sum(dim=0)
+        if latent.logvar is not None:
+            means = latent.mean.double().cpu()
+            self.means += means.sum(dim=0)
+            self.squares += means.square().sum(dim=0)
+            self.kl += kl_nats(latent.mean, latent.logvar).sum().cpu()
+            self.num_variational += len(means)
+        if latent.codes is not None:
+            self.codes += torch.bincount(latent.codes.cpu().flatten(), minlength=len(self.codes))
+
+    def metrics(self, world: World, count: int) -> dict[str, float]:
+        """The `latent/` metrics and those of spectra, from the sums of all processes over `count` images."""
+        for name, value in vars(self).items():
+            setattr(self, name, world.concat(value[None]).sum(dim=0))
+        power, real_power = ((total / count).float()[None] for total in (self.power, self.real_power))
+        metrics = spectrum_metrics("reconstruction", power, real_power)
+        if self.num_variational:  # active units are defined by posterior means
+            metrics["latent/active_units"] = active_units(count, self.means, self.squares)
+            metrics["latent/kl_nats"] = float(self.kl) / count
+        if len(self.codes):
+            metrics |= {f"latent/{name}": value for name, value in codebook_usage(self.codes).items()}
+        return metrics
+
+
+def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
+    """Reconstruct the held-out split with the decoder, batch by batch, and compare it with the originals."""
+    names, count = reconstruction.score_names(min(context.store.image_shape[1:])), len(context.held_out)
+    scores, sums = [torch.empty(0, len(names), dtype=torch.float64)], _Sums(context)
+    for rows in own_batches(context.world, count, context.params.batch_size):
+        originals, latent, decoded = reconstruct_rows(context, rows)
+        scores.append(reconstruction.score_images(originals.float() / 255.0, decoded))
+        sums.add(originals, latent, to_uint8(decoded))
+    columns = dict(zip(names, context.world.concat(torch.cat(scores)).unbind(dim=1), strict=True))
+    metrics = {f"reconstruction/{name}": float(values.mean()) for name, values in columns.items()}
+    metrics |= interval_metrics("reconstruction", {"ssim": mean_interval(columns["ssim"], context.patients)})
+    return Reconstructions(columns["ssim"], metrics | sums.metrics(context.world, count))
 
 
 @torch.no_grad()
-def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
-    """Reconstruct the held-out split with the decoder and compare it with the originals."""
-    originals, results, means, divergences, codes = [], [], [], [], []
-    for batch in Loader(context.held_out, context.params.batch_size, context.device).sequential():
-        encoded = context.model.encode(batch.image, batch.label)
-        originals.append(batch.image.cpu())
-        results.append(context.model.decode(encoded.mean, batch.label).float().cpu())
-        means.append(encoded.mean.cpu())
-        if encoded.logvar is not None:
-            divergences.append(latent.kl_nats(encoded.mean, encoded.logvar).cpu())
-        if encoded.codes is not None:
-            codes.append(encoded.codes.cpu())
-    scores = reconstruction.score_images(zip(originals, results, strict=True))
-    metrics = {f"reconstruction/{name}": float(values.mean()) for name, values in scores.items()}
-    ssim = mean_interval(scores["ssim"], context.held_out.patients)
-    metrics |= interval_metrics("reconstruction", {"ssim": ssim})
-    images = torch.cat([to_uint8(result) for result in results])
-    metrics |= spectrum_metrics("reconstruction", radial_power(images), radial_power(torch.cat(originals)))
-    if divergences:  # a variational model; active units are defined by its posterior means
-        metrics["latent/active_units"] = latent.active_units(torch.cat(means))
-        metrics["latent/kl_nats"] = float(torch.cat(divergences).mean())
-    if codes:
-        usage = latent.codebook_use(torch.cat(codes), context.info.model.num_embeddings)
-        metrics |= {f"latent/{name}": value for name, value in usage.items()}
-    return Reconstructions(images, scores["ssim"], metrics, torch.cat(means))
+def reconstruct_rows(context: EvaluationContext, rows: Tensor) -> tuple[Tensor, Latent, Tensor]:
+    """Held-out images (B, C, H, W) uint8, their latents, and their reconstructions, floats on the CPU."""
+    originals, labels = StoredImages(context.held_out)[rows], context.labels[rows].to(context.device)
+    latent = context.model.encode(originals.to(context.device).float() / 255.0, labels)
+    return originals, latent, context.model.decode(latent.mean, labels).float().cpu()
 
 
-def evaluate_pca(context: EvaluationContext, train: Tensor, test: Tensor) -> dict[int, float]:
-    """SSIM of PCA by number of components, that of the latent dimensions first; images (N, C, H, W) uint8."""
-    limit = min(len(train) - 1, test[0].numel())
-    return reconstruction.pca_ssim(train, test, [min(n, limit) for n in (context.num_latent, *PCA_COMPONENTS)])
+def refine_rows(context: EvaluationContext, rows: Tensor, decoded: Tensor) -> Tensor:
+    """Refined reconstructions (B, C, H, W) of held-out images, without noise on the latents, on the CPU."""
+    assert context.refiner is not None
+    generator = torch.Generator().manual_seed(seed_of(context.params.seed, 4, int(rows[0])))
+    levels, labels = torch.zeros(len(rows), device=context.device), context.labels[rows].to(context.device)
+    return context.refiner.refine(decoded.to(context.device), levels, labels, generator).cpu()
 
 
-def refine_reconstructions(context: EvaluationContext) -> Reconstructions | None:
-    """Refined reconstructions of the held-out split, without noise on the latents; None without a refiner."""
+def evaluate_pca(context: EvaluationContext) -> dict[int, float]:
+    """SSIM of the compared images by PCA, by number of components, that of the latent dimensions first."""
+    train = StoredImages(context.store.split("train"))
+    limit = min(len(train) - 1, train.shape[1:].numel())
+    counts = [min(n, limit) for n in (context.num_latent, *PCA_COMPONENTS)]
+    return reconstruction.pca_ssim(train, context.compared, counts)
+
+
+def refine_reconstructions(context: EvaluationContext) -> RefinedReconstructions | None:
+    """Reconstruct the compared images and refine them; None without a refiner."""
     if context.refiner is None:
         return None
-    generator = torch.Generator().manual_seed(seed_of(context.params.seed, 4))
-    originals, results = [], []
-    for batch in Loader(context.held_out, context.params.batch_size, context.device).sequential():
-        with torch.no_grad():
-            decoded = context.model.reconstruct(batch.image, batch.label).float()
-        levels = torch.zeros(len(decoded), device=decoded.device)
-        originals.append(batch.image.cpu())
-        results.append(context.refiner.refine(decoded, levels, batch.label, generator).cpu())
-    scores = reconstruction.score_images(zip(originals, results, strict=True))
-    metrics = {f"refined/{name}": float(scores[name].mean()) for name in ("ssim", "psnr")}
-    return Reconstructions(torch.cat([to_uint8(result) for result in results]), scores["ssim"], metrics)
+
+    def refine(numbers: Tensor) -> Tensor:
+        rows = context.compared_rows[numbers]
+        originals, _, decoded = reconstruct_rows(context, rows)
+        refined, real = refine_rows(context, rows, decoded), originals.float() / 255.0
+        scores = torch.stack([score(real, refined) for score in (reconstruction.ssim, reconstruction.psnr)], dim=1)
+        return torch.cat([scores, *(describe_batch(context, to_uint8(images)) for images in (decoded, refined))], dim=1)
+
+    columns = map_rows(context, len(context.compared_rows), refine)
+    scores, images = columns.tensor_split([2], dim=1)
+    decoded, refined = (image_set(part) for part in images.chunk(2, dim=1))
+    means = scores.double().mean(dim=0).tolist()
+    return RefinedReconstructions(decoded, refined, dict(zip(("refined/ssim", "refined/psnr"), means, strict=True)))
 
 
 def evaluate_refiner(
-    context: EvaluationContext,
-    features: FeatureSets,
-    reconstructions: Reconstructions,
-    refined: Reconstructions | None,
-    decoded: Tensor | None,
+    context: EvaluationContext, features: FeatureSets, reconstructions: RefinedReconstructions, unrefined: ImageSet
 ) -> dict[str, float]:
-    """Metrics that attribute errors to the decoder, the refiner or the prior; empty without a refiner.
+    """Metrics that attribute errors to the decoder, the refiner or the prior.
 
-    `decoded/` is for samples before refinement, which are in `decoded` (N, C, H, W) uint8, and `refined/` for refined
-    reconstructions; `reconstruction/` gets the set distances of the decoder's reconstructions.
+    `decoded/` is for the samples before refinement, `unrefined`, and `refined/` for refined reconstructions;
+    `reconstruction/` gets the set distances of the decoder's reconstructions.
     """
-    if refined is None or decoded is None:
-        return {}
-    unrefined, real = describe_images(context, decoded), features.held_out
-    groups, bandwidth = context.held_out.patients, features.bandwidth
+    real, groups, bandwidth = features.held_out, context.groups, features.bandwidth
     metrics = spectrum_metrics("decoded", unrefined.power, real.power)
     metrics["decoded/mmd_domain"] = mmd(real.features, unrefined.features, bandwidth, groups).interval.value
     metrics["decoded/fd_domain"] = frechet_distance(real.features, unrefined.features)
-    refined_set = describe_images(context, refined.images)
-    metrics |= refined.metrics | spectrum_metrics("refined", refined_set.power, real.power)
-    sets = {"refined": refined_set, "reconstruction": describe_images(context, reconstructions.images)}
-    for name, images in sets.items():
+    refined = reconstructions.refined
+    metrics |= reconstructions.metrics | spectrum_metrics("refined", refined.power, real.power)
+    for name, images in {"refined": refined, "reconstruction": reconstructions.decoded}.items():
         metrics[f"{name}/mmd_domain"] = paired_mmd(real.features, images.features, bandwidth, groups)
         metrics[f"{name}/fd_domain"] = frechet_distance(real.features, images.features)
     if len(group_rows(len(real.power), groups)) >= MIN_GROUPS:
         # both sets have the same patients in the same order, so an image and its reconstruction are in the same fold
-        auc = linear_auc(log_power(real.power), log_power(refined_set.power), groups, groups)
+        auc = linear_auc(log_power(real.power), log_power(refined.power), groups, groups)
         metrics["refined/c2st_auc_spectrum"] = auc.value
-        metrics["refined/c2st_auc_domain"] = linear_auc(real.features, refined_set.features, groups, groups).value
+        metrics["refined/c2st_auc_domain"] = linear_auc(real.features, refined.features, groups, groups).value
     return metrics

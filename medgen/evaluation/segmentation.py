@@ -9,74 +9,98 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medgen.data.store import Store
+from medgen.data.images import StoredImages
+from medgen.data.store import Split, Store
 from medgen.errors import UserError
+from medgen.evaluation.context import labels_of, own_batches
 from medgen.evaluation.data import EvaluationData, EvaluationInfo
 from medgen.metrics.intervals import group_indices, select_groups
-from medgen.metrics.segmentation import class_indices, class_means, dice_and_iou, foreground_mean, most_common_class
+from medgen.metrics.segmentation import class_indices, class_means, count_classes, dice_and_iou, foreground_mean
 from medgen.models import ImageModel
-from medgen.training.loader import Loader
+from medgen.training.distributed import World
+
+
+class HeldOutMasks:
+    """A model and the images of a held-out split that have a mask."""
+
+    def __init__(self, store: Store, model: ImageModel, split: str) -> None:
+        held_out = store.split(split)
+        self.rows = torch.from_numpy(held_out.masked_rows)
+        self.split, self.model, self.num_classes = held_out, model, store.preprocess.mask_classes
+        self._images, self._labels = StoredImages(held_out, self.rows), labels_of(held_out)[self.rows]
+
+    @torch.no_grad()
+    def predict(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W) uint8, and their true and predicted class indices (B, H, W) uint8, on the CPU."""
+        assert self.split.masks is not None
+        images, device = self._images[rows], next(self.model.parameters()).device
+        inputs = images.to(device).float() / 255.0
+        indices = class_indices(self.model.predict(inputs, self._labels[rows].to(device)).prediction.float())
+        true = torch.from_numpy(self.split.masks[self.rows[rows].numpy()][:, 0])
+        return images, true, indices.to(torch.uint8).cpu()
 
 
 @dataclass(frozen=True)
 class SegmentationResult:
-    """Predicted masks of a held-out split and their metrics."""
+    """Metrics of the predicted masks of a held-out split."""
 
     metrics: dict[str, float]
-    images: Tensor  # (N, C, H, W) uint8
-    true: Tensor  # (N, H, W) class indices, uint8
-    predicted: Tensor  # (N, H, W) uint8
     dice: Tensor  # (N,) mean Dice of each image over its classes except the background
-    num_classes: int
+    masks: HeldOutMasks
 
 
-@torch.no_grad()
-def evaluate_masks(store: Store, model: ImageModel, batch_size: int, split: str = "test") -> SegmentationResult:
-    """Predict the masks of the images of a held-out split that have one, and compare them.
+def evaluate_masks(
+    store: Store, model: ImageModel, batch_size: int, world: World, split: str = "test"
+) -> SegmentationResult:
+    """Predict the masks of the images of a held-out split that have one, batch by batch, and compare them.
 
     Raises:
         UserError: no image has a mask, or all masks are empty.
     """
-    num_classes = store.preprocess.mask_classes
-    held_out, train = store.split(split), store.split("train")
-    if not len(held_out.masked_rows) or not len(train.masked_rows):
+    held_out, train = HeldOutMasks(store, model, split), store.split("train")
+    num_classes, count = held_out.num_classes, len(held_out.rows)
+    if not count or not len(train.masked_rows):
         raise UserError(
-            f"{store.folder}: {len(train.masked_rows)} train and {len(held_out.masked_rows)} {split} images have a "
+            f"{store.folder}: {len(train.masked_rows)} train and {count} {split} images have a "
             f"mask; expected at least one of each. Change preprocess.{split}_fraction or add masks"
         )
-    images, true, predicted = [], [], []
-    for batch in Loader(held_out, batch_size, next(model.parameters()).device, with_masks=True).sequential():
-        assert batch.mask is not None
-        images.append((batch.image.cpu() * 255.0).round().to(torch.uint8))
-        true.append(batch.mask[:, 0].to(torch.uint8).cpu())
-        indices = class_indices(model.predict(batch.image, batch.label).prediction.float())
-        predicted.append(indices.to(torch.uint8).cpu())
-    masks, predictions = torch.cat(true), torch.cat(predicted)
-    if not bool((masks > 0).any()):
+    mean_mask = _mean_mask(train, num_classes, world, batch_size)
+    scores = [torch.empty(0, 5, num_classes, dtype=torch.float64)]
+    for rows in own_batches(world, count, batch_size):
+        _, true, predicted = held_out.predict(rows)
+        pairs = [dice_and_iou(masks, true, num_classes) for masks in (predicted, mean_mask.expand_as(true))]
+        has_foreground = (true > 0).flatten(1).any(dim=1)[:, None].expand(-1, num_classes).double()
+        scores.append(torch.stack([*pairs[0], *pairs[1], has_foreground], dim=1))
+    dice, iou, reference, _, has_foreground = world.concat(torch.cat(scores)).unbind(dim=1)  # (N, K) each
+    if not bool(has_foreground.any()):
         raise UserError(
             f"{store.folder}: all masks of the {split} split are empty, expected at least one that is not; "
             "change preprocess.seed or add masks"
         )
-    dice, iou = dice_and_iou(predictions, masks, num_classes)
-    assert train.masks is not None
-    mean_mask = most_common_class(torch.from_numpy(train.masks[train.masked_rows][:, 0]), num_classes)
-    reference, _ = dice_and_iou(mean_mask.expand_as(masks), masks, num_classes)
     metrics = {
         "segmentation/dice_foreground": foreground_mean(dice),
         "segmentation/iou_foreground": foreground_mean(iou),
         "segmentation/dice_foreground_mean_mask": foreground_mean(reference),
     }
     if num_classes > 2:
-        for name, scores in (("dice", dice), ("iou", iou)):
-            means = class_means(scores).tolist()
+        for name, values in (("dice", dice), ("iou", iou)):
+            means = class_means(values).tolist()
             metrics |= {f"segmentation/{name}_{k}": mean for k, mean in enumerate(means) if math.isfinite(mean)}
-    metrics |= {"run/num_train": len(train.masked_rows), "run/num_test": len(masks)}
+    metrics |= {"run/num_train": len(train.masked_rows), "run/num_test": count}
     by_image = torch.nanmean(dice[:, 1:], dim=1).nan_to_num(1.0)  # 1 for an empty mask that is predicted empty
-    return SegmentationResult(metrics, torch.cat(images), masks, predictions, by_image, num_classes)
+    return SegmentationResult(metrics, by_image, held_out)
+
+
+def _mean_mask(train: Split, num_classes: int, world: World, batch_size: int) -> Tensor:
+    """Most common class (H, W) of the train masks at each pixel: the best prediction without the image."""
+    assert train.masks is not None
+    rows, counts = train.masked_rows, torch.zeros(num_classes, *train.masks.shape[2:], dtype=torch.int64)
+    for batch in own_batches(world, len(rows), batch_size):
+        counts += count_classes(torch.from_numpy(train.masks[rows[batch.numpy()]][:, 0]), num_classes)
+    return world.concat(counts[None]).sum(dim=0).argmax(dim=0)
 
 
 def mask_data(store: Store, result: SegmentationResult, split: str) -> EvaluationData:
     """The values for a later comparison with another model that predicts masks."""
-    held_out = store.split(split)
-    groups = group_indices(len(result.dice), select_groups(held_out.patients, torch.from_numpy(held_out.masked_rows)))
+    groups = group_indices(len(result.dice), select_groups(result.masks.split.patients, result.masks.rows))
     return EvaluationData(EvaluationInfo(store.fingerprint, "", split, 0, 0, 0.0), result.dice, groups)

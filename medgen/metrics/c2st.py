@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medgen.data.images import Images
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, mean_variance, select_groups
 
@@ -64,8 +65,8 @@ def linear_auc(
 
 
 def network_auc(
-    real: Tensor,
-    generated: Tensor,
+    real: Images,
+    generated: Images,
     real_groups: Groups = None,
     generated_groups: Groups = None,
     seed: int = 0,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from medgen.data.images import Images
 from medgen.metrics.intervals import Groups, Interval, select_groups, two_set_intervals
 
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first
@@ -99,7 +100,7 @@ def frechet_interval(
     return two_set_intervals(statistic, len(real), len(generated), real_groups, generated_groups)[0]
 
 
-def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> float:
+def ms_ssim_diversity(images: Images, num_pairs: int = 400, seed: int = 0) -> float:
     """Mean MS-SSIM over random pairs of images; above the real set's value, the images are too similar.
 
     Images are (N, C, H, W), floats in [0, 1] or uint8, N > 1; a pair has different images, drawn with replacement, and
@@ -111,7 +112,6 @@ def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> fl
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # slow to import
 
-    scale = 1.0 if images.is_floating_point() else 255.0
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(images), (num_pairs,), generator=generator)
     second = (first + torch.randint(1, len(images), (num_pairs,), generator=generator)) % len(images)
@@ -119,14 +119,16 @@ def ms_ssim_diversity(images: Tensor, num_pairs: int = 400, seed: int = 0) -> fl
     num_scales = max(1, sum((_SSIM_WINDOW - 1) * 2**scale < side for scale in range(len(_MS_SSIM_WEIGHTS))))
     weights = _MS_SSIM_WEIGHTS[:num_scales]
     betas = tuple(weight / sum(weights) for weight in weights)
-    channels = images.transpose(0, 1).unsqueeze(2)  # (C, N, 1, H, W)
-    values = [
-        multiscale_structural_similarity_index_measure(
-            channel[a].float() / scale, channel[b].float() / scale, data_range=1.0, betas=betas, reduction="none"
-        ).reshape(-1)
-        for channel in channels
-        for a, b in torch.split(torch.stack([first, second]), _PAIRS_PER_BATCH, dim=1)
-    ]
+    values = []
+    for rows in torch.split(torch.stack([first, second]), _PAIRS_PER_BATCH, dim=1):
+        pair = [images[own] for own in rows]
+        one, other = (part if part.is_floating_point() else part.float() / 255.0 for part in pair)
+        for channel in range(images.shape[1]):
+            own = slice(channel, channel + 1)
+            value = multiscale_structural_similarity_index_measure(
+                one[:, own], other[:, own], data_range=1.0, betas=betas, reduction="none"
+            )
+            values.append(value.reshape(-1))
     return float(torch.cat(values).double().mean())
 
 

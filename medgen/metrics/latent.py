@@ -15,26 +15,31 @@ def kl_nats(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
 
 
-def active_units(means: Tensor) -> int:
+def active_units(count: int, total: Tensor, squares: Tensor) -> int:
     """Number of latent dimensions that vary with the image, from the posterior means (N, ...) of a split.
 
-    A dimension is active if the variance over images of its posterior mean exceeds 0.01.
+    A dimension is active if the variance over images of its posterior mean exceeds 0.01. Arguments: the number of
+    images, and the float64 sums (...) of the means and of their squares.
     Source: Burda, Grosse, Salakhutdinov: Importance weighted autoencoders, 2016, section 5.1.
     """
-    variance = means.double().flatten(1).var(dim=0, correction=0)
+    variance = squares / count - (total / count).square()
     return int((variance > ACTIVE_VARIANCE).sum())
 
 
 def codebook_use(codes: Tensor, num_embeddings: int) -> dict[str, float]:
-    """Usage and perplexity of a codebook on the code indices (N, h, w) of a split.
+    """`codebook_usage` of the code indices (N, h, w) of a split."""
+    return codebook_usage(torch.bincount(codes.flatten(), minlength=num_embeddings))
+
+
+def codebook_usage(counts: Tensor) -> dict[str, float]:
+    """Usage and perplexity of a codebook, from the number of times (K,) that a split uses each code.
 
     Returns:
         codebook_usage: share of the codes that occur; codebook_perplexity: exp of the entropy of the code frequencies,
-        from 1 to `num_embeddings`.
+        from 1 to K.
 
     Source: van den Oord et al.: Neural discrete representation learning, 2017.
     """
-    counts = torch.bincount(codes.flatten(), minlength=num_embeddings).double()
-    shares = counts[counts > 0] / counts.sum()
+    shares = counts[counts > 0].double() / counts.sum()
     entropy = -(shares * shares.log()).sum()
-    return {"codebook_usage": len(shares) / num_embeddings, "codebook_perplexity": float(entropy.exp())}
+    return {"codebook_usage": len(shares) / len(counts), "codebook_perplexity": float(entropy.exp())}

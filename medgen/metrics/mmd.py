@@ -21,7 +21,7 @@ from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, leave_out_variance, mean_variance
 
 _ROWS_PER_BLOCK = 1024  # rows of the kernel matrix in memory at once
-_MAX_BANDWIDTH_ROWS = 1000  # train images whose distances give the bandwidth
+MAX_BANDWIDTH_IMAGES = 1000  # train images whose distances give the bandwidth
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -97,7 +97,7 @@ def mmd_difference(first: Discrepancy, second: Discrepancy, real_groups: Groups 
 
 def median_distance(features: Tensor) -> float:
     """Median Euclidean distance between the features (N, D) of two images; of train images, the bandwidth of `mmd`."""
-    return float(F.pdist(subsample(features, min(len(features), _MAX_BANDWIDTH_ROWS)).double()).median())
+    return float(F.pdist(subsample(features, min(len(features), MAX_BANDWIDTH_IMAGES)).double()).median())
 
 
 def gaussian(bandwidth: float) -> Kernel:

@@ -31,12 +31,14 @@ distributions, 1992; Vovk, Gammerman, Shafer, Algorithmic learning in a random w
 Shapes: N images, M train images, C channels, H W height and width, D features or C·14·14 cells, S shifts, K candidates.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medgen.data.images import Images
 from medgen.metrics.intervals import Groups, group_indices
 
 CERTAIN_COPY = 0.25  # of the limit: no image of an unseen patient was nearer in 72,000 simulated evaluations
@@ -50,6 +52,8 @@ _CANDIDATES = 64  # minimum number of train images that are compared under every
 _QUANTILE = 0.01
 _CHANCE = 0.005  # probability that a model without copies exceeds `plausible`, by each of the two distances
 _VALUES_PER_BLOCK = 1 << 22  # of a distance matrix in memory at once
+_TRAIN_IMAGES_PER_BLOCK = 1 << 16  # at 14 x 14 in memory at once: 100 MB grey, 300 MB colour
+_IMAGES_PER_BATCH = 256  # read from the split at once
 _TINY = 1e-6
 
 
@@ -164,51 +168,63 @@ def _smallest_by_patient(distances: Tensor, patients: Groups) -> Tensor:
     return smallest.scatter_reduce(0, indices, distances, "amin")
 
 
-def nearest_by_features(images: Tensor, train: Tensor) -> Nearest:
-    """Nearest train image of each image by Euclidean distance of features (N, D) and (M, D)."""
-    parts = []
-    for part in torch.split(images, max(1, _VALUES_PER_BLOCK // len(train))):
-        # By inner products, which are fast; in float64 equal images are still within 1e-6 of each other.
-        distances = torch.cdist(part.double(), train.double(), compute_mode="use_mm_for_euclid_dist")
-        parts.append(distances.min(dim=1))
-    return Nearest(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
+def nearest_by_features(images: Tensor, train: Iterable[Tensor]) -> Nearest:
+    """Nearest train image of each image by Euclidean distance of features (N, D) and, in blocks, (M, D)."""
+    nearest = Nearest(torch.full((len(images),), torch.inf).double(), torch.zeros(len(images), dtype=torch.int64))
+    images, first = images.double(), 0
+    for block in train:
+        for rows in torch.split(torch.arange(len(images)), max(1, _VALUES_PER_BLOCK // len(block))):
+            # By inner products, which are fast; in float64 equal images are still within 1e-6 of each other.
+            distances = torch.cdist(images[rows], block.double(), compute_mode="use_mm_for_euclid_dist")
+            distance, row = distances.min(dim=1)
+            nearer = distance < nearest.distance[rows]
+            nearest.distance[rows[nearer]], nearest.row[rows[nearer]] = distance[nearer], row[nearer] + first
+        first += len(block)
+    return nearest
 
 
-def nearest_by_pixels(images: Tensor, train: Tensor) -> Nearest:
+def nearest_by_pixels(images: Images, train: Images, device: torch.device | str = "cpu") -> Nearest:
     """Nearest train image of each image (N, C, H, W) by shifted correlation with train (M, C, H, W), uint8 or floats.
 
     The first pass compares all train images and their mirror images under shifts in steps of about 1/32 of the side (25
     shifts at 64 and 128 pixels). The second compares the nearest eighth of them, at least 64, under every shift. The
-    first pass takes N·M·C·10⁴ multiplications, and memory for a few times 4 million values and two copies of the train
-    images at 14 x 14.
+    first pass takes N·M·C·10⁴ multiplications. Train images are read in blocks of 65,536; of more, the second pass gets
+    the nearest 8,192, in equal shares of the blocks. Memory: a few times 4 million values, and two copies of a block at
+    14 x 14.
 
     Raises:
         ValueError: fewer than 2 train images; the distance is relative to those of other train images.
     """
-    if len(train) < 2:
-        raise ValueError(f"train: expected at least 2 images, found {len(train)}")
-    cell, num_train = _cell(train), len(train)
+    num_train = len(train)
+    if num_train < 2:
+        raise ValueError(f"train: expected at least 2 images, found {num_train}")
+    cell = _cell(train)
     shifts = torch.arange(2 * cell + 1)
     coarse = shifts[:: max(1, cell // 2)]
-    coarse = (coarse[:, None] * len(shifts) + coarse).flatten()
-    targets = _targets(train, cell)  # (2·M, D)
-    num_candidates, neighbours = min(num_train, max(_CANDIDATES, num_train // 8)), min(_NEIGHBOURS, num_train - 1)
-    values_per_image = max(len(coarse) * len(targets), targets.shape[1] * (2 * num_candidates + len(shifts) ** 2))
-    parts = []
-    for part in torch.split(images, max(1, _VALUES_PER_BLOCK // values_per_image)):
-        windows = _windows(_resized(part, cell), cell)  # (N, D, S)
-        first = (windows[:, :, coarse].transpose(1, 2) @ targets.T).amax(dim=1)  # (N, 2·M)
-        rows = first.view(-1, 2, num_train).amax(dim=1).topk(num_candidates).indices  # (N, K)
-        candidates = targets[torch.cat([rows, rows + num_train], dim=1)]  # (N, 2·K, D)
-        correlation = (candidates @ windows).amax(dim=2).view(-1, 2, num_candidates).amax(dim=1)  # (N, K)
-        best, order = correlation.topk(neighbours + 1)
-        distances = (1.0 - best).clamp_min(0.0)
-        relative = distances[:, 0] / distances[:, 1:].mean(dim=1).clamp_min(_TINY)
-        parts.append(Nearest(relative, rows.gather(1, order[:, :1])[:, 0]))
-    return Nearest(torch.cat([part.distance for part in parts]), torch.cat([part.row for part in parts]))
+    coarse = (coarse[:, None] * len(shifts) + coarse).flatten().to(device)
+    kept = min(_NEIGHBOURS, num_train - 1) + 1
+    correlation = torch.full((len(images), kept), -torch.inf, device=device)  # highest first
+    nearest = torch.zeros(len(images), kept, dtype=torch.int64, device=device)
+    for first in range(0, num_train, _TRAIN_IMAGES_PER_BLOCK):
+        block = range(first, min(first + _TRAIN_IMAGES_PER_BLOCK, num_train))
+        targets = _targets(train, block, cell, device)  # (2·B, D)
+        share = min(num_train, _TRAIN_IMAGES_PER_BLOCK) // 8 * len(block) // num_train
+        num_candidates = min(len(block), max(_CANDIDATES, share))
+        values_per_image = max(len(coarse) * len(targets), targets.shape[1] * (2 * num_candidates + len(shifts) ** 2))
+        for rows in torch.split(torch.arange(len(images)), max(1, _VALUES_PER_BLOCK // values_per_image)):
+            windows = _windows(_resized(images[rows].to(device), cell), cell)  # (n, D, S)
+            scores = (windows[:, :, coarse].transpose(1, 2) @ targets.T).amax(dim=1)  # (n, 2·B)
+            found = scores.view(-1, 2, len(block)).amax(dim=1).topk(num_candidates).indices  # (n, K)
+            candidates = targets[torch.cat([found, found + len(block)], dim=1)]  # (n, 2·K, D)
+            best = (candidates @ windows).amax(dim=2).view(-1, 2, num_candidates).amax(dim=1)  # (n, K)
+            best, order = torch.cat([correlation[rows], best], dim=1).topk(kept)
+            correlation[rows], nearest[rows] = best, torch.cat([nearest[rows], found + first], dim=1).gather(1, order)
+    distances = (1.0 - correlation).clamp_min(0.0).cpu()
+    relative = distances[:, 0] / distances[:, 1:].mean(dim=1).clamp_min(_TINY)
+    return Nearest(relative, nearest[:, 0].cpu())
 
 
-def _cell(train: Tensor) -> int:
+def _cell(train: Images) -> int:
     """Pixels per side of a cell after resizing to the next multiple of 16 within `_SIDES`."""
     least, most = _SIDES
     return min(most, max(least, train.shape[-1] + _CELLS - 1)) // _CELLS
@@ -219,10 +235,13 @@ def _resized(images: Tensor, cell: int) -> Tensor:
     return F.adaptive_avg_pool2d(images.float(), _CELLS * cell)
 
 
-def _targets(train: Tensor, cell: int) -> Tensor:
-    """Central windows (2·M, D) of the train images, then those of their mirror images."""
+def _targets(train: Images, block: range, cell: int, device: torch.device | str) -> Tensor:
+    """Central windows (2·B, D) of the train images of a block, then those of their mirror images."""
     centre = slice(cell, -cell)
-    parts = [_windows(_resized(part, cell)[..., centre, centre], cell)[:, :, 0] for part in torch.split(train, 256)]
+    parts = []
+    for start in range(block.start, block.stop, _IMAGES_PER_BATCH):
+        part = train[start : min(start + _IMAGES_PER_BATCH, block.stop)].to(device)
+        parts.append(_windows(_resized(part, cell)[..., centre, centre], cell)[:, :, 0])
     plain = torch.cat(parts)
     mirrored = plain.view(len(plain), -1, _WINDOW, _WINDOW).flip(-1).flatten(1)
     return torch.cat([plain, mirrored])

@@ -4,16 +4,18 @@ Metrics are per image, and the value of a split is the mean over its images, wha
 (B, C, H, W) float32 in [0, 1]; SSIM and MS-SSIM are means over channels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from medgen.data.images import Images, split_images
 from medgen.metrics.generation import subsample
 from medgen.nn.ssim import ssim
 
 _MIN_MSE = 1e-10  # limits the PSNR of identical images to 100 dB
 _MAX_SQUARE = 4096  # side of the largest matrix that is decomposed (a minute on two cores)
+_MAX_IMAGES = 1 << 16  # for principal components
 _PIXELS_PER_CHUNK = 1 << 24  # float64 values in memory at once while summing over pixels
 
 
@@ -56,59 +58,55 @@ def ms_ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
     return value
 
 
-def score_images(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """All metrics, by name, of each image (N,) in batches of (original, reconstruction), float64.
-
-    `ms_ssim` is omitted if the images are too small for it.
-
-    Raises:
-        ValueError: there is no batch.
-    """
-    metrics = {"l1": l1, "mse": mse, "psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
-    values: dict[str, list[Tensor]] = {}
-    for original, reconstruction in pairs:
-        for name, metric in metrics.items():
-            if name != "ms_ssim" or ms_ssim_window(min(original.shape[-2:])) is not None:
-                values.setdefault(name, []).append(metric(original, reconstruction).double().cpu())
-    if not values:
-        raise ValueError("score_images: found no images, expected at least one batch")
-    return {name: torch.cat(parts) for name, parts in values.items()}
+METRICS = {"l1": l1, "mse": mse, "psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 
 
-def pca_ssim(train: Tensor, test: Tensor, num_components: Sequence[int]) -> dict[int, float]:
+def score_names(image_size: int) -> list[str]:
+    """Names of the metrics of `score_images` for images with this shorter side."""
+    return [name for name in METRICS if name != "ms_ssim" or ms_ssim_window(image_size) is not None]
+
+
+def score_images(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """All metrics (B, S) of two batches (B, C, H, W), float64, in the order of `score_names`."""
+    names = score_names(min(original.shape[-2:]))
+    return torch.stack([METRICS[name](original, reconstruction).double() for name in names], dim=1)
+
+
+def pca_ssim(train: Images, test: Images, num_components: Sequence[int]) -> dict[int, float]:
     """Mean SSIM, by number of components, of test images reconstructed from principal components of the train split.
 
     Images are (N, C, H, W) and (M, C, H, W) uint8; reconstructions are clipped to [0, 1]. PCA has the lowest squared
     error of all linear autoencoders with as many latent dimensions. The number of components is at most
-    min(N - 1, pixels). If images and pixels both exceed 4,096, the components come from 4,096 images spread evenly over
-    the train split.
+    min(N - 1, pixels). The components come from at most 65,536 images, spread evenly over the train split; from at most
+    4,096 if an image has more than 4,096 pixels.
     """
-    num_pixels = train[0].numel()
-    num_train = len(train) if num_pixels <= _MAX_SQUARE else min(len(train), _MAX_SQUARE)
-    train = subsample(train, num_train)
-    train, shape = train.flatten(1), test.shape[1:]
-    test = test.flatten(1)
-    mean = train.double().mean(dim=0) / 255.0
-    basis = _ImageSpace(train, mean) if num_train <= num_pixels else _PixelSpace(train, mean)
+    num_pixels, shape = train.shape[1:].numel(), test.shape[1:]
+    num_train = min(len(train), _MAX_IMAGES if num_pixels <= _MAX_SQUARE else _MAX_SQUARE)
+    space = _ImageSpace if num_train <= num_pixels else _PixelSpace
+    basis = space(train, subsample(torch.arange(len(train)), num_train))
     limit = min(num_train - 1, num_pixels)
-    scores: dict[int, float] = {}
-    for count in dict.fromkeys(num_components):
-        values = []
-        for rows in torch.split(torch.arange(len(test)), max(1, _PIXELS_PER_CHUNK // num_pixels)):
-            original = test[rows].double() / 255.0
-            projected = (mean + basis.project(original - mean, min(count, limit))).clamp(0.0, 1.0)
+    scores: dict[int, list[Tensor]] = {count: [] for count in num_components}
+    for images in split_images(test, max(1, _PIXELS_PER_CHUNK // num_pixels)):
+        original = images.flatten(1).double() / 255.0
+        for count, values in scores.items():
+            projected = (basis.mean + basis.project(original - basis.mean, min(count, limit))).clamp(0.0, 1.0)
             values.append(ssim(original.reshape(-1, *shape), projected.reshape(-1, *shape)))
-        scores[count] = float(torch.cat(values).double().mean())
-    return scores
+    return {count: float(torch.cat(values).double().mean()) for count, values in scores.items()}
 
 
 class _PixelSpace:
     """Principal components from the covariance of pixels (P, P), for more images than pixels."""
 
-    def __init__(self, train: Tensor, mean: Tensor) -> None:
-        gram = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        for rows in torch.split(train, max(1, _PIXELS_PER_CHUNK // len(mean))):
-            centred = rows.double() / 255.0 - mean
+    def __init__(self, train: Images, rows: Tensor) -> None:
+        num_pixels = train.shape[1:].numel()
+        total = torch.zeros(num_pixels, dtype=torch.int64)
+        gram = torch.zeros(num_pixels, num_pixels, dtype=torch.float64)
+        chunks = torch.split(rows, max(1, _PIXELS_PER_CHUNK // num_pixels))
+        for chunk in chunks:
+            total += train[chunk].flatten(1).sum(dim=0)
+        self.mean = total.double() / len(rows) / 255.0
+        for chunk in chunks:
+            centred = train[chunk].flatten(1).double() / 255.0 - self.mean
             gram += centred.T @ centred
         self.vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)  # (P, P), largest first
 
@@ -125,9 +123,10 @@ class _ImageSpace:
     of y is (y Xᵀ) U Λ⁻¹ Uᵀ X.
     """
 
-    def __init__(self, train: Tensor, mean: Tensor) -> None:
-        self.train, self.mean = train, mean
-        gram = torch.zeros(len(train), len(train), dtype=torch.float64)
+    def __init__(self, train: Images, rows: Tensor) -> None:
+        self.train = train[rows].flatten(1)
+        self.mean = self.train.sum(dim=0).double() / len(rows) / 255.0
+        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         for chunk in self._chunks():
             pixels = self._centred(chunk)
             gram += pixels @ pixels.T

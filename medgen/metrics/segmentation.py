@@ -59,7 +59,6 @@ def update_old_keys(metrics: Mapping[str, float]) -> dict[str, float]:
     return updated
 
 
-def most_common_class(masks: Tensor, num_classes: int) -> Tensor:
-    """Most common class (H, W) of the masks (N, H, W) at each pixel: the best prediction without the image."""
-    counts = torch.stack([(masks == index).sum(0) for index in range(num_classes)])
-    return counts.argmax(dim=0)
+def count_classes(masks: Tensor, num_classes: int) -> Tensor:
+    """Number of masks (N, H, W) that have each class at each pixel, (K, H, W)."""
+    return torch.stack([(masks == index).sum(0) for index in range(num_classes)])

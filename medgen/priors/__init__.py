@@ -6,6 +6,7 @@ images = sample_images(prior, model, n=25, labels=None, seed=0)  # (25, C, H, W)
 Shapes: as in medgen/models/base.py; N images in a split.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -170,26 +171,31 @@ def iterate_samples(
     seed: int,
     batch_size: int = 64,
     refiner: ImageRefiner | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield batches of new images (b, C, H, W) in [0, 1] and their labels (b,), on the CPU, `n` images in all.
 
-    The same seed and batch size give the same images; a refiner refines those same images. Without `labels` (n,), they
+    The same seed and batch size give the same images; a refiner refines those same images. Each batch has its own
+    generator, so process `rank` of `world` draws only its contiguous part of the batches. Without `labels` (n,), they
     are drawn by frequency.
     """
-    generator = torch.Generator().manual_seed(seed)
-    refiner_generator = torch.Generator().manual_seed(seed_of(seed, 1))  # its draws do not change those of latents
     if labels is None:
-        labels = draw_labels(prior, model, n, generator)
+        labels = draw_labels(prior, model, n, torch.Generator().manual_seed(seed))
     device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
-    for start in range(0, n, batch_size):
+    num_batches = math.ceil(n / batch_size)
+    for number in range(rank * num_batches // world, (rank + 1) * num_batches // world):
+        # two generators: the refiner's draws do not change those of latents
+        generators = [torch.Generator().manual_seed(seed_of(seed, part, number)) for part in (0, 1)]
+        start = number * batch_size
         batch_labels = None if labels is None else labels[start : start + batch_size]
-        latents = prior.sample(min(batch_size, n - start), batch_labels, generator).to(device)
+        latents = prior.sample(min(batch_size, n - start), batch_labels, generators[0]).to(device)
         device_labels = None if batch_labels is None else batch_labels.to(device)
         with torch.no_grad():
             if refiner is None:
                 images = model.decode(latents, device_labels)
             else:
-                images = refiner.sample(model, latents, device_labels, refiner_generator)
+                images = refiner.sample(model, latents, device_labels, generators[1])
         yield images.float().cpu(), batch_labels
 
 

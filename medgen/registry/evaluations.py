@@ -59,5 +59,6 @@ def compare_versions(candidate: EvaluationData, reference: EvaluationData) -> li
     if candidate.samples is None or reference.samples is None or reference.held_out is None:
         return [compare_means("dice", candidate.similarity, reference.similarity, groups)]
     ssim = compare_means("ssim", candidate.similarity, reference.similarity, groups)
+    groups = reference.held_out_groups.tolist()
     tests = compare(candidate.samples, reference.samples, reference.held_out, reference.info.bandwidth, groups)
     return [ssim, *tests]

@@ -56,8 +56,8 @@ def write_image(path: Path, image: Tensor) -> None:
     _save(path, Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()), "PNG")
 
 
-def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, 1 or 3, H, W) as 00000.png and so on, in a folder that replaces an earlier one."""
+def write_images(folder: Path, images: Iterable[Tensor]) -> None:
+    """Write images (1 or 3, H, W) as 00000.png and so on, in a folder that replaces an earlier one."""
     with replace_folder(folder) as building:
         for number, image in enumerate(images):
             write_image(building / f"{number:05d}.png", image)

@@ -247,7 +247,7 @@ def compute_discrepancy(project: Project) -> dict[str, Any]:
     """The parts of the evaluated model's MMD that a comparison with another model needs."""
     data = load_evaluation(project.evaluation)
     assert data.samples is not None and data.held_out is not None, "segmentation models have no MMD"
-    patients = data.groups.tolist()
+    patients = data.held_out_groups.tolist()
     discrepancy = mmd(data.held_out.features, data.samples.features, data.info.bandwidth, patients)
     return discrepancy_to_dict(discrepancy, patients)
 

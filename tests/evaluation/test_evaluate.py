@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +19,9 @@ from torch import Tensor, nn
 from medgen.config import Evaluate, LocalNetwork, Project, Refiner, Tracking, seed_of
 from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
-from medgen.evaluation import context, evaluate, figures
+from medgen.evaluation import context, evaluate, figures, privacy
 from medgen.evaluation.context import proportional_labels, to_uint8
+from medgen.evaluation.data import load_evaluation
 from medgen.evaluation.generation import Samples
 from medgen.io import hash_file
 from medgen.metrics import generation, inception, mmd, reconstruction
@@ -29,6 +33,7 @@ from medgen.priors import load_prior, sample_images
 from medgen.priors.generator import content_hash
 from medgen.priors.refiner import Refiner as ImageRefiner
 from medgen.priors.refiner import load_refiner, save_disabled, save_refiner
+from medgen.registry.evaluations import compare_versions
 from medgen.reports.figures import write_grid
 from medgen.tracking import PRIOR_ORIGIN, history, read_run
 
@@ -493,8 +498,9 @@ def test_refined_reconstructions_are_compared_with_their_originals(refined: Eval
     originals, labels = torch.from_numpy(test.images[:]).float() / 255, torch.from_numpy(test.labels.copy())
     with torch.no_grad():
         decoded = model.reconstruct(originals, labels)
-    generator, parts = torch.Generator().manual_seed(seed_of(SMALL.seed, 4)), []
+    parts = []
     for rows in torch.split(torch.arange(len(labels)), SMALL.batch_size):
+        generator = torch.Generator().manual_seed(seed_of(SMALL.seed, 4, int(rows[0])))
         parts.append(refiner.refine(decoded[rows], torch.zeros(len(rows)), labels[rows], generator))
     images = torch.cat(parts)
     ssim = reconstruction.ssim(originals, images).double().mean().item()
@@ -604,3 +610,42 @@ def test_a_model_trained_on_other_data_has_no_privacy_metrics(
     description.write_text(description.read_text().replace('"NORMAL"', '"HEALTHY"'))
     with pytest.raises(UserError, match=r"classes .* but .* was made for .*HEALTHY"):
         evaluate.evaluate_version(project, folder=version, evaluate=SMALL)
+
+
+def test_of_a_large_split_some_images_are_compared_with_samples(
+    evaluated: Evaluated, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reconstructions are still those of all images, and versions can be compared."""
+    monkeypatch.setattr(context, "MAX_HELD_OUT", 5)
+    monkeypatch.setattr(privacy, "MIN_SEARCHED", 3)
+    monkeypatch.setattr(privacy, "MAX_PAIRS", 1)
+    expected, metrics = evaluated[1], evaluate.run(project, evaluate=SMALL, tracking=OFF)
+    assert metrics is not None and set(metrics) == set(expected)
+    assert metrics["generation/mmd_domain"] != expected["generation/mmd_domain"]
+    assert metrics["privacy/nearest_train_ratio_pixels"] != expected["privacy/nearest_train_ratio_pixels"]
+    for name, value in expected.items():
+        if name.startswith(("reconstruction/", "latent/")) and name != "reconstruction/pca_ssim":
+            assert metrics[name] == value
+    data = load_evaluation(project.evaluation)
+    assert data.held_out is not None
+    assert len(data.held_out.features) == 5 < metrics["run/num_test"] == len(data.similarity)
+    assert compare_versions(data, data) is not None
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(refined: Evaluated, tmp_path: Path) -> None:
+    """There are fewer batches of test images than processes; the samples are the same images."""
+    params = SMALL.model_copy(update={"save_images": True})
+    plain = {"evaluate": params.model_dump(mode="json"), "tracking": {"enabled": False}}
+    one, two = Project(tmp_path / "one"), Project(tmp_path / "two")
+    for project in (one, two):
+        shutil.copytree(refined[0].root / "artifacts", project.root / "artifacts")
+        (project.root / "params.yaml").write_text(json.dumps(plain))
+    metrics = evaluate.run(one, evaluate=params, tracking=OFF)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launcher, "-m", "medgen", "evaluate"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=two.root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((two.reports / "metrics.json").read_text()) == pytest.approx(metrics, rel=1e-3, abs=1e-6)
+    assert bytes_of(two.images / "generated").equal(bytes_of(one.images / "generated"))

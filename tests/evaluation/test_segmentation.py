@@ -27,6 +27,7 @@ from medgen.projects import recipes
 from medgen.serving import generate
 from medgen.tracking import history
 from medgen.training import prior, refiner, train
+from medgen.training.distributed import World
 
 Evaluated = tuple[Project, dict[str, float]]  # a project and its metrics
 
@@ -155,7 +156,7 @@ def test_the_background_is_not_counted(done: Evaluated, left_out: tuple[int, ...
     split, model = store.split("test"), TrueMasks(UNET, (1, 32, 32), 0, 3)
     assert split.masks is not None
     model.true, model.left_out = torch.from_numpy(split.masks[split.masked_rows][:, 0]).long(), left_out
-    found = evaluate_masks(store, model, 5)
+    found = evaluate_masks(store, model, 5, World(0, 1, torch.device("cpu")))
     assert found.metrics["segmentation/dice_foreground"] == pytest.approx(expected)
     assert found.metrics["segmentation/iou_foreground"] == pytest.approx(expected)
     torch.testing.assert_close(found.dice, torch.full_like(found.dice, expected))
@@ -171,7 +172,7 @@ def test_empty_masks_are_an_error(done: Evaluated, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Store, "split", emptied)
     store, model = open_store(done[0].dataset), OnePixel(UNET, (1, 32, 32), 0)
     with pytest.raises(UserError, match="all masks of the test split are empty, expected"):
-        evaluate_masks(store, model, 5)
+        evaluate_masks(store, model, 5, World(0, 1, torch.device("cpu")))
 
 
 def test_commands_that_need_a_latent_are_errors(done: Evaluated, tmp_path: Path) -> None:

@@ -123,7 +123,11 @@ def test_the_pixel_distance_agrees_with_loops_over_the_definition(channels: int)
     assert int(found.row) == row == 0
 
 
-@pytest.mark.parametrize("nearest", [privacy.nearest_by_pixels, privacy.nearest_by_features])
+def by_features(images: Tensor, train: Tensor) -> privacy.Nearest:
+    return privacy.nearest_by_features(images, [train])
+
+
+@pytest.mark.parametrize("nearest", [privacy.nearest_by_pixels, by_features])
 def test_the_size_of_blocks_does_not_change_results(
     nearest: Callable[[Tensor, Tensor], privacy.Nearest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,10 +140,25 @@ def test_the_size_of_blocks_does_not_change_results(
     assert torch.allclose(parts.distance, whole.distance, atol=1e-5)
 
 
+def test_every_block_of_train_images_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four blocks give the result of one, up to the mean of the neighbours, which are chosen by a coarse search."""
+    train = draw_images(300, seed=0)
+    images = torch.cat([shifted(train[::3], 1, 1), NEW[:50]])
+    whole, features = privacy.nearest_by_pixels(images, train), (images.flatten(1), train.flatten(1))
+    assert whole.row[:100].equal(torch.arange(0, 300, 3))
+    monkeypatch.setattr(privacy, "_TRAIN_IMAGES_PER_BLOCK", 80)
+    blocks = privacy.nearest_by_pixels(images, train)
+    assert blocks.row.equal(whole.row)
+    assert torch.allclose(blocks.distance, whole.distance, rtol=0.03, atol=1e-5)
+    found, expected = privacy.nearest_by_features(features[0], features[1].split(70)), by_features(*features)
+    assert found.row.equal(expected.row)
+    torch.testing.assert_close(found.distance, expected.distance)
+
+
 def test_the_feature_distance_is_euclidean() -> None:
     images, train = (torch.randn(count, 5, generator=torch.Generator().manual_seed(count)) for count in (7, 9))
     images[2] = train[4]
-    found = privacy.nearest_by_features(images, train)
+    found = by_features(images, train)
     for i, image in enumerate(images):
         distances = [float((image - other).norm()) for other in train]
         assert float(found.distance[i]) == pytest.approx(min(distances), abs=1e-5)

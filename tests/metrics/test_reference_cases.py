@@ -59,7 +59,11 @@ class ReferenceSets:
             found.add("c2st of spectra")
         train = self.describe(self.train).content
         for name, nearest, images in (
-            ("copies by features", privacy.nearest_by_features, [v.content for v in (own, held_out)]),
+            (
+                "copies by features",
+                lambda of, train: privacy.nearest_by_features(of, [train]),
+                [v.content for v in (own, held_out)],
+            ),
             ("copies by pixels", privacy.nearest_by_pixels, [samples, self.held_out]),
         ):
             reference = train if name.endswith("features") else self.train
