@@ -401,7 +401,10 @@ def sample(
 @data_app.command("import")
 def import_data(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Folder, zip or tar of images; docs/data.md lists the layouts.")
+        str,
+        typer.Argument(
+            metavar="PATH", help="Folder, zip or tar of images, or its s3:// address; docs/data.md lists the layouts."
+        ),
     ],
     name: Annotated[
         str | None, typer.Option(help="The dataset's name, written to data.name. Default: the name of PATH.")
@@ -418,7 +421,8 @@ def import_data(
 @data_app.command()
 def audit(
     path: Annotated[
-        Path | None, typer.Argument(metavar="PATH", help="Folder of images. Default: the project's data.")
+        str | None,
+        typer.Argument(metavar="PATH", help="Folder of images, or its s3:// address. Default: the project's data."),
     ] = None,
     params: ParamsFile = PARAMS,
     out: Annotated[

@@ -4,6 +4,7 @@ medgen doctor [--json]
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from rich.text import Text
 
 from medgen.config import Data, Evaluate, Loss, Project, Tracking, Train
 from medgen.console import show as print_table
+from medgen.data.s3 import is_s3
 from medgen.datasets.weights import list_weights
 from medgen.machine import num_cores
 from medgen.tracking.mlflow_sync import store_uri
@@ -182,6 +184,10 @@ def _check_weights(loss: Loss, train: Train, evaluate: Evaluate) -> list[Check]:
 
 
 def _check_data(project: Project, data: Data) -> Check:
+    if is_s3(data.path):
+        missing = importlib.util.find_spec("s3fs") is None
+        fix = "Run `uv sync --extra s3`, or `pip install 'medgen[s3]'`"
+        return _rate("data", f"{data.path}{', which needs s3fs' if missing else ''}", fix, fails=missing)
     folder = project.root / data.path
     if folder.is_dir() and any(folder.iterdir()):
         return Check("data", "ok", str(folder))

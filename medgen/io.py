@@ -3,16 +3,19 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from medgen.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_BAD_NAME = re.compile(r"[\x00-\x1f\x7f]|^[A-Za-z]:")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -28,6 +31,19 @@ def write_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)  # a full disk keeps no half-written files
         raise
+
+
+def unsafe_name(name: str) -> str | None:
+    """Why a file's name from an archive or a bucket must not be used below a local folder, or None."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if _BAD_NAME.search(name) or path.is_absolute() or ".." in path.parts:
+        return "has a path outside the folder or an invalid name"
+    try:
+        if len(os.fsencode(str(path))) > 1000 or any(len(part.encode()) > 255 for part in path.parts):
+            return "has a name that is too long"
+    except UnicodeEncodeError:
+        return "has a name that is not valid Unicode"
+    return None
 
 
 @contextmanager

@@ -59,6 +59,9 @@ class Preprocess(Section):
     test_fraction: Fraction = 0.2  # if the dataset has no split of its own
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05  # stop if a larger fraction of images is unreadable
     seed: int = 0
+    # Dask cluster that reads the images, such as tcp://10.0.0.5:8786; None: threads of this machine. It does not change
+    # the result, and is in no hash and no file
+    scheduler: Annotated[str, Field(pattern=r"^(tcp|tls)://\S+:\d+$")] | None = Field(default=None, exclude=True)
 
     @property
     def mask_classes(self) -> int:

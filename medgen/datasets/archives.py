@@ -8,7 +8,6 @@ Archives are untrusted input. Only plain files and folders with names inside the
 import gzip
 import io
 import os
-import re
 import shutil
 import stat
 import struct
@@ -21,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from medgen.errors import UserError
-from medgen.io import replace_folder
+from medgen.io import replace_folder, unsafe_name
 
 MAX_MEMBERS = 500_000
 MAX_INDEX = 64 << 20  # bytes of a zip's central directory, which zipfile reads into memory
@@ -31,7 +30,6 @@ ALWAYS_ALLOWED = 256 << 20  # unpacked bytes to which MAX_RATIO does not apply
 CHUNK = 1 << 20
 SPARE = 64 << 20  # bytes to leave free on the disk
 _ZIP, _GZIP = b"PK", b"\x1f\x8b"
-_BAD_NAME = re.compile(r"[\x00-\x1f\x7f]|^[A-Za-z]:")
 _DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError,
     ValueError, IndexError, KeyError, OverflowError, NotImplementedError, RecursionError,
@@ -134,16 +132,10 @@ class _Writer:
         return UserError(f"{self.archive}: {found}; expected plain files and folders. Nothing was unpacked. {fix}")
 
     def _target(self, name: str) -> Path:
-        path = PurePosixPath(name.replace("\\", "/"))
-        shown = ascii(name if len(name) < 100 else f"{name[:97]}...")
-        if _BAD_NAME.search(name) or path.is_absolute() or ".." in path.parts:
-            raise self.refusal(f"member {shown} has a path outside the folder or an invalid name")
-        try:
-            if len(os.fsencode(str(path))) > 1000 or any(len(part.encode()) > 255 for part in path.parts):
-                raise self.refusal(f"member {shown} has a name that is too long")
-        except UnicodeEncodeError:
-            raise self.refusal(f"member {shown} has a name that is not valid Unicode") from None
-        return self.folder / path
+        if problem := unsafe_name(name):
+            shown = ascii(name if len(name) < 100 else f"{name[:97]}...")
+            raise self.refusal(f"member {shown} {problem}")
+        return self.folder / PurePosixPath(name.replace("\\", "/"))
 
     def _duplicate(self, target: Path) -> UserError:
         return self.refusal(f"member {target.relative_to(self.folder).as_posix()!a} occurs twice")

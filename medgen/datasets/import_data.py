@@ -1,6 +1,6 @@
 """Import a folder or an archive of images as the project's dataset.
 
-medgen data import PATH --name NAME     (then: dvc repro)
+medgen data import PATH --name NAME     (then: dvc repro; PATH may be on S3: s3://bucket/folder)
 
 The import copies images, masks, files that belong to them and manifest.csv, with their folders; it counts the files it
 leaves out. It builds the copy in a temporary folder, renames it to data/ and runs `dvc add`, so that the next
@@ -24,10 +24,12 @@ from medgen import config
 from medgen.config import Project
 from medgen.config.edit import set_value
 from medgen.console import note
+from medgen.data.s3 import S3Folder, is_s3
 from medgen.datasets import archives, sample
 from medgen.errors import UserError
 from medgen.ingest import dataset_scan, images, patients
 from medgen.ingest.dataset_scan import ScanResult
+from medgen.ingest.list_files import list_names
 from medgen.ingest.manifest import MANIFEST
 from medgen.io import replace_folder, write_atomic
 
@@ -39,7 +41,7 @@ def import_folder(
     project: Project,
     data: config.Data,
     preprocess: config.Preprocess,
-    source: Path,
+    source: Path | str,
     name: str | None = None,
     file: Path | None = None,
 ) -> int:
@@ -47,23 +49,24 @@ def import_folder(
 
     Args:
         project, data, preprocess: where the images go, and how they are read.
-        source: the folder or archive.
+        source: the folder or archive, or its s3:// address.
         name: the dataset's name; None: the name of `source`.
         file: the params file to write the name into; None: it is not written.
 
     Raises:
         UserError: no images, an unsafe or damaged archive, a name without letters or digits, files in data/ that DVC
-            does not track, a full disk, or a failed `dvc add`.
+            does not track, a bucket that cannot be read, a full disk, or a failed `dvc add`.
     """
-    folder = project.root / data.path
-    if source.resolve() == folder.resolve():
+    folder = _target(project, data)
+    origin = S3Folder(str(source)) if is_s3(source) else Path(source)
+    if isinstance(origin, Path) and origin.resolve() == folder.resolve():
         raise UserError(
             f"{source}: this is already the project's data folder. Run `dvc add {data.path}`, then `dvc repro`; "
             "data.name in params.yaml names it"
         )
-    name = _choose_name(source, name)
+    name = _choose_name(origin, name)
     require_replaceable(project, data)
-    with _as_folder(project, source) as opened:
+    with _downloaded(project, origin) as local, _as_folder(project, local) as opened:
         listing = dataset_scan.scan(opened, data, preprocess)
         _copy(opened, listing, folder)
     _print_summary(source, listing, folder)
@@ -85,7 +88,7 @@ def draw_sample(
     Raises:
         UserError: files in data/ that DVC does not track, or a failed `dvc add`.
     """
-    folder = project.root / data.path
+    folder = _target(project, data)
     require_replaceable(project, data)
     with replace_folder(folder) as building:
         sample.draw(building, num_images, seed=seed)
@@ -94,13 +97,22 @@ def draw_sample(
     _add_to_dvc(project, data)
 
 
-def _choose_name(source: Path, name: str | None) -> str:
+def _target(project: Project, data: config.Data) -> Path:
+    if is_s3(data.path):
+        raise UserError(
+            f"data.path: {data.path} is read only; expected a folder of the project for a dataset that is created or "
+            "imported. Set data.path, such as data.path: data"
+        )
+    return project.root / data.path
+
+
+def _choose_name(source: Path | S3Folder, name: str | None) -> str:
     """The name that the user gave, or the source's own with only letters, digits, dots, hyphens and underscores."""
     if name is not None:
         if not name or name != config.to_name(name):
             raise UserError(f"--name {name}: expected ASCII letters, digits, dots, hyphens and underscores")
         return name
-    own = source.resolve().name
+    own = source.resolve().name if isinstance(source, Path) else source.name
     if source.is_file():
         own = own.removesuffix(".gz")
         own = own.removesuffix(Path(own).suffix)
@@ -132,6 +144,29 @@ def _write_name(file: Path | None, data: config.Data, name: str) -> None:
     note(f"data.name in {file} is now {name}; its models are registered as models:/{model}")
     if model != name:
         note("  (registry.model_name is set; remove it to give each dataset a registered model of its own)")
+
+
+@contextmanager
+def _downloaded(project: Project, source: Path | S3Folder) -> Iterator[Path]:
+    """Yield a local path itself, or a temporary copy of a folder or an archive on S3."""
+    if isinstance(source, Path):
+        yield source
+        return
+    temporary = project.runs / "downloaded"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        if source.is_file():
+            source.download("", temporary / source.name)
+            yield temporary / source.name
+        else:
+            sizes = source.list_files()
+            wanted = {path for path, reason in list_names(sizes) if reason is None} | {patients.SALT_FILE}
+            source.download_all({path: size for path, size in sizes.items() if path in wanted}, temporary)
+            yield temporary
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(source))) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

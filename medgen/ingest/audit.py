@@ -23,6 +23,7 @@ from medgen.ingest import dataset_scan, images
 from medgen.ingest.audit_page import Audit, histogram, print_tables, render_page, shown_records
 from medgen.ingest.dataset_checks import CheckResults, ImageIndex, check_dataset
 from medgen.ingest.dataset_scan import ImageRecord
+from medgen.ingest.folders import Folder, data_folder
 from medgen.ingest.formats.raw import RawImage
 from medgen.ingest.near_duplicates import thumbnail
 from medgen.ingest.reading import read_images
@@ -37,19 +38,19 @@ def run(
     *,
     data: config.Data,
     preprocess: config.Preprocess,
-    path: Path | None = None,
+    path: Path | str | None = None,
     out: Path | None = None,
     strict: bool = False,
     as_json: bool = False,
 ) -> CheckResults:
-    """Check the data folder, or the folder `path`, and write audit.html and audit.json to reports/, or to `out`.
+    """Check the data folder, or a folder or s3:// address, and write audit.html and audit.json to reports/ or `out`.
 
     Raises:
-        UserError: the folder does not exist, is a file, contains no images, or has a wrong manifest; `out` cannot be
-            written; with `strict`, splits leak.
+        UserError: the folder does not exist, is a file, contains no images, or has a wrong manifest; its bucket or the
+            cluster cannot be used; `out` cannot be written; with `strict`, splits leak.
     """
     reports = out or project.reports
-    folder = project.root / data.path if path is None else path
+    folder = data_folder(project.root, data.path) if path is None else data_folder(Path(), str(path))
     if folder.is_file():
         raise UserError(
             f"{folder}: a file; expected a folder of images. Unpack an archive, or import it first with "
@@ -81,7 +82,7 @@ def run(
     return audit.results
 
 
-def _check_folder(scratch: Path, folder: Path, data: config.Data, preprocess: config.Preprocess) -> Audit:
+def _check_folder(scratch: Path, folder: Folder, data: config.Data, preprocess: config.Preprocess) -> Audit:
     scanned = dataset_scan.scan(folder, data, preprocess)
     records = [replace(record, split=record.split if data.splits == "given" else None) for record in scanned.records]
 
@@ -109,7 +110,7 @@ def _check_folder(scratch: Path, folder: Path, data: config.Data, preprocess: co
     images_per_file = Counter(record.path for record in records)
     num_image_files = len(masks | images_per_file.keys())
     return Audit(
-        folder=folder.resolve().name,
+        folder=folder.resolve().name if isinstance(folder, Path) else folder.name,
         num_files=num_image_files + len(scanned.companions) + len(scanned.other_files),
         kinds=_count_kinds(folder, images_per_file),
         num_masks=len(masks),
@@ -122,16 +123,18 @@ def _check_folder(scratch: Path, folder: Path, data: config.Data, preprocess: co
     )
 
 
-def _count_kinds(folder: Path, images_per_file: Counter[str]) -> dict[str, dict[str, int]]:
+def _count_kinds(folder: Folder, images_per_file: Counter[str]) -> dict[str, dict[str, int]]:
     kinds: dict[str, dict[str, int]] = {}
     for path, num_images in images_per_file.items():
-        kind = kinds.setdefault(images.file_kind(folder / path) or "unknown", {"files": 0, "images": 0})
+        name = path.rpartition("/")[2]
+        found = images.file_kind(folder / path) if isinstance(folder, Path) else images.kind_of_name(name)
+        kind = kinds.setdefault(found or "unknown", {"files": 0, "images": 0})
         kind["files"] += 1
         kind["images"] += num_images
     return dict(sorted(kinds.items()))
 
 
-def _jpegs(folder: Path, records: Sequence[ImageRecord], preprocess: config.Preprocess) -> dict[str, bytes]:
+def _jpegs(folder: Folder, records: Sequence[ImageRecord], preprocess: config.Preprocess) -> dict[str, bytes]:
     """Small JPEG files by image name, without those whose file has been removed since the checks."""
     results = read_images(folder, records, preprocess, lambda _record, raw, _mask: _small_jpeg(raw))
     return {result.record.name: result.value for result in results if result.value is not None}

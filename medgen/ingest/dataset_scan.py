@@ -17,8 +17,9 @@ from pathlib import Path
 from medgen import config
 from medgen.errors import UserError
 from medgen.ingest import images, patients
+from medgen.ingest.folders import Folder, local_files
 from medgen.ingest.formats.raw import Contents, UnreadableImage
-from medgen.ingest.list_files import list_files
+from medgen.ingest.list_files import list_files, list_names
 from medgen.ingest.manifest import MANIFEST, ManifestRow, read_manifest
 from medgen.ingest.masks import MaskPairs, folder_of
 from medgen.ingest.path_labels import PathLabeler, PathLabels
@@ -52,29 +53,32 @@ class ScanResult:
     other_files: list[tuple[str, str]]  # path, and the reason why it is neither an image nor a mask
     companions: list[str]  # files that belong to an image file: labels, or the voxels of a header
     has_patient_ids: bool = False  # at least one file contains its patient's identifier
+    has_salt: bool = False  # the folder has a salt of its own
 
 
-def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> ScanResult:
+def scan(folder: Folder, data: config.Data, preprocess: config.Preprocess) -> ScanResult:
     """List the images of a folder. Files of a single image are not opened if their name shows their format.
 
     Raises:
-        UserError: there are no images, manifest.csv or .salt is wrong, or a path leads out of the folder.
+        UserError: there are no images, manifest.csv or .salt is wrong, a path leads out of the folder, or its bucket
+            cannot be read.
     """
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; expected the original images there. Run `medgen data sample`, "
             "`medgen data import PATH` or `dvc pull`"
         )
-    patient_ids = _PatientIds(folder, data)
     files: set[str] = set()
     other_files: list[tuple[str, str]] = []
-    for path, reason in list_files(folder):
+    for path, reason in list_files(folder) if isinstance(folder, Path) else list_names(folder.list_files()):
         if reason is None:
             files.add(path)
         elif path != patients.SALT_FILE:
             other_files.append((path, reason))
     files.discard(MANIFEST)
-    rows = read_manifest(folder, files)
+    with local_files(folder, (MANIFEST, patients.SALT_FILE)) as root:
+        patient_ids = _PatientIds(root, data)
+        rows, has_salt = read_manifest(root, files), patients.has_salt(root)
     other_files = [(path, reason) for path, reason in other_files if path not in (rows or ())]  # listed: use it
     inspected, not_images, companions = _inspect_files(folder, files, rows or {}, preprocess)
     pairs = MaskPairs(list(inspected), rows)
@@ -103,11 +107,11 @@ def scan(folder: Path, data: config.Data, preprocess: config.Preprocess) -> Scan
                 )
             )
     has_patient_ids = any(contents.patient for contents in inspected.values())
-    return ScanResult(records, sorted(other_files), sorted(companions), has_patient_ids)
+    return ScanResult(records, sorted(other_files), sorted(companions), has_patient_ids, has_salt)
 
 
 def _inspect_files(
-    folder: Path, files: Collection[str], listed: Collection[str], preprocess: config.Preprocess
+    folder: Folder, files: Collection[str], listed: Collection[str], preprocess: config.Preprocess
 ) -> tuple[dict[str, Contents], dict[str, str], set[str]]:
     """Contents of image and mask files, reasons for other files, and companions.
 
@@ -120,27 +124,40 @@ def _inspect_files(
     for path in sorted({*files, *listed}):
         if path in companions:
             continue
-        kind = images.file_kind(folder / path)
-        if kind is None and path not in listed:
-            other_files[path] = images.describe_file(folder / path)
-            continue
-        found[path] = _SINGLE_IMAGE
-        if kind not in (None, "raster"):
+        needed = [] if images.kind_of_name(_file_name(path)) == "raster" else with_companions(path)
+        with local_files(folder, [name for name in needed if name in files]) as root:
+            kind = images.file_kind(root / path)
+            if kind is None and path not in listed:
+                other_files[path] = images.describe_file(root / path)
+                continue
+            found[path] = _SINGLE_IMAGE
+            if kind in (None, "raster"):
+                continue
             try:
-                found[path] = contents = images.inspect(folder / path, preprocess)
+                contents = images.inspect(root / path, preprocess)
             except UnreadableImage:
                 unreadable.add(path)  # keep one record: reading it reports the reason
                 continue
-            if not contents.indices:
-                del found[path]
-                other_files[path] = "preprocess.volume selects none of its images"
-            names = {companion.relative_to(folder).as_posix() for companion in contents.companions}
-            companions |= {name for name in names if name in files and name not in listed}
+            names = {companion.relative_to(root).as_posix() for companion in contents.companions}
+        found[path] = contents
+        if not contents.indices:
+            del found[path]
+            other_files[path] = "preprocess.volume selects none of its images"
+        companions |= {name for name in names if name in files and name not in listed}
     # A companion that sorts before its image file was classified as something else above.
     for path in companions & (other_files.keys() | unreadable):
         other_files.pop(path, None)
         found.pop(path, None)
     return found, other_files, companions - found.keys()
+
+
+def with_companions(path: str) -> list[str]:
+    """A file's path, and those of the files that may belong to it."""
+    return [path, *(folder_of(path) + name for name in images.companion_names(_file_name(path)))]
+
+
+def _file_name(path: str) -> str:
+    return path[len(folder_of(path)) :]
 
 
 def _item(values: Sequence[str | None] | None, at: int) -> str | None:
@@ -171,7 +188,7 @@ class _PatientIds:
         return self._pseudonym(f"{path}#{index}")
 
     def _find(self, path: str, contents: Contents, labels: PathLabels) -> str | None:
-        name = path[len(folder_of(path)) :]
+        name = _file_name(path)
         # The user's pattern takes precedence over the file, which may contain "ANONYMOUS" for all patients.
         if self._pattern is not None and (named := patients.patient_from_file_name(name, self._pattern)):
             return named
@@ -181,7 +198,7 @@ class _PatientIds:
         return sys.intern(identifier if self._salt is None else patients.pseudonymize(self._salt, identifier))
 
 
-def _no_images(folder: Path, other_files: Sequence[tuple[str, str]]) -> UserError:
+def _no_images(folder: Folder, other_files: Sequence[tuple[str, str]]) -> UserError:
     reasons = Counter(reason for _, reason in other_files).most_common(3)
     found = ", ".join(f"{count} x {reason}" for reason, count in reasons) or "no files"
     return UserError(

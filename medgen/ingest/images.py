@@ -50,7 +50,7 @@ def file_kind(path: Path) -> str | None:
     """
     if _is_special(path):
         return None
-    if kind := _kind_by_name(path.name):
+    if kind := kind_of_name(path.name):
         return kind
     if path.suffix.lower() == _VOXELS:
         return None
@@ -63,6 +63,13 @@ def file_kind(path: Path) -> str | None:
     except OSError:
         return None
     return kind_of_start(start)
+
+
+def companion_names(name: str) -> list[str]:
+    """Names, in the same folder, of files that may belong to a file: voxels of a header, labels, class names."""
+    from medgen.ingest.formats import arrays, nifti
+
+    return [*nifti.voxels_names(name), *arrays.companion_names(name)]
 
 
 def describe_file(path: Path) -> str:
@@ -151,7 +158,8 @@ def _format_of(path: Path) -> tuple[Callable[[Path, Preprocess], Contents], Call
             return arrays.inspect, arrays.ArrayFile
 
 
-def _kind_by_name(name: str) -> str | None:
+def kind_of_name(name: str) -> str | None:
+    """`file_kind` by the name alone; None if it does not tell."""
     from medgen.ingest.formats.arrays import is_idx_images
 
     if is_idx_images(name):

@@ -2,16 +2,19 @@
 
 for path, reason in list_files(Path("data")):
     …                                    # reason is None for a file that may be an image
+
+A bucket has only names (`list_names`).
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from medgen.errors import UserError
 
 HIDDEN = "hidden"
+_TOOL = "files of a tool, skipped"
 _JUNK_FOLDERS = {  # lower-case names; files below them are listed but never read
     ".ipynb_checkpoints": "a notebook's checkpoint copy",
     "__macosx": "metadata of macOS",
@@ -44,12 +47,26 @@ def list_files(folder: Path) -> Iterator[tuple[str, str | None]]:
             name = parent + entry.name
             if entry.is_dir(follow_symlinks=False):
                 if entry.name in _SKIPPED_FOLDERS:
-                    yield _escape(f"{name}/"), "files of a tool, skipped"
+                    yield _escape(f"{name}/"), _TOOL
                 else:
                     waiting.append((f"{name}/", junk or _junk_folder(entry.name)))
             else:
                 reason = junk or _reason(folder, name, entry)
                 yield (name, None) if reason is None else (_escape(name), reason)
+
+
+def list_names(names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """As `list_files`, for the names of files that are not on this machine."""
+    skipped: set[str] = set()
+    for name in names:
+        *folders, last = name.split("/")
+        tool = next((at for at, folder in enumerate(folders) if folder in _SKIPPED_FOLDERS), None)
+        if tool is not None:
+            skipped.add("/".join(folders[: tool + 1]) + "/")
+        else:
+            junk = next(filter(None, map(_junk_folder, folders)), None)
+            yield name, junk or (HIDDEN if last.startswith(".") else None)
+    yield from ((folder, _TOOL) for folder in sorted(skipped))
 
 
 def check_inside(folder: Path, path: Path) -> None:

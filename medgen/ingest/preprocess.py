@@ -12,7 +12,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +21,10 @@ from medgen.config import Project
 from medgen.console import counting_bar, note, warn
 from medgen.data import store
 from medgen.errors import UserError
-from medgen.ingest import dataset_scan, patients, splits
+from medgen.ingest import dataset_scan, splits
 from medgen.ingest.dataset_checks import ImageIndex, check_dataset, escaped, summary_lines
 from medgen.ingest.dataset_scan import ImageRecord, ScanResult
+from medgen.ingest.folders import Folder, data_folder
 from medgen.ingest.formats.raw import RawImage
 from medgen.ingest.near_duplicates import THUMBNAIL_SIZE, thumbnail
 from medgen.ingest.reading import ReadResult, hash_sources, read_images
@@ -42,16 +42,17 @@ def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -
 
     Raises:
         UserError: there are no images or no training images, the manifest is wrong, more than `max_rejected` of the
-            images are unreadable, or `data.duplicates` or `data.leaks` is "error" and there are some.
+            images are unreadable, `data.duplicates` or `data.leaks` is "error" and there are some, or the bucket or the
+            cluster that the parameters name cannot be used.
     """
-    folder = project.root / data.path
+    folder = data_folder(project.root, data.path)
     scanned = dataset_scan.scan(folder, data, preprocess)
     if data.splits == "own":
         scanned = replace(scanned, records=[replace(record, split=None) for record in scanned.records])
     current = _open_if_current(project, data, scanned, preprocess)
     state = "unchanged"
     if current is None:
-        if scanned.has_patient_ids and not data.keep_patient_ids and not patients.has_salt(folder):
+        if scanned.has_patient_ids and not data.keep_patient_ids and not scanned.has_salt:
             warn(escaped(f"{folder}: patient identifiers are hashed with a public salt; see docs/data.md, Patients"))
         _check_disk_space(project, len(scanned.records), preprocess)
         try:
@@ -77,14 +78,14 @@ def _open_if_current(
     except UserError:
         return None  # damaged, so rebuild it
     source = _SourceDigest(data, scanned, preprocess)
-    hashes = hash_sources(project.root / data.path, scanned.records, preprocess)
+    hashes = hash_sources(data_folder(project.root, data.path), scanned.records, preprocess)
     for record, digest in zip(scanned.records, hashes, strict=True):
         source.add(record, digest)
     return existing if existing.name == data.name and existing.source == source.digest() else None
 
 
 def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess) -> store.Store:
-    folder, records = project.root / data.path, scanned.records
+    folder, records = data_folder(project.root, data.path), scanned.records
     shape = (preprocess.channels, preprocess.image_size, preprocess.image_size)
     with_masks = any(record.mask for record in records)
     unreadable: list[_Rejected] = []
@@ -203,7 +204,7 @@ def _manifest_row(result: ReadResult[_Sample]) -> dict[str, str]:
     }
 
 
-def _check_splits(folder: Path, assigned: Sequence[str | None], rejected: Sequence[_Rejected]) -> None:
+def _check_splits(folder: Folder, assigned: Sequence[str | None], rejected: Sequence[_Rejected]) -> None:
     """Refuse a dataset without training images; warn about other empty splits."""
     counts = Counter(name for name in assigned if name is not None)
     if not counts:

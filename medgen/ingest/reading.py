@@ -1,20 +1,22 @@
-"""Read the images of a dataset on all cores, in the order of the records and in bounded memory.
+"""Read the images of a dataset on all cores or on a Dask cluster, in the order of the records and in bounded memory.
 
 for result in read_images(folder, records, preprocess, transform):
     …                                    # result.value is the transform's result, None if there is a reason
 
-Threads read the files (OpenCV, Pillow and zlib release the GIL). The results and their order do not depend on the
-number of threads. A file of many images is opened once.
+Threads read the files (OpenCV, Pillow and zlib release the GIL), or workers of `preprocess.scheduler`. The results and
+their order do not depend on either. Threads open a file of many images once, and workers once for each part of it.
 """
 
 import hashlib
 import itertools
+import platform
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -22,7 +24,10 @@ import cv2
 import numpy as np
 
 from medgen.config import Preprocess
-from medgen.ingest.dataset_scan import ImageRecord
+from medgen.errors import UserError
+from medgen.ingest.cluster import FilePart, map_on_cluster
+from medgen.ingest.dataset_scan import ImageRecord, with_companions
+from medgen.ingest.folders import Folder, local_files
 from medgen.ingest.formats.raw import ImageFile, LeftOutImage, RawImage, UnreadableImage
 from medgen.ingest.formats.streams import LoadOnce
 from medgen.ingest.images import open_file, source_files
@@ -32,6 +37,8 @@ from medgen.machine import num_cores
 _MAX_FILE_BYTES = 64 << 30  # a year of CT in one file; a larger file is no image file
 _BATCH_SIZE = 32  # images of one file that a thread reads in one task
 _MAX_PENDING = 96  # images that are read ahead of the caller
+_THREADS_PER_CORE_S3 = 8  # they wait mostly for the network
+_MAX_PART_BYTES = 64 << 20  # results of one file that a worker of a cluster sends at once
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -54,31 +61,93 @@ class ReadResult(Generic[T]):
 
 
 def read_images(
-    folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess, transform: Transform[T]
+    folder: Folder, records: Sequence[ImageRecord], preprocess: Preprocess, transform: Transform[T]
 ) -> Iterator[ReadResult[T]]:
-    """Read each record's image and mask and apply `transform`, which may raise UnreadableImage."""
+    """Read each record's image and mask and apply `transform`, which may raise UnreadableImage.
+
+    Raises:
+        UserError: with `preprocess.scheduler`, as in `map_on_cluster`; the folder's bucket cannot be read.
+    """
+    if preprocess.scheduler is not None:
+        yield from _read_on_cluster(preprocess.scheduler, _absolute(folder), records, preprocess, transform)
+        return
     cv2_threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the pool uses all cores already
     try:
         batches = _batches(folder, records, preprocess)
-        yield from _map(lambda file, batch: _read_batch(file, batch, transform), batches)
+        yield from _map(lambda file, batch: _read_batch(file, batch, transform), batches, _num_threads(folder))
     finally:
         cv2.setNumThreads(cv2_threads)
 
 
-def hash_sources(folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess) -> Iterator[str]:
+def hash_sources(folder: Folder, records: Sequence[ImageRecord], preprocess: Preprocess) -> Iterator[str]:
     """`ReadResult.source` of each record, without decoding images."""
+    if preprocess.scheduler is not None:
+        parts = (FilePart(of_file[0].path, of_file[:1], len(of_file)) for of_file in _by_file(records))
+        function = partial(_hash_part, _absolute(folder), preprocess)
+        for part, digest in map_on_cluster(preprocess.scheduler, function, parts):
+            yield from itertools.repeat(digest, part.num_images)
+        return
     files = ((of_file[0], of_file) for of_file in _by_file(records))
-    return _map(lambda record, of_file: [_hash_files(folder, record, preprocess)] * len(of_file), files)
+    yield from _map(
+        lambda record, of_file: [_hash_source(folder, record, preprocess)] * len(of_file), files, _num_threads(folder)
+    )
+
+
+def _read_on_cluster(
+    scheduler: str, folder: Folder, records: Sequence[ImageRecord], preprocess: Preprocess, transform: Transform[T]
+) -> Iterator[ReadResult[T]]:
+    image_bytes = (preprocess.channels + 1) * preprocess.image_size**2  # with its mask
+    most = min(1024, max(_BATCH_SIZE, _MAX_PART_BYTES // image_bytes))
+    parts = (
+        FilePart(of_file[0].path, of_file[start : start + most], len(of_file))
+        for of_file in _by_file(records)
+        for start in range(0, len(of_file), most)
+    )
+    for part, results in map_on_cluster(scheduler, partial(_read_part, folder, preprocess, transform), parts):
+        for record, result in zip(part.records, results, strict=True):
+            yield replace(result, record=record)  # the record is not copied for each result
+
+
+def _read_part(
+    folder: Folder, preprocess: Preprocess, transform: Transform[T], part: FilePart
+) -> Sequence[ReadResult[T]]:
+    """Results of a part of a file, in a worker."""
+    _require_folder(folder)
+    cv2.setNumThreads(1)  # each core of a worker has a task of its own
+    file = _SharedFile(folder, part.records[0], preprocess, part.num_images, num_batches=1)
+    return _read_batch(file, part.records, transform)
+
+
+def _hash_part(folder: Folder, preprocess: Preprocess, part: FilePart) -> str:
+    _require_folder(folder)
+    return _hash_source(folder, part.records[0], preprocess)
+
+
+def _absolute(folder: Folder) -> Folder:
+    return folder.absolute() if isinstance(folder, Path) else folder
+
+
+def _require_folder(folder: Folder) -> None:
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise UserError(
+            f"{folder}: not found by a worker on {platform.node()}; expected the images there. All workers of "
+            "preprocess.scheduler need them under this path, such as on a shared file system"
+        )
+
+
+def _num_threads(folder: Folder) -> int:
+    return num_cores() * (1 if isinstance(folder, Path) else _THREADS_PER_CORE_S3)
 
 
 def _map(
     function: Callable[[Item, Sequence[ImageRecord]], Sequence[Result]],
     batches: Iterable[tuple[Item, Sequence[ImageRecord]]],
+    num_threads: int,
 ) -> Iterator[Result]:
     """One result per record. At most `_MAX_PENDING` images are in flight, which bounds the memory."""
     pending: deque[tuple[int, Future[Sequence[Result]]]] = deque()  # number of images of each batch
-    with ThreadPoolExecutor(num_cores()) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         try:
             for item, batch in batches:
                 pending.append((len(batch), pool.submit(function, item, batch)))
@@ -98,12 +167,14 @@ def _by_file(records: Sequence[ImageRecord]) -> Iterator[Sequence[ImageRecord]]:
 class _SharedFile:
     """An image file and its mask file, shared by several batches: opened by the first, closed after the last."""
 
-    def __init__(self, folder: Path, record: ImageRecord, preprocess: Preprocess, num_images: int) -> None:
+    def __init__(
+        self, folder: Folder, record: ImageRecord, preprocess: Preprocess, num_images: int, num_batches: int
+    ) -> None:
         # Images of one file share its hash. Only their pixels show which of them are duplicates.
         self.hashes_pixels = num_images > 1
         self.source = ""
         self._folder, self._record, self._preprocess = folder, record, preprocess
-        self._batches_left = -(-num_images // _BATCH_SIZE)
+        self._batches_left = num_batches
         self.open = LoadOnce(self._open)
         self._stack = ExitStack()
         self._lock = threading.Lock()
@@ -116,14 +187,15 @@ class _SharedFile:
                 self._stack.close()
 
     def _open(self) -> tuple[ImageFile, ImageFile | None]:
-        self.source = _hash_files(self._folder, self._record, self._preprocess)
-        path = self._folder / self._record.path
-        _check_file(path)
-        mask_path = None if self._record.mask is None else self._folder / self._record.mask
-        if mask_path is not None:
-            _check_file(mask_path)
-        self.hashes_pixels = self.hashes_pixels or len(source_files(path, self._preprocess)) > 1
         with ExitStack() as stack:
+            root = stack.enter_context(_source_files(self._folder, self._record))
+            self.source = _hash_files(root, self._record, self._preprocess)
+            path = root / self._record.path
+            _check_file(path)
+            mask_path = None if self._record.mask is None else root / self._record.mask
+            if mask_path is not None:
+                _check_file(mask_path)
+            self.hashes_pixels = self.hashes_pixels or len(source_files(path, self._preprocess)) > 1
             image = stack.enter_context(open_file(path, self._preprocess))
             mask: ImageFile | None = None
             try:
@@ -138,10 +210,11 @@ class _SharedFile:
 
 
 def _batches(
-    folder: Path, records: Sequence[ImageRecord], preprocess: Preprocess
+    folder: Folder, records: Sequence[ImageRecord], preprocess: Preprocess
 ) -> Iterator[tuple[_SharedFile, Sequence[ImageRecord]]]:
     for of_file in _by_file(records):
-        file = _SharedFile(folder, of_file[0], preprocess, len(of_file))
+        num_batches = -(-len(of_file) // _BATCH_SIZE)
+        file = _SharedFile(folder, of_file[0], preprocess, len(of_file), num_batches)
         for start in range(0, len(of_file), _BATCH_SIZE):
             yield file, of_file[start : start + _BATCH_SIZE]
 
@@ -173,6 +246,17 @@ def _hash_pixels(raw: RawImage) -> str:
     digest = hashlib.sha256(f"{raw.pixels.dtype}{raw.pixels.shape}".encode())
     digest.update(np.ascontiguousarray(raw.pixels).data)
     return digest.hexdigest()
+
+
+def _source_files(folder: Folder, record: ImageRecord) -> AbstractContextManager[Path]:
+    """The local folder of the files of a record."""
+    paths = [record.path] if record.mask is None else [record.path, record.mask]
+    return local_files(folder, [name for path in paths for name in with_companions(path)])
+
+
+def _hash_source(folder: Folder, record: ImageRecord, preprocess: Preprocess) -> str:
+    with _source_files(folder, record) as root:
+        return _hash_files(root, record, preprocess)
 
 
 def _hash_files(folder: Path, record: ImageRecord, preprocess: Preprocess) -> str:

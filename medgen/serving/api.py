@@ -22,7 +22,9 @@ from torch import Tensor
 from medgen import config
 from medgen.config import Project, Tracking
 from medgen.data.arrays import check_images
+from medgen.data.s3 import is_s3
 from medgen.data.store import Store, open_store
+from medgen.datasets.stores import fetch_store
 from medgen.errors import UserError
 from medgen.evaluation.context import to_uint8
 from medgen.ingest.formats.raw import UnreadableImage
@@ -217,16 +219,17 @@ def load(
 
 
 def open_dataset(path: str | Path = "artifacts/dataset") -> Store:
-    """Open a preprocessed dataset, after a check of its files (`medgen.data.store.open_store`).
+    """Open a preprocessed dataset, a folder or its s3:// address, after a check of its files.
 
     `split("train")`, `"val"` and `"test"` have `images` (N, C, H, W) uint8 and `labels` (N,), memory-mapped and
     read-only: `images[:8]` reads eight images. `rows()` gives the manifest:
     `pandas.DataFrame(dataset.split("test").rows())`.
 
     Raises:
-        UserError: the folder is missing, has another schema, or a file in it is missing or damaged.
+        UserError: the folder is missing, has another schema, or a file in it is missing or damaged; its bucket cannot
+            be read.
     """
-    return open_store(Path(path))
+    return open_store(fetch_store(str(path)) if is_s3(path) else Path(path))
 
 
 def _tracking(folder: Path, source: str | None) -> Tracking:

@@ -8,6 +8,7 @@ to the total number of trials. `--confirm` trains the best trials in full and ch
 writes its values into params.yaml.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -80,7 +81,8 @@ def run(
     with lock_reports(project):  # best.yaml is made from this copy, so later edits of the file do not matter
         write_atomic(search.folder / file.name, file.read_bytes())
     devices = [] if params.train.device == "cpu" else gpus()
-    slots = allocate_slots(workers or max(1, len(devices)), num_threads(), devices)
+    first = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))  # a log for each job of an array, not one for all
+    slots = allocate_slots(workers or max(1, len(devices)), num_threads(), devices, first)
     with storage_errors(params.tune.storage):
         stages = [TrackedStudy(search)]
         status = "FAILED"
@@ -115,7 +117,8 @@ def check_params_unchanged(file: Path, params: Params) -> None:
     Raises:
         UserError: it has others, because of --set or an edit.
     """
-    if any(getattr(load(file), name) != getattr(params, name) for name in RESULT_SECTIONS):
+    own = load(file)
+    if any(fingerprint(getattr(own, name)) != fingerprint(getattr(params, name)) for name in RESULT_SECTIONS):
         raise UserError(
             f"--apply: {file} has other values than the search, because of --set or an edit; write the values of --set "
             "into the file and search again, or omit --apply: reports/tune/best.yaml has the best values too"
@@ -208,7 +211,7 @@ def prepare_store(project: Project, params: Params) -> Store:
     if not project.dataset.exists():
         preprocess.run(project, data=params.data, preprocess=params.preprocess)
     store = open_store(project.dataset)
-    if store.preprocess != params.preprocess:
+    if fingerprint(store.preprocess) != fingerprint(params.preprocess):
         raise UserError(
             f"{project.dataset}: was made with other values of preprocess than the params file has; run `dvc repro "
             "features` (or `medgen preprocess` and `medgen features`) first"

@@ -17,10 +17,10 @@ from medgen.tune.worker import Search, WorkerSlot, run_worker
 MAX_DEATHS = MAX_ATTEMPTS + 1  # of one worker in a row while no trial ends: the trial is not the cause
 
 
-def allocate_slots(num_workers: int, num_threads: int, gpus: list[str]) -> list[WorkerSlot]:
-    """Divide the machine's threads evenly among workers, and assign its GPUs in turn."""
+def allocate_slots(num_workers: int, num_threads: int, gpus: list[str], first: int = 0) -> list[WorkerSlot]:
+    """Divide the machine's threads evenly among workers, and assign its GPUs in turn; `first` is the first's number."""
     threads = max(1, num_threads // num_workers)
-    return [WorkerSlot(n, threads, gpus[n % len(gpus)] if gpus else None) for n in range(num_workers)]
+    return [WorkerSlot(first + n, threads, gpus[n % len(gpus)] if gpus else None) for n in range(num_workers)]
 
 
 class WorkerPool:

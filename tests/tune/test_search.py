@@ -595,3 +595,10 @@ def test_a_search_for_a_segmentation_model(small_params, tmp_path):
     assert set(study.space) == {RATE, "loss.weights.bce", "loss.weights.dice"}
     assert all(trial.state == TrialState.COMPLETE and 0 <= trial.values[0] <= 1 for trial in study.trials)
     assert not project.features.exists()
+
+
+def test_the_cluster_that_read_the_images_does_not_matter(search_project):
+    project, params = search_project()
+    on_cluster = replace(params, {"preprocess.scheduler": "tcp://node:8786"}, "test")
+    assert tune.prepare_store(project, on_cluster).folder == project.dataset
+    tune.check_params_unchanged(project.root / "params.yaml", on_cluster)

@@ -73,6 +73,14 @@ def is_idx_labels(name: str) -> bool:
     return _IDX_LABELS_NAME.fullmatch(name) is not None
 
 
+def companion_names(name: str) -> list[str]:
+    """Names that the labels of an idx file, or the class names of a CIFAR batch, can have; none for another file."""
+    if is_idx_images(name):
+        labels = _IDX_NAME.sub(r"\1labels\g<2>1\3", name)
+        return [labels, labels.removesuffix(".gz") if labels.endswith(".gz") else f"{labels}.gz"]
+    return [edition.class_names for edition in _CIFAR_EDITIONS if edition.file_name.fullmatch(name)]
+
+
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
     """Number, labels and splits of the images of an npz, idx or CIFAR file.
 
@@ -306,9 +314,7 @@ def _inspect_idx(path: Path) -> Contents:
 
 def _find_idx_labels(path: Path) -> Path | None:
     """Path of the labels file in the same folder, gzipped or not."""
-    name = _IDX_NAME.sub(r"\1labels\g<2>1\3", path.name)
-    other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
-    return next((path.with_name(each) for each in (name, other) if path.with_name(each).is_file()), None)
+    return next((found for name in companion_names(path.name) if (found := path.with_name(name)).is_file()), None)
 
 
 def _read_idx_shape(path: Path) -> tuple[int, int, int]:

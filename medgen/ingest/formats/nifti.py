@@ -188,11 +188,20 @@ def _find_voxels(path: Path) -> Path:
         raise UnreadableImage(
             "voxels of the .hdr file, which is read instead" if here else "voxels whose .hdr is not in this folder"
         )
-    other = ".IMG" if suffix.isupper() else ".img"
-    for name in (f"{stem}{other}{zipped}", f"{stem}{other}", f"{stem}{other}.gz"):
+    for name in voxels_names(path.name):
         if path.with_name(name).is_file():
             return path.with_name(name)
-    raise UnreadableImage(f"a header without its voxels: {stem[:100]}{other} is not in this folder")
+    expected = voxels_names(f"{stem[:100]}.{suffix}")[0]
+    raise UnreadableImage(f"a header without its voxels: {expected} is not in this folder")
+
+
+def voxels_names(name: str) -> list[str]:
+    """Names that the voxels of a header can have; none for another file."""
+    match = _PAIR.fullmatch(name)
+    if match is None or match[2].lower() == "img":
+        return []
+    other = match[1] + (".IMG" if match[2].isupper() else ".img")
+    return [f"{other}{match[3]}", other, f"{other}.gz"]
 
 
 def _parse(block: bytes, is_pair: bool) -> Any:
