@@ -2,7 +2,7 @@
 # make CPU=1   the same with PyTorch's build for CPUs, which lacks 4 GB of CUDA libraries; give it with every target
 # make help    list the other targets
 .DEFAULT_GOAL := run
-.PHONY: run setup test test-fast lint format wheel docs help clean
+.PHONY: run setup test test-fast gpu lint format wheel docs help clean
 export PYTHONUNBUFFERED = 1
 
 UV := $(if $(shell command -v uv 2>/dev/null),uv,.uv/bin/uv)
@@ -41,6 +41,9 @@ test: setup  ## run all tests, including slow ones
 
 test-fast: setup  ## run tests that take at most a few seconds each
 	$(PYTEST) -m "not slow"
+
+gpu: setup  ## check and measure on a GPU, for MINUTES=15; the table is outputs/gpu-*/gpu.md (docs/gpu.md)
+	$(UV) run --no-sync python benchmarks/gpu.py --minutes $(or $(MINUTES),15)
 
 lint: setup  ## check style, types, import order, Dockerfile
 	$(UV) run --no-sync ruff check
