@@ -18,10 +18,12 @@ from medgen.models import GenerativeModel, bundle
 from medgen.models.base import Decoder
 from medgen.nn.parallel import rand, randn
 from medgen.priors import Prior, load_prior, sample_images
+from medgen.priors.axes import LatentArray, chunks
 from medgen.priors.refiner import Refiner, load_refiner, save_disabled, save_refiner
 from medgen.reports.figures import write_stacks
 from medgen.tracking import REFINER_ORIGIN
 from medgen.training.distributed import World, join, pick_precision
+from medgen.training.latents import encode_dataset
 from medgen.training.loader import Loader
 from medgen.training.parts import draw_losses, one_phase, record, trained
 from medgen.training.state import TrainingTask
@@ -34,7 +36,7 @@ MAX_GAIN = 1.25  # a larger gain would also amplify artefacts
 MIN_RADIAL_POWER = 1e-12  # of a frequency in train images and samples: blank images have none
 MIN_POWER = 1e-3  # of the standardised residual at a frequency, whose mean power is 1
 # source files that decide the trained weights
-CODE = ("nn/*.py", "models/*.py", "priors/refiner.py", "training/refiner.py")
+CODE = ("nn/*.py", "models/*.py", "priors/refiner.py", "training/latents.py", "training/refiner.py")
 # parameters that the trained network does not depend on
 SAMPLING = {"sampling_steps", "solver", "sampling_noise", "guidance"}
 
@@ -60,7 +62,8 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
                 say(f"no refiner: {reason}")
             return None
         prior = load_prior(project.prior, digest, world.device)
-        task = RefinerTask(model, store, refiner, world)
+        latents = encode_dataset(store, model, digest, project.runs / info.run, world)[0].means
+        task = RefinerTask(model, store, latent_deviation(latents), refiner, world)
         plain = refiner.model_dump(mode="json", exclude=SAMPLING)
         scratch = project.runs / info.run / f"refiner_{fingerprint(digest, plain, code())}"
         with trained(task, world, scratch, project, "refiner") as state:
@@ -82,7 +85,9 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
 class RefinerTask(TrainingTask):
     """Train a refiner on the images of the train split and validate it on those of the val split."""
 
-    def __init__(self, model: GenerativeModel, store: Store, params: config.Refiner, world: World) -> None:
+    def __init__(
+        self, model: GenerativeModel, store: Store, latent_scale: Tensor, params: config.Refiner, world: World
+    ) -> None:
         self.decoder, self.params, self.world, self.device = model, params, world, world.device
         split = store.split("train")
         self.split = split
@@ -95,7 +100,6 @@ class RefinerTask(TrainingTask):
         self.validation = self._loader(val if len(val.images) else split)
         self.precision = pick_precision("auto", world.device)
         num_classes = len(store.classes) if params.conditional else 0
-        latent_scale = latent_deviation(model, self._loader(split), world)
         shape = store.image_shape
         flat = torch.ones(shape[0], shape[1], shape[2] // 2 + 1)
         self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale)
@@ -191,15 +195,13 @@ def fit_gain(refiner: Refiner, decoder: Decoder, prior: Prior, store: Store) -> 
     return gains[radial_index(height, width).clamp(max=len(gains) - 1)][:, : width // 2 + 1]
 
 
-@torch.no_grad()
-def latent_deviation(model: GenerativeModel, loader: Loader, world: World) -> Tensor:
-    """Standard deviation (*latent_shape) of each dimension of a split's latents, float32 on the CPU."""
-    first = torch.zeros(model.latent_shape, dtype=torch.float64)
+def latent_deviation(latents: LatentArray) -> Tensor:
+    """Standard deviation (*latent_shape) of each dimension of the latents (N, *latent_shape), float32 on the CPU."""
+    first = torch.zeros(latents.shape[1:], dtype=torch.float64)
     second = torch.zeros_like(first)
-    for batch in loader.sequential():
-        means = model.encode(batch.image, batch.label).mean.double().cpu()
-        first, second = first + means.sum(0), second + means.square().sum(0)
-    first, second = world.sum(first) / loader.num_images, world.sum(second) / loader.num_images
+    for _, part in chunks(latents):
+        first, second = first + part.double().sum(0), second + part.double().square().sum(0)
+    first, second = first / len(latents), second / len(latents)
     return (second - first.square()).clamp_min(0.0).sqrt().float()
 
 

@@ -217,7 +217,8 @@ def test_two_processes_have_half_of_every_batch_each(project):
     model, _ = bundle.load_for(store, project.model)
 
     def files(rank, size):
-        task = refiner.RefinerTask(model, store, SMALL, World(rank, size, torch.device("cpu")))
+        world = World(rank, size, torch.device("cpu"))
+        task = refiner.RefinerTask(model, store, torch.ones(model.latent_shape), SMALL, world)
         return [task.inputs(position)[1] for position in range(task.num_batches + 1)]
 
     for whole, first, second in zip(files(0, 1), files(0, 2), files(1, 2), strict=True):
