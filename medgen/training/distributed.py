@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medgen.console import ERR
+from medgen.console import configure
 from medgen.errors import UserError
 from medgen.machine import signal_handler
 
@@ -133,7 +133,8 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, chosen)
         return
-    ERR.quiet |= rank > 0
+    if rank > 0:
+        configure(quiet=True)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
     try:
         yield World(rank, size, chosen)
