@@ -182,7 +182,7 @@ def evaluate(
     from medgen.evaluation import evaluate
 
     if model is None:
-        if _call(evaluate.run, params, overrides) is not None:
+        if not _launch("evaluate", params, overrides) and _call(evaluate.run, params, overrides) is not None:
             _call(registry.register_if_enabled, params, overrides)
     else:
         version, folder = _call(registry.fetch_for_evaluation, params, overrides, source=model)
