@@ -122,7 +122,8 @@ def work(command: Callable[[], None]) -> int:
         command()
     except SystemExit as stop:
         code = stop.code or 0
-    if isinstance(code, int) and code in JOINT_CODES:
+    launcher = multiprocessing.parent_process()
+    if isinstance(code, int) and code in JOINT_CODES and launcher is not None and launcher.is_alive():
         return code
     if code == UserError.exit_code and int(os.environ["LOCAL_RANK"]):
         time.sleep(SECONDS_FOR_MAIN)

@@ -55,7 +55,14 @@ def command(tiny_project):
         environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "MASTER_ADDR")}
         environment |= {"OMP_NUM_THREADS": "2", "STOP_SIGNAL": stop_signal}
         everything = [sys.executable, "main.py", "train", *arguments]
-        return subprocess.run(everything, cwd=tiny_project.root, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            everything,
+            cwd=tiny_project.root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores Ctrl-C
+        )
 
     return run
 
