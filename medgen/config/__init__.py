@@ -3,7 +3,7 @@
 params = load(Path("params.yaml"), ["train.batch_size=16"])
 """
 
-from medgen.config.base import Section, fingerprint, seed_of
+from medgen.config.base import Section, fingerprint, seed_of, without_credentials
 from medgen.config.compute import Compute
 from medgen.config.data import Data, Preprocess, Volume
 from medgen.config.evaluation import Evaluate, LocalNetwork
@@ -50,4 +50,5 @@ __all__ = [
     "set_at",
     "to_name",
     "unknown_name",
+    "without_credentials",
 ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -9,6 +10,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    SerializationInfo,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -18,6 +21,30 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+WITH_CREDENTIALS = {"credentials": True}  # context of a dump that is only used in this process
+SECRET_QUERY = re.compile(r"pass|pwd|token|secret|key|sig|credential", re.IGNORECASE)  # in the name of a query's value
+
+
+def without_credentials(url: str) -> str:
+    """The URL without user, password, and secrets in its query, for messages and records.
+
+    A password may contain any character, also those that must be escaped in a URL, so everything up to the last @ is
+    removed.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or rest.startswith("/"):  # a file
+        return url
+    host = rest.rpartition("@")[2]
+    address, mark, query = host.partition("?")
+    kept = [part for part in query.split("&") if part and not SECRET_QUERY.search(part.partition("=")[0])]
+    return f"{scheme}://{address}{mark if kept else ''}{'&'.join(kept)}"
+
+
+def _dump_url(url: str, info: SerializationInfo) -> str:
+    return url if info.context == WITH_CREDENTIALS else without_credentials(url)
+
+
+Url = Annotated[str, PlainSerializer(_dump_url)]  # a dump, such as for a record, has no credentials
 
 
 class Section(BaseModel):

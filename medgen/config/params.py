@@ -13,7 +13,7 @@ from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from medgen.config.base import FamilySection, Section
+from medgen.config.base import WITH_CREDENTIALS, FamilySection, Section
 from medgen.config.compute import Compute
 from medgen.config.data import Data, Preprocess
 from medgen.config.evaluation import Evaluate
@@ -84,7 +84,7 @@ def replace(params: Params, values: Mapping[str, Any], source: str) -> Params:
     Raises:
         UserError: a key is unknown or a value is invalid.
     """
-    tree = params.model_dump(mode="json")
+    tree = params.model_dump(mode="json", context=WITH_CREDENTIALS)
     for section, family in _families().items():
         if isinstance(name := values.get(f"{section}.name"), str):  # keys of the family before would be refused
             foreign = family.foreign_keys(name)

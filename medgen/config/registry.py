@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from medgen.config.base import Fraction, NonNegative, Positive, Section
+from medgen.config.base import Fraction, NonNegative, Positive, Section, Url
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_. -]*$"
 
@@ -13,7 +13,7 @@ MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_. -]*$"
 class Tracking(Section):
     """Recording of runs."""
 
-    uri: str = "sqlite:///mlflow.db"  # a relative sqlite path is in the project's folder
+    uri: Url = "sqlite:///mlflow.db"  # a relative sqlite path is in the project's folder
     experiment: str = "medgen"
     enabled: bool = True
     system_metrics: bool = True

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from medgen.config.base import Count, Fraction, Positive, Section
+from medgen.config.base import Count, Fraction, Positive, Section, Url
 
 
 class Searched(Section):
@@ -52,6 +52,6 @@ class Tune(Section):
     objective: str | None = None
     ssim_floor: Fraction | None = None  # least reconstruction/ssim of a winner; None: that of params.yaml
     pruner: Literal["median", "hyperband", "none"] = "median"  # by val/ssim (val/dice) after each epoch
-    storage: str = "optuna.journal"  # a file, relative to the project's folder, or postgresql://…
+    storage: Url = "optuna.journal"  # a file, relative to the project's folder, or postgresql://…
     seed: int = 0
     trial: TrialBudget = TrialBudget()

@@ -15,14 +15,14 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from PIL import Image
 
-from medgen.config import Project, Tracking
+from medgen.config import Project, Tracking, without_credentials
 from medgen.console import say
 from medgen.errors import UserError
 from medgen.models import MODELS
 from medgen.registry.artifacts import Artifacts
 from medgen.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
 from medgen.tracking.mlflow_descriptions import VIEW, VIEW_TAG
-from medgen.tracking.mlflow_sync import connect, store_uri, without_password
+from medgen.tracking.mlflow_sync import connect, store_uri
 
 SAMPLES = "samples.png"  # in the artifacts of a version or run
 FOLDER = "page"  # in a run's artifacts
@@ -54,7 +54,7 @@ def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> NoReturn:
     """
     uri = store_uri(project, tracking)
     if urlsplit(uri).scheme in ("http", "https"):
-        raise UserError(f"tracking.uri: {without_password(uri)} is a server with its own UI; open it in a browser")
+        raise UserError(f"tracking.uri: {without_credentials(uri)} is a server with its own UI; open it in a browser")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"--port {port}: already in use; choose another port")

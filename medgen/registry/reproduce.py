@@ -5,6 +5,7 @@ With `--run` all stages run again in a git worktree of their own, with the code,
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,16 +20,16 @@ from rich.table import Table
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from medgen.config import Params, Project, Registry, Tracking
+from medgen.config import Params, Project, Registry, Tracking, without_credentials
 from medgen.console import show, warn
-from medgen.errors import Refused, UserError
+from medgen.errors import Refused, UserError, printable
 from medgen.metrics.segmentation import update_old_keys
 from medgen.priors.generator import content_hash
 from medgen.registry.gates import DICE, MMD, SSIM
 from medgen.registry.model_package import PARAMS_FILE, result_sections
 from medgen.registry.origin import accept_commit, made_with_other_code
 from medgen.registry.versions import CONTENT_TAG, EVALUATED_ON, Version, download_version, find_version, mlflow_client
-from medgen.tracking.mlflow_sync import store_uri, without_password
+from medgen.tracking.mlflow_sync import store_uri
 
 MMD_INTERVAL = "generation/mmd_domain_ci_low", "generation/mmd_domain_ci_high"
 TOLERANCE = 0.01  # of SSIM and Dice: rounding on another machine changes the same training by less
@@ -107,6 +108,11 @@ def _commit(project: Project, version: Version) -> str:
     _git(project.root, "rev-parse", "--show-toplevel")  # raises if git is not installed or this is no repository
     if commit == "unknown":
         raise UserError(f"{version.uri}: its commit is unknown, because it was trained outside a git repository")
+    if not re.fullmatch("[0-9a-f]{40,64}", commit):
+        raise UserError(
+            f"{version.uri}: its tag git.commit is {commit[:80]!r}, so it was changed; expected 40 hexadecimal digits. "
+            "Set it to the commit of the training"
+        )
     try:
         _git(project.root, "cat-file", "-e", f"{commit}^{{commit}}")
     except UserError:
@@ -155,6 +161,7 @@ def _print_commands(
         lines.append("# trained with changes that are not in this commit: the result may differ")
     if (torch := version.tags.get("version.torch")) is not None:
         lines.append(f"# trained with torch {torch} on {version.tags.get('device', 'unknown')}")
+    lines = [printable(" ".join(line.split())) for line in lines]  # anyone may edit a tag: it must not end the comment
     lines += [
         f"git worktree add --detach {shlex.quote(tree)} {commit}",
         f"cd {shlex.quote(os.path.join(tree, folder).rstrip('/'))}",
@@ -162,13 +169,14 @@ def _print_commands(
     if data:
         lines += [
             f"dvc config --local cache.dir {shlex.quote(str(_dvc_cache(project)))}",
-            f"dvc checkout {data} || dvc pull {data}    # data md5 {version.tags.get('data.md5', 'unknown')}",
+            f"dvc checkout {shlex.quote(data)} || dvc pull {shlex.quote(data)}",
         ]
     if params is not None:
+        source = shlex.quote(f"{version.uri}/artifacts/{PARAMS_FILE}")
         lines += [
             "# its parameters differ from params.yaml in this commit",
-            f"export MLFLOW_TRACKING_URI={shlex.quote(without_password(store_uri(project, tracking)))}",
-            f"mlflow artifacts download --artifact-uri {version.uri}/artifacts/{PARAMS_FILE} --dst-path .",
+            f"export MLFLOW_TRACKING_URI={shlex.quote(without_credentials(store_uri(project, tracking)))}",
+            f"mlflow artifacts download --artifact-uri {source} --dst-path .",
             f"mv {PARAMS_FILE} params.yaml",
         ]
     lines += [

@@ -19,11 +19,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
-from medgen.config import Project, Tracking
+from medgen.config import Project, Tracking, without_credentials
 from medgen.console import warn
 from medgen.errors import UserError
 from medgen.io import write_atomic
@@ -81,7 +80,7 @@ class MlflowSync:
         self._client: MlflowClient | None = None
         self._params: dict[str, str] = {}  # those that MLflow has, which it never changes
         state = _read_state(scratch)
-        self._store = f"{without_password(store_uri(project, tracking))} {tracking.experiment}"
+        self._store = f"{without_credentials(store_uri(project, tracking))} {tracking.experiment}"
         same_store = state.get("store") == self._store
         self.run_id: str | None = state.get("run_id") if same_store else None
         self._offset: int = state.get("offset", 0) if same_store else 0
@@ -297,7 +296,7 @@ def store_error(project: Project, tracking: Tracking, error: Exception, conseque
 
     `consequence` says what was not done, and what to do next.
     """
-    uri = without_password(store_uri(project, tracking))
+    uri = without_credentials(store_uri(project, tracking))
     denial = ACCESS_ERRORS.get(getattr(error, "error_code", ""))
     if denial:
         return UserError(f"tracking.uri: {uri} {denial}")
@@ -447,12 +446,6 @@ def _read_state(scratch: Path) -> dict[str, Any]:
 def sqlite_path(uri: str) -> str | None:
     """The database file of an SQLite URI; None for other URIs."""
     return uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-
-
-def without_password(uri: str) -> str:
-    """The URI without its password, for messages and files."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.password else uri
 
 
 def summarize_error(error: Exception) -> str:

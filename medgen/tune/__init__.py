@@ -32,7 +32,7 @@ from medgen.models import MODELS
 from medgen.training import extractor, train
 from medgen.training.distributed import World
 from medgen.tune.figures import write_figures
-from medgen.tune.params_file import apply_best, write_best
+from medgen.tune.params_file import apply_best, read_without_credentials, write_best
 from medgen.tune.pool import WorkerPool, allocate_slots, interrupt_on_signals
 from medgen.tune.report import print_summary
 from medgen.tune.space import SECTIONS, build_space, check_weight_files, full_params, trial_params
@@ -79,7 +79,7 @@ def run(
     search = prepare(project, params, trials, timeout)
     full = prepare(project, params, 0, None, is_confirmation=True) if confirm else None
     with lock_reports(project):  # best.yaml is made from this copy, so later edits of the file do not matter
-        write_atomic(search.folder / file.name, file.read_bytes())
+        write_atomic(search.folder / file.name, read_without_credentials(file).encode())
     devices = [] if params.train.device == "cpu" else gpus()
     first = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))  # a log for each job of an array, not one for all
     slots = allocate_slots(workers or max(1, len(devices)), num_threads(), devices, first)

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from medgen.config import Params, load, replace
+from medgen.config import Params, load, replace, without_credentials
 from medgen.config.edit import Value, as_yaml, newline, set_value
 from medgen.errors import UserError
 from medgen.io import write_atomic
@@ -34,6 +34,15 @@ def write_best(study: Study, trial: FrozenTrial, params_file: Path, folder: Path
     return path
 
 
+def read_without_credentials(params_file: Path) -> str:
+    """The text of the params file, without users and passwords in its addresses: best.yaml is made from it."""
+    text, params = params_file.read_bytes().decode(), load(params_file)  # read_text would convert \r\n to \n
+    for key, url in (("tracking.uri", params.tracking.uri), ("tune.storage", params.tune.storage)):
+        if (public := without_credentials(url)) != url:
+            text = set_value(text, key, public)
+    return text
+
+
 def apply_best(study: Study, trial: FrozenTrial, params_file: Path) -> bool:
     """Write the trial's values into the params file; all other text stays the same.
 
@@ -55,7 +64,7 @@ def _insert_values(study: Study, trial: FrozenTrial, params_file: Path) -> str:
     source, values = trial_name(trial), study.values_of(trial)
     own = load(params_file)
     wanted = replace(own, values, source)
-    text = params_file.read_bytes().decode()  # read_text would convert \r\n to \n
+    text = params_file.read_bytes().decode()
     changes = {key: value for key, value in values.items() if not _has_value(own, key, value)}
     try:
         for key, value in changes.items():

@@ -15,7 +15,7 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.storages.journal import JournalFileBackend
 
-from medgen.config import Project
+from medgen.config import Project, without_credentials
 from medgen.errors import UserError
 
 POSTGRES = ("postgresql://", "postgresql+")
@@ -44,7 +44,7 @@ def open_storage(project: Project, storage: str) -> "Storage":
     if "://" in storage:
         raise UserError(
             f"tune.storage: {storage.partition('://')[0]}:// is not supported; expected a journal file, such as "
-            "optuna.journal, or postgresql://user:password@host/database (SQLite fails if processes create it at once)"
+            "optuna.journal, or postgresql://user@host/database (SQLite fails if processes create it at once)"
         )
     try:
         return JournalStorage(project.root / storage)
@@ -163,10 +163,9 @@ def storage_errors(storage: str) -> Iterator[None]:
     try:
         yield
     except STORAGE_ERRORS as error:
-        url = sqlalchemy.make_url(storage).render_as_string(hide_password=True)
         raise UserError(
-            f"tune.storage: {url} does not answer ({_first_line(error)}); start the database or correct the address, "
-            "then run the same command again; no trial is lost"
+            f"tune.storage: {without_credentials(storage)} does not answer ({_first_line(error)}); start the database "
+            "or correct the address, then run the same command again; no trial is lost"
         ) from None
 
 

@@ -87,6 +87,15 @@ def test_commands_check_out_the_commit_and_folder(project: Project, register: An
     assert len(commands) == 5
 
 
+def test_tags_cannot_add_commands(project: Project, register: Any, capsys: Any) -> None:
+    """Anyone with access to the registry may edit a tag, and the commands are made to be run."""
+    attack = "cpu\ntouch PWNED\x1b[2K"
+    reproduce(project, register(device=attack, version_torch=attack, data_md5="abc.dir", git_dirty=attack))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() and line.startswith("#") for line in lines if "PWNED" in line or "[2K" in line)
+    assert any("PWNED" in line for line in lines)
+
+
 @pytest.mark.parametrize("params", [PARAMS | {"tracking": {"experiment": "mine"}}, None])
 def test_parameters_are_not_downloaded_if_the_commit_gives_the_same_result(
     project: Project, register: Any, capsys: Any, params: dict[str, Any] | None
@@ -107,7 +116,8 @@ def test_parameters_that_the_commit_lacks_are_downloaded(project: Project, regis
     [
         ({"git_commit": "unknown"}, "its commit is unknown"),
         ({"git_commit": "0" * 40}, "this repository does not have its commit 0+; run `git fetch --all`"),
-        ({"git_commit": "--help"}, "this repository does not have its commit --help"),
+        ({"git_commit": "--help"}, "git.commit is '--help', so it was changed"),
+        ({"git_commit": "HEAD^{/L|$(>PWNED)}"}, r"git.commit is 'HEAD.*', so it was changed"),
     ],
 )
 def test_unknown_commit_is_an_error(project: Project, register: Any, tags: dict[str, str], message: str) -> None:

@@ -458,11 +458,6 @@ def test_store_uri(tmp_path, monkeypatch, uri, variable, expected):
     assert found == expected.format(root=tmp_path.resolve())
 
 
-def test_passwords_are_removed_from_uris():
-    assert mlflow_sync.without_password("https://me:secret@host:5000/x") == "https://host:5000/x"
-    assert mlflow_sync.without_password("sqlite:////abs/runs.db") == "sqlite:////abs/runs.db"
-
-
 @pytest.mark.slow
 def test_processes_can_create_a_store_at_the_same_time(tmp_path):
     """Without the lock, processes that create MLflow's tables at once fail and break the database."""
