@@ -11,6 +11,7 @@ from medgen.models import MODELS
 from medgen.models.bundle import BundleInfo
 from medgen.registry.artifacts import Artifacts
 from medgen.registry.mlflow_ui import describe_model
+from medgen.registry.verification import FILES_TAG, list_files
 from medgen.registry.versions import CONTENT_TAG, PARAMS_TAG
 from medgen.tracking import flatten
 from medgen.tracking.mlflow_descriptions import hash_tags
@@ -72,6 +73,7 @@ def create_version(
             # without a local part such as +cu128, which package indexes do not have
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
+        digest = list_files(Path(folder, "model"))
         client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -81,7 +83,10 @@ def create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source, tags = f"models:/{logged.model_id}", {**tags, PARAMS_TAG: fingerprint(*result_sections(params))}
+    source, tags = (
+        f"models:/{logged.model_id}",
+        {**tags, PARAMS_TAG: fingerprint(*result_sections(params)), FILES_TAG: digest},
+    )
     with mlflow_store(store_uri(project, params.tracking)):  # create_model_version looks here for the logged model
         return client.create_model_version(params.registry.model_name, source, run_id, tags, model_id=logged.model_id)
 

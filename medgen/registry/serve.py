@@ -16,7 +16,7 @@ from medgen.config import Project, Registry, Tracking
 from medgen.errors import UserError
 from medgen.machine import signal_handler
 from medgen.registry.model_package import PACKAGE
-from medgen.registry.versions import CHAMPION, Version, download_files, find_version, mlflow_client
+from medgen.registry.versions import CHAMPION, Version, download_checked, find_version, mlflow_client
 
 APP = PACKAGE / "serving" / "app.py"
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -46,7 +46,7 @@ def serve(
         with mlflow_client(project, tracking, "the model cannot be found: start the server first") as (client, _):
             version = find_version(client, registry.model_name, model or CHAMPION)
         with _temporary_folder() as folder:
-            files = download_files(version.uri, "", folder, project, tracking)
+            files = download_checked(version.uri, "", folder, project, tracking)
             _exec_app(version, files, folder, listener)
 
 

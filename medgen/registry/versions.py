@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgen.config import Project, Tracking
+from medgen.console import warn
 from medgen.errors import UserError
 from medgen.metrics.segmentation import update_old_keys
 from medgen.models import bundle
 from medgen.priors.refiner import save_disabled
+from medgen.registry.verification import FILES_TAG, HASHES, LIST, check_files
 from medgen.tracking.mlflow_sync import (
     REFUSALS,
     connect,
@@ -191,18 +193,39 @@ def download_version(uri: str, project: Project, tracking: Tracking) -> Path:
 
     Raises:
         NoSuchVersion: there is no such version.
-        UserError: the MLflow store does not answer.
+        UserError: the MLflow store does not answer, or a file is not the one that was registered.
     """
     folder = tempfile.mkdtemp(prefix="medgen-model-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    found = download_files(uri, "artifacts", Path(folder), project, tracking)
+    found = download_checked(uri, "artifacts", Path(folder), project, tracking)
     if not (found / "refiner").exists():
         save_disabled(found / "refiner", bundle.digest(found / "model"))
     return found
 
 
+def download_checked(uri: str, subfolder: str, folder: Path, project: Project, tracking: Tracking) -> Path:
+    """As `download_files`, and check the files against those that were registered.
+
+    Raises:
+        NoSuchVersion: there is no such version, or it has no such subfolder.
+        UserError: the MLflow store does not answer, or a file is not the one that was registered.
+    """
+    with mlflow_client(project, tracking, "the model cannot be downloaded: start the server first") as (client, _):
+        version = find_version(client, "", uri)
+    files = download_files(version.uri, subfolder, folder / "files", project, tracking)
+    digest = version.tags.get(FILES_TAG)
+    if digest is None:
+        warn(f"{version.uri}: its files were not checked: the medgen that registered it recorded no hashes")
+    else:
+        hashes = download_files(version.uri, HASHES, folder / HASHES, project, tracking)
+        check_files(files, subfolder, hashes / Path(LIST).name, digest, version.uri)
+    return files
+
+
 def download_files(uri: str, subfolder: str, folder: Path, project: Project, tracking: Tracking) -> Path:
     """Copy one subfolder of a registered version ("" for all of it) into `folder` and return its path there.
+
+    The files are not checked; `download_checked` does.
 
     Raises:
         NoSuchVersion: there is no such version, or it has no such subfolder.

@@ -30,7 +30,7 @@ from medgen.priors.generator import content_hash, load_generator
 from medgen.priors.refiner import save_disabled, save_refiner
 from medgen.registry.evaluations import download_evaluation
 from medgen.registry.model_package import PACKAGE
-from medgen.registry.versions import find_version
+from medgen.registry.versions import download_checked, find_version
 from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, Tracker, lineage
 from medgen.tracking.mlflow_sync import STATE_FILE, connect, store_uri
 
@@ -333,6 +333,9 @@ def test_find_model_downloads_a_version(project: Project) -> None:
 def test_version_registered_before_refiners_existed_has_none(project: Project, tmp_path: Path) -> None:
     (folder,) = (path.parent for path in (project.root / "mlartifacts").rglob("artifacts/refiner"))
     (folder / "refiner").rename(tmp_path / "refiner")
+    client, _ = connect(project, Tracking())
+    digest = client.get_model_version("medgen", "1").tags["medgen.files"]
+    client.delete_model_version_tag("medgen", "1", "medgen.files")  # nor did medgen record hashes then
     try:
         found = registry.find_model(project, tracking=Tracking(), source="models:/medgen/1")
         loaded = load_generator(found / "model", found / "prior", found / "refiner")
@@ -341,7 +344,44 @@ def test_version_registered_before_refiners_existed_has_none(project: Project, t
             project.model, project.prior, project.refiner
         )
     finally:
+        client.set_model_version_tag("medgen", "1", "medgen.files", digest)
         (tmp_path / "refiner").rename(folder / "refiner")
+
+
+def add_to_first_line(path: Path) -> None:
+    path.write_bytes(b"#" + path.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["artifacts/model/model.json", "artifacts/params.json", "hashes/files.json"])
+@pytest.mark.parametrize("change", [add_to_first_line, Path.unlink])
+def test_changed_files_of_a_version_are_refused(project: Project, name: str, change: Callable[[Path], object]) -> None:
+    (file,) = (project.root / "mlartifacts").rglob(name)
+    content = file.read_bytes()
+    change(file)
+    try:
+        with pytest.raises(
+            UserError, match=f"{name}.* in MLflow's store is not the file that was registered|no such v"
+        ):
+            registry.find_model(project, tracking=Tracking(), source="models:/medgen/1")
+    finally:
+        file.write_bytes(content)
+
+
+def test_changed_code_is_refused_and_code_that_was_added_is_not_used(project: Project, tmp_path: Path) -> None:
+    """`medgen serve` executes the version's code; torch.py beside it would be imported instead of torch."""
+    (code,) = (project.root / "mlartifacts").rglob("code/medgen/io.py")
+    content, added = code.read_bytes(), code.parent.parent / "torch.py"
+    added.write_text("raise SystemExit")
+    try:
+        found = download_checked("models:/medgen/1", "", tmp_path / "good", project, Tracking())
+        assert (found / "code/medgen/io.py").read_bytes() == content
+        assert not (found / "code/torch.py").exists()
+        add_to_first_line(code)
+        with pytest.raises(UserError, match=r"code/medgen/io\.py in MLflow's store is not the file"):
+            download_checked("models:/medgen/1", "", tmp_path / "bad", project, Tracking())
+    finally:
+        code.write_bytes(content)
+        added.unlink()
 
 
 def test_find_model_takes_folders(project: Project, tmp_path: Path) -> None:
