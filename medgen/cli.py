@@ -3,6 +3,7 @@
 Each command imports what it needs itself, so that `medgen --help` starts at once.
 """
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable
@@ -60,6 +61,12 @@ def main() -> None:
     except (UserError, NonFiniteError, TrainingInterrupted) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        advice = "Make space there, then run the same command again: finished work is kept"
+        print(f"error: {error.filename or 'the disk'}: cannot be written: {error.strerror}. {advice}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
 
 
 def _print_version(wanted: bool) -> None:

@@ -26,12 +26,12 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from medgen.config import Data, Evaluate, Loss, Project, Tracking, Train
+from medgen.config import Data, Evaluate, Loss, Project, Tracking, Train, without_credentials
 from medgen.console import show as print_table
 from medgen.data.s3 import is_s3
 from medgen.datasets.weights import list_weights
 from medgen.machine import num_cores
-from medgen.tracking.mlflow_sync import store_uri
+from medgen.tracking.mlflow_sync import check_database, store_uri
 
 WARN_MEMORY = 3e9  # bytes; the sample project needs about 2 GB
 WARN_DISK, MIN_DISK = 5e9, 1e9  # free bytes
@@ -231,6 +231,8 @@ def _check_tracking(project: Project, tracking: Tracking) -> Check:
         return _check_tracking_file(project.root / rest[1:])
     if scheme in ("http", "https"):
         return _check_tracking_server(uri, tracking.timeout_seconds)
+    if scheme.startswith("postgresql"):
+        return _check_tracking_database(uri, tracking.timeout_seconds)
     if not separator or scheme == "file":
         fix = "MLflow 3 stores runs in a database. Set tracking.uri to sqlite:///mlflow.db or to a server"
         return Check("tracking", "fail", f"{uri!r} is a folder", fix)
@@ -258,6 +260,17 @@ def _check_tracking_file(path: Path) -> Check:
         return Check("tracking", "ok", str(path))
     fix = "Move the file to another folder and run `medgen sync`"
     return Check("tracking", "fail", f"{path} is damaged: {status}", fix)
+
+
+def _check_tracking_database(uri: str, timeout: float) -> Check:
+    shown = without_credentials(uri)
+    try:
+        check_database(uri, timeout)
+    except ConnectionError as error:
+        reason = str(error).strip().splitlines()[0]
+        fix = "Start the database or change tracking.uri. Runs continue; `medgen sync` sends the missing records later"
+        return Check("tracking", "warn", f"{shown} does not answer: {reason}", fix)
+    return Check("tracking", "ok", shown)
 
 
 def _check_tracking_server(uri: str, timeout: float) -> Check:

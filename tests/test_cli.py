@@ -1,6 +1,8 @@
 """The command line: its commands and options, its errors, and its start without heavy imports."""
 
+import errno
 import json
+import re
 import subprocess
 import sys
 
@@ -202,6 +204,17 @@ def test_errors_become_exit_codes(monkeypatch, medgen, error, code):
     found, _, err = medgen("train")
     assert found == code
     assert err == f"error: {error}\n"
+
+
+def test_a_full_disk_is_one_message(monkeypatch, medgen):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "artifacts/model.building/model.safetensors")
+
+    monkeypatch.setattr(cli, "_call", fail)
+    found, _, err = medgen("train")
+    assert found == 2
+    expected = r"error: artifacts/model\.building/model\.safetensors: cannot be written: No space left on device\. .*\n"
+    assert re.fullmatch(expected, err)
 
 
 def test_a_defect_of_medgen_keeps_its_traceback(monkeypatch):

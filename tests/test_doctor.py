@@ -216,7 +216,7 @@ def test_tracking_file_missing_created_locked_and_damaged(project: Project, monk
 
 @pytest.mark.parametrize(
     ("uri", "level"),
-    [("sqlite:////no/such/folder/mlflow.db", "fail"), ("./mlruns", "fail"), ("postgresql://db/mlflow", "ok")],
+    [("sqlite:////no/such/folder/mlflow.db", "fail"), ("./mlruns", "fail"), ("mysql://db/mlflow", "ok")],
 )
 def test_other_tracking_stores(project: Project, uri: str, level: str) -> None:
     assert doctor._check_tracking(project, Tracking(uri=uri)).level == level
@@ -275,6 +275,13 @@ def test_tracking_server_with_a_private_certificate_authority(
     with serving(Health, ssl_context) as uri:
         result = doctor._check_tracking(project, Tracking(uri=uri))
     assert (result.level, found in result.found) == (level, True), result
+
+
+def test_unreachable_tracking_database_is_a_warning_without_its_password(project: Project) -> None:
+    pytest.importorskip("psycopg")
+    uri = "postgresql://alice:hunter2@127.0.0.1:1/mlflow"
+    result = doctor._check_tracking(project, Tracking(uri=uri, timeout_seconds=1))
+    assert result.level == "warn" and "does not answer" in result.found and "hunter2" not in result.found
 
 
 def test_unreachable_tracking_server_is_a_warning(project: Project) -> None:

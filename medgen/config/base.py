@@ -5,8 +5,10 @@ import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -44,7 +46,14 @@ def _dump_url(url: str, info: SerializationInfo) -> str:
     return url if info.context == WITH_CREDENTIALS else without_credentials(url)
 
 
-Url = Annotated[str, PlainSerializer(_dump_url)]  # a dump, such as for a record, has no credentials
+def _check_url(url: str) -> str:
+    urlsplit(url)  # raises ValueError, for example for http://[::1
+    return url
+
+
+Url = Annotated[
+    str, AfterValidator(_check_url), PlainSerializer(_dump_url)
+]  # a dump, such as for a record, has no credentials
 
 
 class Section(BaseModel):

@@ -18,6 +18,7 @@ from medgen.errors import UserError
 from medgen.models.bundle import BundleInfo
 from medgen.registry.artifacts import Artifacts
 from medgen.registry.evaluations import upload_evaluation
+from medgen.registry.measurements import new_measurement
 from medgen.registry.mlflow_ui import FOLDER, describe_run, describe_version, ui, write_preview
 from medgen.registry.model_package import create_version
 from medgen.registry.origin import is_known
@@ -74,7 +75,9 @@ def register(project: Project, *, params: Params) -> Version:
         version = max(same, key=lambda found: int(found.version), default=None)
         is_new = version is None
         if version is None:
-            tags = artifacts.lineage_tags(record) | artifacts.metric_tags() | {CONTENT_TAG: artifacts.content}
+            measured = artifacts.metric_tags()
+            tags = artifacts.lineage_tags(record) | measured | {CONTENT_TAG: artifacts.content}
+            tags |= new_measurement({}, measured)
             made_with = artifacts.params_made_with(params)
             version = create_version(client, artifacts, made_with, experiment, run_id, tags)
         elif not is_known(version.tags) and is_known(tags := artifacts.lineage_tags(record)):
@@ -177,6 +180,7 @@ def _update_version(client: "MlflowClient", version: "ModelVersion", artifacts: 
         upload_evaluation(client, version, artifacts.project)
     kept = {key: value for key, value in version.tags.items() if not key.startswith((*METRIC_GROUPS, "evaluated."))}
     tags = kept | measured
+    update_tags(client, version, new_measurement(version.tags, measured))  # first: a crash loses no earlier metrics
     text = describe_version(version.name, int(version.version), artifacts, tags)
     if not update_tags(client, version, tags) and version.description == text:
         return

@@ -2,9 +2,11 @@
 
 An entry is a tag `promotion.000001.KEY` of the registered model and a line of reports/promotions.jsonl. Only the holder
 of `promotion_lock` may write. Each entry has a KEY of its own, so that a process that lost the lock without knowing it
-overwrites no other entry.
+overwrites no other entry. Each entry contains the hash of all entries before it, so that a changed or deleted one is
+found (`find_changes`), except for the last, which only the file shows.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -12,20 +14,24 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from medgen.config import Project
 from medgen.errors import UserError, printable
+from medgen.registry.signatures import TRUSTED_KEYS, is_trusted, sign
 from medgen.registry.versions import get_registered_model
 from medgen.tracking.mlflow_sync import current_user
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+LEDGER = "promotions.jsonl"
+ADDED_FIELDS = {"previous": "", "signature": ""}  # that entries of an older medgen do not have
 CLAIM = "promoting."  # prefix of the tags that claim the lock
 ENTRY_KEY = re.compile(r"promotion\.(\d+)\.([0-9a-f]+)")
 MAX_WHO = 200  # characters
@@ -54,6 +60,8 @@ class Entry:
     forced: bool = False  # promoted although a gate failed
     metrics: dict[str, float] = field(default_factory=dict)  # of the new champion: the main metrics of the gates
     gates: list[str] = field(default_factory=list)  # names of the gates that failed
+    previous: str = ""  # hash of the entries before this one; "": written by an older medgen
+    signature: str = ""  # of the line without it; "": made without a key
 
     @property
     def line(self) -> str:
@@ -70,9 +78,9 @@ def read_entries(client: "MlflowClient", name: str) -> list[Entry]:
     tags, found = _tags(client, name), []
     for key in sorted(key for key in tags if ENTRY_KEY.fullmatch(key)):
         try:
-            values = json.loads(tags[key])
+            values = ADDED_FIELDS | json.loads(tags[key])
             found.append(Entry(**{known.name: values[known.name] for known in fields(Entry)}))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(
                 f"models:/{name}, tag {key}: not a valid ledger entry, so it was changed; set it to the line of "
                 "reports/promotions.jsonl with that key, or delete the tag"
@@ -94,8 +102,54 @@ def standing_champions(entries: Sequence[Entry]) -> list[int]:
 
 def append_entry(client: "MlflowClient", name: str, entry: Entry) -> None:
     """Add an entry to the registered model; the caller holds `promotion_lock`."""
-    numbers = [int(match[1]) for key in _tags(client, name) if (match := ENTRY_KEY.fullmatch(key))]
-    client.set_registered_model_tag(name, f"promotion.{max(numbers, default=0) + 1:06d}.{entry.key}", entry.line)
+    lines = _numbered_lines(client, name)
+    entry = replace(entry, previous=_hash(line for _, line in lines))
+    entry = replace(entry, signature=sign(entry.line))
+    number = max((number for number, _ in lines), default=0) + 1
+    client.set_registered_model_tag(name, f"promotion.{number:06d}.{entry.key}", entry.line)
+
+
+def find_changes(client: "MlflowClient", name: str, project: Project) -> list[str]:
+    """One line for each sign that entries were changed or deleted after they were written, or forged.
+
+    They are compared with reports/promotions.jsonl, which may lack entries that other machines wrote.
+    """
+    file = project.reports / LEDGER
+    lines, problems = _numbered_lines(client, name), []
+    entries = [ADDED_FIELDS | json.loads(line) for _, line in lines]
+    chained = signed = False
+    for (number, _), entry in zip(lines, entries, strict=True):
+        before = [line for earlier, line in lines if earlier < number]
+        if entry["previous"] != (_hash(before) if chained or entry["previous"] else ""):
+            problems.append(f"entry {number} does not follow from those before it: one was changed or deleted")
+        chained = chained or bool(entry["previous"])
+        signature = entry["signature"]
+        unsigned = json.dumps({**entry, "signature": ""}, sort_keys=True, ensure_ascii=False)
+        must_be_signed = signed or signature or number == lines[-1][0]
+        if must_be_signed and not is_trusted(project, unsigned, signature):
+            problems.append(f"entry {number} has no signature by a key of {TRUSTED_KEYS}")
+        signed = signed or bool(signature)  # a signed entry contains the hash of those before it
+    in_registry = {entry["key"]: entry for entry in entries}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            copy = ADDED_FIELDS | json.loads(line)
+            key, model, time_of_copy = copy["key"], copy["model"], copy["time"]
+        except (ValueError, TypeError, KeyError):  # cut short by a power failure
+            continue
+        if model == name and in_registry.get(key) != copy:
+            state = "differs from" if key in in_registry else "is missing, but is in"
+            problems.append(f"the entry of {time_of_copy} in the registry {state} {file.name}: {line}")
+    return problems
+
+
+def _numbered_lines(client: "MlflowClient", name: str) -> list[tuple[int, str]]:
+    """Number and text of all entries, in the order in which they were written."""
+    tags = _tags(client, name)
+    return [(int(match[1]), tags[key]) for key in sorted(tags) if (match := ENTRY_KEY.fullmatch(key))]
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def append_to_file(client: "MlflowClient", name: str, file: Path) -> None:

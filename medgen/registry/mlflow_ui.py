@@ -20,9 +20,9 @@ from medgen.console import say
 from medgen.errors import UserError
 from medgen.models import MODELS
 from medgen.registry.artifacts import Artifacts
-from medgen.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
+from medgen.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, mlflow_client
 from medgen.tracking.mlflow_descriptions import VIEW, VIEW_TAG
-from medgen.tracking.mlflow_sync import connect, store_uri
+from medgen.tracking.mlflow_sync import store_uri
 
 SAMPLES = "samples.png"  # in the artifacts of a version or run
 FOLDER = "page"  # in a run's artifacts
@@ -50,7 +50,7 @@ def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> NoReturn:
     """Start MLflow's web UI on this project's store at 127.0.0.1:`port`; the server replaces this process.
 
     Raises:
-        UserError: the store is a server with its own UI, or the port is in use.
+        UserError: the store is a server with its own UI, or does not answer, or the port is in use.
     """
     uri = store_uri(project, tracking)
     if urlsplit(uri).scheme in ("http", "https"):
@@ -58,13 +58,15 @@ def ui(project: Project, *, tracking: Tracking, port: int = 5000) -> NoReturn:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"--port {port}: already in use; choose another port")
-    client, experiment = connect(project, tracking)  # creates the store of a new project
-    has_view = VIEW_TAG in client.get_experiment(experiment).tags
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    with mlflow_client(project, tracking, "start it first") as (client, experiment):  # creates a new project's store
+        has_view = VIEW_TAG in client.get_experiment(experiment).tags
+    command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--artifacts-destination", str(project.root / "mlartifacts")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    # Every account of the machine can read a command, and the address may contain a password.
     # Without the job runner the server has 2 processes instead of 15.
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = os.environ | settings
     # Without workflowType MLflow opens the view for language models.
     address = f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
     if has_view:

@@ -11,7 +11,8 @@ from medgen.models import MODELS
 from medgen.models.bundle import BundleInfo
 from medgen.registry.artifacts import Artifacts
 from medgen.registry.mlflow_ui import describe_model
-from medgen.registry.verification import FILES_TAG, list_files
+from medgen.registry.signatures import SIGNATURE_TAG, sign
+from medgen.registry.verification import FILES_TAG, list_files, signed_text
 from medgen.registry.versions import CONTENT_TAG, PARAMS_TAG
 from medgen.tracking import flatten
 from medgen.tracking.mlflow_descriptions import hash_tags
@@ -83,10 +84,10 @@ def create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source, tags = (
-        f"models:/{logged.model_id}",
-        {**tags, PARAMS_TAG: fingerprint(*result_sections(params)), FILES_TAG: digest},
-    )
+    tags = {**tags, PARAMS_TAG: fingerprint(*result_sections(params)), FILES_TAG: digest}
+    if signature := sign(signed_text(params.registry.model_name, digest)):
+        tags[SIGNATURE_TAG] = signature
+    source = f"models:/{logged.model_id}"
     with mlflow_store(store_uri(project, params.tracking)):  # create_model_version looks here for the logged model
         return client.create_model_version(params.registry.model_name, source, run_id, tags, model_id=logged.model_id)
 

@@ -30,7 +30,8 @@ from medgen.registry.gates import (
     check_gates,
     of_different_datasets,
 )
-from medgen.registry.ledger import MAX_WHY, Entry
+from medgen.registry.ledger import LEDGER, MAX_WHY, Entry
+from medgen.registry.measurements import measurements, replaced_metrics
 from medgen.registry.mlflow_ui import describe_model, escape
 from medgen.registry.origin import accept_commit, how_to_commit
 from medgen.registry.versions import (
@@ -51,7 +52,6 @@ from medgen.tracking.mlflow_descriptions import hash_tags, is_replaceable
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-LEDGER = "promotions.jsonl"
 NUM_DESCRIBED = 10  # last changes in the registered model's description
 MAIN_METRICS = {SSIM: "ssim", MMD: "mmd", COPIES: "copies", DICE: "dice"}  # metric -> heading
 UNCHANGED = "nothing was changed: start the server first"
@@ -154,6 +154,7 @@ def history(
 
     Raises:
         UserError: nothing is registered, no version was trained on that dataset, or the MLflow store does not answer.
+        Refused: after all is printed, if an entry of the record was changed or deleted.
     """
     name = registry.model_name
     with mlflow_client(project, tracking, "its history cannot be read: start the server first") as (client, _):
@@ -164,6 +165,7 @@ def history(
                 f"registered model with --set registry.model_name=NAME. {list_registered(client)}"
             )
         aliases, changes = get_aliases(client, name), ledger.read_entries(client, name)
+        problems = ledger.find_changes(client, name, project)
     if dataset is not None:
         versions = [version for version in versions if _was_trained_on(version, dataset)]
         if not versions:
@@ -178,11 +180,15 @@ def history(
         "aliases": aliases,
         "versions": [_to_dict(version, aliases) for version in versions],
         "promotions": [asdict(change) for change in changes],
+        "problems": problems,
     }
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         _print_versions(versions, aliases)
+        for version in versions:
+            if replaced := replaced_metrics(version, MAIN_METRICS):
+                say(printable(replaced))
         _print_changes(changes)
         if dataset is None and changes and aliases.get(CHAMPION) != changes[-1].after:
             say(
@@ -190,6 +196,8 @@ def history(
                 f"{changes[-1].after}: that change was interrupted, or the alias was moved by other means. "
                 "Run `medgen promote --version N` to put a champion on record."
             )
+    if problems:
+        raise Refused(printable(f"models:/{name}: its record of promotions was changed: {'; '.join(problems)}"))
     return found
 
 
@@ -343,6 +351,7 @@ def _to_dict(version: Version, aliases: Mapping[str, int]) -> dict[str, Any]:
         "data_md5": version.tags.get("data.md5", "unknown"),
         "params": version.tags.get("params.fingerprint", "unknown"),
         "metrics": dict(sorted(version.metrics.items())),
+        "measurements": measurements(version),
     }
 
 

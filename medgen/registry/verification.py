@@ -24,6 +24,11 @@ def list_files(folder: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def signed_text(name: str, digest: str) -> str:
+    """What a version's signature is of: the registered model's name and the value of FILES_TAG."""
+    return json.dumps({"model": name, "files": digest})
+
+
 def check_files(folder: Path, subfolder: str, listed: Path, digest: str, uri: str) -> None:
     """Check a downloaded version, or one subfolder of it, against its list of files.
 

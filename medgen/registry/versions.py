@@ -17,7 +17,8 @@ from medgen.errors import UserError
 from medgen.metrics.segmentation import update_old_keys
 from medgen.models import bundle
 from medgen.priors.refiner import save_disabled
-from medgen.registry.verification import FILES_TAG, HASHES, LIST, check_files
+from medgen.registry.signatures import KEY_VARIABLE, SIGNATURE_TAG, TRUSTED_KEYS, is_trusted
+from medgen.registry.verification import FILES_TAG, HASHES, LIST, check_files, signed_text
 from medgen.tracking.mlflow_sync import (
     REFUSALS,
     connect,
@@ -180,7 +181,7 @@ def mlflow_client(project: Project, tracking: Tracking, consequence: str) -> Ite
 
     try:
         yield connect(project, tracking)
-    except (MlflowException, RequestException) as error:
+    except (MlflowException, RequestException, ConnectionError) as error:
         if isinstance(error, MlflowException) and error.error_code in REFUSALS:
             raise UserError(f"MLflow refused: {summarize_error(error)}") from error
         raise store_error(project, tracking, error, consequence) from error
@@ -213,7 +214,12 @@ def download_checked(uri: str, subfolder: str, folder: Path, project: Project, t
     with mlflow_client(project, tracking, "the model cannot be downloaded: start the server first") as (client, _):
         version = find_version(client, "", uri)
     files = download_files(version.uri, subfolder, folder / "files", project, tracking)
-    digest = version.tags.get(FILES_TAG)
+    digest, signature = version.tags.get(FILES_TAG), version.tags.get(SIGNATURE_TAG, "")
+    if not is_trusted(project, signed_text(version.name, digest or ""), signature):
+        raise UserError(
+            f"{version.uri}: no signature by a key of {TRUSTED_KEYS}, so it is not used. Add the key of "
+            f"whoever registered it, or delete the version in MLflow and register the model with {KEY_VARIABLE} set"
+        )
     if digest is None:
         warn(f"{version.uri}: its files were not checked: the medgen that registered it recorded no hashes")
     else:

@@ -268,8 +268,9 @@ class MlflowSync:
     def _read_file(self, event: Event) -> bytes:
         """The content of an image or artifact as it was recorded."""
         path, expected = self._scratch / str(event["path"]), str(event["sha256"])
-        content = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != expected:
+        is_inside = path.resolve().is_relative_to(self._project.home.resolve())  # a record may come from elsewhere
+        content = path.read_bytes() if is_inside and path.is_file() else b""
+        if not is_inside or hashlib.sha256(content).hexdigest() != expected:
             raise _ChangedFileError(f"{os.path.relpath(path)} ({expected[:8]})")
         return content
 
@@ -350,13 +351,15 @@ def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:
     """A client and the ID of the experiment; creates the store and the experiment on first use.
 
     Raises:
-        mlflow.exceptions.MlflowException: the store does not answer.
+        ConnectionError, mlflow.exceptions.MlflowException: the store does not answer.
     """
     load_mlflow(tracking)
     from mlflow.tracking import MlflowClient
 
     uri = store_uri(project, tracking)
     path = sqlite_path(uri)
+    if uri.startswith("postgresql"):
+        check_database(uri, tracking.timeout_seconds)
     if path is None:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, None)
@@ -365,6 +368,25 @@ def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:
     with FileLock(f"{path}.lock", timeout=120):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, (project.home / "mlartifacts").resolve().as_uri())
+
+
+def check_database(uri: str, seconds: float) -> None:
+    """Connect to a database once: MLflow would try for two minutes.
+
+    Raises:
+        ConnectionError: it does not answer within `seconds`, or its driver is not installed.
+    """
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(
+            uri, poolclass=sqlalchemy.pool.NullPool, connect_args={"connect_timeout": math.ceil(seconds)}
+        )
+        engine.connect().close()
+    except ModuleNotFoundError as error:
+        raise ConnectionError(f"{error.name} is not installed; run `uv sync --extra postgres`") from None
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise ConnectionError(str(getattr(error, "orig", error))) from None
 
 
 def _find_by_id(client: "MlflowClient", experiment: str, identity: str) -> "Run | None":

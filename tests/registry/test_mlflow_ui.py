@@ -4,7 +4,9 @@ import html
 import json
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -361,3 +363,16 @@ def test_mlflow_shows_the_name_and_final_metrics_at_step_0(store: Tracking, tmp_
     assert run.info.run_name == "seed=1 (cccccc)"
     steps = {name: [point.step for point in client.get_metric_history(run_id, name)] for name in run.data.metrics}
     assert steps == {"val/ssim": [40], "generation/kid_domain": [0], "refiner/val_loss": [0]}
+
+
+def test_ui_shows_no_password_in_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every account of the machine can read the commands of running processes."""
+    uri = "postgresql://alice:hunter2@host/mlflow"
+    called: list[Any] = []
+    experiment = SimpleNamespace(get_experiment=lambda _: SimpleNamespace(tags={}))
+    monkeypatch.setattr(mlflow_ui, "mlflow_client", lambda *_: nullcontext((experiment, "1")))
+    monkeypatch.setattr(mlflow_ui.os, "execve", lambda *arguments: called.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    mlflow_ui.ui(Project(tmp_path), tracking=Tracking(uri=uri), port=0)
+    ((_, command, environment),) = called
+    assert "hunter2" not in " ".join(command) and environment["MLFLOW_BACKEND_STORE_URI"] == uri

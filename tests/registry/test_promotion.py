@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -673,6 +674,77 @@ def test_alias_moved_by_other_means_can_be_put_on_record(register: Register, cap
     capsys.readouterr()
     register.history()
     assert "The champion is version" not in capsys.readouterr().out
+
+
+def change_reason(client: Any, name: str, key: str, line: str) -> None:
+    client.set_registered_model_tag(name, key, line.replace("all gates passed", "approved by the board"))
+
+
+def delete_entry(client: Any, name: str, key: str, line: str) -> None:
+    client.delete_registered_model_tag(name, key)
+
+
+@pytest.mark.parametrize("change", [change_reason, delete_entry])
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("has_file", [True, False])
+def test_changed_and_deleted_entries_are_found(
+    project: Project, register: Register, capsys: Any, change: Any, number: int, has_file: bool
+) -> None:
+    """Without the file of this machine only the last entry can be changed unseen."""
+    for _ in range(3):
+        register.champion()
+    if not has_file:
+        (project.reports / "promotions.jsonl").unlink()
+    register.history()
+    tags = register.client.get_registered_model(register.name).tags
+    (key,) = (key for key in tags if key.startswith(f"promotion.{number:06d}."))
+    change(register.client, register.name, key, tags[key])
+    capsys.readouterr()
+    if number == 3 and not has_file:
+        register.history()
+        return
+    with pytest.raises(Refused, match="its record of promotions was changed") as refused:
+        register.history()
+    assert "Changes of the champion" in capsys.readouterr().out
+    assert ("in the registry" in str(refused.value)) == has_file
+    register.rollback()  # the record can be continued, and its next entry does not hide the change
+    with pytest.raises(Refused, match="its record of promotions was changed"):
+        register.history(as_json=True)
+
+
+def test_promotions_without_a_trusted_signature_are_reported(
+    project: Project, register: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those before the first signed one are covered by its hash of them."""
+    key = tmp_path / "signing.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True, capture_output=True)
+    command = ["openssl", "pkey", "-in", str(key), "-pubout"]
+    public = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[1]
+    register.champion()
+    monkeypatch.setenv("MEDGEN_SIGNING_KEY", str(key))
+    register.champion()
+    trusted = project.root / "trusted_keys.txt"
+    trusted.write_text(public)
+    try:
+        register.history()
+        monkeypatch.delenv("MEDGEN_SIGNING_KEY")
+        register.champion()
+        with pytest.raises(Refused, match=r"entry 3 has no signature by a key of trusted_keys\.txt"):
+            register.history()
+    finally:
+        trusted.unlink()
+
+
+def test_entries_of_an_older_medgen_are_no_change(register: Register) -> None:
+    register.champion()
+    tags = register.client.get_registered_model(register.name).tags
+    (key,) = (key for key in tags if key.startswith("promotion."))
+    values = json.loads(tags[key])
+    del values["previous"]
+    register.client.set_registered_model_tag(register.name, key, json.dumps(values))
+    (register.project.reports / "promotions.jsonl").unlink()
+    register.champion()
+    register.history()
 
 
 @pytest.mark.parametrize("text", ['{"bro', "[]", '{"key": "0"}'])

@@ -30,6 +30,7 @@ from medgen.priors.generator import content_hash, load_generator
 from medgen.priors.refiner import save_disabled, save_refiner
 from medgen.registry.evaluations import download_evaluation
 from medgen.registry.model_package import PACKAGE
+from medgen.registry.promotion import history
 from medgen.registry.versions import download_checked, find_version
 from medgen.tracking import PRIOR_ORIGIN, REFINER_ORIGIN, Tracker, lineage
 from medgen.tracking.mlflow_sync import STATE_FILE, connect, store_uri
@@ -168,6 +169,24 @@ def test_new_metrics_without_an_evaluation_remove_the_earlier_one(project: Proje
         version = find_version(client, "medgen", 1)
         assert version.metrics["reconstruction/ssim"] == 0.5
         assert "evaluated.values" not in version.tags
+    finally:
+        for name, text in reports.items():
+            (project.reports / name).write_text(text)
+        registry.register(project, params=Params())
+
+
+def test_earlier_metrics_of_a_version_are_kept(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever changes metrics.json together with its hash replaces the metrics of a registered version."""
+    reports = {name: (project.reports / name).read_text() for name in ("metrics.json", "provenance.json")}
+    try:
+        (project.reports / "metrics.json").write_text('{"reconstruction/ssim": 0.999}')
+        provenance = json.loads(reports["provenance.json"]) | {"metrics": hash_file(project.reports / "metrics.json")}
+        (project.reports / "provenance.json").write_text(json.dumps(provenance))
+        registry.register(project, params=Params())
+        found = history(project, tracking=Tracking(), registry=Registry())
+        values = [entry["reconstruction/ssim"] for entry in found["versions"][0]["measurements"]]
+        assert values[0] == "0.875" and values[-1] == "0.999"
+        assert "was measured again: reconstruction/ssim 0.875, then" in capsys.readouterr().out
     finally:
         for name, text in reports.items():
             (project.reports / name).write_text(text)
@@ -382,6 +401,16 @@ def test_changed_code_is_refused_and_code_that_was_added_is_not_used(project: Pr
     finally:
         code.write_bytes(content)
         added.unlink()
+
+
+def test_version_without_a_trusted_signature_is_not_used(project: Project, tmp_path: Path) -> None:
+    trusted = project.root / "trusted_keys.txt"
+    trusted.write_text("MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=\n")
+    try:
+        with pytest.raises(UserError, match=r"models:/medgen/1: no signature by a key of trusted_keys\.txt"):
+            registry.find_model(project, tracking=Tracking(), source="models:/medgen/1")
+    finally:
+        trusted.unlink()
 
 
 def test_find_model_takes_folders(project: Project, tmp_path: Path) -> None:

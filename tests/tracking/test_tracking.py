@@ -1,7 +1,9 @@
 """A run's record: no event is lost or repeated, and training never waits for MLflow."""
 
+import hashlib
 import json
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -248,6 +250,22 @@ def test_a_run_keeps_each_content_once_and_only_the_latest_of_a_file(project, sc
         Image.new("L", (8, 8)).save(scratch / "epoch_0001.png")
         tracker.image("samples", scratch / "epoch_0001.png", step=1)
     assert len(files_of(scratch)) == 2
+
+
+def test_a_record_sends_no_file_from_outside_the_project(project, scratch, tmp_path_factory, capsys):
+    """A record that came from elsewhere may name any file of this machine, also with its right hash."""
+    record_reports(scratch, project, 100)
+    secret = tmp_path_factory.mktemp("home") / "secret.txt"
+    secret.write_text("secret")
+    digest = hashlib.sha256(b"secret").hexdigest()
+    for path in (str(secret), os.path.relpath(secret, scratch)):
+        event = {"kind": "artifact", "time": 1.0, "key": f"stolen/{len(path)}.txt", "folder": "stolen", "path": path}
+        with (scratch / HISTORY).open("a") as file:
+            file.write(json.dumps(event | {"sha256": digest}) + "\n")
+    sync(project, Tracking())
+    client, run_id = mlflow_run(project, scratch)
+    assert not client.list_artifacts(run_id, "stolen") and client.list_artifacts(run_id, "reports")
+    assert "2 recorded files" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_record_of_an_earlier_version_is_sent_only_with_the_file_it_describes(project, scratch, capsys):

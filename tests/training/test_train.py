@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -474,11 +475,24 @@ def test_an_empty_val_split_is_refused_with_the_key_to_turn(tmp_path):
         run(project)
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(tiny_project, finished):
+@pytest.mark.parametrize("where", [0, 100, 0.5, -1])
+def test_a_damaged_checkpoint_is_refused_by_name(tiny_project, finished, where):
+    """One bit differs, at the start, in the header, in the weights or at the end."""
+    scratch = tiny_project.runs / finished[1].name
+    shutil.copytree(finished[1], scratch)
+    content = bytearray((scratch / "checkpoint.pt").read_bytes())
+    content[int(where * len(content)) if isinstance(where, float) else where] ^= 1
+    (scratch / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint\.pt: damaged checkpoint .* remove the file"):
+        run(tiny_project)
+
+
+def test_the_checkpoint_of_another_run_is_refused(tiny_project, finished):
     scratch = tiny_project.runs / finished[1].name
     scratch.mkdir(parents=True)
-    (scratch / "checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    with pytest.raises(UserError, match=r"checkpoint\.pt"):
+    checkpoint.save(tiny_project.runs / "0123456789ab", {"counters": {}})
+    shutil.copy(tiny_project.runs / "0123456789ab" / "checkpoint.pt", scratch)
+    with pytest.raises(UserError, match=rf"the checkpoint of run 0123456789ab; expected one of {scratch.name}"):
         run(tiny_project)
 
 
