@@ -1,11 +1,15 @@
 """preprocess converts a folder to the dataset store, with the same bytes for any number of threads."""
 
+import gzip
 import os
 import shutil
+import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -104,6 +108,22 @@ def test_an_unreadable_file_is_listed_and_the_run_continues(tmp_path: Path, caps
     assert "rejected 1" in output
     assert "rejected.csv" in output
     assert f"train {dataset.counts['train']} (A " in output
+
+
+def test_a_small_file_of_a_quarter_billion_slices_is_one_reason(tmp_path: Path) -> None:
+    make(tmp_path / "data")
+    header = bytearray(nibabel.Nifti2Image(np.zeros((1, 1, 1), np.uint8), np.eye(4)).to_bytes()[:544])
+    header[16:48] = struct.pack("<4q", 3, 1, 1, 1 << 28)
+    bomb = gzip.compress(bytes(header)) + gzip.compress(bytes(1 << 22)) * 64
+    (tmp_path / "data" / "A" / "bomb.nii.gz").write_bytes(bomb)
+    assert len(bomb) < 300_000
+    tracemalloc.start()
+    dataset = run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rejected_files(dataset) == {"A/bomb.nii.gz": "axial slices: images of 1 x 1; expected at least 4 x 4"}
+    assert sum(dataset.counts.values()) == 40
+    assert peak < 64 << 20
 
 
 def test_too_many_unreadable_files_stop_the_run(tmp_path: Path) -> None:

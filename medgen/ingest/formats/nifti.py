@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.ingest.formats.raw import MAX_PIXELS, Contents, ImageFile, LeftOutImage, RawImage, UnreadableImage
+from medgen.ingest.formats.raw import Contents, ImageFile, LeftOutImage, RawImage, UnreadableImage, check_size
 from medgen.ingest.formats.streams import (
     LoadOnce,
     copy_to_mmap,
@@ -35,6 +35,8 @@ from medgen.ingest.formats.streams import (
 
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # indices into X Y Z
 _MAX_VOXELS = 1 << 28  # of a frame: 512 x 512 x 1024, a long CT
+_MAX_SLICES = 32_767  # the longest side that NIfTI-1 can hold
+_MAX_RESIZED = 8 * _MAX_VOXELS  # pixels of all slices after resizing to square pixels
 _MAX_VOXELS_IN_MEMORY = 1 << 25  # 320 x 320 x 320
 _NUM_SAMPLES = 1 << 21  # voxels from which the window is computed
 _PAIR = re.compile(r"(.+)\.(hdr|img)((?:\.gz)?)", re.IGNORECASE)
@@ -251,10 +253,15 @@ def _check(parsed: Any, voxels_path: Path, preprocess: Preprocess, mask: bool) -
         orientation,
         cast(tuple[float, float, float], tuple(float(size) for size in _nibabel().affines.voxel_sizes(affine))),
     )
-    width, height = header.slice_size(_AXES[preprocess.volume.axis])
-    if width * height > MAX_PIXELS:
+    axis = _AXES[preprocess.volume.axis]
+    width, height = header.slice_size(axis)
+    num_slices = header.num_slices(axis)
+    check_size(width, height, f"{preprocess.volume.axis} slices: ")
+    if num_slices > _MAX_SLICES:
+        raise UnreadableImage(f"{num_slices} slices; expected at most {_MAX_SLICES}")
+    if num_slices * width * height > _MAX_RESIZED:
         raise UnreadableImage(
-            f"a slice of {width} x {height} square pixels, more than {MAX_PIXELS // 10**6} megapixels"
+            f"{num_slices} slices of {width} x {height} square pixels; expected at most {_MAX_RESIZED >> 20} megapixels"
         )
     return header
 
