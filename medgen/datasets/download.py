@@ -1,6 +1,6 @@
 """Download of one file: resumed after interruptions, checked, and moved to its final name only when complete.
 
-download_file("https://example.org/set.npz", folder / "set.npz", "md5:28209eda62fecd6e6a2d98b1501bb15f")
+download_file("https://example.org/set.npz", folder / "set.npz", "md5:28209eda62fecd6e6a2d98b1501bb15f", 4_000_000)
 """
 
 import hashlib
@@ -13,11 +13,12 @@ import urllib.error
 import urllib.request
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
+from urllib.parse import urlsplit
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from medgen.console import ERR, note
+from medgen.console import ERR
 from medgen.errors import UserError
 
 _CHUNK = 1 << 20
@@ -35,7 +36,7 @@ def cache_folder(kind: str) -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "medgen" / kind
 
 
-def download_file(url: str, destination: Path, checksum: str | None) -> Path:
+def download_file(url: str, destination: Path, checksum: str | None, size: int) -> Path:
     """Download a file to `destination`, resume a broken download, and check the file before it gets its name.
 
     The bytes are in `<destination>.part` until the checksum matches. A finished file is checked, not downloaded.
@@ -43,11 +44,12 @@ def download_file(url: str, destination: Path, checksum: str | None) -> Path:
     Args:
         url: http or https.
         destination: the file to write; its folder is created.
-        checksum: SHA-256 in hexadecimal digits or their beginning, "md5:" and an MD5, or None if the publisher gives
-            none: then the SHA-256 of the download is printed.
+        checksum: SHA-256 in hexadecimal digits or their beginning, "md5:" and an MD5, or None if none is known.
+        size: about how many bytes the file has; more than twice as many are refused.
 
     Raises:
-        UserError: unreachable, not found, refused, checksum mismatch, disk full, or `destination` is another file.
+        UserError: unreachable, not found, refused, redirected from https to http, too large, checksum mismatch, disk
+            full, or `destination` is another file.
     """
     if not url.startswith(("https://", "http://")):
         raise UserError(f"{url}: expected an address that starts with https://")
@@ -59,7 +61,7 @@ def download_file(url: str, destination: Path, checksum: str | None) -> Path:
     for attempt in range(NUM_ATTEMPTS):
         try:
             is_resumed = part.exists() and part.stat().st_size > 0
-            _transfer(url, part)
+            _transfer(url, part, 2 * size)
             mismatch = _checksum_mismatch(part, checksum)
         except OSError as error:
             raise UserError(
@@ -74,8 +76,6 @@ def download_file(url: str, destination: Path, checksum: str | None) -> Path:
             continue
         if mismatch is None:
             os.replace(part, destination)
-            if checksum is None:
-                _print_checksum(destination)
             return destination
         part.unlink()
         problem = mismatch
@@ -107,25 +107,44 @@ class _TemporaryError(Exception):
         self.wait = wait
 
 
-def _transfer(url: str, part: Path) -> None:
-    """Append the missing bytes of the file to `part`, in one attempt."""
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects to http and https only, and from https to https only."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        """The request of the new address."""
+        allowed = ("https",) if req.type == "https" else ("http", "https")
+        if urlsplit(newurl).scheme not in allowed:
+            raise UserError(f"{req.full_url}: redirected to {newurl}; expected an address that starts with https://")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _transfer(url: str, part: Path, limit: int) -> None:
+    """Append the missing bytes of the file, which has at most `limit`, to `part`, in one attempt."""
     start = part.stat().st_size if part.exists() else 0
     part.parent.mkdir(parents=True, exist_ok=True)
     request = urllib.request.Request(url, headers={"User-Agent": "medgen", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+        with urllib.request.build_opener(_Redirects).open(request, timeout=_TIMEOUT) as response:
             if response.status != http.client.PARTIAL_CONTENT:
                 start = 0  # the server sends the complete file
             elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 part.unlink()
                 raise _TemporaryError(f"the server sent a range that does not start at byte {start}")
-            length = response.headers.get("Content-Length")
-            total = start + int(length) if length else None
+            total = None if response.length is None else start + response.length
+            if total is not None and total > limit:
+                part.unlink(missing_ok=True)
+                raise _too_large(url, limit, part)
             _require_space(part, (total or start) - start)
-            with part.open("ab" if start else "wb") as file:
-                received = start + _copy(response, file, start, total, part.stem)
+            try:
+                with part.open("ab" if start else "wb") as file:
+                    received = start + _copy(response, file, start, total, limit, part)
+            except UserError:
+                part.unlink()
+                raise
     except urllib.error.HTTPError as error:
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and start:
             return _check_complete(part, start, error)
@@ -133,24 +152,38 @@ def _transfer(url: str, part: Path) -> None:
     except _NETWORK_ERRORS as error:
         reason = getattr(error, "reason", None) or error
         raise _TemporaryError(f"not reachable or interrupted: {reason or type(error).__name__}") from None
+    except (ValueError, OverflowError) as error:  # such as a redirect to http://[::1
+        raise UserError(f"{url}: the server's answer is not valid: {error}") from None
     else:
         if total is not None and received < total:
             raise _TemporaryError(f"interrupted at {received} of {total} bytes")
 
 
-def _copy(response: http.client.HTTPResponse, file: BinaryIO, start: int, total: int | None, name: str) -> int:
+def _copy(
+    response: http.client.HTTPResponse, file: BinaryIO, start: int, total: int | None, limit: int, part: Path
+) -> int:
     """Write a response to a file, show a progress bar, and return the number of bytes."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     received = 0
     with Progress("{task.description}", *columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
-        task = progress.add_task(name, total=total, completed=start)
+        task = progress.add_task(part.stem, total=total, completed=start)
         while chunk := response.read(_CHUNK):
-            file.write(chunk)
             received += len(chunk)
+            if start + received > limit:
+                raise _too_large(response.url, limit, part)
+            _require_space(part, 0)
+            file.write(chunk)
             progress.update(task, completed=start + received)
         file.flush()
         os.fsync(file.fileno())
     return received
+
+
+def _too_large(url: str, limit: int, part: Path) -> UserError:
+    return UserError(
+        f"{url}: larger than {limit / 1e6:.1f} MB, twice the size that is known. The server holds another file; "
+        f"{_get_elsewhere(part.with_name(part.stem))}"
+    )
 
 
 def _check_complete(part: Path, size: int, error: urllib.error.HTTPError) -> None:
@@ -177,11 +210,11 @@ def _get_elsewhere(destination: Path) -> str:
 def _retry_after(error: urllib.error.HTTPError) -> float | None:
     """Seconds from a Retry-After header, which holds seconds or a date; None without one."""
     value = error.headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isdecimal():
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -209,7 +242,3 @@ def _checksum_mismatch(path: Path, checksum: str | None) -> str | None:
 def _digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def _print_checksum(path: Path) -> None:
-    note(f"{path.name}: the publisher gives no checksum; SHA-256 of the download: {_digest(path, 'sha256')}")

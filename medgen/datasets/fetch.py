@@ -7,6 +7,9 @@ Downloads are cached in ~/.cache/medgen/datasets/NAME, or in $MEDGEN_DATASETS/NA
 NAME/download/   files as published; a file that the user puts there counts as downloaded
 NAME/ready/      unpacked and reorganized; it exists only when it is complete
 NAME/kagglehub/  cache of kagglehub, unless $KAGGLEHUB_CACHE names another folder
+
+Where the publisher gives no checksum, the first download's SHA-256 is recorded in the project's downloads.json, and
+later downloads must match it.
 """
 
 import os
@@ -14,7 +17,10 @@ import shutil
 import time
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from medgen import config
 from medgen.config import Project
@@ -23,8 +29,9 @@ from medgen.datasets import archives, download, import_data
 from medgen.datasets.catalog import Dataset, Kaggle, Manual, Web, WebFile, find
 from medgen.datasets.reorganize import reorganize
 from medgen.errors import UserError
-from medgen.io import swap
+from medgen.io import hash_file, swap, to_json, write_atomic
 
+CHECKSUMS = "downloads.json"  # in the project: SHA-256 of the files whose publisher gives no checksum
 SPARE = 256 << 20  # bytes to leave free on the disk
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -67,10 +74,16 @@ def _get(project: Project, name: str, dataset: Dataset, folder: Path) -> Path:
         _require_space(project, name, dataset, folder)
         if isinstance(source, Kaggle) and not has_files:
             return _images_folder(_download_from_kaggle(name, source, folder), source)
+        recorded = _recorded_checksums(project)
+        new: dict[str, str] = {}
         if isinstance(source, Web):
             for file in source.files:
-                _download(file, folder / "download")
+                checksum = recorded.get(file.url) if file.md5 is None else f"md5:{file.md5}"
+                path = _download(file, folder / "download", checksum, dataset.size)
+                if checksum is None:
+                    new[file.url] = hash_file(path)
         _make_ready(name, folder)
+        _record_checksums(project, recorded, new)
     return _images_folder(ready, source)
 
 
@@ -124,16 +137,36 @@ def _make_ready(name: str, folder: Path) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _download(file: WebFile, folder: Path) -> None:
-    checksum = None if file.md5 is None else f"md5:{file.md5}"
+def _download(file: WebFile, folder: Path, checksum: str | None, size: int) -> Path:
     urls = (file.url, *file.mirrors)
-    for url in urls:
-        try:
-            download.download_file(url, folder / file.name, checksum)
-            return
-        except UserError:
-            if url == urls[-1]:
-                raise
+    for url in urls[:-1]:
+        with suppress(UserError):
+            return download.download_file(url, folder / file.name, checksum, size)
+    return download.download_file(urls[-1], folder / file.name, checksum, size)
+
+
+def _record_checksums(project: Project, recorded: dict[str, str], new: dict[str, str]) -> None:
+    for url, digest in new.items():
+        note(
+            f"{url}: the publisher gives no checksum; SHA-256 of the download: {digest}. It is now in {CHECKSUMS}, and "
+            "later fetches expect it: compare it with a colleague's, and commit the file"
+        )
+    if new:
+        write_atomic(project.root / CHECKSUMS, to_json(recorded | new))
+
+
+def _recorded_checksums(project: Project) -> dict[str, str]:
+    """SHA-256 by address of the files downloaded before whose publisher gives no checksum."""
+    path = project.root / CHECKSUMS
+    if not path.exists():
+        return {}
+    try:
+        return TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path}: cannot be read; expected a JSON object of addresses and SHA-256. Restore it with git, or remove "
+            "it: the next fetch then records the checksums anew"
+        ) from None
 
 
 def _download_from_kaggle(name: str, source: Kaggle, folder: Path) -> Path:

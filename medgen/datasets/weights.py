@@ -93,7 +93,7 @@ def fetch_weights(name: str, base_url: str | None = None) -> Path:
     """
     weight, path = _find(name)
     url = f"{base_url.rstrip('/')}/{weight.file_name}" if base_url else weight.url
-    download_file(url, path, weight.sha256)
+    download_file(url, path, weight.sha256, weight.size)
     say(f"{name}: {path}")
     return path
 

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import io
+import json
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -49,7 +51,7 @@ def fetch(project: Project, name: str) -> int:
 def set_files(monkeypatch: pytest.MonkeyPatch, name: str, *files: WebFile) -> None:
     """Replace the source of a dataset by other web files."""
     source = Web(page="https://example.org", files=files)
-    monkeypatch.setitem(DATASETS, name, DATASETS[name].model_copy(update={"source": source, "size": 1000}))
+    monkeypatch.setitem(DATASETS, name, DATASETS[name].model_copy(update={"source": source, "size": 100_000}))
 
 
 def serve(server: Any, monkeypatch: pytest.MonkeyPatch, name: str, **files: bytes) -> None:
@@ -170,8 +172,34 @@ def test_html_page_instead_of_an_archive_is_refused(
     serve(server, monkeypatch, "openist", **{"master.zip": b"<html>log in to the hospital's network</html>"})
     with pytest.raises(UserError, match=r"master\.zip: damaged or incomplete.*Remove it"):
         fetch(project, "openist")
-    assert "gives no checksum" in capsys.readouterr().err
+    assert "gives no checksum" not in capsys.readouterr().err  # this page's is not recorded
     assert files_in(project.root) == []
+
+
+def test_a_file_without_a_checksum_must_stay_the_first_one(
+    server: Any, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = zip_of(**{f"Chest_x-ray/1-{number}.{end}": png() for number in range(2) for end in ("jpg", "png")})
+    serve(server, monkeypatch, "openist", **{"master.zip": first})
+    cache = cache_folder("datasets") / "openist"
+    monkeypatch.setattr(fetch_module.import_data, "import_folder", lambda *_, **__: 2)
+    monkeypatch.setattr(fetch_module, "reorganize", lambda *_: None)
+    fetch(project, "openist")
+    digest = hashlib.sha256(first).hexdigest()
+    assert digest in capsys.readouterr().err
+    assert json.loads((project.root / "downloads.json").read_text()) == {f"{server.address}/master.zip": digest}
+
+    shutil.rmtree(cache)
+    fetch(project, "openist")
+    assert "gives no checksum" not in capsys.readouterr().err
+    shutil.rmtree(cache)
+    server.files["master.zip"] = zip_of(other=png())
+    with pytest.raises(UserError, match=f"checksum mismatch: expected SHA-256 {digest[:12]}"):
+        fetch(project, "openist")
+    for content in ("[]", '{"a": 1}', "{", "\0"):
+        (project.root / "downloads.json").write_text(content)
+        with pytest.raises(UserError, match=r"downloads\.json: cannot be read.*Restore it with git"):
+            fetch(project, "openist")
 
 
 def test_untracked_data_is_found_before_the_download(
@@ -358,7 +386,7 @@ def kaggle(server: Any, project: Project, monkeypatch: pytest.MonkeyPatch) -> Ca
 
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.LOCAL, server.address)
-    entry = DATASETS["chest-xray-pneumonia"].model_copy(update={"size": 1000})
+    entry = DATASETS["chest-xray-pneumonia"].model_copy(update={"size": 100_000})
     monkeypatch.setitem(DATASETS, "chest-xray-pneumonia", entry)
     images = ("train/NORMAL/IM-0115-0001.png", "test/PNEUMONIA/person1_virus_6.png")
     members = {
