@@ -207,11 +207,17 @@ def _copy(source: Path, listing: ScanResult, folder: Path) -> None:
 
 
 def _add_salt(source: Path, listing: ScanResult, folder: Path, building: Path) -> None:
-    """Keep an existing salt, so that patients keep their pseudonyms; create one for DICOM files."""
-    kept = next((place for place in (folder, source) if patients.has_salt(place)), None)
-    if kept is not None:
-        shutil.copyfile(kept / patients.SALT_FILE, building / patients.SALT_FILE)
-    elif any(images.file_kind(source / path) == "dicom" for path in {record.path for record in listing.records}):
+    """Keep the project's salt, so that patients keep their pseudonyms; create one for patient identifiers.
+
+    A salt in `source` is not used: whoever packed the images knows it.
+    """
+    if patients.has_salt(source):
+        note(f"{source / patients.SALT_FILE}: not imported; to keep its pseudonyms, copy it to {folder} yourself")
+    if patients.has_salt(folder):
+        shutil.copyfile(folder / patients.SALT_FILE, building / patients.SALT_FILE)
+    elif listing.has_patient_ids or any(
+        images.file_kind(source / record.path) == "dicom" for record in listing.records
+    ):
         patients.write_salt(building)
 
 

@@ -52,12 +52,14 @@ class ScanResult:
     records: list[ImageRecord]  # sorted by path and index
     other_files: list[tuple[str, str]]  # path, and the reason why it is neither an image nor a mask
     companions: list[str]  # files that belong to an image file: labels, or the voxels of a header
-    has_patient_ids: bool = False  # at least one file contains its patient's identifier
+    has_patient_ids: bool = False  # manifest.csv or a file contains an identifier of a patient
     has_salt: bool = False  # the folder has a salt of its own
 
 
 def scan(folder: Folder, data: config.Data, preprocess: config.Preprocess) -> ScanResult:
     """List the images of a folder. Files of a single image are not opened if their name shows their format.
+
+    Pseudonyms of a folder with patient identifiers but without a salt are different in each call.
 
     Raises:
         UserError: there are no images, manifest.csv or .salt is wrong, a path leads out of the folder, or its bucket
@@ -77,7 +79,6 @@ def scan(folder: Folder, data: config.Data, preprocess: config.Preprocess) -> Sc
             other_files.append((path, reason))
     files.discard(MANIFEST)
     with local_files(folder, (MANIFEST, patients.SALT_FILE)) as root:
-        patient_ids = _PatientIds(root, data)
         rows, has_salt = read_manifest(root, files), patients.has_salt(root)
     other_files = [(path, reason) for path, reason in other_files if path not in (rows or ())]  # listed: use it
     inspected, not_images, companions = _inspect_files(folder, files, rows or {}, preprocess)
@@ -86,6 +87,10 @@ def scan(folder: Folder, data: config.Data, preprocess: config.Preprocess) -> Sc
     if not pairs.images:
         raise _no_images(folder, other_files)
 
+    has_patient_ids = any(row.patient for row in (rows or {}).values())
+    has_patient_ids = has_patient_ids or any(contents.patient for contents in inspected.values())
+    with local_files(folder, (patients.SALT_FILE,)) as root:
+        patient_ids = _PatientIds(root, data, has_patient_ids)
     labeler = PathLabeler(pairs.images, {folder_of(path) for path in files})
     records: list[ImageRecord] = []
     for path in sorted(pairs.images):
@@ -106,7 +111,6 @@ def scan(folder: Folder, data: config.Data, preprocess: config.Preprocess) -> Sc
                     patient_known=is_known,
                 )
             )
-    has_patient_ids = any(contents.patient for contents in inspected.values())
     return ScanResult(records, sorted(other_files), sorted(companions), has_patient_ids, has_salt)
 
 
@@ -167,9 +171,9 @@ def _item(values: Sequence[str | None] | None, at: int) -> str | None:
 class _PatientIds:
     """The patient of each image, as a pseudonym unless data.keep_patient_ids is set."""
 
-    def __init__(self, folder: Path, data: config.Data) -> None:
+    def __init__(self, folder: Path, data: config.Data, has_patient_ids: bool) -> None:
         self._pattern = patients.compile_pattern(data.patient_pattern)
-        self._salt = None if data.keep_patient_ids else patients.read_salt(folder)
+        self._salt = None if data.keep_patient_ids else patients.find_salt(folder, has_patient_ids)
 
     def find(self, path: str, contents: Contents, row: ManifestRow, labels: PathLabels) -> str | None:
         """The patient's identifier of a file; None if nothing names the patient."""

@@ -1,9 +1,11 @@
 """Find patient identifiers in file and folder names, and replace them by pseudonyms.
 
-pseudonymize(read_salt(Path("data")), "person17")     # 16 hexadecimal digits
+pseudonymize(find_salt(Path("data"), has_patient_ids=True), "MRN7734501")     # 16 hexadecimal digits
 
-A dataset's `.salt` file is a secret that makes its pseudonyms impossible to guess. Without it a fixed salt is used:
-anyone who knows a hospital's numbering of patients can then compute all pseudonyms and compare.
+A dataset's `.salt` file is a secret that makes its pseudonyms impossible to guess: without it, anyone who knows a
+hospital's numbering of patients could compute all pseudonyms and compare. A dataset with patient identifiers in
+manifest.csv or DICOM headers always gets one. Names of files and folders are in the store anyway, so datasets without
+other identifiers have none: their pseudonyms, and so their splits, are the same on every machine.
 """
 
 import hmac
@@ -15,7 +17,7 @@ from medgen.errors import UserError
 from medgen.io import write_atomic
 
 SALT_FILE = ".salt"
-_NO_SALT = b"medgen: this dataset has no salt of its own"
+_FOR_FILE_NAMES = b"medgen: this dataset has no salt of its own"  # no secret: only for names that the store lists
 _SALT_BYTES = 32
 
 # Patient names in published datasets; the first match is used.
@@ -58,29 +60,45 @@ def has_salt(folder: Path) -> bool:
     return (folder / SALT_FILE).is_file()
 
 
-def read_salt(folder: Path) -> bytes:
-    """The dataset's salt, or the fixed one.
+def find_salt(folder: Path, has_patient_ids: bool) -> bytes:
+    """The dataset's salt; without one a random salt, or a fixed one if only file names tell the patient.
 
     Raises:
-        UserError: the file does not contain a salt.
+        UserError: the file cannot be read, or does not contain a salt.
     """
-    if not has_salt(folder):
-        return _NO_SALT
-    with (folder / SALT_FILE).open("rb") as file:
-        text = file.read(4 * _SALT_BYTES).strip()
+    path = folder / SALT_FILE
+    try:
+        with path.open("rb") as file:
+            text = file.read(4 * _SALT_BYTES).strip()
+    except FileNotFoundError:
+        return secrets.token_bytes(_SALT_BYTES) if has_patient_ids else _FOR_FILE_NAMES
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make the file readable") from None
     if not re.fullmatch(rb"[0-9a-f]{%d}" % (2 * _SALT_BYTES), text):
         raise UserError(
-            f"{folder / SALT_FILE}: not a salt; expected {2 * _SALT_BYTES} hexadecimal digits. "
+            f"{path}: not a salt; expected {2 * _SALT_BYTES} hexadecimal digits. "
             "Restore it (`dvc checkout`), or remove it: patients then get other pseudonyms"
         )
     return bytes.fromhex(text.decode())
 
 
 def write_salt(folder: Path) -> None:
-    """Create the dataset's salt. An existing salt is kept, because a new one would change all pseudonyms."""
-    if not has_salt(folder):
+    """Create the dataset's salt. An existing salt is kept, because a new one would change all pseudonyms.
+
+    Raises:
+        UserError: the folder is not writable.
+    """
+    if has_salt(folder):
+        return
+    try:
         write_atomic(folder / SALT_FILE, f"{secrets.token_hex(_SALT_BYTES)}\n".encode())
         (folder / SALT_FILE).chmod(0o600)
+    except OSError as error:
+        raise UserError(
+            f"{folder / SALT_FILE}: cannot be written ({error.strerror}); expected to store the secret salt of the "
+            "patients' pseudonyms there. Make the folder writable for the first run, or copy the images with "
+            "`medgen data import`"
+        ) from None
 
 
 def compile_pattern(patient_pattern: str | None) -> re.Pattern[str] | None:

@@ -47,13 +47,24 @@ def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -
     """
     folder = data_folder(project.root, data.path)
     scanned = dataset_scan.scan(folder, data, preprocess)
+    if scanned.has_patient_ids and not data.keep_patient_ids and not scanned.has_salt:
+        if not isinstance(folder, Path):
+            raise UserError(
+                f"{folder.url}: has patient identifiers, but no {patients.SALT_FILE}, the secret of their pseudonyms; "
+                f"expected one there. Make it with `openssl rand -hex 32 > {patients.SALT_FILE}` and upload it"
+            )
+        patients.write_salt(folder)
+        note(
+            escaped(
+                f"{folder / patients.SALT_FILE}: new secret salt of the patients' pseudonyms; keep it with the data"
+            )
+        )
+        scanned = dataset_scan.scan(folder, data, preprocess)
     if data.splits == "own":
         scanned = replace(scanned, records=[replace(record, split=None) for record in scanned.records])
     current = _open_if_current(project, data, scanned, preprocess)
     state = "unchanged"
     if current is None:
-        if scanned.has_patient_ids and not data.keep_patient_ids and not scanned.has_salt:
-            warn(escaped(f"{folder}: patient identifiers are hashed with a public salt; see docs/data.md, Patients"))
         _check_disk_space(project, len(scanned.records), preprocess)
         try:
             current, state = _build(project, data, scanned, preprocess), "written"

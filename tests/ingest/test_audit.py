@@ -19,7 +19,7 @@ from medgen.datasets.sample import render
 from medgen.errors import UserError
 from medgen.ingest.audit import run
 from medgen.ingest.audit_page import SEVERITIES
-from medgen.ingest.patients import pseudonymize, read_salt
+from medgen.ingest.patients import find_salt, pseudonymize
 
 Shared = Callable[[str], Path]
 
@@ -68,7 +68,9 @@ def test_planted_problems_are_found(planted: Path) -> None:
     assert exact == {("person0_1", "person50_1"), ("person1_1", "person51_1")}
     assert [group["names"] for group in found["near"]] == [["test/B/person52_1.jpg", "train/A/person2_1.png"]]
     assert [group["labels"] for group in found["conflicts"]] == [["A", "B"]]
-    assert [leak["patient"] for leak in found["parted"]] == [pseudonymize(read_salt(planted / "data"), "person3")]
+    assert [leak["patient"] for leak in found["parted"]] == [
+        pseudonymize(find_salt(planted / "data", False), "person3")
+    ]
     assert found["blank"] == ["train/B/person53_1.png"]
     assert "train/B/person54_1.png" in found["outliers"]
     assert found["unreadable"] == [{"path": "train/B/person55_1.png", "reason": "empty file"}]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from medgen.errors import UserError
-from medgen.ingest.patients import has_salt, pseudonymize, read_salt, write_salt
+from medgen.ingest.patients import find_salt, has_salt, pseudonymize, write_salt
 
 
 def reference_hmac(key: bytes, message: bytes) -> str:
@@ -27,20 +27,22 @@ def test_any_text_has_a_pseudonym() -> None:
     assert len({pseudonymize(b"salt", text) for text in ("", "\0", "\udcff", "x" * 100_000)}) == 4
 
 
-def test_datasets_without_a_salt_share_the_fixed_one(tmp_path: Path) -> None:
+def test_only_file_names_go_without_a_salt(tmp_path: Path) -> None:
+    """The store lists file names anyway, and their pseudonyms decide splits that are the same on every machine."""
     assert not has_salt(tmp_path)
-    assert read_salt(tmp_path) == read_salt(tmp_path / "elsewhere")
+    assert find_salt(tmp_path, False) == find_salt(tmp_path / "elsewhere", False)
+    assert len({find_salt(tmp_path, True) for _ in range(3)} | {find_salt(tmp_path, False)}) == 4
 
 
 def test_each_dataset_gets_a_different_salt_and_keeps_it(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     write_salt(tmp_path / "a")
     write_salt(tmp_path / "b")
-    first = read_salt(tmp_path / "a")
+    first = find_salt(tmp_path / "a", True)
     write_salt(tmp_path / "a")
     assert has_salt(tmp_path / "a")
-    assert read_salt(tmp_path / "a") == first
-    assert len({first, read_salt(tmp_path / "b"), read_salt(tmp_path)}) == 3
+    assert find_salt(tmp_path / "a", True) == first
+    assert len({first, find_salt(tmp_path / "b", True), find_salt(tmp_path, False)}) == 3
     assert len(first) == 32
     assert [file.name for file in (tmp_path / "a").iterdir()] == [".salt"]
 
@@ -49,4 +51,13 @@ def test_each_dataset_gets_a_different_salt_and_keeps_it(tmp_path: Path) -> None
 def test_an_invalid_salt_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".salt").write_bytes(content)
     with pytest.raises(UserError, match=r"\.salt: not a salt; expected 64 hexadecimal digits"):
-        read_salt(tmp_path)
+        find_salt(tmp_path, True)
+
+
+def test_a_salt_that_cannot_be_read_or_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / ".salt").mkdir()  # cannot be opened, by root neither
+    with pytest.raises(UserError, match=r"\.salt: cannot be read \(Is a directory\); make the file readable"):
+        find_salt(tmp_path, True)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"\.salt: cannot be written .*Make the folder writable for the first run"):
+        write_salt(tmp_path / "file")

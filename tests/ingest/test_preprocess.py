@@ -19,7 +19,7 @@ from medgen.config import Project
 from medgen.data import store
 from medgen.errors import UserError
 from medgen.ingest import reading
-from medgen.ingest.patients import pseudonymize, read_salt
+from medgen.ingest.patients import find_salt, pseudonymize
 from medgen.ingest.preprocess import run
 from medgen.io import hash_file
 
@@ -71,7 +71,9 @@ def test_rows_match_their_files(tmp_path: Path) -> None:
             expected = cv2.resize(cv2.createCLAHE(2.0, (8, 8)).apply(grey), (16, 16), interpolation=cv2.INTER_AREA)
             assert (image[0] == expected).all(), row["path"]
             assert dataset.classes[label] == row["label"] == row["path"][0]
-            assert row["patient"] == pseudonymize(read_salt(tmp_path / "data"), Path(row["path"]).name.split("_")[0])
+            assert row["patient"] == pseudonymize(
+                find_salt(tmp_path / "data", False), Path(row["path"]).name.split("_")[0]
+            )
             assert row["index"] == "0"
             assert (row["width"], row["height"]) == (str(grey.shape[1]), str(grey.shape[0]))
             assert row["sha256"] == hash_file(tmp_path / "data" / row["path"])
