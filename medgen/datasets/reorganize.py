@@ -43,7 +43,7 @@ def _reorganize_openist(folder: Path) -> None:
 
 def _reorganize_nlm(folder: Path) -> None:
     """Montgomery and Shenzhen: X-rays to images/; the masks of left and right lung joined into one in masks/."""
-    name = re.compile(r"(?P<patient>(?:MCU|CHN)CXR_\d{4})_(?P<label>[01])\.png")
+    name = re.compile(r"(?:MCU|CHN)CXR_\d{4}_(?P<label>[01])\.png")
     images: dict[str, Path] = {}
     masks: dict[str, list[Path]] = {}
     for path in _files(folder):
@@ -58,7 +58,9 @@ def _reorganize_nlm(folder: Path) -> None:
             _move(path, new / "images" / file)
             if file in masks:
                 _join_masks(masks[file], new / "masks" / file)
-            rows.append((f"images/{file}", ("normal", "tuberculosis")[int(match["label"])], match["patient"], ""))
+            rows.append(
+                (f"images/{file}", ("normal", "tuberculosis")[int(match["label"])], "", "")
+            )  # patient: the name
 
 
 def _reorganize_pets(folder: Path) -> None:
