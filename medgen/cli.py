@@ -207,7 +207,7 @@ def generate(
     label: Annotated[
         str | None, typer.Option(help="Class name or index. Default: all classes, as often as in the train split.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random draws.")] = 0,
     interpolate: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="A B", help="Interpolate from image file A to image file B in latent space instead."),
@@ -396,7 +396,7 @@ def sync(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 def sample(
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="Seed of the drawn patients.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the drawn patients.")] = 0,
     n: Annotated[int, typer.Option("--n", min=3, help="Number of images.")] = 480,
 ) -> None:
     """Draw the sample dataset: procedural chest X-rays in three classes."""

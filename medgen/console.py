@@ -5,16 +5,30 @@ Commands print with `say`, `show` and `warn`; library code logs to `logging.getL
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from medgen.errors import UserError
+from medgen.errors import UserError, printable
+
+
+class LiteralConsole(Console):
+    """Console that shows text literally, as names may come from users: no markup, no control characters."""
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, stderr=stderr, quiet=quiet)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text of messages, and of the cells and titles of tables."""
+        return super().render_str(printable(text), **options)
+
 
 LOG = logging.getLogger("medgen")
 LOG.addHandler(logging.NullHandler())  # without a handler, Python prints warnings a second time
-OUT = Console(highlight=False, markup=False, emoji=False)
-ERR = Console(highlight=False, markup=False, emoji=False, stderr=True)
+OUT = LiteralConsole()
+ERR = LiteralConsole(stderr=True)
 
 
 def configure(verbose: bool = False, quiet: bool = False, log_file: Path | None = None) -> None:
@@ -72,5 +86,5 @@ def warn(text: str) -> None:
 
 def counting_bar(console: Console = ERR) -> Progress:
     """Progress bar of a known number of items, with the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)

@@ -112,7 +112,7 @@ def read_description(folder: Path, name: str, command: str) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run `{command}` (or `dvc repro`) first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); run `{command}` again") from None
     if not isinstance(description, dict):
         raise UserError(f"{path}: expected a JSON object; run `{command}` again")
@@ -145,5 +145,12 @@ def parsing(path: Path, command: str) -> Iterator[None]:
     """Turn errors of wrong or missing values in a file into a UserError that names the command that writes it."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # ValidationError is a ValueError
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # ValidationError is a ValueError
         raise UserError(f"{path}: incomplete or damaged ({error}); run `{command}` again") from None

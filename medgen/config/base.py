@@ -22,7 +22,11 @@ from pydantic import (
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+# upper bounds are far above use; they keep a mistyped number from filling the memory
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=1 << 16)]  # channels or dimensions
+Depth = Annotated[int, Field(ge=1, le=256)]  # layers
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 WITH_CREDENTIALS = {"credentials": True}  # context of a dump that is only used in this process
 SECRET_QUERY = re.compile(r"pass|pwd|token|secret|key|sig|credential", re.IGNORECASE)  # in the name of a query's value
 

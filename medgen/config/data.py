@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from medgen.config.base import Count, Fraction, NonNegative, Section
+from medgen.config.base import Count, Fraction, NonNegative, Section, Seed
 
 GreyLevel = Annotated[int, Field(ge=0, le=65535)]
 Percentile = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -51,14 +51,14 @@ class Preprocess(Section):
     volume: Volume = Volume()
     fit: Literal["pad", "squash"] = "pad"  # keep the aspect ratio with black borders, or stretch
     clahe_clip: NonNegative = 2.0  # contrast limit of CLAHE; 0 disables it
-    clahe_tiles: Count = 8  # CLAHE uses tiles x tiles regions
+    clahe_tiles: Annotated[int, Field(ge=1, le=256)] = 8  # CLAHE uses tiles x tiles regions
     # grey value of each class in the mask files, class 0 first, such as [0, 85, 170, 255]; None: binary masks
     mask_values: Annotated[tuple[GreyLevel, ...], Field(min_length=2, max_length=256)] | None = None
     reduced_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 if the output is that much smaller
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.2  # if the dataset has no split of its own
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05  # stop if a larger fraction of images is unreadable
-    seed: int = 0
+    seed: Seed = 0
     # Dask cluster that reads the images, such as tcp://10.0.0.5:8786; None: threads of this machine. It does not change
     # the result, and is in no hash and no file
     scheduler: Annotated[str, Field(pattern=r"^(tcp|tls)://\S+:\d+$")] | None = Field(default=None, exclude=True)

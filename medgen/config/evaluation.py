@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from medgen.config.base import Count, Positive, Section
+from medgen.config.base import Count, Positive, Section, Seed, Width
 
 
 class LocalNetwork(Section):
@@ -13,7 +13,7 @@ class LocalNetwork(Section):
     path: str  # relative to the project's folder
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     architecture: Literal["resnet18", "resnet34", "resnet50", "densenet121", "torchscript"]
-    image_size: Count = 224  # images are resized to this side
+    image_size: Width = 224  # images are resized to this side
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of its training images, in [0, 1]
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
@@ -23,7 +23,7 @@ class Evaluate(Section):
 
     num_generated: Count = 2000  # comparisons of models need many samples
     batch_size: Count = 64
-    seed: int = 0
+    seed: Seed = 0
     grid_images: Count = 36
     # feature networks; inception adds IS, FID and KID (`medgen weights fetch inception`), local FID and KID
     extractors: tuple[Literal["domain", "inception", "local"], ...] = ("domain",)

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from medgen.config.base import Count, FamilySection, Positive
+from medgen.config.base import Depth, FamilySection, Positive, Width
 
 _GRID = frozenset({"latent_size", "latent_channels"})
 _RESIDUAL = _GRID | {"blocks_per_stage", "attention_resolutions"}
@@ -13,16 +13,16 @@ class Model(FamilySection):
     """Network and its sizes. Image size and number of classes come from the store."""
 
     name: str = "spatial_vae"
-    base_channels: Count = 32  # channels after the first convolution; doubled at each stage
-    max_channels: Count = 512
-    blocks_per_stage: Count = 1
-    latent_size: Count | None = None  # side of the latent grid, which sets the number of stages; None: by image size
-    latent_channels: Count | None = None  # None: the latent has a quarter as many dimensions as the image has pixels
+    base_channels: Width = 32  # channels after the first convolution; doubled at each stage
+    max_channels: Width = 512
+    blocks_per_stage: Depth = 1
+    latent_size: Width | None = None  # side of the latent grid, which sets the number of stages; None: by image size
+    latent_channels: Width | None = None  # None: the latent has a quarter as many dimensions as the image has pixels
     attention_resolutions: tuple[int, ...] = (16,)  # sides of the grids with self-attention
     logvar_bound: Positive = 10.0  # log-variance is bound * tanh(x / bound)
-    num_embeddings: Count = 512  # vqvae: size of the codebook
+    num_embeddings: Width = 512  # vqvae: size of the codebook
     codebook: Literal["ema", "gradient", "cosine"] = "ema"  # vqvae: how codes are updated; cosine: nearest by angle
-    label_channels: Count = 32  # cvae: dimensions of the label embedding
+    label_channels: Width = 32  # cvae: dimensions of the label embedding
     down: Literal["maxpool", "strided"] = "maxpool"  # autoencoder, unet
     up: Literal["transposed", "upsample"] = "transposed"  # autoencoder, unet
 

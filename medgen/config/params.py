@@ -1,7 +1,6 @@
 """Read params.yaml, with overrides, into sections."""
 
 import difflib
-import io
 import re
 import unicodedata
 from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
@@ -23,6 +22,11 @@ from medgen.config.registry import Registry, Tracking
 from medgen.config.search import Tune
 from medgen.config.training import Loss, Train
 from medgen.errors import UserError
+
+_MAX_BYTES = 1 << 20  # of a params file; those of medgen have a thousandth
+_MAX_VALUES = 10_000  # in a params file, after aliases are replaced
+_MAX_SHOWN = 400  # characters of a wrong value in a message
+_INDEX = re.compile("[0-9]{1,9}")
 
 
 class Params(Section):
@@ -96,16 +100,50 @@ def replace(params: Params, values: Mapping[str, Any], source: str) -> Params:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(
             f"{path}: not found. Run medgen in the folder of the params file, or name one with --params FILE"
         ) from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a params file") from None
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: more than {_MAX_BYTES >> 20} MiB; expected a params file")
+    try:
+        tree = _parse_yaml(content.decode())
+    except (YAMLError, ValueError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'train:', found {type(tree).__name__}")
     return tree
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        YAMLError, ValueError: the text is not YAML, is nested too deeply, or its aliases expand to too many values.
+    """
+    try:
+        if _num_values(YAML(typ="safe", pure=True).compose(text), {}) > _MAX_VALUES:
+            raise ValueError(f"aliases expand to more than {_MAX_VALUES} values; write the values out")
+        return YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _num_values(node: Any, known: dict[int, int]) -> int:
+    """Number of values below a node, counting an alias as the values it stands for; `known` holds those of nodes."""
+    if id(node) not in known:
+        known[id(node)] = _MAX_VALUES + 1  # of a node inside itself
+        children = getattr(node, "value", ())
+        if isinstance(children, list):
+            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
+        else:
+            known[id(node)] = 1
+    return known[id(node)]
 
 
 def _validate(tree: Mapping[str, Any], source: str) -> Params:
@@ -162,8 +200,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(key.strip().split(".")):
         raise UserError(f"--set {override}: expected key=value with a dotted key, such as train.batch_size=16")
     try:
-        value = YAML(typ="safe", pure=True).load(io.StringIO(text))
-    except YAMLError as error:
+        value = _parse_yaml(text)
+    except (YAMLError, ValueError) as error:
         raise UserError(f"--set {override}: the value is not YAML: {error}") from None
     set_at(tree, key.strip(), value, f"--set {override}")
 
@@ -177,12 +215,12 @@ def set_at(tree: Any, key: str, value: Any, source: str) -> None:
     node, parts = tree, key.split(".")
     for position, part in enumerate(parts):
         if isinstance(node, MutableSequence):
-            if not part.isdigit() or part != str(int(part)) or int(part) >= len(node):
+            if not _INDEX.fullmatch(part) or part != str(int(part)) or int(part) >= len(node):
                 raise UserError(f"{source}: {part!r} is not an index into a list of {len(node)}")
             part = int(part)  # type: ignore[assignment]  # an index from here on
         elif not isinstance(node, MutableMapping):
             raise UserError(f"{source}: {'.'.join(parts[:position])} holds a value, not a section")
-        elif part not in node and part.isdigit() and parts[:position] == ["train", "phases"]:
+        elif part not in node and _INDEX.fullmatch(part) and parts[:position] == ["train", "phases"]:
             part = _phase_name(node, int(part), source)
         elif part not in node or node[part] is None:
             node[part] = {}
@@ -208,7 +246,8 @@ def _explain(error: Any, tree: Mapping[str, Any]) -> str:
         parts[2] = list(tree["train"]["phases"])[parts[2]]
     key = ".".join(str(part) for part in parts)
     if error["type"] != "extra_forbidden":
-        return f"{key}: {error['msg']} (found {error['input']!r})"
+        found = repr(error["input"])
+        return f"{key}: {error['msg']} (found {found[:_MAX_SHOWN]}{'…' if len(found) > _MAX_SHOWN else ''})"
     siblings = _fields_at(error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), siblings, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -4,17 +4,17 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from medgen.config.base import Count, FamilySection, Fraction, NonNegative, Positive, Section
+from medgen.config.base import Count, Depth, FamilySection, Fraction, NonNegative, Positive, Section, Seed, Width
 
 
 class Features(Section):
     """Domain extractor: a small classifier trained on the train split."""
 
-    width: Count = 16  # channels after the first convolution
+    width: Width = 16  # channels after the first convolution
     epochs: Count = 10
     batch_size: Count = 16
     learning_rate: Positive = 3e-3
-    seed: int = 0
+    seed: Seed = 0
 
 
 _NETWORK = frozenset(
@@ -27,12 +27,12 @@ class Prior(FamilySection):
 
     name: str | None = None  # None: tokens for models with a codebook, gmm for others
     conditional: bool = True  # on the class, if the dataset has labels
-    seed: int = 0
+    seed: Seed = 0
     components: tuple[Count, ...] = (1, 2, 4, 8, 16, 32)  # gmm: candidates; the best held-out likelihood wins
     variance_kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95  # gmm: fraction of the latent variance in the mixture
     # flow and tokens are networks, trained on the latents in epochs of 100 steps
-    channels: Annotated[int, Field(ge=8, multiple_of=8)] = 64  # width of the network
-    blocks: Count = 4  # residual blocks (flow), transformer blocks (tokens)
+    channels: Annotated[int, Field(ge=8, le=1 << 16, multiple_of=8)] = 64  # width of the network
+    blocks: Depth = 4  # residual blocks (flow), transformer blocks (tokens)
     epochs: Count = 20
     batch_size: Count = 64
     learning_rate: Positive = 1e-3
@@ -54,10 +54,10 @@ class Refiner(Section):
     """Flow on pixels that draws the detail which the decoder leaves out."""
 
     enabled: bool = False
-    seed: int = 0
+    seed: Seed = 0
     conditional: bool = True  # on the class, if the dataset has labels
-    channels: Annotated[int, Field(ge=8, multiple_of=8)] = 32  # width of the network
-    blocks: Count = 4  # residual blocks: half on the smallest grid, a quarter on each larger one, down and up
+    channels: Annotated[int, Field(ge=8, le=1 << 16, multiple_of=8)] = 32  # width of the network
+    blocks: Depth = 4  # residual blocks: half on the smallest grid, a quarter on each larger one, down and up
     dropout: Fraction = 0.0
     # largest noise on the latents in training, in their standard deviations; the refiner draws the detail that noise
     # hides, and so also repairs errors of the prior

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from medgen.config.base import Count, Fraction, Positive, Section, Url
+from medgen.config.base import Count, Fraction, Positive, Section, Seed, Url
 
 
 class Searched(Section):
@@ -53,5 +53,5 @@ class Tune(Section):
     ssim_floor: Fraction | None = None  # least reconstruction/ssim of a winner; None: that of params.yaml
     pruner: Literal["median", "hyperband", "none"] = "median"  # by val/ssim (val/dice) after each epoch
     storage: Url = "optuna.journal"  # a file, relative to the project's folder, or postgresql://…
-    seed: int = 0
+    seed: Seed = 0
     trial: TrialBudget = TrialBudget()

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializationInfo, field_serializer, field_validator, model_validator
 
-from medgen.config.base import Count, Fraction, NonNegative, Positive, Section
+from medgen.config.base import Count, Fraction, NonNegative, Positive, Section, Seed
 
 
 class Beta(Section):
@@ -62,11 +62,11 @@ class Phase(Section):
     """A phase of training, with its own optimizer."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w -]*$")]
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Annotated[int, Field(ge=0, le=10**9)]
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: Positive = 1e-4
     weight_decay: NonNegative = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     schedule: Schedule = Schedule()
     beta: Beta = Beta()
     weights: Weights | None = None  # replaces loss.weights during this phase
@@ -75,7 +75,7 @@ class Phase(Section):
 class Train(Section):
     """Training of the model."""
 
-    seed: int = 0
+    seed: Seed = 0
     batch_size: Count = 32  # over all processes
     # parts of a batch that a process trains on in turn, to save memory (gradient accumulation). BatchNorm, codebooks,
     # sigma, dice and free bits then see one part at a time

@@ -379,7 +379,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise _damaged(path, f"unreadable ({error}); expected a dataset's description") from None
     if schema != SCHEMA:
         raise UserError(f"{path}: schema {schema}; expected {SCHEMA}. Run `medgen preprocess` again")
-    expected = {"classes", "image_shape", "counts", "fingerprint", "files", "source"}
+    expected = {"classes", "image_shape", "counts", "fingerprint", "files", "source", "name", "preprocessing"}
     if missing := expected - description.keys():
         raise _damaged(path, f"found no {', '.join(sorted(missing))}; expected a complete description")
     digest = config.fingerprint(SCHEMA, description["classes"], description["image_shape"], description["files"])

@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from medgen.config import Project
 from medgen.console import counting_bar, note, warn
 from medgen.data import store
 from medgen.errors import UserError
-from medgen.ingest import dataset_scan, splits
+from medgen.ingest import dataset_scan, patients, splits
 from medgen.ingest.dataset_checks import ImageIndex, check_dataset, escaped, summary_lines
 from medgen.ingest.dataset_scan import ImageRecord, ScanResult
 from medgen.ingest.folders import Folder, data_folder

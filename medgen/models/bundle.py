@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from medgen.config import Model, Preprocess, unknown_name
 from medgen.data.store import Store
@@ -14,6 +15,7 @@ from medgen.io import hash_file, parsing, read_description, read_tensors, save_a
 from medgen.models import GenerativeModel, ImageModel, build_model
 
 SCHEMA = 1
+Side = Annotated[int, Field(ge=1, le=4096)]
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 COMMAND = "medgen train"
 
@@ -28,7 +30,7 @@ class BundleInfo:
 
     model: Model
     preprocess: Preprocess  # turns an image file into the model's input
-    image_shape: tuple[int, int, int]  # C, H, W; values in [0, 1]
+    image_shape: tuple[Side, Side, Side]  # C, H, W; values in [0, 1]
     classes: tuple[str, ...]  # empty for unlabelled data
     dataset: str  # fingerprint of the training store
     run: str  # fingerprint of the training run
@@ -91,9 +93,17 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ImageModel, 
         UserError: the bundle is missing or damaged.
     """
     info, weights = _read(folder)
-    model = build_model(info.model, info.image_shape, len(info.classes), info.preprocess.mask_classes)
     tensors = read_tensors(folder, "model", COMMAND, weights)
-    with parsing(folder / WEIGHTS, COMMAND):
+
+    def build() -> ImageModel:
+        return build_model(info.model, info.image_shape, len(info.classes), info.preprocess.mask_classes)
+
+    with parsing(folder / DESCRIPTION, COMMAND):
+        with torch.device("meta"):  # compare the sizes before any memory is allocated for them
+            sizes = {name: tensor.shape for name, tensor in build().state_dict().items()}
+        if sizes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError(f"{WEIGHTS} is of a model of other sizes")
+        model = build()
         model.load_state_dict(tensors)
     return model.to(device).eval(), info
 

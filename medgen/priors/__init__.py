@@ -117,17 +117,17 @@ def load_prior(folder: Path, model: str, device: torch.device | str = "cpu") -> 
     """
     path, command = folder / "prior.json", "medgen prior"
     meta = read_description(folder, "prior", command)
-    if meta.get("name") not in PRIORS:
-        raise unknown_name(f"{path}: name", str(meta.get("name")), PRIORS)
+    if (name := str(meta.get("name"))) not in PRIORS:
+        raise unknown_name(f"{path}: name", name, PRIORS)
     with parsing(path, command):
         fitted_to = meta["model"]
         tensors = read_tensors(folder, "prior", command, meta["sha256"])
-        prior = PRIORS[meta["name"]].restore(tensors, meta)
+        prior = PRIORS[name].restore(tensors, meta)
         if isinstance(prior, NeuralPrior):
             prior.network.to(device)
     if fitted_to != model:
         raise UserError(
-            f"{folder}: fitted to model {fitted_to[:12]}, expected model {model[:12]}; run `{command}` again"
+            f"{folder}: fitted to model {str(fitted_to)[:12]}, expected model {model[:12]}; run `{command}` again"
         )
     return prior
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from medgen.errors import UserError
 from medgen.models import GenerativeModel
 from medgen.models.bundle import BundleInfo, digest, load_generative
 from medgen.priors import Prior, load_prior
@@ -30,7 +31,14 @@ def load_generator(model: Path, prior: Path, refiner: Path, device: torch.device
     """
     network, info = load_generative(model, device)
     weights = digest(model)
-    return Generator(network, info, load_prior(prior, weights, device), load_refiner(refiner, weights, device))
+    fitted = load_prior(prior, weights, device)
+    found = (tuple(fitted.latent_shape), len(fitted.frequencies) or len(info.classes))
+    if found != (expected := (tuple(network.latent_shape), len(info.classes))):
+        raise UserError(
+            f"{prior}: latents and number of classes are {found}, expected {expected} as in {model}; run "
+            "`medgen prior` again"
+        )
+    return Generator(network, info, fitted, load_refiner(refiner, weights, device))
 
 
 def content_hash(model: Path, prior: Path, refiner: Path) -> str:

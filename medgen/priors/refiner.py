@@ -263,7 +263,7 @@ def load_refiner(folder: Path, model: str, device: torch.device | str = "cpu") -
         trained_for, enabled, schema = meta["model"], meta["enabled"], meta.get("schema", 1)
         if trained_for != model:
             raise UserError(
-                f"{folder}: made for model {trained_for[:12]}, expected model {model[:12]}; run `{command}` again"
+                f"{folder}: made for model {str(trained_for)[:12]}, expected model {model[:12]}; run `{command}` again"
             )
         if not enabled:
             return None

@@ -111,5 +111,5 @@ def _read_metrics(project: Project, content: str) -> tuple[dict[str, float], dic
         if "evaluation" in provenance and load_evaluation(project.evaluation).digest != provenance["evaluation"]:
             return {}, {}
         return json.loads(path.read_text(encoding="utf-8")), provenance
-    except (FileNotFoundError, ValueError, UserError):
+    except (OSError, ValueError, AttributeError, RecursionError, UserError):  # missing or damaged
         return {}, {}

@@ -4,7 +4,6 @@ MLflow renders Markdown with images, but sets table columns without space betwee
 """
 
 import os
-import re
 import shlex
 import socket
 import sys
@@ -21,7 +20,7 @@ from medgen.errors import UserError
 from medgen.models import MODELS
 from medgen.registry.artifacts import Artifacts
 from medgen.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, mlflow_client
-from medgen.tracking.mlflow_descriptions import VIEW, VIEW_TAG
+from medgen.tracking.mlflow_descriptions import VIEW, VIEW_TAG, escape
 from medgen.tracking.mlflow_sync import store_uri
 
 SAMPLES = "samples.png"  # in the artifacts of a version or run
@@ -167,8 +166,3 @@ def _image(route: str, query: Mapping[str, object]) -> str:
 
 def _code(*lines: str) -> str:
     return "\n".join(["```", *lines, "```"])
-
-
-def escape(text: str) -> str:
-    """Text from users that Markdown and HTML show literally."""
-    return re.sub(r"[^\w .-]|\b_|_\b", lambda found: f"&#{ord(found[0])};", text)

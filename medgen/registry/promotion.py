@@ -32,7 +32,7 @@ from medgen.registry.gates import (
 )
 from medgen.registry.ledger import LEDGER, MAX_WHY, Entry
 from medgen.registry.measurements import measurements, replaced_metrics
-from medgen.registry.mlflow_ui import describe_model, escape
+from medgen.registry.mlflow_ui import describe_model
 from medgen.registry.origin import accept_commit, how_to_commit
 from medgen.registry.versions import (
     CANDIDATE,
@@ -47,7 +47,7 @@ from medgen.registry.versions import (
     list_registered,
     mlflow_client,
 )
-from medgen.tracking.mlflow_descriptions import hash_tags, is_replaceable
+from medgen.tracking.mlflow_descriptions import escape, hash_tags, is_replaceable
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

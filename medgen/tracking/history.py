@@ -162,9 +162,29 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
             offset += len(line)
             try:
                 event = json.loads(line)
-            except ValueError:  # a damaged line; those after it are still valid
+            except (ValueError, RecursionError):  # a damaged line; those after it are still valid
                 continue
-            yield event, offset
+            if _is_event(event):
+                yield event, offset
+
+
+def _is_event(line: Any) -> bool:
+    """True if a line of the file has the shape that `History.append` writes."""
+    match line:
+        case {"kind": "metrics" | "system", "time": int() | float(), "step": int(), "values": dict(values)}:
+            return all(isinstance(value, int | float) or value in ("nan", "inf", "-inf") for value in values.values())
+        case {"kind": "tags", "time": int() | float(), "values": dict(values)}:
+            return all(isinstance(value, str) for value in values.values())
+        case {"kind": "params", "time": int() | float(), "values": dict()}:
+            return True
+        case {"kind": "status", "time": int() | float(), "key": str(), "status": str()}:
+            return True
+        case {"kind": "run", "time": int() | float(), "key": str(), "id": str(), "name": str()}:
+            return True
+        case {"kind": "image" | "artifact" | "dataset", "time": int() | float(), "key": str()}:
+            return True
+        case _:
+            return False
 
 
 def encode(value: float) -> float | str:

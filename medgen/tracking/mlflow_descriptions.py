@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,11 @@ def _saved_view() -> str:
 
 
 EXPERIMENT_VIEW = _saved_view()
+
+
+def escape(text: str) -> str:
+    """Text from users on one line that Markdown and HTML show literally."""
+    return re.sub(r"[^\w .-]|\b_|_\b", lambda found: f"&#{ord(found[0])};", text)
 
 
 def hash_tags(text: str, hash_tag: str = HASH_TAG) -> dict[str, str]:

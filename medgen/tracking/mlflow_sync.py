@@ -460,9 +460,12 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
 def _read_state(scratch: Path) -> dict[str, Any]:
     try:
         state = json.loads((scratch / STATE_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}  # everything is sent again, which does no harm
-    return state if isinstance(state, dict) else {}
+    match state:
+        case {"run_id": str() | None, "offset": int()}:
+            return dict(state)
+    return {}
 
 
 def sqlite_path(uri: str) -> str | None:

@@ -4,10 +4,10 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medgen.console import ERR
+from medgen.console import ERR, LiteralConsole
+from medgen.errors import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class Display:
     """
 
     def __init__(self, epochs_done: int, total_epochs: int, is_main: bool) -> None:
-        self.console = Console(quiet=not is_main or ERR.quiet)
+        self.console = LiteralConsole(quiet=not is_main or ERR.quiet)
         self.total_epochs = total_epochs
         self.num_images = 0
         self.started = time.monotonic()
@@ -30,10 +30,10 @@ class Display:
         self._epoch = epochs_done
         self._validation = ""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[terms]}"),
+            TextColumn("{task.fields[terms]}", markup=False),
         )
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("training", total=total_epochs, completed=epochs_done, terms="")
@@ -60,7 +60,7 @@ class Display:
             return
         self._drawn_at = now
         text = " ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
-        text = f"{text} {self._validation} {self.images_per_second:.0f} images/s"
+        text = printable(f"{text} {self._validation} {self.images_per_second:.0f} images/s")
         self.progress.update(self.task, completed=self._epoch + epoch_fraction, terms=text)
 
     def epoch(self, epoch: int, phase: str, record: dict[str, float]) -> None:
@@ -71,9 +71,7 @@ class Display:
             chosen = {name: record[name] for name in ("train/loss", "val/l1", *SCORES, "train/kl") if name in record}
             text = "  ".join(f"{name} {value:.4g}" for name, value in chosen.items())
             rate = f"{self.images_per_second:.0f} images/s"
-            self.console.print(
-                f"{phase} epoch {epoch}/{self.total_epochs}  {text}  {rate}", highlight=False, soft_wrap=True
-            )
+            self.console.print(f"{phase} epoch {epoch}/{self.total_epochs}  {text}  {rate}", soft_wrap=True)
         self._epoch = epoch
         self._validation = " ".join(f"{name} {record[name]:.4f}" for name in SCORES if name in record)
         self.num_images, self.started = 0, time.monotonic()

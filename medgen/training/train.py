@@ -22,6 +22,7 @@ from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model, bundle
 from medgen.models.base import ImageModel, ModelOutput
 from medgen.tracking import Tracker, history, lineage
+from medgen.tracking.mlflow_descriptions import escape
 from medgen.training.distributed import World, join, pick_precision
 from medgen.training.loader import Batch, Loader
 from medgen.training.loop import AfterEpoch, train_to_end
@@ -187,12 +188,12 @@ class ModelTask(TrainingTask):
         makes = f"masks of {self.mask_classes} classes"
         if isinstance(self.model, GenerativeModel):
             makes = f"a latent of {'×'.join(map(str, self.model.latent_shape))}"
-        phases = ", ".join(f"{phase.name} ({phase.epochs} epochs)" for phase in self.train.phases)
+        phases = ", ".join(f"{escape(phase.name)} ({phase.epochs} epochs)" for phase in self.train.phases)
         counts = ", ".join(f"{count} {name}" for name, count in self.store.counts.items())
         return (
             f"**{self.params.name}** of {channels}×{height}×{width} images with {makes}. "
-            f"Data: {self.store.name} {self.store.fingerprint} ({counts}; "
-            f"classes: {', '.join(self.store.classes) or 'none'}). Phases: {phases}."
+            f"Data: {escape(self.store.name)} {self.store.fingerprint} ({counts}; "
+            f"classes: {', '.join(map(escape, self.store.classes)) or 'none'}). Phases: {phases}."
         )
 
     def _target(self, batch: Batch) -> Tensor:

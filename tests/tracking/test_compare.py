@@ -97,3 +97,14 @@ def test_many_runs_fit_a_narrow_terminal(tmp_path, capsys, monkeypatch):
 def test_no_runs_yet(tmp_path):
     with pytest.raises(UserError, match="no runs yet; run `medgen train`"):
         compare(Project(tmp_path))
+
+
+def test_hostile_names_of_parameters_and_runs_are_shown_literally(tmp_path, capsys):
+    project = Project(tmp_path)
+    for run, epochs in (("aaa", 1), ("bbb", 2)):
+        with Tracker.open(project.runs / run, OFF, project, "vae") as tracker:
+            tracker.params({"train": {"phases": {"[/x]": {"epochs": epochs}, "\x1b[31m": {"epochs": f"[/{epochs}]"}}}})
+    compare(project)
+    printed = capsys.readouterr().out
+    assert "[/x]" in printed and "[/2]" in printed
+    assert "\x1b" not in printed

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -500,3 +501,13 @@ def test_perceptual_weight_without_weights_says_how_to_get_them(tiny_project, mo
     monkeypatch.setenv("MEDGEN_WEIGHTS", str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="medgen weights fetch vgg16"):
         run(tiny_project, loss=Loss(weights=Weights(l1=1.0, perceptual=0.1)))
+
+
+def test_the_description_of_a_run_shows_names_from_the_data_literally(tiny_project):
+    label = "![x](http://127.0.0.1:9/pixel.png)\n# <b>"
+    task = train.ModelTask.__new__(train.ModelTask)  # describe needs no network
+    task.params, task.train, task.model, task.mask_classes = Model(), Train(), None, 2
+    task.store = replace(open_store(tiny_project.dataset), classes=(label, "PNEUMONIA"), name="[a](b)")
+    described = task.describe()
+    assert not set("\n![]<>") & set(described)
+    assert "PNEUMONIA" in described
