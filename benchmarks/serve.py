@@ -265,11 +265,14 @@ def malformed() -> dict[str, tuple[bytes, dict[str, str]]]:
         "n 10^30": rows({"n": 10**30}),
         "a million images": rows(*[{"n": 1000}] * 1000),
         "100,000 rows": rows(*[{"n": 1}] * 100_000),
+        "3 million empty lists": b'{"inputs": [' + b"[[]]," * 3_000_000 + b"[[]]]}",
+        "a million keys": b'{"dataframe_records": [{' + b",".join(b'"%d":1' % key for key in range(10**6)) + b"}]}",
         "unknown label": rows({"n": 1, "label": "DOG"}),
         "no base64": rows({"image": "?"}),
         "no image": rows({"image": base64.b64encode(os.urandom(1_000_000)).decode()}),
         "a bomb of 9 gigapixels": rows({"image": bomb()}),
         "an image of 49 megapixels": rows({"image": image(7000)}),
+        "1,000 images of 39 megapixels": rows(*[{"image": image(6250)}] * 1000),
     }
     requests = {name: (body, JSON) for name, body in bodies.items()}
     requests["no content type"] = (request(1), {})

@@ -363,13 +363,24 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8080,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Change to the version that the alias names, without losing a request.")
+    ] = False,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with a client's name and token on each line; only these clients are served. Default: the "
+            "content of MEDGEN_SERVE_TOKENS.",
+        ),
+    ] = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
     """Serve a registered version over HTTP (docs/serving.md)."""
     from medgen import registry
 
-    _call(registry.serve, params, overrides, model=model, host=host, port=port)
+    _call(registry.serve, params, overrides, model=model, host=host, port=port, follow=follow, tokens=tokens)
 
 
 @app.command()

@@ -37,7 +37,7 @@ COMMANDS = {
     "promote": {"--version", "--force", "--params", "--set"},
     "rollback": {"--why", "--params", "--set"},
     "history": {"--dataset", "--reproduce", "--run", "--json", "--params", "--set"},
-    "serve": {"--model", "--host", "--port", "--params", "--set"},
+    "serve": {"--model", "--host", "--port", "--follow", "--tokens", "--params", "--set"},
     "ui": {"--port", "--params", "--set"},
     "sync": {"--params", "--set"},
     "data sample": {"--params", "--set", "--seed", "--n"},

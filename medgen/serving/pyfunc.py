@@ -18,7 +18,7 @@ import binascii
 import math
 import reprlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from torch import Tensor
 
 from medgen.errors import UserError
-from medgen.ingest.formats.images import decode
+from medgen.ingest.formats.images import decode, image_size
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.ingest.transforms import preprocess_image
 from medgen.models import bundle
-from medgen.priors import find_label, sample_images
+from medgen.priors import find_label, iterate_samples
 from medgen.priors.generator import load_generator
 
 # Limits of one call, whose input and output are held in memory.
@@ -44,12 +44,15 @@ MAX_VALUES = 2**24  # in the result
 MAX_ROWS = 1024
 MAX_FILE_BYTES = 32 * 2**20
 MAX_PIXELS = 40_000_000  # of an image; the largest detectors have 30 million
+MAX_TOTAL_PIXELS = 2**26  # of all images together; 1024 images of 256 x 256 have as many
 MAX_LABEL_CHARACTERS = 200
 MAX_SEED = 2**53 - 1  # the largest integer that JSON numbers and columns with missing values (float64) hold exactly
 
 
 class Generator(PythonModel):
     """A pyfunc of a model, its prior and its refiner."""
+
+    is_abandoned: Callable[[], bool] = staticmethod(lambda: False)  # set by the server: nobody waits for the result
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the model, prior and refiner from the version's files."""
@@ -66,6 +69,7 @@ class Generator(PythonModel):
 
         Raises:
             MlflowException: a row is invalid, or too many images are requested; the scoring server responds with 400.
+                Or the call is abandoned between two rows or batches.
         """
         try:
             if not 1 <= len(model_input) <= MAX_ROWS:
@@ -75,6 +79,10 @@ class Generator(PythonModel):
             total = sum(request.get("n", 1) for request in requests)
             if total > self.max_images:
                 raise UserError(f"n: {total} images requested; at most {self.max_images} in one call")
+            num_pixels = sum(_count_pixels(request["image"]) for request in requests if "image" in request)
+            if num_pixels > MAX_TOTAL_PIXELS:
+                found, most = num_pixels / 1e6, MAX_TOTAL_PIXELS // 1_000_000
+                raise UserError(f"image: {found:.0f} megapixels in all rows; at most {most} in one call")
             images = [self._reconstruct(**row) if "image" in row else self._generate(**row) for row in requests]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
@@ -93,7 +101,7 @@ class Generator(PythonModel):
         seed = _check_integer("seed", row["seed"], 0, MAX_SEED) if "seed" in row else secrets.randbelow(2**31)
         if "image" in row:
             label_index = bundle.label_to_encode(self.model, self.info, label)
-            return {"image": row["image"], "label": label_index, "seed": seed, "refine": refine}
+            return {"image": _decode_base64(row["image"]), "label": label_index, "seed": seed, "refine": refine}
         return {
             "n": _check_integer("n", row["n"], 1, self.max_images),
             "label": None if label is None else find_label(label, self.info.classes, self.prior, self.model),
@@ -110,15 +118,21 @@ class Generator(PythonModel):
 
     def _generate(self, n: int, label: int | None, seed: int, refine: bool) -> Tensor:
         labels = None if label is None else torch.full((n,), label)
-        refiner = self.refiner if refine else None
-        return sample_images(self.prior, self.model, n, labels, seed, refiner=refiner)  # (n, C, H, W) in [0, 1]
+        batches = []
+        for images, _ in iterate_samples(
+            self.prior, self.model, n, labels, seed, refiner=self.refiner if refine else None
+        ):
+            self._check_abandoned()
+            batches.append(images)
+        return torch.cat(batches)  # (n, C, H, W) in [0, 1]
 
     @torch.no_grad()
-    def _reconstruct(self, image: object, label: int | None, seed: int, refine: bool) -> Tensor:
+    def _reconstruct(self, image: bytes, label: int | None, seed: int, refine: bool) -> Tensor:
+        self._check_abandoned()
         try:
-            pixels = decode(_decode_base64(image), self.info.preprocess, max_pixels=MAX_PIXELS).pixels
+            pixels = decode(image, self.info.preprocess, max_pixels=MAX_PIXELS).pixels
         except UnreadableImage as error:
-            raise UserError(f"image: not readable as an image: {error}") from None
+            raise _unreadable(error) from None
         device = next(self.model.parameters()).device
         original = torch.from_numpy(preprocess_image(pixels, self.info.preprocess))[None].to(device).float() / 255.0
         labels = None if label is None else torch.tensor([label], device=device)
@@ -127,6 +141,10 @@ class Generator(PythonModel):
             level = torch.zeros(1, device=device)  # noise of the latent: it is encoded, not drawn from the prior
             result = self.refiner.refine(result, level, labels, torch.Generator().manual_seed(seed))
         return result.cpu()
+
+    def _check_abandoned(self) -> None:
+        if self.is_abandoned():
+            raise MlflowException("the call is abandoned: nobody waits for its result")
 
 
 def _is_given(value: object) -> bool:
@@ -156,6 +174,19 @@ def _decode_base64(image: object) -> bytes:
         return base64.b64decode(image, validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"image: invalid base64 ({error}); expected a PNG, JPEG, BMP or TIFF file in base64") from None
+
+
+def _count_pixels(image: bytes) -> int:
+    """The number of pixels of an image file by its header, so that all are counted before any is decoded."""
+    try:
+        width, height = image_size(image, MAX_PIXELS)
+    except UnreadableImage as error:
+        raise _unreadable(error) from None
+    return width * height
+
+
+def _unreadable(error: UnreadableImage) -> UserError:
+    return UserError(f"image: not readable as an image: {error}")
 
 
 mlflow.models.set_model(Generator())

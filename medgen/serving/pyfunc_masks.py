@@ -7,6 +7,8 @@ Images are uint8 (N, H, W, C) of any size; C is that of the training. Each gets 
 result is uint8 (N, S, S, 1), the class number of each pixel of the preprocessed image.
 """
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -20,10 +22,15 @@ from medgen.metrics.segmentation import class_indices
 from medgen.models import bundle
 
 BATCH_SIZE = 32
+# Limits of one call, whose input and output are held in memory.
+MAX_IMAGES = 1024
+MAX_PIXELS = 2**24  # of all images, and of all masks
 
 
 class Segmenter(PythonModel):
     """A pyfunc of a segmentation model."""
+
+    is_abandoned: Callable[[], bool] = staticmethod(lambda: False)  # set by the server: nobody waits for the result
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the model from the version's files."""
@@ -35,17 +42,26 @@ class Segmenter(PythonModel):
         """Images uint8 (N, H, W, C) -> class numbers uint8 (N, S, S, 1).
 
         Raises:
-            MlflowException: the images have another shape or type; the scoring server responds with 400.
+            MlflowException: the images have another shape or type, or are too many or too large; the scoring server
+                responds with 400. Or the call is abandoned between two batches.
         """
         images, channels = np.asarray(model_input), self.info.image_shape[0]
         if images.ndim != 4 or images.shape[-1] != channels or images.dtype != np.uint8 or not images.size:
             raise MlflowException.invalid_parameter_value(
                 f"images: found {images.dtype} {images.shape}; expected uint8 (N, H, W, {channels})"
             )
+        num_pixels = len(images) * max(math.prod(images.shape[1:3]), math.prod(self.info.image_shape[1:]))
+        if len(images) > MAX_IMAGES or num_pixels > MAX_PIXELS:
+            raise MlflowException.invalid_parameter_value(
+                f"images: found {len(images)} with {num_pixels} pixels (images or masks); expected at most "
+                f"{MAX_IMAGES} with {MAX_PIXELS}"
+            )
         if channels == 1:
             images = images[..., 0]
         masks = []
         for start in range(0, len(images), BATCH_SIZE):
+            if self.is_abandoned():
+                raise MlflowException("the call is abandoned: nobody waits for its result")
             inputs = [preprocess_image(image, self.info.preprocess) for image in images[start : start + BATCH_SIZE]]
             batch = torch.from_numpy(np.stack(inputs)).to(self.device).float() / 255.0
             masks.append(class_indices(self.model.predict(batch).prediction).to(torch.uint8).cpu())

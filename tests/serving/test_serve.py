@@ -4,6 +4,7 @@ import asyncio
 import base64
 import functools
 import http.client
+import importlib
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from mlflow.types import Schema, TensorSpec
@@ -40,8 +42,10 @@ from medgen.priors import ANALYTIC, sample_images, save_prior
 from medgen.priors import refiner as refinement
 from medgen.priors.generator import load_generator
 from medgen.priors.refiner import save_refiner
-from medgen.serving.app import App, Limits, ServedModel
+from medgen.registry import model_package
 from medgen.serving.generate import load_image
+from medgen.serving.server.app import App, Limits
+from medgen.serving.server.model import ServedModel
 
 SIZE = 16
 CLASSES = ("NORMAL", "ILL")
@@ -68,19 +72,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     scales = torch.full((1,), 0.1), torch.ones(1, SIZE, SIZE // 2 + 1), torch.ones(model.latent_shape)
     refiner = refinement.Refiner.create(params, (1, SIZE, SIZE), len(CLASSES), *scales)
     save_refiner(project.refiner, refiner, bundle.digest(project.model))
-    registry.register(project, params=Params(registry=Registry(model_name="xrays")))
-    (own,) = (project.root / "mlartifacts").rglob("code/medgen/__init__.py")
-    own.write_text(f"__version__ = {OWN_VERSION!r}\n")
+    own = tmp_path_factory.mktemp("own") / "medgen"
+    shutil.copytree(model_package.PACKAGE, own, ignore=shutil.ignore_patterns("__pycache__"))
+    (own / "__init__.py").write_text(f"__version__ = {OWN_VERSION!r}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_package, "PACKAGE", own)
+        registry.register(project, params=Params(registry=Registry(model_name="xrays")))
     return project
 
 
 class Server:
     """A process of `medgen serve`."""
 
-    def __init__(self, project: Project, folder: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, project: Project, folder: Path, *arguments: str, prelude: str = "", **environment: str) -> None:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
-        start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from medgen.cli import main; main()"
+        start = f"import sys; sys.path.insert(0, sys.argv.pop(1)); {prelude}\nfrom medgen.cli import main; main()"
         source = str(Path(registry.__file__).parents[2])
         command = [sys.executable, "-P", "-c", start, source, "serve", "--port", "0", *arguments]
         environment = os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | environment
@@ -141,7 +148,7 @@ def server(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     for other in (folder / "medgen", project.root / "medgen"):
         other.mkdir()
         (other / "__init__.py").write_text("raise SystemExit('another medgen was loaded')\n")
-    server = Server(project, folder, "--model", "models:/xrays@candidate", PYTHONPATH=str(folder))
+    server = Server(project, folder, "--model", "models:/xrays@candidate", PYTHONPATH=str(folder), PGPASSWORD=SECRET)
     yield server
     assert server.stop() == 0  # after SIGTERM
     assert list(server.temporary.iterdir()) == []
@@ -256,6 +263,44 @@ def test_health_and_version(server: Server) -> None:
         "medgen": OWN_VERSION,
         "mlflow": mlflow.__version__,
     }
+    status, headers, body = server.request("GET", "/ready")
+    assert (status, json.loads(body)) == (200, {"status": "ready"})
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:80", 200), ("127.0.0.1", 200), ("[::1]:8080", 200), ("evil.example", 421), ("127.0.0.1.evil", 421)],
+)
+def test_server_on_the_loopback_address_answers_only_its_names(server: Server, host: str, status: int) -> None:
+    """A page of the web whose name resolves to 127.0.0.1 could read the answers otherwise."""
+    assert server.request("GET", "/version", headers={"Host": host})[0] == status
+
+
+def test_metrics_count_requests_and_images(server: Server) -> None:
+    def read() -> dict[str, float]:
+        lines = server.request("GET", "/metrics")[2].decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    before = read()
+    server.invoke({"n": 3})
+    server.invoke({"n": 0})
+    after = read()
+    assert after["medgen_images_total"] - before["medgen_images_total"] == 3
+    for status in (200, 400):
+        name = f'medgen_requests_total{{path="/invocations",status="{status}"}}'
+        assert after[name] - before.get(name, 0) == 1
+    assert after["medgen_ready"] == 1
+    bucket, count = 'medgen_request_seconds_bucket{path="/invocations",le="+Inf"}', "medgen_request_seconds_count"
+    assert after[bucket] == after[f'{count}{{path="/invocations"}}']
+
+
+def test_code_of_the_version_gets_no_secret(server: Server) -> None:
+    variables = Path(f"/proc/{server.process.pid}/environ")
+    if not variables.exists():
+        pytest.skip("the system shows no variables of processes")
+    assert "OMP_NUM_THREADS=1" in variables.read_text()
+    assert SECRET not in variables.read_text()
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -284,7 +329,7 @@ BAD_BODIES = {  # body, part of the message
     "two formats": (b'{"inputs": {}, "instances": []}', "body: expected one of the fields"),
     "language model": (b'{"messages": []}', "body: expected one of the fields"),
     "params not an object": (b'{"inputs": {"n": [1]}, "params": 3}', "params: expected an object"),
-    "nested 100,000 levels": (b'{"inputs": ' + b"[" * 100_000, "body: nested too deeply"),
+    "nested 20,000 levels": (b'{"inputs": ' + b"[" * 20_000, "body: nested too deeply"),
     "nested 500 levels": (b'{"inputs": ' + b"[" * 500 + b"]" * 500 + b"}", ""),
     "NaN": (b'{"dataframe_records": [{"n": NaN}]}', "body: a number is not finite"),
     "infinite": (b'{"dataframe_records": [{"n": 1e999}]}', "body: a number is not finite"),
@@ -308,6 +353,15 @@ BAD_BODIES = {  # body, part of the message
     "n too large": (records({"n": 65537}), "n: found 65537"),
     "n huge": (records({"n": 10**30}), "n: found 1000"),
     "sum of n too large": (records({"n": 65536}, {"n": 1}), "n: 65537 images requested; at most 65536 in one call"),
+    "a million empty lists": (b'{"inputs": [' + b"[[]]," * 10**6 + b"[]]}", "body: more values than 1024 rows"),
+    "a million keys": (
+        b'{"dataframe_records": [{' + b",".join(b'"%d":1' % key for key in range(10**6)) + b"}]}",
+        "body: more values than 1024 rows",
+    ),
+    "40 megapixels, twice": (
+        records(*[{"image": in_base64(png_header(8000, 5000)), "label": "ILL"}] * 2),
+        "image: 80 megapixels in all rows; at most 67 in one call",
+    ),
     "too many rows": (records(*[{"n": 1}] * 1025), "rows: found 1025"),
     "seed negative": (records({"n": 1, "seed": -1}), "seed: found -1"),
     "seed huge": (records({"n": 1, "seed": 2**64}), "seed: found 18446744073709551616"),
@@ -375,8 +429,9 @@ def test_bad_bodies_do_not_affect_other_requests(project: Project, server: Serve
         np.testing.assert_array_equal(json.loads(answer)["predictions"], expected)
     assert server.process.poll() is None
     log = server.log.read_text()
-    assert "POST" not in log  # uvicorn's and MLflow's request logs are disabled
-    assert "127.0.0.1 /invocations 200" in log
+    lines = [json.loads(line) for line in log.splitlines() if not line.startswith("libpng ")]
+    answered = [line for line in lines if line.get("path") == "/invocations" and line["status"] == 200]
+    assert {"client": "127.0.0.1", "images": 2}.items() <= answered[-1].items()
     assert not any(text in log for text in (SECRET, "Traceback", "lable", "DOG", "ILL"))
 
 
@@ -404,7 +459,7 @@ def test_body_that_is_too_large(server: Server, encoding: str) -> None:
 def test_content_length_that_is_too_large(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
         client.sendall(
-            b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 999999999999\r\n\r\n"
         )
         assert client.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -456,6 +511,13 @@ class Client:
         return dict(self.messages[0]["headers"])
 
 
+def served_model(schema: Schema, predict: Callable[[Any], np.ndarray]) -> ServedModel:
+    """A served model without files."""
+    model: Any = SimpleNamespace(metadata=SimpleNamespace(get_input_schema=lambda: schema), predict=predict)
+    model.unwrap_python_model = SimpleNamespace
+    return ServedModel(model)
+
+
 class WaitingModel:
     """A model that responds after `go` is set, and counts concurrent requests."""
 
@@ -465,7 +527,7 @@ class WaitingModel:
             self.go.set()
         self.num_begun = self.num_running = self.max_concurrent = 0
 
-    def respond(self, body: bytes, as_png: bool) -> Response:
+    def respond(self, body: bytes, as_png: bool, is_abandoned: Callable[[], bool]) -> Response:
         self.num_begun += 1
         self.num_running += 1
         self.max_concurrent = max(self.max_concurrent, self.num_running)
@@ -577,7 +639,7 @@ async def test_response_that_is_not_read_is_abandoned() -> None:
 
 
 def test_internal_error_is_in_the_log_and_not_in_the_response(caplog: pytest.LogCaptureFixture) -> None:
-    def fail(body: bytes, as_png: bool) -> Response:
+    def fail(*arguments: Any) -> Response:
         raise ZeroDivisionError("secrets")
 
     client = Client(GOOD)
@@ -590,9 +652,7 @@ def test_png_of_masks_spreads_class_numbers_over_grey_levels() -> None:
     """Grey levels 0, 1 and 2 of 255 would all look black."""
     masks = np.arange(9, dtype=np.uint8).reshape(1, 3, 3, 1) % 3
     schema = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 1))])
-    model: Any = SimpleNamespace(metadata=SimpleNamespace(get_input_schema=lambda: schema))
-    model.predict = lambda data, params: masks
-    response = ServedModel(model).respond(b'{"inputs": [[[[0]]]]}', as_png=True)
+    response = served_model(schema, lambda data: masks).respond(b'{"inputs": [[[[0]]]]}', True, lambda: False)
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(response.body))), masks[0, ..., 0] * 127)
 
 
@@ -620,6 +680,94 @@ def test_port_in_use(project: Project) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"--port {port}: cannot listen there \(Address already in use\)"):
             registry.serve(project, tracking=Tracking(), registry=Registry(), port=port)
+
+
+def test_version_gets_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code may be someone else's."""
+    secrets = (
+        *("PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "KAGGLE_KEY", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_TRACKING_PASSWORD"),
+        *("MEDGEN_SERVE_TOKENS", "PYTHONPATH", "PYTHONSTARTUP"),
+    )
+    for name in (*secrets, "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LC_ALL"):
+        monkeypatch.setenv(name, "0")
+    found = importlib.import_module("medgen.registry.serve")._environment()
+    assert not found.keys() & set(secrets)
+    assert found.keys() >= {"PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LC_ALL"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no token; expected a client's name and its token"),
+        ("clinic short", "line 1: expected a client's name, used once, and a token of at least 16 characters"),
+        ("# of 2026\n\nclinic\n", "line 3: expected a client's name"),
+        ("a 0123456789abcdef\na 0123456789abcdeg", "line 2: expected a client's name, used once"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_errors_of_a_token_file_name_the_line_and_no_token(tmp_path: Path, content: str | None, message: str) -> None:
+    file = tmp_path / "tokens"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        registry.serve(Project(tmp_path), tracking=Tracking(), registry=Registry(), tokens=file)
+    assert "short" not in str(error.value) and "0123456789" not in str(error.value)
+
+
+def test_only_an_alias_can_be_followed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--follow needs an alias"):
+        registry.serve(Project(tmp_path), tracking=Tracking(), registry=Registry(), model="models:/x/1", follow=True)
+
+
+@pytest.mark.slow
+def test_service_follows_the_alias_without_a_lost_request(project: Project, tmp_path: Path) -> None:
+    """The new version answers; requests with a token are answered throughout, and the store may be gone afterwards."""
+    store = Project(tmp_path / "store")
+    shutil.copytree(project.root, store.root)
+    tokens = tmp_path / "tokens"
+    tokens.write_text("clinic 0123456789abcdef\n")
+    options = ("--model", "models:/xrays@candidate", "--follow", "--tokens", str(tokens))
+    prelude = "import medgen.registry.follow as follow; follow.POLL_SECONDS = 0.1"
+    server = Server(store, tmp_path, *options, prelude=prelude)
+    bearer = {"Authorization": "Bearer 0123456789abcdef"}
+    found: list[tuple[int, Any]] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            status, _, body = server.request("GET", "/version", headers=bearer)
+            found.append((status, json.loads(body).get("version")))
+            found.append((server.invoke({"n": 1, "seed": 1}, **bearer)[0], None))
+
+    client = threading.Thread(target=ask)
+    try:
+        assert server.request("GET", "/version")[0] == 401
+        first = server.invoke({"n": 1, "seed": 1}, **bearer)[2]
+        client.start()
+        torch.manual_seed(1)
+        model, _ = bundle.load_generative(store.model)
+        latents, labels = torch.randn(64, *model.latent_shape), torch.arange(64) % 2
+        prior = ANALYTIC["gmm"].fit(latents, labels, len(CLASSES), Prior(components=(1,)))
+        save_prior(store.prior, prior, bundle.digest(store.model))
+        registry.register(store, params=Params(registry=Registry(model_name="xrays")))
+        while (200, 2) not in found and client.is_alive():
+            client.join(0.1)
+        shutil.rmtree(store.root)
+        num_found = len(found)
+        while len(found) < num_found + 4 and client.is_alive():
+            client.join(0.1)
+        assert client.is_alive()
+        assert server.invoke({"n": 1, "seed": 1}, **bearer)[2] != first
+    finally:
+        done.set()
+        client.join(60)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        code = server.stop()
+    assert code == 0
+    assert {status for status, _ in found} == {200}
+    assert [number for _, number in found if number] == sorted(number for _, number in found if number)
+    assert not any(child.is_running() for child in children)
+    assert list(server.temporary.iterdir()) == []
 
 
 @pytest.mark.slow

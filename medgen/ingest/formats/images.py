@@ -10,8 +10,8 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,8 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # chunks that may hold the orientation
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
 _SUBFILE_TYPE, _SMALLER_OR_MASK = 254, 1 | 4  # TIFF tag, and its bits for a smaller copy and a transparency mask
+_START_OF_SCAN = b"\xff\xda"  # JPEG marker
+_MAX_SCANS = 100  # of a progressive JPEG: encoders write about ten, and each visits all pixels, however short it is
 _MAX_PAGES = 16  # pages that are checked: more than any pyramid of smaller copies has
 
 _LARGE = MAX_PIXELS // 4
@@ -76,9 +78,25 @@ def decode(data: bytes, preprocess: Preprocess, mask: bool = False, max_pixels: 
     With `preprocess.reduced_decode` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves sides of at least
     4 times `preprocess.image_size`.
     """
+    with _open(data, max_pixels) as image:
+        return _decode(image, data, preprocess, mask, max_pixels)
+
+
+def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the image in the bytes of a file, without decoding it; raises as `decode`."""
+    with _open(data, max_pixels) as image:
+        return image.size
+
+
+@contextmanager
+def _open(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The image with its header read; errors of the decoders within the block become UnreadableImage."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return _decode(image, data, preprocess, mask, max_pixels)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UnreadableImage(f"{width} x {height} is more than {max_pixels // 1_000_000} megapixels")
+            yield image
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -104,8 +122,8 @@ def _read_bytes(path: Path) -> bytes:
 
 def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool, max_pixels: int) -> RawImage:
     width, height = image.size
-    if width * height > max_pixels:
-        raise UnreadableImage(f"{width} x {height} is more than {max_pixels // 1_000_000} megapixels")
+    if image.format in ("JPEG", "MPO") and data.count(_START_OF_SCAN) > _MAX_SCANS:
+        raise UnreadableImage(f"more than {_MAX_SCANS} scans; expected a JPEG that an encoder wrote")
     if image.format == "TIFF":
         tags = cast(Any, image).tag_v2
         if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > max_pixels:  # OpenCV allocates a whole tile
