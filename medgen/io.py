@@ -34,7 +34,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def unsafe_name(name: str) -> str | None:
-    """Why a file's name from an archive or a bucket must not be used below a local folder, or None."""
+    """Reason against the use of a name from an archive or a bucket below a local folder, or None."""
     path = PurePosixPath(name.replace("\\", "/"))
     if _BAD_NAME.search(name) or path.is_absolute() or ".." in path.parts:
         return "has a path outside the folder or an invalid name"

@@ -90,10 +90,7 @@ class S3Folder:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _errors(key):
             system = _file_system()
-            try:
-                size = int(system.info(key)["size"])
-            except FileNotFoundError:
-                raise FileNotFoundError(2, "No such file", key) from None
+            size = int(system.info(key)["size"])
             if max_bytes is not None and size > max_bytes:
                 raise UserError(f"{key}: {size} bytes; expected at most {max_bytes}. Check the address")
             _require_space(target.parent, size, key)
@@ -112,8 +109,8 @@ class S3Folder:
             try:
                 for future in futures:
                     future.result()
-            except FileNotFoundError as error:
-                raise UserError(f"{error.filename}: removed during the download; run the command again") from None
+            except FileNotFoundError:
+                raise UserError(f"{self.url}: a file was removed during the download; run the command again") from None
             finally:
                 for future in futures:
                     future.cancel()
@@ -140,6 +137,7 @@ def _errors(url: str) -> Iterator[None]:
     """Raise the errors of s3fs as UserError, except for a missing file."""
     try:
         import s3fs  # noqa: F401
+        from aiohttp import ClientError
         from botocore.exceptions import BotoCoreError, NoCredentialsError
     except ModuleNotFoundError:
         raise UserError(
@@ -153,13 +151,15 @@ def _errors(url: str) -> Iterator[None]:
             f"{url}: no credentials for S3; expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or "
             "~/.aws/credentials. Set them and run the command again"
         ) from None
-    except BotoCoreError as error:
+    except (BotoCoreError, ClientError) as error:
         raise UserError(
             f"{url}: S3 does not answer ({error}); expected the bucket there. Check the network and AWS_ENDPOINT_URL"
         ) from None
     except FileNotFoundError as error:
-        if "bucket" not in str(error):
+        if "specified bucket" not in str(error):  # a missing file otherwise
             raise
         raise UserError(f"{url}: there is no such bucket; check the address and AWS_ENDPOINT_URL") from None
     except PermissionError as error:
         raise UserError(f"{url}: S3 refused to read it ({error}); check the keys and their permissions") from None
+    except OSError as error:
+        raise UserError(f"{url}: the download failed ({error}); check network and disk, and try again") from None

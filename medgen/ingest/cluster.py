@@ -116,8 +116,6 @@ def _run_alone(client: Any, scheduler: str, submit: Callable[[list[FilePart]], A
 
 def _wait(client: Any, scheduler: str, future: Any) -> Any:
     """The future's result; warns while the cluster has no workers, which may start later."""
-    from distributed import CancelledError
-
     while True:
         try:
             return future.result(timeout=_WAIT_SECONDS)
@@ -126,17 +124,14 @@ def _wait(client: Any, scheduler: str, future: Any) -> Any:
                 raise
             if not client.nthreads():
                 warn(f"{scheduler}: no workers; waiting. Start one with `dask worker {scheduler}`")
-        except CancelledError:
-            raise UserError(
-                f"preprocess.scheduler: the connection to {scheduler} was lost; expected it to run until all images "
-                "are read. Start it and its workers, and run the command again"
-            ) from None
 
 
 @contextmanager
 def _connect(scheduler: str) -> Iterator[Any]:
     try:
-        from distributed import Client
+        from distributed import CancelledError, Client
+        from distributed.client import ClosedClientError
+        from distributed.comm import CommClosedError
     except ModuleNotFoundError:
         raise UserError(
             f"preprocess.scheduler: {scheduler} needs Dask, which is not installed; run `uv sync --extra dask`, or "
@@ -150,4 +145,10 @@ def _connect(scheduler: str) -> Iterator[Any]:
             "scheduler. Start one with `dask scheduler`, correct the address, or leave the key out to use this machine"
         ) from None
     with client:
-        yield client
+        try:
+            yield client
+        except (CancelledError, ClosedClientError, CommClosedError):
+            raise UserError(
+                f"preprocess.scheduler: the connection to {scheduler} was lost; expected it to run until all images "
+                "are read. Start it and its workers, and run the command again"
+            ) from None

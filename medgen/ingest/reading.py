@@ -251,7 +251,7 @@ def _hash_pixels(raw: RawImage) -> str:
 def _source_files(folder: Folder, record: ImageRecord) -> AbstractContextManager[Path]:
     """The local folder of the files of a record."""
     paths = [record.path] if record.mask is None else [record.path, record.mask]
-    return local_files(folder, [name for path in paths for name in with_companions(path)])
+    return local_files(folder, (name for path in paths for name in with_companions(path)))
 
 
 def _hash_source(folder: Folder, record: ImageRecord, preprocess: Preprocess) -> str:

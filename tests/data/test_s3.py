@@ -17,6 +17,7 @@ from medgen.data.s3 import S3Folder
 from medgen.datasets import import_data
 from medgen.errors import UserError
 from medgen.ingest import audit, preprocess
+from medgen.ingest.patients import pseudonymize
 
 SETTINGS = Preprocess(image_size=16)
 KEYS = {
@@ -57,7 +58,7 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def bucket(server: str, aws: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """An empty bucket of the test's own."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    name = f"b{abs(hash(request.node.name))}"
+    name = f"bucket-{abs(hash(request.node.name))}"
     s3._file_system().mkdir(name)
     return f"s3://{name}"
 
@@ -130,6 +131,32 @@ def test_a_dataset_is_preprocessed_from_a_bucket_as_from_a_folder(
     assert changed.source != stores[1].source
 
 
+def test_patients_of_a_bucket_need_a_salt(bucket: str, tmp_path: Path) -> None:
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    for number in range(3):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
+        data = pydicom.Dataset()
+        data.file_meta, data.PatientID = meta, f"MRN{number}"
+        data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        data.Rows = data.Columns = 16
+        data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
+        data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
+        data.PixelData = bytes(range(256))
+        (tmp_path / "set").mkdir(exist_ok=True)
+        data.save_as(tmp_path / "set" / f"IM{number}", enforce_file_format=True)
+    url, project = upload(tmp_path / "set", f"{bucket}/set"), Project(tmp_path)
+    with pytest.raises(UserError, match=r"has patient identifiers, but no \.salt"):
+        preprocess.run(project, data=Data(path=url), preprocess=SETTINGS)
+    s3._file_system().pipe(f"{url}/.salt", b"ab" * 32)
+    store = preprocess.run(project, data=Data(path=url), preprocess=SETTINGS)
+    rows = [row for name in ("train", "val", "test") for row in store.split(name).rows()]
+    assert {row["patient"] for row in rows} == {pseudonymize(bytes.fromhex("ab" * 32), f"MRN{n}") for n in range(3)}
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_folder_or_an_archive_of_a_bucket_is_imported(
     images: Path, bucket: str, tmp_path: Path, packed: bool
@@ -195,6 +222,8 @@ def test_missing_buckets_folders_and_space_are_one_message(
 ) -> None:
     with pytest.raises(UserError, match=r"^s3://no-such-bucket/x: there is no such bucket"):
         S3Folder("s3://no-such-bucket/x").list_files()
+    with pytest.raises(UserError, match=r"^s3://no-such-bucket/x/dataset\.json: there is no such bucket"):
+        medgen.open_dataset("s3://no-such-bucket/x")
     with pytest.raises(UserError, match=r"/nothing: no files; expected a folder of the bucket"):
         S3Folder(f"{bucket}/nothing").list_files()
     with pytest.raises(UserError, match=r"no dataset\.json; expected a preprocessed dataset"):

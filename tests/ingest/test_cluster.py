@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +21,49 @@ from medgen.ingest.reading import hash_sources, read_images
 SETTINGS = {"image_size": 16, "max_rejected": 0.1}
 
 
+class Cluster:
+    """A scheduler in this process, with one process for each worker."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler.scheduler
+        self.address: str = scheduler.scheduler_address
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    def require(self, count: int) -> str:
+        """Start workers until there are that many; returns the address."""
+        from distributed import Client
+
+        self.workers = [worker for worker in self.workers if worker.poll() is None]
+        options = ["--no-nanny", "--nthreads", "1", "--no-dashboard", "--death-timeout", "60"]
+        for _ in range(count - len(self.workers)):
+            command = [sys.executable, "-m", "dask", "worker", self.address, *options]
+            self.workers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        with Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(count, timeout=300)
+        return self.address
+
+    def kill_one(self) -> None:
+        self.workers[0].kill()
+        self.workers[0].wait()
+
+
 @pytest.fixture(scope="module")
-def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def dask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(
-        n_workers=2,
-        threads_per_worker=1,
-        dashboard_address=None,
-        local_directory=tmp_path_factory.mktemp("workers"),
-        silence_logs=100,
-    ) as running:
-        yield running
+    import dask
+
+    scratch = str(tmp_path_factory.mktemp("workers"))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        dask.config.set({"temporary_directory": scratch}),
+        distributed.LocalCluster(n_workers=0, dashboard_address=None, silence_logs=100) as scheduler,
+    ):
+        patch.setenv("DASK_TEMPORARY_DIRECTORY", scratch)
+        cluster = Cluster(scheduler)
+        yield cluster
+        for worker in cluster.workers:
+            worker.kill()
+            worker.wait()
 
 
 @pytest.fixture
@@ -48,7 +81,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_store_has_the_same_bytes_although_a_worker_is_killed(
-    images: Path, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
+    images: Path, dask: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads, workers = Project(images.parent), Project(images.parent.with_name("workers"))
     workers.root.mkdir()
@@ -58,10 +91,10 @@ def test_the_store_has_the_same_bytes_although_a_worker_is_killed(
     def killing(*arguments: Any) -> Iterator[Any]:
         for number, result in enumerate(read_images(*arguments)):
             if number == 0:
-                os.kill(next(iter(local_cluster.workers.values())).pid, signal.SIGKILL)
+                dask.kill_one()
             yield result
 
-    settings = Preprocess(**SETTINGS, scheduler=local_cluster.scheduler_address)
+    settings = Preprocess(**SETTINGS, scheduler=dask.require(2))
     with monkeypatch.context() as patch:
         patch.setattr(preprocess, "read_images", killing)
         store = preprocess.run(workers, data=Data(), preprocess=settings)
@@ -79,11 +112,9 @@ def test_the_store_has_the_same_bytes_although_a_worker_is_killed(
 
 
 @pytest.mark.slow
-def test_a_file_that_kills_its_workers_is_named(
-    images: Path, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local_cluster.scheduler, "allowed_failures", 0)
-    settings = Preprocess(**SETTINGS, scheduler=local_cluster.scheduler_address)
+def test_a_file_that_kills_its_workers_is_named(images: Path, dask: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask.scheduler, "allowed_failures", 0)
+    settings = Preprocess(**SETTINGS, scheduler=dask.require(2))
     records = dataset_scan.scan(images, Data(), settings).records
 
     def transform(record: Any, _raw: RawImage, _mask: RawImage | None) -> None:
@@ -95,9 +126,9 @@ def test_a_file_that_kills_its_workers_is_named(
 
 
 @pytest.mark.slow
-def test_an_audit_finds_the_same(images: Path, local_cluster: Any, tmp_path: Path) -> None:
+def test_an_audit_finds_the_same(images: Path, dask: Cluster, tmp_path: Path) -> None:
     results = []
-    for scheduler in (None, local_cluster.scheduler_address):
+    for scheduler in (None, dask.require(1)):
         settings, out = Preprocess(**SETTINGS, scheduler=scheduler), tmp_path / str(len(results))
         audit.run(Project(tmp_path), data=Data(), preprocess=settings, path=images, out=out)
         results.append([(out / name).read_bytes() for name in ("audit.json", "audit.html")])
@@ -106,9 +137,9 @@ def test_an_audit_finds_the_same(images: Path, local_cluster: Any, tmp_path: Pat
 
 @pytest.mark.slow
 def test_workers_without_the_images_or_with_other_code_are_one_message(
-    images: Path, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
+    images: Path, dask: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Preprocess(**SETTINGS, scheduler=local_cluster.scheduler_address)
+    settings = Preprocess(**SETTINGS, scheduler=dask.require(1))
     records = dataset_scan.scan(images, Data(), settings).records
     with pytest.raises(UserError, match=r"elsewhere: not found by a worker on "):
         list(hash_sources(images.with_name("elsewhere"), records, settings))
