@@ -14,6 +14,7 @@ import typer
 
 from medgen import __version__
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, printable
+from medgen.machine import set_openmp_defaults
 
 if TYPE_CHECKING:
     from medgen.config import Project
@@ -56,6 +57,7 @@ PARAMS = Path("params.yaml")
 
 def main() -> None:
     """Run the command line; docs/contract.md lists the exit codes."""
+    set_openmp_defaults()
     try:
         app()
     except (UserError, NonFiniteError, TrainingInterrupted) as error:

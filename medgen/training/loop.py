@@ -6,6 +6,7 @@ from medgen.config import Phase
 from medgen.errors import NonFiniteError
 from medgen.tracking import Tracker
 from medgen.training import guard
+from medgen.training.cores import share_cores
 from medgen.training.optimizers import clip_gradients, set_rate
 from medgen.training.progress import Display
 from medgen.training.state import Forward, Meter, TrainState
@@ -27,7 +28,7 @@ def train_to_end(state: TrainState, tracker: Tracker | None, after_epoch: AfterE
         TrainingInterrupted: SIGTERM or SIGUSR1 asked to stop; the checkpoint holds everything done so far.
     """
     state.resume()
-    with Display(state.epochs_done, state.total_epochs, state.world.is_main) as display:
+    with share_cores(), Display(state.epochs_done, state.total_epochs, state.world.is_main) as display:
         while (phase := state.next_phase()) is not None:
             if train_epoch(state, phase, display):
                 metrics = finish_epoch(state, phase, tracker, display)
