@@ -168,7 +168,7 @@ def bare_loop(
     model = new_model(params, split, device).to(memory_format=memory_format)
     objective, weights, beta = Objective(params.loss, split.images.shape[1:]), params.loss.weights, 0.3
     optimizer = build_optimizer(params.train.phases[0], model.parameters())
-    images, batch = torch.from_numpy(split.images[:]).to(device), params.train.batch_size
+    images, batch = torch.from_numpy(split.images[:].copy()).to(device), params.train.batch_size
 
     def epoch() -> None:
         order = torch.randperm(len(images), device=device)
@@ -247,7 +247,7 @@ def lightning_loop(params: Params, split: Split, device: torch.device) -> Epoch:
         def on_train_epoch_end(self) -> None:
             self.seconds = time.perf_counter() - self.started
 
-    images = torch.from_numpy(split.images[:]).float() / 255
+    images = torch.from_numpy(split.images[:].copy()).float() / 255
     loader = DataLoader(TensorDataset(images), batch_size=params.train.batch_size, shuffle=True, drop_last=True)
     module = Module()
 
