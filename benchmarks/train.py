@@ -98,7 +98,11 @@ def compare_loops(folder: Path, images: Path | None, rounds: int) -> None:
             f"notebook: ImageFolder of {size} px, DataLoader": notebook_loop(*common, folder / "small"),
             "notebook: ImageFolder of the original files": notebook_loop(*common, images),
         }
-        peers = {"lightning": lightning_loop, "monai": partial(monai_loop, folder / "small"), "pythae": pythae_loop}
+        peers = {
+            "lightning": lightning_loop,
+            "monai": partial(monai_loop, folder / "small"),
+            "pythae": partial(pythae_loop, folder),
+        }
         for name, build in peers.items():
             if importlib.util.find_spec(name) is None:
                 print(f"{name}: not installed, left out (uv sync --group benchmarks)")
@@ -288,8 +292,9 @@ def monai_loop(folder: Path, params: Params, split: Split, device: torch.device)
     return timed(epoch, device)
 
 
-def pythae_loop(params: Params, split: Split, device: torch.device) -> Epoch:
+def pythae_loop(folder: Path, params: Params, split: Split, device: torch.device) -> Epoch:
     """pythae's VAE and trainer around the same encoder and decoder; MSE instead of L1 and SSIM."""
+    from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseEncoder
@@ -318,11 +323,8 @@ def pythae_loop(params: Params, split: Split, device: torch.device) -> Epoch:
     shape, batch = tuple(split.images.shape[1:]), params.train.batch_size
     images = torch.from_numpy(split.images[: num_steps(params, split) * batch]).float() / 255
     config = VAEConfig(input_dim=shape, latent_dim=torch.Size(network.latent_shape).numel())
-    folder = tempfile.mkdtemp(prefix="medgen-pythae-")
-    training = BaseTrainerConfig(output_dir=folder, per_device_train_batch_size=batch, num_epochs=1)
+    training = BaseTrainerConfig(output_dir=str(folder / "pythae"), per_device_train_batch_size=batch, num_epochs=1)
     model = VAE(config, encoder=Encoder(), decoder=Decoder())
-    from pythae.data.datasets import BaseDataset
-
     trainer = BaseTrainer(model, BaseDataset(images, torch.zeros(len(images))), training_config=training)
     trainer.prepare_training()
     return timed(lambda: trainer.train_step(1), device)
