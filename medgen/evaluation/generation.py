@@ -3,7 +3,7 @@
 Shapes: N images, C channels, H W height and width, D features.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from medgen.metrics.generation import (
     prdc_intervals,
     subsample,
 )
-from medgen.metrics.inception import NUM_FEATURES, inception_score
+from medgen.metrics.inception import inception_score
 from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metrics, select_groups
 from medgen.metrics.mmd import MAX_BANDWIDTH_IMAGES, kid, median_distance, mmd
 from medgen.metrics.spectrum import log_power, spectrum_metrics
@@ -189,29 +189,33 @@ def classifier_tests(
 
 
 def network_outputs(context: EvaluationContext, samples: Tensor) -> dict[str, list[Tensor]]:
-    """Output of the Inception and local networks for samples, reference images and compared images.
+    """Features by the Inception and local networks of samples, reference images and compared images.
 
-    That of the Inception network is features and logits side by side.
+    With the Inception network, `logits` are its class scores of the same images.
     """
-    networks: dict[str, Callable[[Tensor], Tensor]] = {}
-    if inception := context.inception:
-        networks["inception"] = lambda images: torch.cat(inception(images), dim=1)
-    if context.local:
-        networks["local"] = context.local
     sets: tuple[Images, ...] = (samples, context.reference, context.compared)
-    return {name: [map_images(context, images, network) for images in sets] for name, network in networks.items()}
+    outputs: dict[str, list[Tensor]] = {}
+    if inception := context.inception:
+        num_features = inception(samples[:1]).features.shape[1]
+        for images in sets:
+            columns = map_images(context, images, lambda batch: torch.cat(inception(batch), dim=1))
+            for name, part in zip(("inception", "logits"), columns.tensor_split([num_features], dim=1), strict=True):
+                outputs.setdefault(name, []).append(part)
+    if context.local:
+        outputs["local"] = [map_images(context, images, context.local) for images in sets]
+    return outputs
 
 
 def evaluate_networks(context: EvaluationContext, outputs: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
     """Distances by features of the Inception and local networks, and the Inception Score."""
     metrics: dict[str, float] = {}
     for name, sets in outputs.items():
-        if name == "inception":
+        if name == "logits":
             seed = seed_of(context.params.seed)
-            sets, logits = zip(*(output.tensor_split([NUM_FEATURES], dim=1) for output in sets), strict=True)
-            metrics["generation/inception_score"] = inception_score(logits[0], seed)
-            metrics["generation/inception_score_real"] = inception_score(logits[2], seed)
-        metrics |= network_distances(context, name, sets)
+            metrics["generation/inception_score"] = inception_score(sets[0], seed)
+            metrics["generation/inception_score_real"] = inception_score(sets[2], seed)
+        else:
+            metrics |= network_distances(context, name, sets)
     return metrics
 
 
