@@ -57,24 +57,32 @@ def make_project(project: Project, count: int, size: int) -> None:
     save_extractor(project.features, extractor, {"dataset": fingerprint})
 
 
-def timed(name: str, function: Callable[..., Any], seconds: dict[str, float]) -> Callable[..., Any]:
-    """`function`, whose processor time is added to `seconds`."""
+class Meter:
+    """Processor time and memory of the parts of an evaluation."""
 
-    def call(*arguments: Any) -> Any:
-        start = time.process_time()
-        try:
-            return function(*arguments)
-        finally:
-            seconds[name] = seconds.get(name, 0.0) + time.process_time() - start
+    def __init__(self) -> None:
+        self.seconds = dict[str, float]()
+        self.mib = dict[str, int]()  # largest anonymous memory; files mapped into memory do not count
+        self.part, self.stop = "start", threading.Event()
 
-    return call
+    def measured(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, measured as the part `name`."""
 
+        def call(*arguments: Any) -> Any:
+            self.part, start = name, time.process_time()
+            try:
+                return function(*arguments)
+            finally:
+                self.part, self.seconds[name] = "other", round(time.process_time() - start, 1)
 
-def watch_memory(peak: list[int], stop: threading.Event) -> None:
-    """Keep the largest anonymous memory of this process in MiB; files mapped into memory do not count."""
-    while not stop.wait(0.002):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peak[0] = max(peak[0], *(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon")))
+        return call
+
+    def watch(self) -> None:
+        """Read the memory of this process until `stop` is set."""
+        while not self.stop.wait(0.002):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            mib = next(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))
+            self.mib[self.part] = max(mib, self.mib.get(self.part, 0))
 
 
 def main() -> None:
@@ -90,18 +98,18 @@ def main() -> None:
         shutil.rmtree(arguments.out, ignore_errors=True)
         make_project(project, arguments.images, arguments.size)
     resource.setrlimit(resource.RLIMIT_DATA, (arguments.limit_mb << 20, resource.RLIM_INFINITY))
-    seconds, peak, stop = dict[str, float](), [0], threading.Event()
+    meter = Meter()
     for name in PARTS:
-        setattr(evaluate, name, timed(name, getattr(evaluate, name), seconds))
-    watcher = threading.Thread(target=watch_memory, args=(peak, stop))
+        setattr(evaluate, name, meter.measured(name, getattr(evaluate, name)))
+    watcher = threading.Thread(target=meter.watch)
     watcher.start()
     try:
         settings = Evaluate(num_generated=arguments.generated)
         evaluate.run(project, evaluate=settings, tracking=Tracking(enabled=False))
     finally:
-        stop.set()
+        meter.stop.set()
         watcher.join()
-    print(json.dumps({"peak_mib": peak[0], **{name: round(value, 1) for name, value in seconds.items()}}))
+    print(json.dumps({"seconds": meter.seconds, "mib": meter.mib}))
 
 
 if __name__ == "__main__":
