@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from medgen.config import Evaluate, LocalNetwork, Project, Refiner, Tracking, seed_of
+from medgen.data.images import StoredImages
 from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
 from medgen.evaluation import context, evaluate, figures, privacy
@@ -630,6 +631,28 @@ def test_of_a_large_split_some_images_are_compared_with_samples(
     assert data.held_out is not None
     assert len(data.held_out.features) == 5 < metrics["run/num_test"] == len(data.similarity)
     assert compare_versions(data, data) is not None
+
+
+def test_images_are_read_a_batch_at_a_time(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for copies and all features and scores; benchmarks/large_evaluation.py measures the memory."""
+    sizes: list[int] = []
+    read, compute = StoredImages.__getitem__, evaluate.compute
+
+    def counted(images: StoredImages, index: slice | Tensor) -> Tensor:
+        found = read(images, index)
+        sizes.append(len(found))
+        return found
+
+    def computed(parts: context.EvaluationContext) -> evaluate.Computed:
+        with monkeypatch.context() as patch:
+            patch.setattr(StoredImages, "__getitem__", counted)
+            return compute(parts)
+
+    monkeypatch.setattr("medgen.metrics.privacy._IMAGES_PER_BATCH", 4)
+    monkeypatch.setattr(privacy, "_IMAGES_PER_BLOCK", 4)
+    monkeypatch.setattr(evaluate, "compute", computed)
+    evaluate.run(project, evaluate=SMALL.model_copy(update={"batch_size": 4}), tracking=OFF)
+    assert max(sizes) == 4
 
 
 @pytest.mark.slow
