@@ -261,7 +261,7 @@ def measure_loop(report: Report) -> None:
     task.num_batches = 4 if report.small else 200
 
     def bare(_: int) -> None:
-        losses = task.objective(task.forward(state.network, batch), batch, phase, 0.0)
+        losses = task.objective(state.network(batch), batch, phase, 0.0)
         state.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         clip_gradients(state.network.parameters(), params.clip_norm)
