@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NoReturn, TypeVar
 
 from medgen.console import say, warn
 from medgen.errors import UserError
@@ -27,6 +29,7 @@ from medgen.registry.versions import Version
 POLL_SECONDS = 30.0
 START_SECONDS = 300.0  # for a version to load
 STOP_SECONDS = 15.0  # for the processes to end after a signal: they give open requests ten
+T = TypeVar("T")
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
@@ -101,7 +104,7 @@ class _Follower:
         service = _Service(version, Path(tempfile.mkdtemp(prefix="medgen-serve-")))
         self.services.append(service)
         try:
-            command = self.prepare(version, service.folder)
+            command = _call_in_thread(lambda: self.prepare(version, service.folder))
             self.failed = version.number
             service.start(command, self.environment, self.fd)
             self.failed = None
@@ -115,7 +118,7 @@ class _Follower:
     def poll(self) -> None:
         """Start the version that the alias names now, if it is another one. After an error the present one stays."""
         try:
-            version = self.find()
+            version = _call_in_thread(self.find)
             current = self.services[-1].version
             if version.uri != current.uri and version.number != self.failed:
                 self.start(version)
@@ -127,7 +130,7 @@ class _Follower:
 
     def run(self) -> NoReturn:
         """Serve until the process of the present version ends."""
-        self.start(self.find())
+        self.start(_call_in_thread(self.find))
         while True:
             deadline = time.monotonic() + POLL_SECONDS
             while (left := deadline - time.monotonic()) > 0:
@@ -182,6 +185,20 @@ def follow_alias(
                 service.signal(received)
             for service in follower.services:
                 service.wait(deadline)
+
+
+def _call_in_thread(function: Callable[[], T]) -> T:
+    """Call a function that uses MLflow's store in a thread: a signal ends this process at once, whatever that does."""
+    result: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result.result()
 
 
 def _read_line(file: IO[bytes] | None, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`medgen serve`: downloads a registered version and starts medgen/serving/app.py, in this process or beside it."""
+"""`medgen serve`: downloads a registered version and starts medgen/serving/app.py, in this process or as a child."""
 
 import hashlib
 import json
