@@ -1,4 +1,4 @@
-"""Who sends a request, and how much each client may send.
+"""Identify the clients, and limit how much each may send.
 
 A client is the name of its token or, on a server without tokens, its address. A proxy on this machine names its
 clients' addresses in X-Forwarded-For, which uvicorn reads from the loopback address only. The loopback address itself
@@ -24,7 +24,7 @@ IPV6_NETWORK = 64  # bits of an IPv6 address: one host has all addresses of its 
 
 @dataclass
 class _Usage:
-    """What a client has used: requests that it may still send at once, as of `seen`, and those in progress."""
+    """Usage of a client: the requests that it may still send at once, as of `seen`, and those in progress."""
 
     allowed: float
     seen: float

@@ -31,7 +31,7 @@ class Protocol(H11Protocol):
     """HTTP protocol that closes idle connections, also those that keep sending a rejected body."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Make room if there are too many connections, and start the check for idle ones."""
+        """Close one of too many connections, and start the check for idle ones."""
         super().connection_made(transport)
         app: App = self.config.app  # type: ignore[assignment]
         app.open_connections[self] = None
