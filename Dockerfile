@@ -2,29 +2,33 @@
 # docker build -t medgen --build-arg DEVICE=cuda .      for NVIDIA GPUs (run with --gpus all)
 # docker run --rm -v "$PWD:/project" medgen dvc repro --pull
 # compose.yaml uses the same image for MLflow's server: docs/operations.md.
+# `make pin-images` writes the digests of the base images into this file and compose.yaml.
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ARG DEVICE=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_PROJECT_ENVIRONMENT=/opt/medgen UV_PYTHON_DOWNLOADS=never
-RUN python3 -m pip install --no-cache-dir --root-user-action=ignore "uv>=0.9,<1"
+ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_PROJECT_ENVIRONMENT=/opt/medgen UV_PYTHON_DOWNLOADS=never \
+    UV_BUILD_CONSTRAINT=/src/build-requirements.txt
 WORKDIR /src
+COPY build-requirements.txt ./
+RUN python3 -m pip install --no-cache-dir --root-user-action=ignore --require-hashes -r build-requirements.txt
 COPY pyproject.toml uv.lock README.md LICENSE ./
-# Dependencies first, so that a change of the code reuses this layer.
-# The registry's torch is the CUDA build (4 GB of libraries); for CPUs the same versions are installed without them.
-RUN if [ "$DEVICE" = cuda ]; then \
-      uv sync --locked --no-dev --extra server --no-install-project; \
+# Dependencies first, so that a change of the code reuses this layer. All come from PyPI with the hashes of uv.lock,
+# except for CPUs torch and torchvision: PyPI's build needs 4 GB of CUDA libraries. The same versions come from
+# PyTorch's index, whose builds uv.lock has no hashes of; nothing else does.
+RUN export="uv export --quiet --locked --no-dev --extra server --no-emit-project --no-annotate --no-header" && \
+    uv venv "$UV_PROJECT_ENVIRONMENT" && \
+    if [ "$DEVICE" = cuda ]; then \
+      $export -o others.txt; \
     else \
-      uv venv "$UV_PROJECT_ENVIRONMENT" && \
-      uv export --quiet --locked --no-dev --extra server --no-hashes --no-emit-project \
-        --prune torch --prune torchvision -o others.txt && \
-      uv export --quiet --locked --no-dev --extra server --no-hashes --no-emit-project --no-annotate \
-        | grep -E '^(torch|torchvision)==' > torch.txt && \
-      uv pip install --python "$UV_PROJECT_ENVIRONMENT" --index "$TORCH_INDEX" \
-        --index-strategy unsafe-best-match -r torch.txt -r others.txt; \
-    fi
+      $export --no-hashes | grep -E '^(torch|torchvision)==' > torch.txt && \
+      $export --no-emit-package torch --no-emit-package torchvision \
+        | sed -E '/^(cuda-|nvidia-[^m]|triton==)/,/[^\\]$/d' > others.txt && \
+      uv pip install --python "$UV_PROJECT_ENVIRONMENT" --default-index "$TORCH_INDEX" --no-deps -r torch.txt; \
+    fi && \
+    uv pip install --python "$UV_PROJECT_ENVIRONMENT" --no-deps --require-hashes -r others.txt
 COPY medgen medgen
 COPY recipes recipes
 COPY params.yaml dvc.yaml .dvcignore ./

@@ -2,12 +2,12 @@
 # make CPU=1   the same with PyTorch's build for CPUs, which lacks 4 GB of CUDA libraries; give it with every target
 # make help    list the other targets
 .DEFAULT_GOAL := run
-.PHONY: run setup test test-fast gpu lint format wheel docs help clean
+.PHONY: run setup test test-fast gpu lint format wheel docs help clean sbom audit-packages pin-images pin-build
 export PYTHONUNBUFFERED = 1
 
 UV := $(if $(shell command -v uv 2>/dev/null),uv,.uv/bin/uv)
 # one process per core; a file's tests stay in one process, so that shared fixtures are made once
-EXPORT := $(UV) export --quiet --locked --no-hashes --no-emit-project --no-annotate
+EXPORT := $(UV) export --quiet --locked --no-emit-project --no-annotate --no-header
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST := $(UV) run --no-sync pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
@@ -22,18 +22,20 @@ setup: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## install uv if it is missing, a
 	@# compile bytecode once: with PYTHONDONTWRITEBYTECODE every process would otherwise compile for 15 s
 ifdef CPU
 	$(UV) venv --quiet --allow-existing
-	$(EXPORT) --prune torch --prune torchvision --output-file .venv/others.txt > /dev/null
-	$(EXPORT) | grep -E '^(torch|torchvision)==' > .venv/torch.txt
-	$(UV) pip install --compile-bytecode --index $(TORCH_INDEX) --index-strategy unsafe-best-match \
-	  -r .venv/torch.txt -r .venv/others.txt
-	$(UV) pip install --no-deps --editable .
+	@# torch and torchvision come from PyTorch's index, of whose builds uv.lock has no hashes; all others from PyPI
+	$(EXPORT) --no-hashes | grep -E '^(torch|torchvision)==' > .venv/torch.txt
+	$(EXPORT) --no-emit-package torch --no-emit-package torchvision \
+	  | sed -E '/^(cuda-|nvidia-[^m]|triton==)/,/[^\\]$$/d' > .venv/others.txt
+	$(UV) pip install --compile-bytecode --default-index $(TORCH_INDEX) --no-deps -r .venv/torch.txt
+	$(UV) pip install --compile-bytecode --no-deps --require-hashes \
+	  --build-constraints build-requirements.txt -r .venv/others.txt
+	$(UV) pip install --build-constraints build-requirements.txt --no-deps --editable .
 else
 	$(UV) sync --locked --compile-bytecode
 endif
 
 .uv/bin/uv:
-	python3 -m pip install --quiet --target .uv uv \
-	|| curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$(CURDIR)/.uv/bin" UV_NO_MODIFY_PATH=1 sh
+	-python3 -m pip install --quiet --target .uv --require-hashes -r build-requirements.txt
 	@test -x $@ || { echo "uv could not be downloaded: install it (https://docs.astral.sh/uv) and run make again"; exit 2; }
 
 test: setup  ## run all tests, including slow ones
@@ -61,6 +63,30 @@ wheel: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## build dist/medgen-VERSION-py3-
 
 docs: $(if $(filter .uv/%,$(UV)),.uv/bin/uv)  ## build the documentation as a web site in site/, and check its links
 	$(UV) run --locked --group docs mkdocs build --strict
+
+sbom:  ## write dist/sbom.json (CycloneDX, with licences) and dist/licences.md of the installed packages
+	@mkdir -p dist
+	$(UV) tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --of JSON -o dist/sbom.json .venv/bin/python
+	$(UV) tool run pip-licenses==5.5.5 --python .venv/bin/python --format markdown --order license --output-file dist/licences.md
+
+audit-packages:  ## look up the locked packages in the database of known vulnerabilities (OSV)
+	@$(UV) audit --locked $(OPTIONS) || { echo "Vulnerabilities are listed above. Without a network: give an OSV server's address in" \
+	  "OPTIONS, such as make audit-packages OPTIONS='--service-url https://osv.example.org'"; exit 2; }
+
+pin-images:  ## write the present digests of the base images into Dockerfile and compose.yaml (needs docker)
+	@for image in python:3.12-slim-bookworm postgres:17; do \
+	  digest=$$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' $$image) \
+	    && echo "$$digest" | grep -qE '^sha256:[0-9a-f]{64}$$' \
+	    || { echo "$$image: no digest; expected docker with buildx and a reachable registry"; exit 2; }; \
+	  sed -i -E "s#$$image(@sha256:[0-9a-f]{64})?#$$image@$$digest#" Dockerfile compose.yaml; \
+	done
+
+pin-build:  ## update build-requirements.txt: uv, and what builds packages from source, with hashes
+	{ echo "# uv and what builds packages from source, each with its hashes. Made by: make pin-build"; \
+	  printf 'uv\nhatchling\nsetuptools\n' | $(UV) pip compile - --universal --python-version 3.11 --generate-hashes \
+	    --no-header --no-annotate --quiet; } > build-requirements.txt.tmp
+	mv build-requirements.txt.tmp build-requirements.txt
 
 clean:  ## remove outputs of the pipeline and the tools; keeps data and git
 	rm -rf artifacts runs outputs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -403,7 +403,7 @@ def test_env_is_ignored_by_git_and_docker(root: Path) -> None:
 def test_images_are_pinned(root: Path, compose: Callable[..., dict[str, Any]]) -> None:
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     images = {name: service["image"] for name, service in compose({"POSTGRES_PASSWORD": "x"})["services"].items()}
-    assert re.fullmatch(r"postgres:\d+", images.pop("postgres"))
+    assert re.fullmatch(r"postgres:\d+(@sha256:[0-9a-f]{64})?", images.pop("postgres"))
     assert set(images.values()) == {f"medgen:{version}", f"medgen:{version}-cuda"}
     assert len({images[name] for name in ("mlflow", "trainer", "serve")}) == 1
 
