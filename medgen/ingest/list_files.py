@@ -72,13 +72,15 @@ def list_names(names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
 def check_inside(folder: Path, path: Path) -> None:
     """Refuse a path that leads out of the folder, so that a downloaded dataset cannot make medgen read other files.
 
-    Links into DVC's cache are allowed.
+    Links to objects of DVC's cache are allowed in a repository of DVC, which makes such links.
 
     Raises:
         UserError: `path` leads out of `folder`.
     """
-    target = path.resolve()
-    if target.is_relative_to(folder.resolve()) or _CACHE_OBJECT.search(target.as_posix()):
+    target, root = path.resolve(), folder.resolve()
+    if target.is_relative_to(root):
+        return
+    if _CACHE_OBJECT.search(target.as_posix()) and any((parent / ".dvc").is_dir() for parent in root.parents):
         return
     raise UserError(f"{path}: leads out of {folder}, to {target}; expected a file inside. Copy the file there")
 

@@ -62,6 +62,8 @@ def read_manifest(folder: Path, present: Container[str]) -> dict[str, ManifestRo
                 if path in rows:
                     raise UserError(f"{at}: {path} is listed twice; expected each file once")
                 rows[path] = ManifestRow(sys.intern(label) or None, patient or None, _split(at, split))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); make the file readable") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read as CSV in UTF-8: {error}. Save it as CSV in UTF-8") from None
     return rows

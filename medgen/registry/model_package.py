@@ -74,6 +74,7 @@ def create_version(
             # without a local part such as +cu128, which package indexes do not have
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
+        _remove_local_paths(Path(folder, "model", "MLmodel"))
         digest = list_files(Path(folder, "model"))
         client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
     client.finalize_logged_model(logged.model_id, "READY")
@@ -95,6 +96,19 @@ def create_version(
 def result_sections(params: Params) -> list[Section]:
     """The sections of the parameters that determine the result."""
     return [getattr(params, name) for name in Params.model_fields if name not in BOOKKEEPING]
+
+
+def _remove_local_paths(file: Path) -> None:
+    """Replace the paths of this machine in an MLmodel file, which MLflow does not need, by paths inside the version."""
+    from mlflow.models import Model
+
+    model = Model.load(str(file))
+    model.artifact_path = "model"
+    flavor = model.flavors["python_function"]
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    model.save(str(file))
 
 
 def _signature(info: BundleInfo, is_generative: bool) -> "ModelSignature":

@@ -427,13 +427,27 @@ def test_links_out_of_the_folder_and_to_folders_are_refused(tmp_path: Path, targ
         records_of(folder)
 
 
-def test_links_into_dvcs_cache_are_allowed(tmp_path: Path) -> None:
+def test_links_into_dvcs_cache_are_allowed_in_a_repository_of_dvc(tmp_path: Path) -> None:
     cached = tmp_path / "cache" / "files" / "md5" / "ab" / ("0" * 30)
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"")
     folder = make(tmp_path / "data", "A/1.png")
     (folder / "A" / "2.png").symlink_to(cached)
+    with pytest.raises(UserError, match="leads out of"):  # a stranger's folder, whose link names an object of any cache
+        records_of(folder)
+    (tmp_path / ".dvc").mkdir()
     assert len(records_of(folder)) == 2
+
+
+def test_a_manifest_that_cannot_be_read_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "data", "A/1.png", "manifest.csv")
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"manifest\.csv: cannot be read \(Permission denied\); make the file readable"):
+        records_of(folder)
 
 
 def test_the_error_for_a_folder_without_images_names_the_next_step(tmp_path: Path) -> None:

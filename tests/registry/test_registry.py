@@ -254,6 +254,15 @@ def test_version_contains_no_pickle(project: Project) -> None:
     }
 
 
+def test_a_version_does_not_name_folders_of_this_machine(project: Project) -> None:
+    files = [path for path in (project.root / "mlartifacts").rglob("*") if path.is_file()]
+    assert any(path.name == "MLmodel" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert str(project.root).encode() not in content, path
+        assert str(PACKAGE).encode() not in content or "__pycache__" in path.parts, path
+
+
 def test_requirements_cover_what_the_code_imports(project: Project, fresh: tuple[dict[str, Any], np.ndarray]) -> None:
     """The version's requirements.txt lists all packages that the loaded medgen modules import at the top."""
     listed = next((project.root / "mlartifacts").rglob("requirements.txt"))
