@@ -28,6 +28,7 @@ from medgen.metrics.latent import active_units, codebook_usage, kl_nats
 from medgen.metrics.mmd import mmd, paired_mmd
 from medgen.metrics.spectrum import log_power, radial_power, spectrum_metrics
 from medgen.models.base import Latent
+from medgen.nn.ssim import ssim
 from medgen.training.distributed import World
 
 PCA_COMPONENTS = (128, 256, 1024)  # reported in addition to the number of latent dimensions
@@ -133,7 +134,7 @@ def refine_reconstructions(context: EvaluationContext) -> RefinedReconstructions
         rows = context.compared_rows[numbers]
         originals, _, decoded = reconstruct_rows(context, rows)
         refined, real = refine_rows(context, rows, decoded), originals.float() / 255.0
-        scores = torch.stack([score(real, refined) for score in (reconstruction.ssim, reconstruction.psnr)], dim=1)
+        scores = torch.stack([score(real, refined) for score in (ssim, reconstruction.psnr)], dim=1)
         return torch.cat([scores, *(describe_batch(context, to_uint8(images)) for images in (decoded, refined))], dim=1)
 
     columns = map_rows(context, len(context.compared_rows), refine)
