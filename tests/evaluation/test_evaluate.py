@@ -649,6 +649,7 @@ def test_images_are_read_a_batch_at_a_time(project: Project, monkeypatch: pytest
             return compute(parts)
 
     monkeypatch.setattr("medgen.metrics.privacy._IMAGES_PER_BATCH", 4)
+    monkeypatch.setattr("medgen.metrics.privacy._VALUES_PER_BLOCK", 1)
     monkeypatch.setattr(privacy, "_IMAGES_PER_BLOCK", 4)
     monkeypatch.setattr(evaluate, "compute", computed)
     evaluate.run(project, evaluate=SMALL.model_copy(update={"batch_size": 4}), tracking=OFF)
