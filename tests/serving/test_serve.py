@@ -50,7 +50,7 @@ from medgen.serving.server.model import ServedModel
 SIZE = 16
 CLASSES = ("NORMAL", "ILL")
 JSON = {"Content-Type": "application/json"}
-START_SECONDS = 180
+START_SECONDS = 400
 OWN_VERSION = "the version's own"  # of the medgen in the registered version, which differs from the installed one
 
 
