@@ -36,7 +36,7 @@ def test_the_parameter_reference_lists_every_key_with_its_default_and_meaning(si
         "| `clip_norm` | number, above 0 | `1` |  |",
         "| `leaks` | `warn`, `error`, `move` | `warn` | patients, duplicates and near-duplicates in two splits; move: "
         "to the split that has most of their images |",
-        "| `num_embeddings` | whole number, at least 1 | `512` | vqvae: size of the codebook |",
+        "| `num_embeddings` | whole number, at least 1, at most 65536 | `512` | vqvae: size of the codebook |",
         "| `weights` | [loss.weights](#lossweights) | `l1: 1, ssim: 0.5` |  |",
     ):
         assert row in text

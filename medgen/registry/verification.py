@@ -25,7 +25,7 @@ def list_files(folder: Path) -> str:
 
 
 def signed_text(name: str, digest: str) -> str:
-    """What a version's signature is of: the registered model's name and the value of FILES_TAG."""
+    """Text that a version's signature signs: the registered model's name and the value of FILES_TAG."""
     return json.dumps({"model": name, "files": digest})
 
 
