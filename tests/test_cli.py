@@ -201,7 +201,7 @@ def test_errors_become_exit_codes(monkeypatch, medgen, error, code):
         raise error
 
     monkeypatch.setattr(cli, "_call", fail)
-    found, _, err = medgen("train")
+    found, _, err = medgen("preprocess")
     assert found == code
     assert err == f"error: {error}\n"
 
@@ -211,7 +211,7 @@ def test_a_full_disk_is_one_message(monkeypatch, medgen):
         raise OSError(errno.ENOSPC, "No space left on device", "artifacts/model.building/model.safetensors")
 
     monkeypatch.setattr(cli, "_call", fail)
-    found, _, err = medgen("train")
+    found, _, err = medgen("preprocess")
     assert found == 2
     expected = r"error: artifacts/model\.building/model\.safetensors: cannot be written: No space left on device\. .*\n"
     assert re.fullmatch(expected, err)
@@ -219,7 +219,7 @@ def test_a_full_disk_is_one_message(monkeypatch, medgen):
 
 def test_a_defect_of_medgen_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_call", lambda *_: 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["medgen", "train"])
+    monkeypatch.setattr(sys, "argv", ["medgen", "preprocess"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
@@ -267,7 +267,7 @@ def test_a_folder_is_checked_before_there_is_a_project(medgen, tmp_path):
 def test_sections_of_the_schema_are_the_contract():
     assert set(Params.model_fields) == {
         "data", "preprocess", "features", "model", "loss", "train", "prior", "refiner", "evaluate", "tune",
-        "tracking", "registry",
+        "tracking", "registry", "compute",
     }  # fmt: skip
 
 
