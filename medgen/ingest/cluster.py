@@ -131,7 +131,7 @@ def _connect(scheduler: str) -> Iterator[Any]:
     try:
         from distributed import CancelledError, Client
         from distributed.client import ClosedClientError
-        from distributed.comm import CommClosedError
+        from distributed.comm.core import CommClosedError
     except ModuleNotFoundError:
         raise UserError(
             f"preprocess.scheduler: {scheduler} needs Dask, which is not installed; run `uv sync --extra dask`, or "
