@@ -71,5 +71,5 @@ def test_make_cpu_installs_the_locked_versions_from_pytorchs_index_for_cpus(root
         ).stdout
 
     assert "download.pytorch.org" not in plan()
-    assert "--index https://download.pytorch.org/whl/cpu" in plan("CPU=1")
+    assert "--default-index https://download.pytorch.org/whl/cpu" in plan("CPU=1")
     assert "sync" not in plan("CPU=1"), "`uv sync` would replace it with the build for GPUs"

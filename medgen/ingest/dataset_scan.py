@@ -38,6 +38,7 @@ class ImageRecord:
     mask: str | None  # path of the mask file
     index: int = 0  # position of the image in its file; the mask has the same index in the mask file
     patient_known: bool = field(default=True, compare=False)  # False: nothing names the patient
+    group: str = field(default="", compare=False)  # the patient for the split, independent of the salt; never written
 
     @property
     def name(self) -> str:
@@ -56,10 +57,13 @@ class ScanResult:
     has_salt: bool = False  # the folder has a salt of its own
 
 
-def scan(folder: Folder, data: config.Data, preprocess: config.Preprocess) -> ScanResult:
+def scan(
+    folder: Folder, data: config.Data, preprocess: config.Preprocess, salt_folder: Path | None = None
+) -> ScanResult:
     """List the images of a folder. Files of a single image are not opened if their name shows their format.
 
-    Pseudonyms of a folder with patient identifiers but without a salt are different in each call.
+    A folder without a salt uses that of `salt_folder`. Without both, pseudonyms of patient identifiers are different in
+    each call.
 
     Raises:
         UserError: there are no images, manifest.csv or .salt is wrong, a path leads out of the folder, or its bucket
@@ -79,7 +83,8 @@ def scan(folder: Folder, data: config.Data, preprocess: config.Preprocess) -> Sc
             other_files.append((path, reason))
     files.discard(MANIFEST)
     with local_files(folder, (MANIFEST, patients.SALT_FILE)) as root:
-        rows, has_salt = read_manifest(root, files), patients.has_salt(root)
+        rows, has_own_salt = read_manifest(root, files), patients.has_salt(root)
+    has_salt = has_own_salt or (salt_folder is not None and patients.has_salt(salt_folder))
     other_files = [(path, reason) for path, reason in other_files if path not in (rows or ())]  # listed: use it
     inspected, not_images, companions = _inspect_files(folder, files, rows or {}, preprocess)
     pairs = MaskPairs(list(inspected), rows)
@@ -90,21 +95,24 @@ def scan(folder: Folder, data: config.Data, preprocess: config.Preprocess) -> Sc
     has_patient_ids = any(row.patient for row in (rows or {}).values())
     has_patient_ids = has_patient_ids or any(contents.patient for contents in inspected.values())
     with local_files(folder, (patients.SALT_FILE,)) as root:
-        patient_ids = _PatientIds(root, data, has_patient_ids)
+        salted = root if has_own_salt or salt_folder is None else salt_folder
+        patient_ids = _PatientIds(salted, data, has_patient_ids)
     labeler = PathLabeler(pairs.images, {folder_of(path) for path in files})
     records: list[ImageRecord] = []
     for path in sorted(pairs.images):
         contents, row, labels = inspected[path], (rows or {}).get(path, ManifestRow()), labeler.labels_of(path)
         identifier = patient_ids.find(path, contents, row, labels)
         is_known = identifier is not None
-        patient = patient_ids.of_file(path, contents, identifier)
+        names_all = identifier is not None or not contents.independent  # else each image has its own patient
         mask = pairs.mask_of(path)
         for at, index in enumerate(contents.indices):
+            name = identifier or path if names_all else f"{path}#{index}"
             records.append(
                 ImageRecord(
                     path=path,
                     label=row.label or _item(contents.labels, at) or labels.label,
-                    patient=patient or patient_ids.of_image(path, index),
+                    patient=patient_ids.pseudonym(name),
+                    group=patient_ids.group(name),
                     split=row.split or _item(contents.splits, at) or labels.split,
                     mask=mask,
                     index=index,
@@ -181,15 +189,13 @@ class _PatientIds:
             return None
         return row.patient or self._find(path, contents, labels)
 
-    def of_file(self, path: str, contents: Contents, identifier: str | None) -> str | None:
-        """The patient of all images of a file; None if every image belongs to a different patient."""
-        if identifier is None and contents.independent:
-            return None
-        return self._pseudonym(identifier or path)
+    def pseudonym(self, identifier: str) -> str:
+        """Text that the store has instead of the identifier."""
+        return sys.intern(identifier if self._salt is None else patients.pseudonymize(self._salt, identifier))
 
-    def of_image(self, path: str, index: int) -> str:
-        """The patient of one image of a file of many patients."""
-        return self._pseudonym(f"{path}#{index}")
+    def group(self, identifier: str) -> str:
+        """The patient for the split: the same on every machine, whatever the salt."""
+        return sys.intern(identifier if self._salt is None else patients.pseudonymize(patients.NO_SALT, identifier))
 
     def _find(self, path: str, contents: Contents, labels: PathLabels) -> str | None:
         name = _file_name(path)
@@ -197,9 +203,6 @@ class _PatientIds:
         if self._pattern is not None and (named := patients.patient_from_file_name(name, self._pattern)):
             return named
         return contents.patient or patients.patient_from_file_name(name) or labels.patient
-
-    def _pseudonym(self, identifier: str) -> str:
-        return sys.intern(identifier if self._salt is None else patients.pseudonymize(self._salt, identifier))
 
 
 def _no_images(folder: Folder, other_files: Sequence[tuple[str, str]]) -> UserError:

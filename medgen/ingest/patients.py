@@ -17,7 +17,7 @@ from medgen.errors import UserError
 from medgen.io import write_atomic
 
 SALT_FILE = ".salt"
-_FOR_FILE_NAMES = b"medgen: this dataset has no salt of its own"  # no secret: only for names that the store lists
+NO_SALT = b"medgen: this dataset has no salt of its own"  # for names that the store lists anyway, and for splits
 _SALT_BYTES = 32
 
 # Patient names in published datasets; the first match is used.
@@ -71,7 +71,7 @@ def find_salt(folder: Path, has_patient_ids: bool) -> bytes:
         with path.open("rb") as file:
             text = file.read(4 * _SALT_BYTES).strip()
     except FileNotFoundError:
-        return secrets.token_bytes(_SALT_BYTES) if has_patient_ids else _FOR_FILE_NAMES
+        return secrets.token_bytes(_SALT_BYTES) if has_patient_ids else NO_SALT
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make the file readable") from None
     if not re.fullmatch(rb"[0-9a-f]{%d}" % (2 * _SALT_BYTES), text):

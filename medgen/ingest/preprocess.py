@@ -47,20 +47,14 @@ def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -
             cluster that the parameters name cannot be used.
     """
     folder = data_folder(project.root, data.path)
-    scanned = dataset_scan.scan(folder, data, preprocess)
+    is_inside = isinstance(folder, Path) and folder.resolve().is_relative_to(project.root.resolve())
+    salt_folder = folder if isinstance(folder, Path) and is_inside else project.root  # nothing is written elsewhere
+    scanned = dataset_scan.scan(folder, data, preprocess, salt_folder)
     if scanned.has_patient_ids and not data.keep_patient_ids and not scanned.has_salt:
-        if not isinstance(folder, Path):
-            raise UserError(
-                f"{folder.url}: has patient identifiers, but no {patients.SALT_FILE}, the secret of their pseudonyms; "
-                f"expected one there. Make it with `openssl rand -hex 32 > {patients.SALT_FILE}` and upload it"
-            )
-        patients.write_salt(folder)
-        note(
-            escaped(
-                f"{folder / patients.SALT_FILE}: new secret salt of the patients' pseudonyms; keep it with the data"
-            )
-        )
-        scanned = dataset_scan.scan(folder, data, preprocess)
+        patients.write_salt(salt_folder)
+        path = salt_folder / patients.SALT_FILE
+        note(escaped(f"{path}: new secret salt of the patients' pseudonyms; keep it with the data"))
+        scanned = dataset_scan.scan(folder, data, preprocess, salt_folder)
     if data.splits == "own":
         scanned = replace(scanned, records=[replace(record, split=None) for record in scanned.records])
     current = _open_if_current(project, data, scanned, preprocess)

@@ -26,7 +26,7 @@ def assign_splits(
     matter, and new patients do not move others. If that gives a label less than 3/4 or more than 5/4 of its share, as
     in small datasets, groups with the nearest hashes are added or left out; new patients can move these.
     """
-    groups = [record.patient for record in records] if groups is None else groups
+    groups = [record.group or record.patient for record in records] if groups is None else groups
     given = _count_splits(records, groups)
     present = {split for splits in given.values() for split in splits}
 
@@ -61,6 +61,7 @@ def unify_splits(records: Sequence[ImageRecord], groups: Sequence[str]) -> list[
 
 def group_patients(records: Sequence[ImageRecord], pairs: Iterable[tuple[int, int]]) -> list[str]:
     """A group name per record. Patients are in one group if a pair of rows shows the same image (union-find)."""
+    names = [record.group or record.patient for record in records]
     parent: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -69,9 +70,9 @@ def group_patients(records: Sequence[ImageRecord], pairs: Iterable[tuple[int, in
         return name
 
     for first, second in pairs:
-        low, high = sorted((find(records[first].patient), find(records[second].patient)))
+        low, high = sorted((find(names[first]), find(names[second])))
         parent[high] = low  # the smallest name is the root, so that the order of pairs does not matter
-    return [find(record.patient) for record in records]
+    return [find(name) for name in names]
 
 
 def _count_splits(records: Sequence[ImageRecord], groups: Sequence[str]) -> Mapping[str, Counter[str]]:

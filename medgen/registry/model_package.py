@@ -30,6 +30,7 @@ BOOKKEEPING = {"tracking", "registry", "tune"}  # sections that do not change th
 REQUIREMENTS = (
     *("mlflow", "torch", "numpy", "safetensors", "pandas", "pydantic", "ruamel.yaml"),
     *("opencv-python-headless", "pillow"),  # to read an image file
+    "rich",  # messages
 )
 
 

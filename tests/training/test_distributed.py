@@ -76,7 +76,7 @@ CASES = {
     },
     "vae": {"model": {"name": "vae", **SMALL}, "loss": {"weights": {"sigma": 1.0}}, "train": SGD},
     "cvae": {"model": {"name": "cvae", **SMALL}, "train": SGD},
-    "autoencoder": {"model": {"name": "autoencoder", **SMALL}},
+    "autoencoder": {"model": {"name": "autoencoder", **SMALL}, "train": SGD},
     **{
         f"vqvae_{kind}": {"model": {"name": "vqvae", "codebook": kind, "num_embeddings": 16, "latent_size": 8, **SMALL}}
         for kind in ("gradient", "ema", "cosine")

@@ -84,9 +84,9 @@ def test_a_signal_to_the_launcher_stops_all_processes_at_one_step_and_the_next_c
     assert done.returncode == code, done.stderr
     assert done.stderr.count("after step 4 and saved") == (1 if code == 5 else 0)
     assert "Traceback" not in done.stderr
+    assert not psutil.wait_procs([psutil.Process(pid) for pid in pids(tiny_project) if psutil.pid_exists(pid)], 60)[1]
     (scratch,) = tiny_project.runs.iterdir()
     assert checkpoint.load(scratch)["counters"]["position"] == 4
-    assert not psutil.wait_procs([psutil.Process(pid) for pid in pids(tiny_project) if psutil.pid_exists(pid)], 60)[1]
     if code != 5:
         return
     done = command()

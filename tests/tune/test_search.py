@@ -132,7 +132,7 @@ def test_trials_have_the_metrics_of_evaluate_on_the_same_split(finished, finishe
     prior.run(project, prior=own.prior, tracking=worker.NO_MLFLOW)
     refiner.run(project, refiner=own.refiner, tracking=worker.NO_MLFLOW)
     load_context = evaluate.load_context
-    monkeypatch.setattr(evaluate, "load_context", lambda *args: load_context(*args[:5], "val"))
+    monkeypatch.setattr(evaluate, "load_context", lambda *args: load_context(*args[:6], "val"))
     by_hand = evaluate.run(project, evaluate=own.evaluate, tracking=worker.NO_MLFLOW)
     metrics = finished.study.trials[0].user_attrs["metrics"]
     compared = set(metrics) & set(by_hand)
