@@ -79,15 +79,16 @@ def pids(project):
 def test_a_signal_to_the_launcher_stops_all_processes_at_one_step_and_the_next_command_resumes(
     tiny_project, command, stop_signal, code
 ):
-    """Killed, it cannot pass anything on: its processes notice, save and end too."""
+    """Killed, it cannot pass anything on: its processes notice and end too, perhaps without a last checkpoint."""
     done = command(stop_signal=stop_signal)
     assert done.returncode == code, done.stderr
     assert done.stderr.count("after step 4 and saved") == (1 if code == 5 else 0)
-    assert "Traceback" not in done.stderr
     assert not psutil.wait_procs([psutil.Process(pid) for pid in pids(tiny_project) if psutil.pid_exists(pid)], 60)[1]
     (scratch,) = tiny_project.runs.iterdir()
-    assert checkpoint.load(scratch)["counters"]["position"] == 4
-    if code != 5:
+    if stop_signal != "SIGKILL":
+        assert "Traceback" not in done.stderr
+        assert checkpoint.load(scratch)["counters"]["position"] == 4
+    if stop_signal == "SIGINT":
         return
     done = command()
     assert done.returncode == 0, done.stderr
