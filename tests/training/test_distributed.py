@@ -1,4 +1,4 @@
-"""What several processes promise each other: sums, means and rows of all, in the order of their ranks."""
+"""Sums, means and rows of several processes, in the order of their ranks."""
 
 import json
 import os
