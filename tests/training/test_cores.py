@@ -81,7 +81,7 @@ found["ended"], found["all"], found["threads"] = len(affinity()), len(every), to
 
 
 def run(program: str, root: Path) -> dict[str, float]:
-    """What a program finds in a process with a thread for each core, which tests do not have."""
+    """A process with a thread for each core, which tests do not have."""
     start = "import json, time; from medgen.machine import affinity, set_openmp_defaults; set_openmp_defaults()\n"
     start += "import torch; from medgen.training import cores; found = {}\n"
     environment = {name: value for name, value in os.environ.items() if "OMP_" not in name} | {"PYTHONPATH": str(root)}
