@@ -1,4 +1,4 @@
-"""What differs on a GPU: compiled bf16 steps, the guard without host waits, resident data, resume, NCCL.
+"""Checks of what differs on a GPU: compiled bf16 steps, the guard without host waits, resident data, resume, NCCL.
 
 `pytest -m gpu` runs the tests on a GPU and skips each by name without one; the same tests on a CPU are always run.
 `python benchmarks/gpu.py` runs both and measures speed and memory.

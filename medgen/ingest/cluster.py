@@ -53,8 +53,8 @@ def map_on_cluster(
             return client.submit(_run_batch, function, batch, environment(), pure=False)
 
         while True:
-            room = 2 + 2 * sum(client.nthreads().values()) - len(pending)
-            pending.extend((batch, submit(batch)) for batch in islice(waiting, max(0, room)))
+            num_free = 2 + 2 * sum(client.nthreads().values()) - len(pending)
+            pending.extend((batch, submit(batch)) for batch in islice(waiting, max(0, num_free)))
             if not pending:
                 return
             batch, future = pending.popleft()

@@ -396,7 +396,7 @@ def test_changed_files_of_a_version_are_refused(project: Project, name: str, cha
 
 
 def test_changed_code_is_refused_and_code_that_was_added_is_not_used(project: Project, tmp_path: Path) -> None:
-    """`medgen serve` executes the version's code; torch.py beside it would be imported instead of torch."""
+    """`medgen serve` executes the version's code; a torch.py in the same folder would be imported instead of torch."""
     (code,) = (project.root / "mlartifacts").rglob("code/medgen/io.py")
     content, added = code.read_bytes(), code.parent.parent / "torch.py"
     added.write_text("raise SystemExit")
