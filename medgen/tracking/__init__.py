@@ -141,6 +141,11 @@ class Tracker:
         if nonfinite and not self._history.contains(("tags", "nonfinite_step", None)):
             self.tags({"nonfinite_step": str(step), "nonfinite_metrics": ", ".join(nonfinite)})
 
+    def durations(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics that a repeated step would measure differently: the first value of a step stays."""
+        new = {name: value for name, value in values.items() if not self._history.contains(("metrics", name, step))}
+        self.metrics(new, step)
+
     def image(self, key: str, path: Path, step: int) -> None:
         """Record an image file as one step of the series `key`, which MLflow shows in its image grid."""
         self._history.append("image", key=key, step=step, **self._keep(path))

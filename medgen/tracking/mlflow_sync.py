@@ -364,10 +364,24 @@ def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, None)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # The client creates the tables; if two processes do so at once, both fail and the database is broken.
+    # If two processes create the tables at once, both fail and the database is broken.
     with FileLock(f"{path}.lock", timeout=120):
+        if not Path(path).exists():
+            _create_database(Path(path))
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         return client, _experiment(client, tracking.experiment, (project.home / "mlartifacts").resolve().as_uri())
+
+
+def _create_database(path: Path) -> None:
+    """Create MLflow's tables in another file and rename it: what a killed process has begun, MLflow cannot continue."""
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    temporary = path.with_name(f"{path.name}.tmp")
+    for left in (temporary, path.with_name(f"{temporary.name}-journal")):
+        left.unlink(missing_ok=True)
+    SqlAlchemyStore(f"sqlite:///{temporary}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
+    os.replace(temporary, path)
 
 
 def check_database(uri: str, seconds: float) -> None:

@@ -89,7 +89,7 @@ def finish_epoch(state: TrainState, phase: Phase, tracker: Tracker | None, displ
     if tracker:
         epoch = state.epochs_done
         tracker.metrics(metrics, step=epoch)
-        tracker.metrics({"run/images_per_second": display.images_per_second}, step=epoch)
+        tracker.durations({"run/images_per_second": display.images_per_second}, step=epoch)
         if epoch in state.drawn_epochs:
             with state.averaged_weights():
                 paths = task.draw(state.scratch, epoch)

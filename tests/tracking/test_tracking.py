@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from filelock import Timeout
 from PIL import Image
 
@@ -116,6 +117,15 @@ def test_repeated_values_are_dropped_and_changed_values_are_appended(project, sc
     assert history(scratch)[4] == {"step": 4, "loss": 0.4}
 
 
+def test_a_duration_of_a_repeated_step_is_recorded_once(project, scratch):
+    """A training that was killed after it recorded an epoch and before it saved the checkpoint repeats the epoch."""
+    for speed in (100.0, 90.0):
+        with Tracker.open(scratch, OFF, project, "a-run") as tracker:
+            tracker.durations({"run/images_per_second": speed}, step=1)
+    assert history(scratch) == [{"step": 1, "run/images_per_second": 100.0}]
+    assert kinds(scratch).count("metrics") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "FINISHED"), (None, "FINISHED")],
@@ -126,6 +136,28 @@ def test_status_after_each_kind_of_end(project, scratch, error, status):
             raise error
     run = read_run(scratch)
     assert run.status == status
+
+
+@pytest.mark.slow
+def test_a_store_whose_creation_was_killed_is_created_by_the_next_process(tmp_path):
+    """MLflow cannot continue a migration: `_alembic_tmp_experiment_tags already exists`."""
+
+    def kill(_connection, _cursor, statement, *_):
+        if statement.strip() == "DROP TABLE experiment_tags":
+            os._exit(9)
+
+    project = Project(tmp_path)
+    mlflow_sync.load_mlflow(Tracking())
+    if (child := os.fork()) == 0:
+        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", kill)
+        try:
+            mlflow_sync.connect(project, Tracking())
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    client, experiment = mlflow_sync.connect(project, Tracking())
+    assert client.get_experiment(experiment).name == "medgen"
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_a_second_process_cannot_write_the_same_run(project, scratch, monkeypatch, capsys):
