@@ -290,6 +290,6 @@ def cleanup(search: Search, number: int) -> None:
     for scratch in folder.glob("runs/*"):
         checkpoint.remove(scratch)
         for latents in scratch.glob("latents_*"):
-            shutil.rmtree(latents)
+            shutil.rmtree(latents, ignore_errors=True)  # the worker may be removing them too
         for stage_folder in (*scratch.glob("prior_*"), *scratch.glob("refiner_*")):
             checkpoint.remove(stage_folder)  # its figures belong to the trial's record
