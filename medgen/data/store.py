@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from medgen import config
 from medgen.console import say
 from medgen.errors import UserError
-from medgen.io import hash_file, swap, to_json, write_atomic
+from medgen.io import hash_file, parsing, swap, to_json, write_atomic
 
 SCHEMA = 3
 SPLITS = ("train", "val", "test")
@@ -190,29 +190,30 @@ def open_store(folder: Path) -> Store:
     """
     description = _read_description(folder)
     earlier = _read_checked(folder)
-    checked = {}
-    for name, expected in description["files"].items():
-        checked[name], damage = _check_file(folder / name, expected, earlier.get(name))
-        if damage:
-            raise _damaged(folder / name, damage)
-    _write_checked(folder, checked, earlier)
-    counts = description["counts"]
-    shape = tuple(description["image_shape"])
-    for split in SPLITS:  # the fingerprint, checked above, covers all files, but not the counts
-        images, expected_shape = _open_shards(folder / split, "images"), (counts[split], *shape)
-        if images is None or images.shape != expected_shape:
-            found = "no file" if images is None else f"shape {images.shape}"
-            raise _damaged(folder / split / "images-*.npy", f"found {found}; expected {expected_shape}")
-    return Store(
-        folder=folder,
-        classes=tuple(description["classes"]),
-        image_shape=(shape[0], shape[1], shape[2]),
-        counts=dict(counts),
-        fingerprint=description["fingerprint"],
-        source=description["source"],
-        name=description["name"],
-        preprocess=config.Preprocess.model_validate(description["preprocessing"]),
-    )
+    with parsing(folder / DESCRIPTION, "medgen preprocess"):
+        checked = {}
+        for name, expected in description["files"].items():
+            checked[name], damage = _check_file(folder / name, expected, earlier.get(name))
+            if damage:
+                raise _damaged(folder / name, damage)
+        _write_checked(folder, checked, earlier)
+        counts = description["counts"]
+        shape = tuple(description["image_shape"])
+        for split in SPLITS:  # the fingerprint, checked above, covers all files, but not the counts
+            images, expected_shape = _open_shards(folder / split, "images"), (counts[split], *shape)
+            if images is None or images.shape != expected_shape:
+                found = "no file" if images is None else f"shape {images.shape}"
+                raise _damaged(folder / split / "images-*.npy", f"found {found}; expected {expected_shape}")
+        return Store(
+            folder=folder,
+            classes=tuple(description["classes"]),
+            image_shape=(shape[0], shape[1], shape[2]),
+            counts=dict(counts),
+            fingerprint=description["fingerprint"],
+            source=description["source"],
+            name=description["name"],
+            preprocess=config.Preprocess.model_validate(description["preprocessing"]),
+        )
 
 
 def verify_store(folder: Path) -> None:
@@ -222,7 +223,8 @@ def verify_store(folder: Path) -> None:
         UserError: as `open_store`; the message names every damaged file.
     """
     files = _read_description(folder)["files"]
-    results = {name: _check_file(folder / name, expected) for name, expected in files.items()}
+    with parsing(folder / DESCRIPTION, "medgen preprocess"):
+        results = {name: _check_file(folder / name, expected) for name, expected in files.items()}
     damages = {name: damage for name, (_, damage) in results.items() if damage}
     # opening then refuses a damaged file, also one with its old time stamp
     _write_checked(folder, {name: stamp for name, (stamp, _) in results.items() if name not in damages})
@@ -444,13 +446,19 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     """Rows of a CSV file.
 
     Raises:
-        UserError: the file has other columns.
+        UserError: the file is no CSV, or has other columns.
     """
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise _damaged(path, f"found columns {reader.fieldnames}; expected {list(columns)}")
-        yield from reader
+        try:
+            if tuple(reader.fieldnames or ()) != tuple(columns):
+                raise _damaged(path, f"found columns {reader.fieldnames}; expected {list(columns)}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise _damaged(path, f"found another number of columns in line {reader.line_num}")
+                yield row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise _damaged(path, f"unreadable ({error}); expected a table") from None
 
 
 def _damaged(path: Path, damage: str) -> UserError:

@@ -10,15 +10,18 @@ A shard is complete once its file exists, so a killed encoding continues at the 
 Shapes: N images of a split, K codes of dimension Z.
 """
 
+import io
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,6 +31,7 @@ from medgen import source
 from medgen.config import fingerprint
 from medgen.data.store import Split, Store
 from medgen.errors import UserError
+from medgen.io import write_atomic
 from medgen.models import GenerativeModel
 from medgen.training.distributed import World
 from medgen.training.loader import Loader
@@ -92,12 +96,15 @@ def encode_dataset(store: Store, model: GenerativeModel, digest: str, run: Path,
         UserError: the disk has too little space.
     """
     name = f"latents_{fingerprint(digest, store.fingerprint, source.fingerprint(*CODE))}"
-    if world.is_main:
-        for old in run.glob("latents_*"):
-            if old.name != name:
-                shutil.rmtree(old)
-    world.barrier()
-    return [encode(model, store.split(split), run / name / split, world) for split in ("train", "val")]
+    run.mkdir(parents=True, exist_ok=True)
+    # another command that needs the same latents waits, and then reads them
+    with FileLock(run / "encoding.lock") if world.is_main else nullcontext():
+        if world.is_main:
+            for old in run.glob("latents_*"):
+                if old.name != name:
+                    shutil.rmtree(old)
+        world.barrier()
+        return [encode(model, store.split(split), run / name / split, world) for split in ("train", "val")]
 
 
 @torch.no_grad()
@@ -163,7 +170,9 @@ def _encode_shard(
             variance = total if variance is None else variance + total
     values.flush()
     if variance is not None:
-        np.save(path.with_suffix(".variance.npy"), variance.numpy())
+        content = io.BytesIO()
+        np.save(content, variance.numpy())
+        write_atomic(path.with_suffix(".variance.npy"), content.getvalue())
     os.replace(temporary, path)  # last: it makes the shard complete
 
 

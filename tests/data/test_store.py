@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medgen.config import fingerprint
 from medgen.data import store
 from medgen.data.store import StoreWriter, open_store, verify_store
 from medgen.errors import UserError
@@ -100,6 +101,8 @@ def test_a_damaged_file_is_refused(tmp_path: Path, name: str, damage: str) -> No
         ({"image_shape": [1, 8, 8]}, "dataset.json: damaged"),
         ({"files": {}}, "dataset.json: damaged"),
         ({"counts": {"train": 4, "val": 0, "test": 1}}, r"images-\*\.npy: damaged"),
+        ({"counts": {}}, "dataset.json: incomplete or damaged"),
+        ({"preprocessing": {"image_size": -1}}, "dataset.json: incomplete or damaged"),
     ],
 )
 def test_a_wrong_dataset_json_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
@@ -116,6 +119,20 @@ def test_an_unreadable_dataset_json_is_refused(tmp_path: Path, text: str) -> Non
     (folder / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json: damaged"):
         open_store(folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'"' + b"x" * 200_000, b"path\n", b"0.png,0\n"])
+def test_an_unreadable_manifest_with_the_right_hash_is_refused(tmp_path: Path, content: bytes) -> None:
+    folder = write(tmp_path / "dataset")
+    manifest = folder / "manifest.csv"
+    manifest.write_bytes(manifest.read_bytes().splitlines(keepends=True)[0] + content)
+    description = json.loads((folder / "dataset.json").read_text())
+    description["files"]["manifest.csv"] = {"bytes": manifest.stat().st_size, "sha256": hash_file(manifest)}
+    parts = (store.SCHEMA, *(description[key] for key in ("classes", "image_shape", "files")))
+    (folder / "dataset.json").write_text(json.dumps(description | {"fingerprint": fingerprint(*parts)}))
+    split = open_store(folder).split("train")
+    with pytest.raises(UserError, match=r"manifest\.csv: damaged: .*Run `medgen preprocess` again"):
+        list(split.rows())
 
 
 def test_the_error_for_a_missing_store_names_the_command(tmp_path: Path) -> None:

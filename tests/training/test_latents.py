@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 
 import numpy as np
@@ -62,6 +63,22 @@ def encoded_batches(monkeypatch):
     sizes, gather = [], latents.Loader.gather
     monkeypatch.setattr(latents.Loader, "gather", lambda self, rows: sizes.append(len(rows)) or gather(self, rows))
     return sizes
+
+
+def test_a_second_command_waits_for_the_encoding_of_the_first(project, small_shards, encoded_batches, monkeypatch):
+    gather = latents.Loader.gather
+    second = threading.Thread(target=encode, args=(project,))
+
+    def start_second(self, rows):
+        if not second.ident:
+            second.start()
+            second.join(timeout=0.5)  # without the lock it would encode everything, and rename the first one's files
+        return gather(self, rows)
+
+    monkeypatch.setattr(latents.Loader, "gather", start_second)
+    encode(project)
+    second.join()
+    assert sum(encoded_batches) == sum(open_store(project.dataset).counts[split] for split in ("train", "val"))
 
 
 def test_all_images_are_encoded_in_order_with_their_mean_posterior_variance(project, small_shards):
