@@ -2,7 +2,7 @@
 # make CPU=1   the same with PyTorch's build for CPUs, which lacks 4 GB of CUDA libraries; give it with every target
 # make help    list the other targets
 .DEFAULT_GOAL := run
-.PHONY: run setup test test-fast gpu lint format wheel docs help clean sbom audit-packages pin-images pin-build
+.PHONY: run setup test test-fast gpu campaign lint format wheel docs help clean sbom audit-packages pin-images pin-build
 export PYTHONUNBUFFERED = 1
 
 UV := $(if $(shell command -v uv 2>/dev/null),uv,.uv/bin/uv)
@@ -46,6 +46,9 @@ test-fast: setup  ## run tests that take at most a few seconds each
 
 gpu: setup  ## check and measure on a GPU, for MINUTES=15; the table is outputs/gpu-*/gpu.md (docs/gpu.md)
 	$(UV) run --no-sync python benchmarks/gpu.py --minutes $(or $(MINUTES),15)
+
+campaign: setup  ## attack medgen with kills, faults, hostile files and requests, for MINUTES=60; outputs/campaign-*/campaign.md
+	$(UV) run --no-sync python -m benchmarks.campaign --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0)
 
 lint: setup  ## check style, types, import order, Dockerfile
 	$(UV) run --no-sync ruff check

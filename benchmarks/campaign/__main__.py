@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def restart(out: Path) -> None:
-    """Start this program again with the campaign's mark, home and temporary folder in its environment, and one thread."""
+    """Start this program again with the campaign's mark, home and temporary folder, and one thread."""
     if out.exists() and any(out.iterdir()):
         sys.exit(f"error: --out {out}: has files; expected a new or empty folder")
     for name in ("home", "tmp"):
@@ -61,7 +61,9 @@ def restart(out: Path) -> None:
     ours = {MARK: str(out), "HOME": str(out / "home"), "TMPDIR": str(out / "tmp"), "OMP_NUM_THREADS": "1"}
     ours |= {"OMP_WAIT_POLICY": "PASSIVE", "MEDGEN_WEIGHTS": str(out / "home"), "PYTHONFAULTHANDLER": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "XDG", "MPL", "PG"))}
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.campaign", *sys.argv[1:], "--out", str(out)], kept | ours)
+    os.execve(
+        sys.executable, [sys.executable, "-m", "benchmarks.campaign", *sys.argv[1:], "--out", str(out)], kept | ours
+    )
 
 
 class Campaign:
@@ -127,7 +129,7 @@ class Campaign:
 
     def outside(self) -> set[str]:
         """Files of the campaign's folder that no command has to change."""
-        own = ("work/project/", "work/disk/", "logs/", "tmp/", "home/.cache/", "home/.config/")
+        own = ("work/project/", "work/disk/", "snapshots/", "servers/", "logs/", "tmp/", "home/.")
         return {
             name
             for path in self.out.rglob("*")
@@ -150,10 +152,11 @@ class Campaign:
         return "\n".join(lines) + "\n"
 
     def close(self) -> None:
-        """Print the table; remove what no violation needs."""
+        """Print the table; end the servers, and remove what no violation needs."""
+        self.lab.stop()
         print(f"\n{self.markdown()}")
         (self.out / "campaign.md").write_text(self.markdown())
-        for name in ("work", "logs", "snapshots", "data", "tmp", "home", "modules"):
+        for name in ("work", "logs", "snapshots", "data", "tmp", "home", "servers"):
             path = self.out / name
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         print(f"table: {self.out / 'campaign.md'}")

@@ -24,7 +24,8 @@ def cut_power(lab: Lab, draws: random.Random) -> None:
     noauto_da_alloc makes ext4 do no more than it promises: a renamed file without fsync may be empty.
     """
     stage = draws.choice(STAGES)
-    image = lab.work / "disk.img"
+    image = lab.work / "disk" / "0.img"
+    image.parent.mkdir()
     with image.open("wb") as file:
         file.truncate(256 << 20)
     command("mkfs.ext4", "-q", "-F", str(image))
@@ -36,7 +37,7 @@ def cut_power(lab: Lab, draws: random.Random) -> None:
         child.process.join(draws.uniform(0.2, 1.1) * lab.seconds[stage])
         child.kill()
         child.wait()
-        copy = lab.work / f"disk{number}.img"
+        copy = image.with_name(f"{number + 1}.img")
         command("cp", "--sparse=always", str(image), str(copy))
         unmount(lab.project)
         image.unlink()
@@ -57,7 +58,11 @@ def fill_disk(lab: Lab, draws: random.Random) -> None:
     read_only = draws.random() < 0.2
     limits = [0] if read_only else sorted(draws.randint(0, needed) for _ in range(MAX_FAULTS))
     for limit in limits:
-        space = "ro" if read_only else f"size={(shutil.disk_usage(lab.project).used + limit // MAX_FAULTS) // 4096 * 4 + 4}k"
+        space = (
+            "ro"
+            if read_only
+            else f"size={(shutil.disk_usage(lab.project).used + limit // MAX_FAULTS) // 4096 * 4 + 4}k"
+        )
         command("mount", "-o", f"remount,{space}", str(lab.project))
         child = lab.start(stage)
         code = child.wait()
@@ -105,7 +110,14 @@ def check_message(child: Child, code: int, codes: tuple[int, ...]) -> None:
 def check_memory(child: Child, code: int) -> None:
     """Raise Violation unless a process that ended with a traceback or a signal had no memory left."""
     output = child.output().lower()
-    reasons = ("memoryerror", "allocate", "bad_alloc", "out of memory", "resource temporarily unavailable", "can't start new thread")
+    reasons = (
+        "memoryerror",
+        "allocate",
+        "bad_alloc",
+        "out of memory",
+        "resource temporarily unavailable",
+        "can't start new thread",
+    )
     if not any(reason in output for reason in reasons):
         raise Violation("crashed", f"{child.name}: exit code {code}\n{output}")
 
@@ -159,6 +171,8 @@ def command(*words: str) -> None:
     Raises:
         RuntimeError: it failed.
     """
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"})
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr}")

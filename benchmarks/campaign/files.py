@@ -31,7 +31,7 @@ from benchmarks.campaign.mutations import (
     hostile_pickle,
     mutate,
 )
-from benchmarks.campaign.process import Violation, call
+from benchmarks.campaign.process import Violation, start_function
 
 ROUND_SECONDS = 10.0
 FILE_SECONDS = 20  # for one file; longer is a hang
@@ -56,14 +56,18 @@ def read_mutated(lab: Lab, draws: random.Random) -> None:
     folder = lab.project
     lab.restore("done")
     log, seed = lab.log(name), draws.random()
-    call(lambda: read_many(kind, kind.files(lab), random.Random(seed)), log, ROUND_SECONDS + 3 * FILE_SECONDS, folder)
+    files = kind.files(lab)
+    start_function(lambda: read_many(kind, files, random.Random(seed)), log, folder).wait(
+        ROUND_SECONDS + 3 * FILE_SECONDS
+    )
     output = log.read_text(errors="replace")
     found = re.findall(r"^CASE (\d+) (\S+)", output, re.M)
     lab.counts["files"] += len(found)
     if (folder / CANARY).exists() or (lab.work / CANARY).exists():
         raise Violation("code run", f"{name}: {found[-1:]}, kept in {folder}")
     if "\nFINISHED" not in output:
-        raise Violation("crashed", f"{name}: {found[-1:]}, kept in {folder}\n{output[-6000:]}")
+        text = re.sub(r"^CASE .*\n", "", output, flags=re.M)
+        raise Violation("crashed", f"{name}: {found[-1:]}, kept in {folder}\n{text[-6000:]}")
 
 
 def read_many(kind: Kind, files: Mapping[str, bytes], draws: random.Random) -> None:
@@ -94,6 +98,7 @@ def read_many(kind: Kind, files: Mapping[str, bytes], draws: random.Random) -> N
                 raise AssertionError(f"a message of {len(str(error))} characters") from error
         signal.alarm(0)
         path.write_bytes(files[name])
+        kind.finish(path)
         number += 1
     print("FINISHED", flush=True)
 
@@ -190,7 +195,7 @@ def read_record(path: Path) -> None:
 # Valid files
 
 
-def rasters(lab: Lab) -> dict[str, bytes]:
+def rasters(_: Lab | None = None) -> dict[str, bytes]:
     """Small images of Pillow's and OpenCV's formats."""
     from PIL import Image
 
@@ -214,12 +219,16 @@ def rasters(lab: Lab) -> dict[str, bytes]:
     found = {}
     for name, (image, options) in made.items():
         buffer = io.BytesIO()
-        image.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(name.rpartition(".")[2], name.rpartition(".")[2].upper()), **options)
+        image.save(
+            buffer,
+            {"jpg": "JPEG", "tif": "TIFF"}.get(name.rpartition(".")[2], name.rpartition(".")[2].upper()),
+            **options,
+        )
         found[name] = buffer.getvalue()
     return found
 
 
-def dicoms(lab: Lab) -> dict[str, bytes]:
+def dicoms(_: Lab) -> dict[str, bytes]:
     """A radiograph, and a CT of four slices."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -227,7 +236,10 @@ def dicoms(lab: Lab) -> dict[str, bytes]:
     found = {}
     for name, frames in (("a.dcm", 1), ("ct.dcm", 4)):
         meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid(entropy_srcs=[name])
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+            CTImageStorage,
+            generate_uid(entropy_srcs=[name]),
+        )
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
         data = FileDataset(name, {}, file_meta=meta, preamble=b"\0" * 128)
         data.PatientID, data.Modality, data.SOPClassUID = "P1", "CT", CTImageStorage
@@ -245,7 +257,7 @@ def dicoms(lab: Lab) -> dict[str, bytes]:
     return found
 
 
-def volumes(lab: Lab) -> dict[str, bytes]:
+def volumes(_: Lab) -> dict[str, bytes]:
     """NIfTI, packed and plain, and FreeSurfer's format."""
     import nibabel
 
@@ -255,7 +267,7 @@ def volumes(lab: Lab) -> dict[str, bytes]:
     return {"a.nii": plain, "a.nii.gz": gzip.compress(plain, mtime=0), "a.mgh": surfer}
 
 
-def arrays(lab: Lab) -> dict[str, bytes]:
+def arrays(_: Lab) -> dict[str, bytes]:
     """An .npz as MedMNIST has it, and MNIST's format."""
     draws = np.random.default_rng(0)
     buffer = io.BytesIO()
@@ -289,12 +301,14 @@ def archives(lab: Lab) -> dict[str, bytes]:
 def manifests(lab: Lab) -> dict[str, bytes]:
     """A manifest of the project's images."""
     folder = lab.snapshot("preprocess") / "data"
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg"))
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg")
+    )
     lines = [f"{name},{'AB'[number % 2]},p{number // 2},train" for number, name in enumerate(names)]
     return {"data/manifest.csv": "\n".join(["path,label,patient,split", *lines]).encode()}
 
 
-def parameters(lab: Lab) -> dict[str, bytes]:
+def parameters(_: Lab) -> dict[str, bytes]:
     """params.yaml of the sample project, and the campaign's."""
     root = Path(__file__).resolve().parents[2]
     recipe = min((root / "recipes").glob("*.yaml"))
@@ -327,17 +341,16 @@ def sign_tensors(path: Path) -> None:
 
 
 def sign_store(path: Path) -> None:
-    """Write the hash and size of a changed file into dataset.json."""
-    description = path.parent / "dataset.json"
-    if path.name == description.name:
-        return
+    """Write the hash and size of a changed file into dataset.json, and the fingerprint of that."""
+    from medgen.config import fingerprint
+
+    folder = Path("artifacts/dataset")
+    description, name = folder / "dataset.json", path.relative_to(folder).as_posix()
     content = json.loads(description.read_text())
-    for files in (content.get("files"), content.get("sha256")):
-        if isinstance(files, dict) and path.name in files:
-            entry = files[path.name]
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            files[path.name] = {**entry, "sha256": digest, "bytes": path.stat().st_size} if isinstance(entry, dict) else digest
-    description.write_text(json.dumps(content))
+    if name in content["files"]:
+        content["files"][name] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        parts = [content[key] for key in ("schema", "classes", "image_shape", "files")]
+        description.write_text(json.dumps(content | {"fingerprint": fingerprint(*parts)}))
 
 
 ANY_PICKLE: Callable[[], list[bytes]] = lambda: [hostile_pickle(), hostile_checkpoint(), hostile_array()]  # noqa: E731
@@ -349,8 +362,13 @@ KINDS = {
     "archives": Kind(archives, import_archive, lambda: [hostile_archive()]),
     "manifest": Kind(manifests, scan_folder),
     "params": Kind(parameters, load_params),
-    "store": Kind(of_project("artifacts/dataset/*"), open_dataset, ANY_PICKLE, sign_store),
-    "model": Kind(of_project("artifacts/model/*", "artifacts/prior/*", "artifacts/refiner/*"), load_model, ANY_PICKLE, sign_tensors),
+    "store": Kind(of_project("artifacts/dataset/**/*"), open_dataset, ANY_PICKLE, sign_store),
+    "model": Kind(
+        of_project("artifacts/model/*", "artifacts/prior/*", "artifacts/refiner/*"),
+        load_model,
+        ANY_PICKLE,
+        sign_tensors,
+    ),
     "extractor": Kind(of_project("artifacts/features/*"), load_features, ANY_PICKLE, sign_tensors),
     "evaluation": Kind(of_project("artifacts/evaluation/*"), load_values, ANY_PICKLE, sign_tensors),
     "checkpoint": Kind(of_project("runs/*/checkpoint.pt"), load_checkpoint, ANY_PICKLE, sign_checkpoint),

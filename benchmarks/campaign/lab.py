@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign import process
-from benchmarks.campaign.process import Child, Violation, call, start
+from benchmarks.campaign.process import Child, Violation, start, start_function
 from benchmarks.campaign.project import PARAMS, STAGES, check_same, digest, stored_points
 from benchmarks.campaign.search import SEARCH, trials_of
+from benchmarks.campaign.team import Team
 
 IMAGES = 48
 # what medgen's commands import, most of it late
 MODULES = (
     *("medgen.cli", "medgen.ingest.preprocess", "medgen.ingest.audit", "medgen.ingest.formats.arrays", "medgen.tune"),
-    *("medgen.datasets.import_data", "medgen.evaluation.evaluate", "medgen.registry.promotion", "medgen.training.launch"),
+    *(
+        "medgen.datasets.import_data",
+        "medgen.evaluation.evaluate",
+        "medgen.registry.promotion",
+        "medgen.training.launch",
+    ),
     *("alembic.command", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store", "PIL.GifImagePlugin"),
     *("mlflow.store.model_registry.sqlalchemy_store", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "jinja2"),
     *("scipy.signal", "torchmetrics.image", "torchvision.models", "pydicom", "nibabel"),
@@ -45,6 +51,7 @@ class Lab:
         self.seconds: dict[str, float] = {}  # of each command without faults
         self.cleanup: list[Callable[[], object]] = []  # calls at the end of the present round
         self._numbers = itertools.count()
+        self._team: Team | None = None
         self._search: dict[int, Any] | None = None
         for name in ("work/project", "logs", "snapshots", "home", "tmp"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -54,9 +61,9 @@ class Lab:
         for name in MODULES:
             importlib.import_module(name)
         assert threading.active_count() == 1, "a fork of a process with threads may hang"
-        call(lambda: draw(self.project / "data"), self.log("draw"))
+        start_function(lambda: draw(self.project / "data"), self.log("draw")).wait()
         (self.project / "params.yaml").write_text(json.dumps(PARAMS))
-        call(self._make_database, self.log("database"))
+        start_function(self._make_database, self.log("database")).wait()
         for stage in STAGES:
             shutil.copytree(self.project, self.snapshot(stage))
             begin = time.monotonic()
@@ -87,23 +94,27 @@ class Lab:
         """A new log file of this round."""
         return self.logs / f"{next(self._numbers):03d}-{name}.log"
 
-    def check_stage(self, stage: str) -> None:
-        """Compare the project after a stage with the reference, its metric points too.
+    def check_stage(self, stage: str, points: bool = True) -> None:
+        """Compare the project after a stage with the reference; with `points`, its metric points in MLflow too.
 
         Raises:
             Violation: they differ.
         """
         after = [*STAGES, "done"][STAGES.index(stage) + 1]
         check_same(self.project, digest(self.snapshot(after)))
-        if after in self.points:
+        if points and after in self.points:
             self.run("sync")
             self.check_points(after)
 
     def check_points(self, after: str) -> None:
-        """Compare the metric points in MLflow with those of the reference, before the stage `after`."""
-        found = self._points(self.project)
-        if found != self.points[after]:
-            missing, extra = list((self.points[after] - found).items())[:3], list((found - self.points[after]).items())[:3]
+        """Compare the metric points in the project's MLflow with those of the reference before the stage `after`."""
+        self.compare_points(self._points(self.project), after)
+
+    def compare_points(self, found: Counter[Any], after: str) -> None:
+        """Raise Violation unless these are the metric points of the reference before the stage `after`."""
+        expected = self.points[after]
+        if found != expected:
+            missing, extra = list((expected - found).items())[:3], list((found - expected).items())[:3]
             raise Violation("lost", f"metric points in MLflow: missing {missing}, too many {extra}")
 
     def search(self) -> dict[int, Any]:
@@ -116,6 +127,18 @@ class Lab:
             self._search = trials_of(self.project)
         return self._search
 
+    def team(self) -> Team:
+        """The team's servers, which the first call starts."""
+        if self._team is None:
+            self._team = Team(self.folder / "servers")
+        self._team.heal()
+        return self._team
+
+    def stop(self) -> None:
+        """End the servers, at the end of the campaign."""
+        if self._team is not None:
+            self._team.stop()
+
     def close(self) -> None:
         """End what a round has started and not ended."""
         for end in reversed(self.cleanup):
@@ -123,10 +146,8 @@ class Lab:
         self.cleanup.clear()
 
     def _points(self, project: Path) -> Counter[Any]:
-        """The metric points that MLflow has, without their values and runs."""
         with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database:
-            stored = stored_points(database)
-        return Counter((name, step) for points in stored.values() for name, step, _ in points.elements())
+            return stored_points(database)
 
     def _make_database(self) -> None:
         """MLflow's database without runs: creating it takes longer than any stage."""

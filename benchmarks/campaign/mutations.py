@@ -1,4 +1,4 @@
-"""Damage files: bytes, numbers and words are changed, and programs are put in where a careless reader would run them."""
+"""Damage files: change bytes, numbers and words, and put in programs that a careless reader would run."""
 
 import io
 import os
@@ -8,11 +8,20 @@ import zipfile
 from collections.abc import Callable
 
 CANARY = "canary"  # the file that every hostile program writes, in the current folder
-NUMBERS = (b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\x00", b"\x01\x00\x00\x00")
+NUMBERS = (
+    b"\xff\xff\xff\xff",
+    b"\x00\x00\x00\x00",
+    b"\x7f\xff\xff\xff",
+    b"\xff\xff\xff\x7f",
+    b"\x80\x00",
+    b"\x01\x00\x00\x00",
+)
 WORDS = (
-    b"null", b"-1", b"0", b"1e999", b"NaN", b"[]", b"{}", b'""', b"true", b"9" * 400, b"../../../outside", b"/etc/passwd",
-    b"[" * 3000, b'{"a":' * 500, b"\xff\xfe", b"\x00", b"!!python/object/apply:os.system ['touch canary']", b"&a [*a, *a]",
-    b"<<: *a", b"2147483648", b"18446744073709551616", b"\xf0\x9f\x92\xa9", b"\x1b[31m", b"%s%n", b"$(touch canary)",
+    b"null", b"-1", b"0", b"1e999", b"NaN", b"[]", b"{}", b'""', b"true", b"9" * 400, b"../../../outside",
+    b"/etc/passwd", b"[" * 3000, b'{"a":' * 500, b"\xff\xfe", b"\x00",
+    b"!!python/object/apply:os.system ['touch canary']",
+    b"&a [*a, *a]", b"<<: *a", b"2147483648", b"18446744073709551616", b"\xf0\x9f\x92\xa9", b"\x1b[31m", b"%s%n",
+    b"$(touch canary)",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Run medgen's commands in forks of this process, which has imported all they need: an import takes longer than a stage.
+"""Run medgen's commands in forks of this process, which has imported all they need: imports take longer than a stage.
 
 A fork works as a new process would: it has its own session, folder, output and arguments, and its exit code is what a
 shell would see. `MARK` in the environment marks this process and all that it starts, whoever their parent becomes.
@@ -23,7 +23,14 @@ FORK = multiprocessing.get_context("fork")
 ORPHAN_SECONDS = 20.0  # for the processes of a killed command to notice and end
 COMMAND_SECONDS = 240.0  # longer is a hang
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-PROGRAMS = {"git", "dvc", "fc-list", "ldconfig", "uname"}  # that medgen and its libraries start
+PROGRAMS = {
+    "git",
+    "dvc",
+    "fc-list",
+    "ldconfig",
+    "uname",
+    os.path.basename(sys.executable),
+}  # that medgen and its libraries start
 
 
 class Violation(Exception):
@@ -100,7 +107,9 @@ def start(
     return Child(process, log, tuple(words))
 
 
-def run(folder: Path, *words: str, log: Path, prepare: Iterable[Callable[[], None]] = (), codes: Iterable[int] = (0,)) -> str:
+def run(
+    folder: Path, *words: str, log: Path, prepare: Iterable[Callable[[], None]] = (), codes: Iterable[int] = (0,)
+) -> str:
     """Run a command to its end and return its output.
 
     Raises:
@@ -109,20 +118,22 @@ def run(folder: Path, *words: str, log: Path, prepare: Iterable[Callable[[], Non
     child = start(folder, words, log, prepare)
     code = child.wait()
     if code not in codes:
-        raise Violation("crashed" if code in (1, *range(-64, 0)) else "lost", f"{child.name}: exit code {code}\n{child.output()}")
+        raise Violation(
+            "crashed" if code in (1, *range(-64, 0)) else "lost", f"{child.name}: exit code {code}\n{child.output()}"
+        )
     return child.output()
 
 
-def call(function: Callable[[], None], log: Path, seconds: float = COMMAND_SECONDS, folder: Path | None = None) -> Child:
-    """Run a function in a fork of its own and wait for its end; see `run`."""
+def start_function(function: Callable[[], None], log: Path, folder: Path | None = None) -> Child:
+    """Start a function in a fork of its own, with its output in `log`."""
     process = FORK.Process(target=_call, args=(function, log, folder))
     process.start()
-    child = Child(process, log, (getattr(function, "__name__", "function"),))
-    child.wait(seconds)
-    return child
+    return Child(process, log, (getattr(function, "__name__", "function"),))
 
 
-def _run(folder: Path, words: tuple[str, ...], log: Path, prepare: tuple[Callable[[], None], ...], fork_workers: bool) -> None:
+def _run(
+    folder: Path, words: tuple[str, ...], log: Path, prepare: tuple[Callable[[], None], ...], fork_workers: bool
+) -> None:
     from medgen import cli
 
     def main() -> None:
@@ -191,9 +202,9 @@ def orphans() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid not in descendants and process.status() != psutil.STATUS_ZOMBIE:
-                if process.environ().get(MARK) == os.environ[MARK]:
-                    found.append(process)
+            is_ours = process.pid not in descendants and process.environ().get(MARK) == os.environ[MARK]
+            if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 

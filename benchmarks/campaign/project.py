@@ -63,16 +63,28 @@ def check_same(folder: Path, expected: dict[str, str]) -> None:
         raise Violation("lost", f"{folder}: left half-written: {', '.join(left)}")
 
 
-def stored_points(database: Any) -> dict[str, Counter[Any]]:
-    """The metric points in MLflow's database by medgen's ID of the run; `database` has `execute` as sqlite3 has."""
-    runs = dict(database.execute("SELECT run_uuid, value FROM tags WHERE key = 'medgen.id'").fetchall())
-    points: dict[str, Counter[Any]] = {identity: Counter() for identity in runs.values()}
-    if len(points) < len(runs):
-        raise Violation("lost", f"MLflow has {len(runs)} runs for {len(points)} records")
-    for run, name, step, value in database.execute("SELECT run_uuid, key, step, value FROM metrics").fetchall():
-        if run in runs:
-            points[runs[run]][name, step, value] += 1
-    return points
+def stored_points(database: Any, experiment: str = "medgen") -> Counter[Any]:
+    """Number of metric points by name and step in MLflow's database.
+
+    Args:
+        database: a connection with `execute`, of SQLite or PostgreSQL.
+        experiment: name of the experiment.
+
+    Raises:
+        Violation: MLflow has two runs of one record.
+    """
+    runs = (
+        "SELECT tags.value FROM tags, runs, experiments WHERE tags.run_uuid = runs.run_uuid AND tags.key = 'medgen.id' "
+        f"AND runs.experiment_id = experiments.experiment_id AND experiments.name = '{experiment}'"
+    )
+    points = (
+        "SELECT metrics.key, metrics.step FROM metrics, runs, experiments WHERE metrics.run_uuid = runs.run_uuid "
+        f"AND runs.experiment_id = experiments.experiment_id AND experiments.name = '{experiment}'"
+    )
+    records = Counter(record for (record,) in database.execute(runs).fetchall())
+    if repeated := [record for record, number in records.items() if number > 1]:
+        raise Violation("lost", f"MLflow has several runs of the records {', '.join(repeated)}")
+    return Counter((name, step) for name, step in database.execute(points).fetchall())
 
 
 def check_history(output: str) -> None:

@@ -31,7 +31,12 @@ def same_stage(lab: Lab, draws: random.Random) -> None:
 def other_seeds(lab: Lab, draws: random.Random) -> None:
     """Trainings with different seeds replace the model in turn; the last one is that of a single training."""
     lab.restore("train")
-    together([lab.start("train", "--set", f"train.seed={seed}", "--set", "train.phases.one.epochs=1") for seed in range(WRITERS)])
+    together(
+        [
+            lab.start("train", "--set", f"train.seed={seed}", "--set", "train.phases.one.epochs=1")
+            for seed in range(WRITERS)
+        ]
+    )
     lab.run("generate", "--n", "2", "--out", "out", codes=(2,))  # a model of one training, without its prior
     lab.run("train")
     lab.run("sync")
@@ -54,7 +59,13 @@ def registry(lab: Lab, draws: random.Random) -> None:
     """Promotions, rollbacks and registrations: the record is whole and names the champion."""
     lab.restore("done")
     lab.run("promote", "--force", "the first")
-    commands = (("promote", "--force", "a race"), ("rollback",), ("register",), ("history",), ("evaluate", "--model", "models:/small@candidate"))
+    commands = (
+        ("promote", "--force", "a race"),
+        ("rollback",),
+        ("register",),
+        ("history",),
+        ("evaluate", "--model", "models:/small@candidate"),
+    )
     children = [lab.start(*draws.choice(commands), prepare=[short_claims]) for _ in range(WRITERS)]
     together(children, codes=(0, 2, 3))
     check_history(lab.run("history", "--json"))
