@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.campaign import mutations, project
+from benchmarks.campaign import faults, mutations, project, scenarios
+from benchmarks.campaign.lab import Lab
 from benchmarks.campaign.process import MARK, Violation, start_function
 
 
@@ -64,6 +65,28 @@ def test_a_command_that_hangs_is_found(run, tmp_path: Path) -> None:
     child = start_function(hang, tmp_path / "lab" / "log")
     with pytest.raises(Violation, match="still running"):
         child.wait(0.2)
+
+
+@pytest.mark.skipif(bool(scenarios.unavailable("power cuts")), reason="needs root and a loop device")
+def test_a_power_cut_loses_what_was_not_flushed(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    try:
+        disk = faults.new_disk(lab)
+        for name in ("flushed", "not flushed"):
+            temporary = lab.project / f"{name}.tmp"
+            with temporary.open("wb") as file:
+                file.write(b"x" * 5000)
+                file.flush()
+                if name == "flushed":
+                    os.fsync(file.fileno())
+            temporary.rename(lab.project / name)
+        with (lab.project / "last").open("wb") as file:
+            os.fsync(file.fileno())  # writes the journal, with the new names
+        faults.after_cut(lab, disk)
+        sizes = {path.name: path.stat().st_size for path in lab.project.iterdir() if path.is_file()}
+        assert sizes == {"flushed": 5000, "not flushed": 0, "last": 0}
+    finally:
+        lab.close()
 
 
 def test_other_bytes_and_half_written_files_are_found(tmp_path: Path) -> None:

@@ -13,45 +13,56 @@ from benchmarks.campaign.process import Child, Violation
 from benchmarks.campaign.project import STAGES, residue
 
 MAX_FAULTS = 3  # in one round
-DISK = "256m"
+TMPFS = "256m"
+DISK_OPTIONS = "loop,noauto_da_alloc,commit=300"
 YEAR = 365 * 86400.0
 
 
 def cut_power(lab: Lab, draws: random.Random) -> None:
-    """A stage on a disk of its own, whose power is cut: only what had reached the disk is left.
-
-    The disk is a file with ext4, as in a machine; a copy of the file is what a power cut leaves. The option
-    noauto_da_alloc makes ext4 do no more than it promises: a renamed file without fsync may be empty.
-    """
+    """A stage on a disk of its own, whose power is cut: only what had reached the disk is left."""
     stage = draws.choice(STAGES)
-    image = lab.work / "disk" / "0.img"
-    image.parent.mkdir()
-    with image.open("wb") as file:
-        file.truncate(256 << 20)
-    command("mkfs.ext4", "-q", "-F", str(image))
-    mount(lab, str(image), "loop,noauto_da_alloc,commit=300")
+    disk = new_disk(lab)
     lab.restore(stage)
     command("sync", "-f", str(lab.project))
-    for number in range(draws.randint(1, MAX_FAULTS)):
+    for _ in range(draws.randint(1, MAX_FAULTS)):
         child = lab.start(stage)
         child.process.join(draws.uniform(0.2, 1.1) * lab.seconds[stage])
         child.kill()
         child.wait()
-        copy = image.with_name(f"{number + 1}.img")
-        command("cp", "--sparse=always", str(image), str(copy))
-        unmount(lab.project)
-        image.unlink()
-        image = copy
-        mount(lab, str(image), "loop,noauto_da_alloc,commit=300")
+        disk = after_cut(lab, disk)
         lab.counts["faults"] += 1
     lab.run(stage)
     lab.check_stage(stage)
 
 
+def new_disk(lab: Lab) -> Path:
+    """A file with ext4, which is mounted as the project's folder.
+
+    With noauto_da_alloc ext4 does no more than it promises: a file that is renamed without fsync may be empty.
+    """
+    disk = lab.work / "disk" / "0.img"
+    disk.parent.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(256 << 20)
+    command("mkfs.ext4", "-q", "-F", str(disk))
+    mount(lab, str(disk), DISK_OPTIONS)
+    return disk
+
+
+def after_cut(lab: Lab, disk: Path) -> Path:
+    """Replace the mounted disk by a copy of its file: what a power cut at this moment leaves."""
+    copy = disk.with_name(f"{int(disk.stem) + 1}.img")
+    command("cp", "--sparse=always", str(disk), str(copy))
+    unmount(lab.project)
+    disk.unlink()
+    mount(lab, str(copy), DISK_OPTIONS)
+    return copy
+
+
 def fill_disk(lab: Lab, draws: random.Random) -> None:
     """A stage on a disk that becomes full at some write, or is read-only: one message; then the stage resumes."""
     stage = draws.choice(STAGES)
-    mount(lab, "tmpfs", f"size={DISK}", "-t", "tmpfs")
+    mount(lab, "tmpfs", f"size={TMPFS}", "-t", "tmpfs")
     lab.restore(stage)
     used = size_of(lab.project)
     needed = size_of(lab.snapshot(next_snapshot(stage))) - used
@@ -70,7 +81,7 @@ def fill_disk(lab: Lab, draws: random.Random) -> None:
         lab.counts["faults"] += 1
         if not read_only and (left := residue(lab.project)):
             raise Violation("lost", f"{child.name}: on a full disk left {', '.join(left)}\n{child.output()}")
-        command("mount", "-o", f"remount,rw,size={DISK}", str(lab.project))
+        command("mount", "-o", f"remount,rw,size={TMPFS}", str(lab.project))
     lab.run(stage)
     lab.check_stage(stage)
 
