@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.campaign.lab import Lab
 from benchmarks.campaign.process import Child, Violation
-from benchmarks.campaign.project import STAGES, residue
+from benchmarks.campaign.project import STAGES, check_history, residue
 
 MAX_FAULTS = 3  # in one round
 TMPFS = "256m"
@@ -60,30 +60,31 @@ def after_cut(lab: Lab, disk: Path) -> Path:
 
 
 def fill_disk(lab: Lab, draws: random.Random) -> None:
-    """A stage on a disk that becomes full at some write, or is read-only: one message; then the stage resumes."""
-    stage = draws.choice(STAGES)
+    """A command on a disk that becomes full at some write, or is read-only: one message; then it does its work."""
+    name = draws.choice((*STAGES, "sync", "promote"))
+    words = ("promote", "--force", "a test") if name == "promote" else (name,)
     mount(lab, "tmpfs", f"size={TMPFS}", "-t", "tmpfs")
-    lab.restore(stage)
-    used = size_of(lab.project)
-    needed = size_of(lab.snapshot(next_snapshot(stage))) - used
+    lab.restore(name if name in STAGES else "done")
+    if name == "sync":
+        shutil.copy(lab.snapshot("train") / "mlflow.db", lab.project / "mlflow.db")  # MLflow has received nothing
+    needed = size_of(lab.snapshot(next_snapshot(name))) - size_of(lab.project) if name in STAGES else 1 << 20
     read_only = draws.random() < 0.2
-    limits = [0] if read_only else sorted(draws.randint(0, needed) for _ in range(MAX_FAULTS))
-    for limit in limits:
-        space = (
-            "ro"
-            if read_only
-            else f"size={(shutil.disk_usage(lab.project).used + limit // MAX_FAULTS) // 4096 * 4 + 4}k"
-        )
-        command("mount", "-o", f"remount,{space}", str(lab.project))
-        child = lab.start(stage)
-        code = child.wait()
-        check_message(child, code, codes=(0, 2))
+    for limit in [0] if read_only else sorted(draws.randint(0, needed) for _ in range(MAX_FAULTS)):
+        kilobytes = (shutil.disk_usage(lab.project).used + limit // MAX_FAULTS) // 4096 * 4 + 4
+        command("mount", "-o", "remount,ro" if read_only else f"remount,size={kilobytes}k", str(lab.project))
+        child = lab.start(*words)
+        check_message(child, child.wait(), codes=(0, 2))
         lab.counts["faults"] += 1
         if not read_only and (left := residue(lab.project)):
             raise Violation("lost", f"{child.name}: on a full disk left {', '.join(left)}\n{child.output()}")
         command("mount", "-o", f"remount,rw,size={TMPFS}", str(lab.project))
-    lab.run(stage)
-    lab.check_stage(stage)
+    lab.run(*words)
+    if name in STAGES:
+        lab.check_stage(name)
+    elif name == "sync":
+        lab.check_points("done")
+    else:
+        check_history(lab.run("history", "--json"))
 
 
 def limit_memory(lab: Lab, draws: random.Random) -> None:

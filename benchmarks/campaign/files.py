@@ -346,8 +346,7 @@ def sign_store(path: Path) -> None:
 
     folder = Path("artifacts/dataset")
     description, name = folder / "dataset.json", path.relative_to(folder).as_posix()
-    content = json.loads(description.read_text())
-    if name in content["files"]:
+    if path != description and name in (content := json.loads(description.read_text()))["files"]:
         content["files"][name] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         parts = [content[key] for key in ("schema", "classes", "image_shape", "files")]
         description.write_text(json.dumps(content | {"fingerprint": fingerprint(*parts)}))

@@ -65,7 +65,7 @@ def disturb(lab: Lab, draws: random.Random, team: Team, child: Child) -> None:
             team.database.kill()
             child.process.join(draws.uniform(0.0, 2.0))
             team.database.restart()
-        elif action < 0.15:
+        elif action < 0.13:  # takes seconds
             team.mlflow.kill()
             team.mlflow.restart()
         else:
