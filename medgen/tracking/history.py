@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from filelock import FileLock, Timeout
 HISTORY = "history.jsonl"
 LOCK = "tracker.lock"  # held while a process writes a run or sends it to MLflow
 FSYNC_SECONDS = 1.0
+# of numbers in a damaged file, which Python, datetime and MLflow could not store
+MAX_TIME, MAX_STEP, MAX_VALUE = 253402300799, 2**63 - 1, sys.float_info.max
 
 Event = dict[str, Any]  # {"kind": str, "time": seconds, ...}
 FactKey = tuple[str, str, int | None]  # kind, name, step
@@ -170,9 +173,15 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
 
 def _is_event(line: Any) -> bool:
     """True if a line of the file has the shape that `History.append` writes."""
+    if not isinstance(line, dict) or not (
+        _is_number(line.get("time"), 0, MAX_TIME) and _is_number(line.get("step", 0), -MAX_STEP, MAX_STEP)
+    ):
+        return False
     match line:
         case {"kind": "metrics" | "system", "time": int() | float(), "step": int(), "values": dict(values)}:
-            return all(isinstance(value, int | float) or value in ("nan", "inf", "-inf") for value in values.values())
+            return all(
+                value in ("nan", "inf", "-inf") or _is_number(value, -MAX_VALUE, MAX_VALUE) for value in values.values()
+            )
         case {"kind": "tags", "time": int() | float(), "values": dict(values)}:
             return all(isinstance(value, str) for value in values.values())
         case {"kind": "params", "time": int() | float(), "values": dict()}:
@@ -185,6 +194,10 @@ def _is_event(line: Any) -> bool:
             return True
         case _:
             return False
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and low <= value <= high
 
 
 def encode(value: float) -> float | str:

@@ -6,8 +6,6 @@ another run is trained on.
 
 import hashlib
 import io
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +36,17 @@ def load(scratch: Path) -> dict[str, Any] | None:
     again = "remove the file to train this run from the start"
     try:
         content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
         if hashlib.sha256(content[:-HASH_BYTES]).digest() != content[-HASH_BYTES:]:
             raise EOFError("its SHA-256 is not the one at its end")
         state: dict[str, Any] = torch.load(io.BytesIO(content[:-HASH_BYTES]), weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        return None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        run = state["run"]
+    except Exception as error:  # torch raises many kinds
         raise UserError(f"{path}: damaged checkpoint ({error}); {again}") from None
-    if state["run"] != scratch.name:
-        raise UserError(f"{path}: the checkpoint of run {state['run']}; expected one of {scratch.name}; {again}")
+    if run != scratch.name:
+        raise UserError(f"{path}: the checkpoint of run {run}; expected one of {scratch.name}; {again}")
     return state
 
 

@@ -107,6 +107,18 @@ def test_an_incomplete_last_line_is_dropped(project, scratch):
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
 
 
+@pytest.mark.parametrize(
+    "changed", [{"time": 10**400}, {"time": -1e300}, {"time": 1e300}, {"step": 2**70}, {"values": {"loss": 10**400}}]
+)
+def test_numbers_that_cannot_be_stored_are_left_out(project, scratch, changed):
+    record(scratch, project, OFF, range(2))
+    event = {"kind": "metrics", "time": 1e9, "step": 9, "values": {"loss": 1.0}}
+    with (scratch / HISTORY).open("a") as file:
+        file.write(json.dumps(event | changed) + "\n")
+    assert [step["step"] for step in history(scratch)] == [0, 1]
+    assert read_run(scratch).status == "FINISHED"
+
+
 def test_repeated_values_are_dropped_and_changed_values_are_appended(project, scratch):
     record(scratch, project, OFF, range(5))
     once = kinds(scratch)

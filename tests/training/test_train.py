@@ -1,5 +1,7 @@
 """What a person is promised of a training: it survives kills, names what broke it, and is the same anywhere."""
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -486,6 +488,24 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny_project, finished, where):
     (scratch / "checkpoint.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoint\.pt: damaged checkpoint .* remove the file"):
         run(tiny_project)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:100] + content[400:], lambda _: b"", lambda _: saved_list()]
+)
+def test_a_damaged_checkpoint_with_the_right_hash_is_refused(tmp_path, damage):
+    checkpoint.save(tmp_path, {"counters": {}, "weights": torch.zeros(1000)})
+    path = tmp_path / "checkpoint.pt"
+    content = damage(path.read_bytes()[: -checkpoint.HASH_BYTES])
+    path.write_bytes(content + hashlib.sha256(content).digest())
+    with pytest.raises(UserError, match=r"checkpoint\.pt: damaged checkpoint .* remove the file"):
+        checkpoint.load(tmp_path)
+
+
+def saved_list():
+    buffer = io.BytesIO()
+    torch.save([1], buffer)
+    return buffer.getvalue()
 
 
 def test_the_checkpoint_of_another_run_is_refused(tiny_project, finished):
