@@ -115,6 +115,7 @@ class Campaign:
             counts[kind] += 1
             self.violations.append(f"{name} {number}: {kind}: {text}")
             kept = self.out / f"{name}-{number}"
+            shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(lab.logs, kept / "logs")
             shutil.copytree(lab.work, kept / "work", symlinks=True, ignore_dangling_symlinks=True)
             again = f"python -m benchmarks.campaign --only {name} --seed {self.seed} --round {number}"

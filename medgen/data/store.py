@@ -431,7 +431,10 @@ def _write_checked(
 
 def _open_array(path: Path) -> NDArray[Any]:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of arrays")
+        return array
     except (ValueError, EOFError, OSError) as error:
         raise _damaged(path, f"unreadable ({error}); expected a NumPy array") from None
 

@@ -380,7 +380,8 @@ def _create_database(path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     for left in (temporary, path.with_name(f"{temporary.name}-journal")):
         left.unlink(missing_ok=True)
-    SqlAlchemyStore(f"sqlite:///{temporary}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
+    store = SqlAlchemyStore(f"sqlite:///{temporary}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)  # type: ignore[no-untyped-call]
+    store.engine.dispose()
     os.replace(temporary, path)
 
 

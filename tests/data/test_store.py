@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,13 @@ def test_an_unreadable_manifest_with_the_right_hash_is_refused(tmp_path: Path, c
     split = open_store(folder).split("train")
     with pytest.raises(UserError, match=r"manifest\.csv: damaged: .*Run `medgen preprocess` again"):
         list(split.rows())
+
+
+def test_an_archive_in_place_of_an_array_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "labels.npy", "w") as archive:
+        archive.writestr("a.npy", b"")
+    with pytest.raises(UserError, match=r"labels\.npy: damaged: unreadable \(an archive"):
+        store._open_array(tmp_path / "labels.npy")
 
 
 def test_the_error_for_a_missing_store_names_the_command(tmp_path: Path) -> None:
