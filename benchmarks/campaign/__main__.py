@@ -97,7 +97,6 @@ class Campaign:
     def run_round(self, name: str, number: int) -> None:
         """Run one round and record a violation."""
         lab, counts = self.lab, self.counts[name]
-        lab.close()
         for folder in (lab.work, lab.logs, self.out / "tmp"):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

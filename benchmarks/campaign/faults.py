@@ -69,8 +69,8 @@ def fill_disk(lab: Lab, draws: random.Random) -> None:
         shutil.copy(lab.snapshot("train") / "mlflow.db", lab.project / "mlflow.db")  # MLflow has received nothing
     needed = size_of(lab.snapshot(next_snapshot(name))) - size_of(lab.project) if name in STAGES else 1 << 20
     read_only = draws.random() < 0.2
-    for limit in [0] if read_only else sorted(draws.randint(0, needed) for _ in range(MAX_FAULTS)):
-        kilobytes = (shutil.disk_usage(lab.project).used + limit // MAX_FAULTS) // 4096 * 4 + 4
+    for share in [0] if read_only else sorted(draws.randint(0, needed) for _ in range(MAX_FAULTS)):
+        kilobytes = (shutil.disk_usage(lab.project).used + share // MAX_FAULTS) // 4096 * 4 + 4
         command("mount", "-o", "remount,ro" if read_only else f"remount,size={kilobytes}k", str(lab.project))
         child = lab.start(*words)
         check_message(child, child.wait(), codes=(0, 2))
