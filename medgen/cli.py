@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from medgen import __version__
-from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, printable
+from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, is_out_of_memory, printable
 from medgen.machine import set_openmp_defaults
 
 if TYPE_CHECKING:
@@ -63,11 +63,16 @@ def main() -> None:
     except (UserError, NonFiniteError, TrainingInterrupted) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    except Exception as error:
+        if is_out_of_memory(error):
+            text = "out of memory" + f": {' '.join(str(error).split())}" * bool(str(error))
+            advice = "Lower the batch size, or give it more memory"
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            text = f"{error.filename or 'the disk'}: cannot be written: {error.strerror}"
+            advice = "Make space there"
+        else:
             raise
-        advice = "Make space there, then run the same command again: finished work is kept"
-        print(f"error: {error.filename or 'the disk'}: cannot be written: {error.strerror}. {advice}", file=sys.stderr)
+        print(f"error: {text}. {advice}, then run the same command again: finished work is kept", file=sys.stderr)
         sys.exit(UserError.exit_code)
 
 

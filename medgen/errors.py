@@ -1,6 +1,7 @@
 """Exceptions and their exit codes; docs/contract.md lists the codes."""
 
 import difflib
+import errno
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,16 @@ class TrainingInterrupted(Exception):
     """Training stopped on a signal after saving its checkpoint: exit code 5. The same command resumes it."""
 
     exit_code = 5
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if the machine or the GPU had too little memory: errors of Python, NumPy and torch."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def unknown_name(kind: str, name: str, known: Mapping[str, object] | Sequence[str]) -> UserError:

@@ -9,6 +9,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
 import typer
 
 from medgen import __version__, cli
@@ -215,6 +216,33 @@ def test_a_full_disk_is_one_message(monkeypatch, medgen):
     assert found == 2
     expected = r"error: artifacts/model\.building/model\.safetensors: cannot be written: No space left on device\. .*\n"
     assert re.fullmatch(expected, err)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "out of memory. "),
+        (
+            MemoryError("Unable to allocate 1.00 TiB for an array"),
+            "out of memory: Unable to allocate 1.00 TiB for an array. ",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory: [Errno 12] Cannot allocate memory. "),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), "out of memory: [enforce] Default"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\n2 GiB"),
+            "out of memory: CUDA out of memory. Tried 2 GiB",
+        ),
+    ],
+)
+def test_too_little_memory_is_one_message(monkeypatch, medgen, error, text):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_call", fail)
+    found, _, err = medgen("preprocess")
+    assert found == 2
+    assert err.startswith(f"error: {text}") and err.count("\n") == 1
+    assert "Lower the batch size" in err
 
 
 def test_a_defect_of_medgen_keeps_its_traceback(monkeypatch):

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 
 from medgen.config import Params, Project, Tracking
 from medgen.data.store import open_store
-from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
+from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, is_out_of_memory
 from medgen.evaluation import evaluate
 from medgen.evaluation.data import load_evaluation
 from medgen.metrics.mmd import mmd
@@ -277,7 +277,7 @@ def run_folder(project: Project, params: Params) -> Path:
 def describe_error(error: Exception) -> str:
     """The reason of a failed trial, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return f"out of memory: {text}"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
