@@ -22,6 +22,7 @@ import math
 import shutil
 import sys
 import time
+import tokenize
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -429,13 +430,25 @@ def _write_checked(
             write_atomic(_checked_path(folder), to_json(settled))
 
 
-def _open_array(path: Path) -> NDArray[Any]:
+def map_array(path: Path) -> NDArray[Any]:
+    """The array of an .npy file, mapped into memory.
+
+    Raises:
+        ValueError: it is no such file.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive of arrays")
-        return array
-    except (ValueError, EOFError, OSError) as error:
+    except (OSError, EOFError, TypeError, ArithmeticError, tokenize.TokenError) as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError("an archive of arrays")
+    return array
+
+
+def _open_array(path: Path) -> NDArray[Any]:
+    try:
+        return map_array(path)
+    except ValueError as error:
         raise _damaged(path, f"unreadable ({error}); expected a NumPy array") from None
 
 

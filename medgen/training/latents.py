@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from medgen import source
 from medgen.config import fingerprint
-from medgen.data.store import Split, Store
+from medgen.data.store import Split, Store, map_array
 from medgen.errors import UserError
 from medgen.io import write_atomic
 from medgen.models import GenerativeModel
@@ -179,8 +179,8 @@ def _encode_shard(
 def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any] | None:
     """The shard in a file, mapped into memory; None if there is no complete one."""
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError):
+        array = map_array(path)
+    except ValueError:
         return None
     return array if (array.shape, array.dtype) == (shape, dtype) else None
 

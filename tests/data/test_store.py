@@ -143,6 +143,27 @@ def test_an_archive_in_place_of_an_array_is_refused(tmp_path: Path) -> None:
         store._open_array(tmp_path / "labels.npy")
 
 
+def npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x05\x06" + bytes(18),
+        npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (4,"),
+        npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999999999,)}\n"),
+        npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (4,)}\n"),
+        npy(b"{'descr': [], 'fortran_order': False, 'shape': None}\n"),
+    ],
+)
+def test_a_damaged_array_is_one_kind_of_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "labels.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\w"):
+        store.map_array(tmp_path / "labels.npy")
+
+
 def test_the_error_for_a_missing_store_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="medgen preprocess"):
         open_store(tmp_path / "absent")
