@@ -5,8 +5,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from medgen.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+if sys.platform != "win32":
+    import fcntl
 
 _BAD_NAME = re.compile(r"[\x00-\x1f\x7f]|^[A-Za-z]:")
 
@@ -22,15 +25,31 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary file in the same folder, flush it to disk and move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")  # the next write replaces one that a killed process has left
+    with _only_writer(path.parent):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # a full disk keeps no half-written files
+            raise
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread writes to `folder`; no effect where folders cannot be locked."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk keeps no half-written files
-        raise
+        with suppress(OSError):  # some network file systems
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks it
 
 
 def unsafe_name(name: str) -> str | None:
@@ -61,7 +80,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder of files, which replaces an earlier one after all of them are on disk."""
-    with replace_folder(folder) as building:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _only_writer(folder.parent), replace_folder(folder) as building:
         for name, content in files.items():
             write_atomic(building / name, content)
 
