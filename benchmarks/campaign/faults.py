@@ -129,6 +129,7 @@ def check_memory(child: Child, code: int) -> None:
         "out of memory",
         "resource temporarily unavailable",
         "can't start new thread",
+        "could not create a primitive",  # oneDNN
     )
     if not any(reason in output for reason in reasons):
         raise Violation("crashed", f"{child.name}: exit code {code}\n{output}")
