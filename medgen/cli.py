@@ -158,10 +158,11 @@ def features(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 @app.command()
 def train(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
     """Train the model, or resume an interrupted training (stage 3)."""
+    from medgen import registry
     from medgen.training import train
 
     if not _launch("train", params, overrides):
-        _call(train.run, params, overrides)
+        _call(train.run, params, overrides, fetch=_call(registry.fetcher, params, overrides))
 
 
 @app.command()

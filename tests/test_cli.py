@@ -255,7 +255,7 @@ def test_a_defect_of_medgen_keeps_its_traceback(monkeypatch):
 def test_set_overrides_reach_the_function(monkeypatch, tmp_path, medgen):
     seen = {}
     monkeypatch.setattr(
-        "medgen.training.train.run", lambda project, *, train, model: seen.update(train=train, model=model)
+        "medgen.training.train.run", lambda project, *, train, model, fetch: seen.update(train=train, model=model)
     )
     (tmp_path / "params.yaml").write_text("train: {seed: 1, phases: {a: {epochs: 1, learning_rate: 1e-3}}}")
     code, _, _ = medgen("train", "--set", "train.seed=5", "--set", "train.phases.a.epochs=9", "--set", "model.name=x")

@@ -76,6 +76,11 @@ class Train(Section):
     """Training of the model."""
 
     seed: Seed = 0
+    # weights to start from: models:/NAME@ALIAS, models:/NAME/NUMBER or a folder such as artifacts/model of another
+    # project; with #sha256=HEX at its end only if its weights have that hash. None: random weights
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    init_strict: bool = True  # False: take only tensors whose name and shape fit, and name the others in the log
+    freeze: Literal["encoder"] | None = None  # part that keeps the weights of init_from
     batch_size: Count = 32  # over all processes
     # parts of a batch that a process trains on in turn, to save memory (gradient accumulation). BatchNorm, codebooks,
     # sigma, dice and free bits then see one part at a time
@@ -116,4 +121,10 @@ class Train(Section):
             raise ValueError(f"phase names must differ, found {names}")
         if not any(phase.epochs for phase in self.phases):
             raise ValueError("phases have no epochs; expected at least one")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_weights_are_not_random(self) -> Self:
+        if self.freeze and not self.init_from:
+            raise ValueError(f"freeze: {self.freeze} would keep random weights; set init_from too")
         return self

@@ -23,7 +23,17 @@ from medgen.tracking import PRIOR_ORIGIN
 from medgen.training.report import Settings, read_settings
 
 BY_CLASS = "Means over the test images of each class, with 95 % intervals by patient."
-TRAINING_KEYS = ("seed", "batch_size", "clip_norm", "ema_decay", "horizontal_flip", "keep", "subset")
+TRAINING_KEYS = (
+    "seed",
+    "batch_size",
+    "clip_norm",
+    "ema_decay",
+    "horizontal_flip",
+    "keep",
+    "subset",
+    "init_from",
+    "freeze",
+)
 
 
 def model_name(store: Store, info: BundleInfo) -> str:
@@ -110,7 +120,7 @@ def describe(
         license="unknown",
         generative=generative,
         tags=["medical", "medgen", info.model.name, *tags],
-        sections=_card_sections(store, verdict, findings, generative),
+        sections=_card_sections(store, verdict, findings, generative, info.init_from),
         training=training | dict(settings),
     )
     return Page(verdict, findings, card, phases, settings, {}, ())
@@ -140,7 +150,7 @@ def class_table(
 
 
 def _card_sections(
-    store: Store, verdict: Verdict, findings: Sequence[str], generative: bool
+    store: Store, verdict: Verdict, findings: Sequence[str], generative: bool, init_from: str | None
 ) -> dict[str, Sequence[str]]:
     """Sentences of the model card by heading."""
     channels, height, width = store.image_shape
@@ -157,6 +167,9 @@ def _card_sections(
         data_license = (
             f"{entry.license} (of the dataset named {store.name} in medgen's catalog). Cite {entry.citation}."
         )
+    terms = "No licence of the model is recorded. Its weights are derived from the images, so their terms may apply."
+    if init_from:
+        terms += f" Training started from the weights {init_from}: their terms may apply too."
     counts = ", ".join(f"{count:,} {name}" for name, count in store.counts.items())
     privacy = "The report page shows images of the dataset where it says so: publish it only if they are public."
     if generative:
@@ -182,9 +195,7 @@ def _card_sections(
             "All images of a patient are in the same split, as far as patients are known.",
             f"Licence of the images: {data_license}",
         ],
-        "Licence": [
-            "No licence of the model is recorded. Its weights are derived from the images, so their terms may apply."
-        ],
+        "Licence": [terms],
         "Privacy": [privacy],
     }
 

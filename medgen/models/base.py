@@ -50,6 +50,7 @@ class ImageModel(nn.Module, ABC):
     """A network trained on images (B, C, H, W) in [0, 1] to predict a target: the image itself or its mask."""
 
     target: Literal["image", "mask"] = "image"
+    encoder_parts: tuple[str, ...] = ("encoder",)  # attributes with the modules that `train.freeze: encoder` freezes
 
     @abstractmethod
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:

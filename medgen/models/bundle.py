@@ -35,12 +35,16 @@ class BundleInfo:
     dataset: str  # fingerprint of the training store
     run: str  # fingerprint of the training run
     torch: str  # version of PyTorch that wrote the weights
+    init_from: str | None = None  # weights that the training started from, with their SHA-256
     schema: int = SCHEMA
 
 
 def save(folder: Path, model: ImageModel, info: BundleInfo) -> None:
     """Write the bundle atomically."""
-    save_artifact(folder, "model", model.state_dict(), TypeAdapter(BundleInfo).dump_python(info, mode="json"))
+    description = TypeAdapter(BundleInfo).dump_python(info, mode="json")
+    if info.init_from is None:
+        del description["init_from"]  # as before, so that equal models have equal bytes
+    save_artifact(folder, "model", model.state_dict(), description)
 
 
 def digest(folder: Path) -> str:

@@ -20,6 +20,7 @@ class UNet(ImageModel):
     """Images (B, C, S, S) -> probabilities (B, K, S, S); K = 1 for a mask of 0 and 1, else the number of classes."""
 
     target = "mask"
+    encoder_parts = ("first", "halves", "downs")
 
     def __init__(
         self, params: Model, image_shape: tuple[int, int, int], num_classes: int, mask_classes: int = 2

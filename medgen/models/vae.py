@@ -20,6 +20,8 @@ DEFAULT_LATENT_DIM = 128  # D if model.latent_channels is null
 class VAE(GenerativeModel):
     """Images (B, C, S, S) <-> latents (B, D), D = `latent_channels` (Kingma & Welling 2014)."""
 
+    encoder_parts: tuple[str, ...] = ("encoder", "to_latent")
+
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int, embedding: int = 0) -> None:
         super().__init__()
         latent_dim = params.latent_channels or DEFAULT_LATENT_DIM
@@ -66,6 +68,7 @@ class ConditionalVAE(VAE):
     """
 
     conditional = True
+    encoder_parts = ("encoder", "to_latent", "embedding")
 
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
         if num_classes == 0:

@@ -20,6 +20,8 @@ DEFAULT_CHANNELS = 64  # Z if model.latent_channels is null (van den Oord et al.
 class VQVAE(GenerativeModel):
     """Images (B, C, S, S) <-> latents (B, Z, h, h) of codes; `Latent.codes` holds their indices."""
 
+    encoder_parts = ("encoder", "quantizer")
+
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         params = params.model_copy(update={"latent_channels": params.latent_channels or DEFAULT_CHANNELS})
@@ -36,10 +38,10 @@ class VQVAE(GenerativeModel):
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
         """One pass for the objective, with the terms `commitment` and, if codes learn by gradient, `codebook`."""
         vectors = self._encode_vectors(image)
-        if self.training:
+        if self.quantizer.training:  # a frozen encoder keeps its codes
             self.quantizer.restart_dead_codes(vectors.detach())
         codes, nearest = self.quantizer(vectors)
-        if self.training:
+        if self.quantizer.training:
             self.quantizer.update_ema(vectors.detach(), codes)
         value = vectors + (nearest - vectors).detach()
         latent = Latent(value=value, mean=nearest, codes=codes)

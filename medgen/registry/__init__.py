@@ -7,6 +7,7 @@ medgen register     medgen generate --model models:/medgen@candidate --n 25 --ou
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Version",
     "fetch_for_evaluation",
+    "fetcher",
     "find_model",
     "register",
     "register_if_enabled",
@@ -122,6 +124,20 @@ def find_model(project: Project, *, tracking: Tracking, source: str | None) -> P
                 "and refiner/"
             )
     return folder
+
+
+def fetcher(project: Project, *, tracking: Tracking) -> Callable[[str], tuple[str, Path]]:
+    """A function from the URI of a version to its URI by number and a folder with its model, whose files it checks.
+
+    The function raises UserError if there is no such version, the MLflow store does not answer, or a file was changed.
+    """
+
+    def fetch(uri: str) -> tuple[str, Path]:
+        with mlflow_client(project, tracking, "no initial weights: start the server first") as (client, _):
+            version = find_version(client, "", uri)
+        return version.uri, download_version(version.uri, project, tracking) / "model"
+
+    return fetch
 
 
 def fetch_for_evaluation(

@@ -30,6 +30,7 @@ from medgen.registry.model_package import PARAMS_FILE, result_sections
 from medgen.registry.origin import accept_commit, made_with_other_code
 from medgen.registry.versions import CONTENT_TAG, EVALUATED_ON, Version, download_version, find_version, mlflow_client
 from medgen.tracking.mlflow_sync import store_uri
+from medgen.training.initial_weights import PIN, REGISTERED
 
 MMD_INTERVAL = "generation/mmd_domain_ci_low", "generation/mmd_domain_ci_high"
 TOLERANCE = 0.01  # of SSIM and Dice: rounding on another machine changes the same training by less
@@ -56,6 +57,7 @@ def reproduce(
     data = next((name for name in ("data.dvc", *sorted(files)) if name.endswith(".dvc") and name in files), None)
     params_file = download_version(found.uri, project, tracking) / PARAMS_FILE  # versions of an older medgen have none
     params = json.loads(params_file.read_text(encoding="utf-8")) if params_file.exists() else None
+    weights = _initial_weights(params)
     if params is not None and "params.yaml" in files and _are_committed(params, project.root, commit):
         params = None
     _check_data(project, found, commit, data)
@@ -63,27 +65,33 @@ def reproduce(
         medgen = f"medgen {found.tags.get('version.medgen', 'unknown')}"
         warn(f"{found.uri} was made with {medgen}, whose code differs from the medgen that is installed here")
     if not run:
-        _print_commands(project, tracking, found, commit, folder, data, params)
+        _print_commands(project, tracking, found, commit, folder, data, params, weights)
         return {}
     if found.tags.get("git.dirty") != "false":
         raise UserError(
             f"{found.uri}: it was trained with uncommitted changes, so commit {commit[:12]} cannot rebuild it; run "
             "`medgen history --reproduce` without --run to print commands that come close"
         )
-    metrics, is_identical = _rebuild_in_worktree(project, found, commit, folder, data, params)
+    metrics, is_identical = _rebuild_in_worktree(project, tracking, found, commit, folder, data, params)
     _compare(found, metrics, is_identical)
     return dict(metrics)
 
 
 def _rebuild_in_worktree(
-    project: Project, version: Version, commit: str, folder: str, data: str | None, params: dict[str, Any] | None
+    project: Project,
+    tracking: Tracking,
+    version: Version,
+    commit: str,
+    folder: str,
+    data: str | None,
+    params: dict[str, Any] | None,
 ) -> tuple[Mapping[str, float], bool]:
     """Metrics of the rebuilt model, and whether its files equal the version's; removes the worktree on success."""
     tree = Path(tempfile.mkdtemp(prefix="medgen-rebuild-")) / "tree"
     _git(project.root, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(tree), commit)
     try:
         rebuilt = Project(tree / folder)
-        _run_stages(rebuilt, project, data, params)
+        _run_stages(rebuilt, project, tracking, data, params)
         metrics = update_old_keys(json.loads((rebuilt.reports / "metrics.json").read_text(encoding="utf-8")))
         content = content_hash(rebuilt.model, rebuilt.prior, rebuilt.refiner)
     except UserError as error:
@@ -153,6 +161,7 @@ def _print_commands(
     folder: str,
     data: str | None,
     params: dict[str, Any] | None,
+    weights: str,
 ) -> None:
     parent = "../" * (1 + len(Path(folder).parts))  # of the repository
     tree = f"{parent}{version.name}-{version.number}"
@@ -171,11 +180,14 @@ def _print_commands(
             f"dvc config --local cache.dir {shlex.quote(str(_dvc_cache(project)))}",
             f"dvc checkout {shlex.quote(data)} || dvc pull {shlex.quote(data)}",
         ]
+    if weights and not weights.startswith(REGISTERED):
+        lines.append(f"# its training started from {printable(weights)}: copy that folder here if the commit lacks it")
+    if params is not None or weights.startswith(REGISTERED):
+        lines.append(f"export MLFLOW_TRACKING_URI={shlex.quote(without_credentials(store_uri(project, tracking)))}")
     if params is not None:
         source = shlex.quote(f"{version.uri}/artifacts/{PARAMS_FILE}")
         lines += [
             "# its parameters differ from params.yaml in this commit",
-            f"export MLFLOW_TRACKING_URI={shlex.quote(without_credentials(store_uri(project, tracking)))}",
             f"mlflow artifacts download --artifact-uri {source} --dst-path .",
             f"mv {PARAMS_FILE} params.yaml",
         ]
@@ -186,8 +198,13 @@ def _print_commands(
     print("\n".join(lines))
 
 
-def _run_stages(tree: Project, project: Project, data: str | None, params: dict[str, Any] | None) -> None:
-    """Run all stages in the worktree without recording or registering; DVC caches no result."""
+def _run_stages(
+    tree: Project, project: Project, tracking: Tracking, data: str | None, params: dict[str, Any] | None
+) -> None:
+    """Run all stages in the worktree without recording or registering; DVC caches no result.
+
+    Initial weights come from this project's registry or from its folder.
+    """
     if data:
         _share_dvc(tree, project)
         try:
@@ -196,9 +213,20 @@ def _run_stages(tree: Project, project: Project, data: str | None, params: dict[
             _dvc(tree, "pull", data)
     path = tree.root / "params.yaml"
     values = params or YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    values["tracking"] = {**(values.get("tracking") or {}), "enabled": False}
+    values["tracking"] = {"enabled": False}
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    _dvc(tree, *REPRO, "--no-commit")
+    source = _initial_weights(values)
+    if source and not source.startswith(REGISTERED) and not (tree.root / source).exists():
+        if not (project.root / source).is_dir():
+            raise UserError(f"train.init_from: {project.root / source}: not found; restore the folder")
+        shutil.copytree(project.root / source, tree.root / source)
+    _dvc(tree, *REPRO, "--no-commit", MLFLOW_TRACKING_URI=store_uri(project, tracking))
+
+
+def _initial_weights(params: Mapping[str, Any] | None) -> str:
+    """train.init_from without its hash; "" without one."""
+    train = (params or {}).get("train") or {}
+    return str(train.get("init_from") or "").partition(PIN)[0]
 
 
 def _share_dvc(tree: Project, project: Project) -> None:
@@ -278,9 +306,10 @@ def _command(root: Path, *command: str) -> str:
     return done.stdout
 
 
-def _dvc(tree: Project, *arguments: str) -> None:
+def _dvc(tree: Project, *arguments: str, **variables: str) -> None:
     """Run a DVC command with its output on the terminal; its stages run with this Python interpreter."""
-    environment = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = os.environ | {"PATH": path} | variables
     done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tree.root, env=environment, check=False)
     if done.returncode:
         raise UserError(f"`dvc {' '.join(arguments)}` ended with exit code {done.returncode}; see its output above")

@@ -50,6 +50,11 @@ def load(scratch: Path) -> dict[str, Any] | None:
     return state
 
 
+def exists(scratch: Path) -> bool:
+    """Return True if the run has a checkpoint."""
+    return (scratch / NAME).exists()
+
+
 def remove(scratch: Path) -> None:
     """Remove the run's checkpoint if there is one; the run can then not be resumed."""
     (scratch / NAME).unlink(missing_ok=True)

@@ -2,9 +2,10 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor
 from medgen.console import configure
 from medgen.errors import UserError
 from medgen.machine import signal_handler
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,18 @@ class World:
                 f"processes{steps}; expected a multiple of {self.size * parts}; change {section}.batch_size"
                 f"{f', {section}.accumulate_steps' if parts > 1 else ''} or compute.processes"
             )
+
+    def from_main(self, value: T) -> T:
+        """The main process's value, in all processes."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors on this process's device with those of the main process."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -4,7 +4,8 @@ medgen train
 torchrun --nproc-per-node 2 -m medgen train
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from medgen.io import to_json, write_atomic
 from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model, bundle
 from medgen.models.base import ImageModel, ModelOutput
-from medgen.tracking import Tracker, history, lineage
+from medgen.tracking import Tracker, history, lineage, read_run
 from medgen.tracking.mlflow_descriptions import escape
+from medgen.training import checkpoint
 from medgen.training.distributed import World, join, pick_precision
+from medgen.training.initial_weights import PIN, REGISTERED, Fetch, find_weights, load_weights
 from medgen.training.loader import Batch, Loader
 from medgen.training.loop import AfterEpoch, train_to_end
 from medgen.training.losses import SCORES, Losses, Objective, beta_at
@@ -31,8 +34,16 @@ from medgen.training.report import draw_epoch, write_report
 from medgen.training.state import TrainingTask, TrainState
 
 # source files that decide the trained weights: a change starts a new run instead of resuming
-CODE = ("nn/*.py", "models/*.py", "training/train.py")
+CODE = ("nn/*.py", "models/*.py", "training/initial_weights.py", "training/train.py")
 NOT_IN_FINGERPRINT = {"sample_every", "checkpoint_seconds", "on_nonfinite", "max_rollbacks", "device"}
+INITIAL = (
+    "init_from",
+    "init_strict",
+    "freeze",
+)  # keys of the initial weights, in the fingerprint only if there are any
+PARAMS = "params.json"  # in a run's folder: the parameters of its training, with the resolved train.init_from
+INIT_TAG = "init_from"  # of a run and a version: the same source
+GIVEN_TAG = "init_from.given"  # train.init_from as it was given, such as an alias
 
 
 def run(
@@ -43,8 +54,11 @@ def run(
     train: Train,
     tracking: Tracking,
     after_epoch: AfterEpoch | None = None,
+    fetch: Fetch | None = None,
 ) -> Path:
     """Train to the end of the last phase, export artifacts/model and return the run's folder.
+
+    A run that is resumed does not read the weights of train.init_from again.
 
     Args:
         project: the project.
@@ -53,16 +67,29 @@ def run(
         train: phases, optimizer and policies.
         tracking: where the run is recorded.
         after_epoch: see `medgen.training.loop.train_to_end`.
+        fetch: downloads a registered version that train.init_from names.
 
     Raises:
-        UserError: the store, a parameter or the weights of the perceptual term are missing or wrong.
+        UserError: the store, a parameter, initial weights or those of the perceptual term are missing or wrong.
         NonFiniteError, TrainingInterrupted: see `medgen.training.loop.train_to_end`.
     """
     with join(train.device) as world:
+        given, folder = train.init_from, None
+        if given and world.is_main:
+            source = _source_of_unfinished(project, model, loss, train)
+            source, folder = (source, None) if source else find_weights(project, given, fetch)
+            train = train.model_copy(update={"init_from": source})
+        train = world.from_main(train)
         task = ModelTask(project, world, model, loss, train)
         name = run_fingerprint(task.store.fingerprint, model, loss, train)
+        tags = {INIT_TAG: train.init_from, GIVEN_TAG: given} if given and train.init_from else {}
+        if given and not checkpoint.exists(project.runs / name):
+            if folder:
+                left = load_weights(task.model, str(train.init_from), folder, train.init_strict)
+                tags["init_from.not_taken"] = ", ".join(left) or "none"
+            world.copy_from_main(task.model.state_dict().values())
         state = TrainState(task, world, project.runs / name)
-        with state.stop.listening(), record(state, task, project, tracking) as tracker:
+        with state.stop.listening(), record(state, task, project, tracking, tags) as tracker:
             train_to_end(state, tracker, after_epoch)
             if tracker:
                 with state.final_weights():
@@ -91,6 +118,9 @@ class ModelTask(TrainingTask):
         self.mask_classes = self.store.preprocess.mask_classes
         classes = len(self.store.classes)
         self.model = build_model(model, self.store.image_shape, classes, self.mask_classes).to(world.device)
+        self.frozen = [getattr(self.model, part) for part in self.model.encoder_parts if train.freeze]
+        for part in self.frozen:
+            part.requires_grad_(False)
         with_masks = self.model.target == "mask"
         self._check_weights()
         if with_masks and not (len(train_split.masked_rows) and len(val_split.masked_rows)):
@@ -119,6 +149,8 @@ class ModelTask(TrainingTask):
 
     def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
         """The network's output, in bf16 if the run uses it."""
+        for part in self.frozen:
+            part.eval()  # its statistics and codes stay as they are too
         with self._autocast():
             output: ModelOutput = network(batch.image.contiguous(memory_format=torch.channels_last), batch.label)
         return output
@@ -179,6 +211,7 @@ class ModelTask(TrainingTask):
             dataset=self.store.fingerprint,
             run=run,
             torch=torch.__version__,
+            init_from=self.train.init_from,
         )
         bundle.save(folder, self.model, info)
 
@@ -237,8 +270,13 @@ class ModelTask(TrainingTask):
 
 
 @contextmanager
-def record(state: TrainState, task: ModelTask, project: Project, tracking: Tracking) -> Iterator[Tracker | None]:
-    """Open the run's record with its parameters, lineage and dataset; None in processes other than the main one."""
+def record(
+    state: TrainState, task: ModelTask, project: Project, tracking: Tracking, tags: Mapping[str, str]
+) -> Iterator[Tracker | None]:
+    """Open the run's record with its parameters, lineage and dataset; None in processes other than the main one.
+
+    `tags` describe the initial weights.
+    """
     if not state.world.is_main:
         yield None
         return
@@ -249,11 +287,11 @@ def record(state: TrainState, task: ModelTask, project: Project, tracking: Track
         everything = {**sections, "preprocess": task.store.preprocess}
         tracker.params(everything)
         plain = {name: section.model_dump(mode="json") for name, section in everything.items()}
-        write_atomic(state.scratch / "params.json", to_json(plain))
+        write_atomic(state.scratch / PARAMS, to_json(plain))
         precision = "bf16" if task.precision == torch.bfloat16 else "fp32"
         device = str(state.world.device)
         tracker.tags(lineage(project, *sections.values(), stage="train", device=device, precision=precision))
-        tracker.tags({"medgen.run": run})
+        tracker.tags({"medgen.run": run, **tags})
         tracker.note(task.describe())
         tracker.dataset(task.store.name, task.store.fingerprint, "artifacts/dataset", task.store.counts)
         yield tracker
@@ -262,11 +300,32 @@ def record(state: TrainState, task: ModelTask, project: Project, tracking: Track
 def run_fingerprint(dataset: str, model: Model, loss: Loss, train: Train) -> str:
     """Name of a run, from everything that decides its weights: data, model, loss, training and code.
 
-    The number of epochs of the last phase is left out, so that a longer run resumes a shorter one.
+    The number of epochs of the last phase is left out, so that a longer run resumes a shorter one. Initial weights
+    count by the hash in a resolved train.init_from, wherever they came from.
     """
     plain = train.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    initial = [plain.pop(key) for key in INITIAL]
+    if train.init_from:
+        plain |= {"initial": [train.init_from.rpartition(PIN)[2], *initial[1:]]}
     del plain["phases"][train.phases[-1].name]["epochs"]
     return fingerprint(dataset, model, loss, plain, code())
+
+
+def _source_of_unfinished(project: Project, model: Model, loss: Loss, train: Train) -> str | None:
+    """The resolved source of an unfinished run with these parameters, whose alias may have moved; None without."""
+    if not str(train.init_from).startswith(REGISTERED):
+        return None
+    dataset = open_store(project.dataset).fingerprint
+    num_epochs = sum(phase.epochs for phase in train.phases)
+    for path in project.runs.glob(f"*/{PARAMS}"):
+        scratch, run = path.parent, read_run(path.parent)
+        if run and run.tags.get(GIVEN_TAG) == train.init_from and checkpoint.exists(scratch):
+            source = str(json.loads(path.read_text(encoding="utf-8"))["train"]["init_from"])
+            resolved = train.model_copy(update={"init_from": source})
+            is_same = run_fingerprint(dataset, model, loss, resolved) == scratch.name
+            if is_same and len(history(scratch)) < num_epochs:
+                return source
+    return None
 
 
 def code() -> str:

@@ -29,8 +29,10 @@ from medgen.io import write_atomic
 from medgen.machine import gpus, num_threads
 from medgen.metrics.features import load_extractor
 from medgen.models import MODELS
+from medgen.registry import fetcher
 from medgen.training import extractor, train
 from medgen.training.distributed import World
+from medgen.training.initial_weights import find_weights
 from medgen.tune.figures import write_figures
 from medgen.tune.params_file import apply_best, read_without_credentials, write_best
 from medgen.tune.pool import WorkerPool, allocate_slots, interrupt_on_signals
@@ -76,8 +78,9 @@ def run(
     """
     if apply:
         check_params_unchanged(file, params)
-    search = prepare(project, params, trials, timeout)
-    full = prepare(project, params, 0, None, is_confirmation=True) if confirm else None
+    resolved = resolve_weights(project, params)
+    search = prepare(project, resolved, trials, timeout)
+    full = prepare(project, resolved, 0, None, is_confirmation=True) if confirm else None
     with lock_reports(project):  # best.yaml is made from this copy, so later edits of the file do not matter
         write_atomic(search.folder / file.name, read_without_credentials(file).encode())
     devices = [] if params.train.device == "cpu" else gpus()
@@ -109,6 +112,14 @@ def run(
         check_params_unchanged(file, params)
         changed = apply_best(stages[-1].study, best, file)
         say(f"{file}: {'now has the best values; next: dvc repro' if changed else 'has the best values'}")
+
+
+def resolve_weights(project: Project, params: Params) -> Params:
+    """The parameters with the resolved train.init_from, so that all trials start from the same weights."""
+    if params.train.init_from is None:
+        return params
+    source, _ = find_weights(project, params.train.init_from, fetcher(project, tracking=params.tracking))
+    return params.model_copy(update={"train": params.train.model_copy(update={"init_from": source})})
 
 
 def check_params_unchanged(file: Path, params: Params) -> None:

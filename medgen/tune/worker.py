@@ -29,6 +29,7 @@ from medgen.evaluation import evaluate
 from medgen.evaluation.data import load_evaluation
 from medgen.metrics.mmd import mmd
 from medgen.models import MODELS
+from medgen.registry import fetcher
 from medgen.tracking import Tracker, history
 from medgen.training import checkpoint, prior, refiner, train
 from medgen.tune.objective import MMD, SSIM, Objective, choose_objective
@@ -229,7 +230,8 @@ def train_and_evaluate(project: Project, params: Params, study: Study, claim: Cl
             raise optuna.TrialPruned(f"{metric} {values[metric]:.4f} after epoch {epoch}: worse than other trials'")
 
     sections = {"model": params.model, "loss": params.loss, "train": params.train}
-    train.run(project, **sections, tracking=NO_MLFLOW, after_epoch=after_epoch)  # type: ignore[arg-type]
+    fetch = fetcher(project, tracking=params.tracking)
+    train.run(project, **sections, tracking=NO_MLFLOW, after_epoch=after_epoch, fetch=fetch)  # type: ignore[arg-type]
     prior.run(project, prior=params.prior, tracking=NO_MLFLOW)
     refiner.run(project, refiner=params.refiner, tracking=NO_MLFLOW)
     metrics = evaluate.evaluate_validation(project, evaluate=params.evaluate)

@@ -129,6 +129,14 @@ def test_another_project_in_the_same_process_has_its_own_store(project: Project,
     assert store_uri(Project(tmp_path), Tracking()) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
+def test_initial_weights_are_a_version_by_number(project: Project) -> None:
+    uri, folder = registry.fetcher(project, tracking=Tracking())("models:/medgen@candidate")
+    assert uri == "models:/medgen/1"
+    assert bundle.digest(folder) == bundle.digest(project.model)
+    with pytest.raises(UserError, match="no such version"):
+        registry.fetcher(project, tracking=Tracking())("models:/medgen@champion")
+
+
 def stored_evaluation(project: Project) -> EvaluationData | None:
     client, _ = connect(project, Tracking())
     return download_evaluation(find_version(client, "medgen", 1), project, Tracking())

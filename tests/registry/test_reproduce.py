@@ -111,6 +111,30 @@ def test_parameters_that_the_commit_lacks_are_downloaded(project: Project, regis
     assert f"models:/medgen/{number}/artifacts/params.json" in capsys.readouterr().out
 
 
+def test_a_start_from_a_version_is_read_from_this_project_s_store(project: Project, register: Any, capsys: Any) -> None:
+    params = {"train": {"init_from": f"models:/medgen/1#sha256={64 * '0'}"}}
+    reproduce(project, register(params))
+    assert f"export MLFLOW_TRACKING_URI=sqlite:///{project.root}/mlflow.db" in capsys.readouterr().out.replace("'", "")
+
+
+def test_a_start_from_a_folder_that_git_does_not_have_is_copied(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[dict[str, str]] = []
+    monkeypatch.setattr(reproduce_module, "_dvc", lambda *_, **variables: ran.append(variables))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.json").write_text("{}")
+    tree = Project(tmp_path / "tree")
+    tree.root.mkdir()
+    params = {"train": {"init_from": f"weights#sha256={64 * '0'}"}}
+    reproduce_module._run_stages(tree, Project(tmp_path), Tracking(), None, params)
+    assert (tree.root / "weights" / "model.json").read_text() == "{}"
+    assert json.loads((tree.root / "params.yaml").read_text())["train"] == params["train"]
+    assert ran == [{"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}]
+    with pytest.raises(UserError, match=r"train\.init_from: .*gone: not found"):
+        reproduce_module._run_stages(tree, Project(tmp_path), Tracking(), None, {"train": {"init_from": "gone"}})
+
+
 @pytest.mark.parametrize(
     ("tags", "message"),
     [

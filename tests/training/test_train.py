@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from medgen.config import Beta, Loss, Model, Phase, Schedule, Tracking, Train, Weights, load
 from medgen.data.store import open_store
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
-from medgen.models import bundle
+from medgen.models import build_model, bundle
 from medgen.models.spatial_vae import SpatialVAE
 from medgen.tracking import history, read_run
 from medgen.training import checkpoint, train
@@ -308,7 +308,7 @@ cli.main()
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vqvae", "vae"])
 def test_what_a_model_counts_of_its_batches_is_alike_in_all_processes(name, tiny_store, tmp_path):
-    """A codebook's moving means, and BatchNorm's, which each process takes of its own share."""
+    """A codebook's moving means, and BatchNorm's, which each process takes of its own share; and initial weights."""
     params = {
         "model": {"name": name, "base_channels": 4, "latent_channels": 4},
         "train": {"batch_size": 8, "ema_decay": 0.9, "phases": {"a": {"epochs": 1, "learning_rate": 1e-3}}},
@@ -316,6 +316,11 @@ def test_what_a_model_counts_of_its_batches_is_alike_in_all_processes(name, tiny
     }
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "dataset").symlink_to(tiny_store)
+    if name == "vqvae":
+        params["train"]["init_from"], store = "start", open_store(tiny_store)
+        model, shape = Model.model_validate(params["model"]), store.image_shape
+        info = bundle.BundleInfo(model, store.preprocess, shape, store.classes, store.fingerprint, "run", "2")
+        bundle.save(tmp_path / "start", build_model(model, shape, 3), info)
     (tmp_path / "params.yaml").write_text(json.dumps(params))
     (tmp_path / "alike.py").write_text(ALIKE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
