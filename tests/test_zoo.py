@@ -15,6 +15,7 @@ from medgen.training.loader import Loader
 IMAGES, MASKS = Loss(weights=Weights(l1=1.0, ssim=0.5)), Loss(weights=Weights(bce=1.0, dice=1.0))
 FAMILIES = {
     "autoencoder": (Model(name="autoencoder", base_channels=4, latent_channels=2), Loss(weights=Weights(mse=1.0))),
+    "autoencoder_kl": (Model(name="autoencoder_kl", base_channels=4, latent_channels=2), IMAGES),
     "vae": (Model(name="vae", base_channels=4, latent_channels=8), Loss(weights=Weights(bce=1.0))),
     "cvae": (Model(name="cvae", base_channels=4, latent_channels=8), Loss(weights=Weights(sigma=1.0))),
     "spatial_vae": (Model(base_channels=4, latent_channels=2), IMAGES),

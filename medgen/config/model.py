@@ -28,6 +28,7 @@ class Model(FamilySection):
 
     family_keys: ClassVar = {
         "autoencoder": _GRID | _RESAMPLING,
+        "autoencoder_kl": _GRID | {"blocks_per_stage"},
         "vae": _GRID | {"logvar_bound"},
         "cvae": _GRID | {"logvar_bound", "label_channels"},
         "spatial_vae": _RESIDUAL | {"logvar_bound"},

@@ -76,8 +76,9 @@ class Train(Section):
     """Training of the model."""
 
     seed: Seed = 0
-    # weights to start from: models:/NAME@ALIAS, models:/NAME/NUMBER or a folder such as artifacts/model of another
-    # project; with #sha256=HEX at its end only if its weights have that hash. None: random weights
+    # weights to start from: models:/NAME@ALIAS, models:/NAME/NUMBER, weights:/NAME of `medgen weights fetch`, or a
+    # folder (artifacts/model of another project, or of diffusers); with #sha256=HEX at its end only if the weights have
+    # that hash. None: random weights
     init_from: Annotated[str, Field(min_length=1)] | None = None
     init_strict: bool = True  # False: take only tensors whose name and shape fit, and name the others in the log
     freeze: Literal["encoder"] | None = None  # part that keeps the weights of init_from

@@ -1,12 +1,18 @@
 """Pretrained weights: `medgen weights fetch` downloads and checks them; nothing else downloads weights.
 
+For a file whose publisher gives no SHA-256, that of its first download is recorded, and later files are checked
+against it.
+
 medgen weights list
 medgen weights fetch vgg16
 medgen weights verify vgg16
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -14,6 +20,9 @@ from medgen.config import unknown_name
 from medgen.console import say, show
 from medgen.datasets.download import cache_folder, check, download_file
 from medgen.errors import UserError
+from medgen.io import hash_file, to_json, write_atomic
+
+CHECKSUMS = "checksums.json"  # in the weights folder: SHA-256 of files whose publisher gives none
 
 
 @dataclass(frozen=True)
@@ -21,14 +30,32 @@ class WeightsFile:
     """A file of pretrained weights."""
 
     url: str
-    sha256: str
-    size: int  # bytes
+    sha256: str  # "": the publisher gives none
+    size: int  # bytes; about, without a SHA-256
     use: str
+    file: str = ""  # name in the weights folder; "": as in the address
+    model: Mapping[str, Any] = field(default_factory=dict)  # section `model` of an autoencoder to start from
 
     @property
     def file_name(self) -> str:
         """File name in the weights folder."""
-        return self.url.rsplit("/", 1)[-1]
+        return self.file or self.url.rsplit("/", 1)[-1]
+
+    def has_size(self, size: int) -> bool:
+        """Return True if a complete file may have that many bytes."""
+        return not self.sha256 or size == self.size
+
+
+def _medvae(compression: int, channels: int, size: int) -> WeightsFile:
+    """MedVAE of a compression of each side and a number of latent channels (Varma et al. 2025)."""
+    return WeightsFile(
+        url="https://huggingface.co/stanfordmimi/MedVAE/resolve/main/model_weights/"
+        f"vae_{compression}x_{channels}c_2D.ckpt",
+        sha256="",
+        size=size,
+        use="train.init_from (MedVAE, radiographs and mammograms, MIT)",
+        model={"base_channels": 128, "max_channels": 512, "blocks_per_stage": 2, "latent_channels": channels},
+    )
 
 
 WEIGHTS = {
@@ -44,6 +71,19 @@ WEIGHTS = {
         size=95_628_359,
         use="Inception Score, FID (torch-fidelity, ImageNet, Apache-2.0)",
     ),
+    "sd-vae-ft-mse": WeightsFile(
+        url="https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/"
+        "diffusion_pytorch_model.safetensors",
+        sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+        size=334_643_276,
+        use="train.init_from (diffusers' AutoencoderKL of Stable Diffusion, photographs, MIT)",
+        file="sd-vae-ft-mse-a1d99348.safetensors",
+        model={"base_channels": 128, "max_channels": 512, "blocks_per_stage": 2, "latent_channels": 4},
+    ),
+    "medvae_4_1_2d": _medvae(4, 1, 223_000_000),
+    "medvae_4_3_2d": _medvae(4, 3, 223_000_000),
+    "medvae_8_1_2d": _medvae(8, 1, 335_000_000),
+    "medvae_8_4_2d": _medvae(8, 4, 335_000_000),
 }
 
 
@@ -65,7 +105,7 @@ def weights_path(name: str) -> Path:
             f"download {weight.url} on another machine and copy it to that path, or set MEDGEN_WEIGHTS to its folder"
         )
     size = path.stat().st_size
-    if size != weight.size:
+    if not weight.has_size(size):
         raise UserError(
             f"{path}: {size} bytes; expected {weight.size}. Remove it and run `medgen weights fetch {name}`"
         )
@@ -79,7 +119,10 @@ def checked_weights(name: str) -> Path:
         UserError: as `weights_path`, or SHA-256 mismatch.
     """
     path = weights_path(name)
-    check(path, WEIGHTS[name].sha256)
+    checksum = _checksum(name)
+    if checksum is None:
+        raise UserError(f"{path}: its SHA-256 is not recorded; run `medgen weights fetch {name}`, which records it")
+    check(path, checksum)
     return path
 
 
@@ -93,7 +136,10 @@ def fetch_weights(name: str, base_url: str | None = None) -> Path:
     """
     weight, path = _find(name)
     url = f"{base_url.rstrip('/')}/{weight.file_name}" if base_url else weight.url
-    download_file(url, path, weight.sha256, weight.size)
+    download_file(url, path, _checksum(name), weight.size)
+    if _checksum(name) is None:
+        recorded = _recorded() | {weight.file_name: hash_file(path)}
+        write_atomic(weights_folder() / CHECKSUMS, to_json(recorded))
     say(f"{name}: {path}")
     return path
 
@@ -103,7 +149,7 @@ def list_weights() -> dict[str, Path | None]:
     found: dict[str, Path | None] = {}
     for name in WEIGHTS:
         weight, path = _find(name)
-        found[name] = path if path.is_file() and path.stat().st_size == weight.size else None
+        found[name] = path if path.is_file() and weight.has_size(path.stat().st_size) else None
     return found
 
 
@@ -121,7 +167,7 @@ def verify_weights(name: str | None = None) -> None:
         )
     for name in names:
         path = checked_weights(name)
-        say(f"{name}: {path}: SHA-256 {WEIGHTS[name].sha256[:12]}… is correct")
+        say(f"{name}: {path}: SHA-256 {hash_file(path)[:12]}… is correct")
 
 
 def show_weights() -> None:
@@ -131,6 +177,18 @@ def show_weights() -> None:
         file = str(path) if path else f"missing; run `medgen weights fetch {name}`"
         table.add_row(name, f"{WEIGHTS[name].size / 1e6:.0f} MB", WEIGHTS[name].use, file)
     show(table)
+
+
+def _recorded() -> dict[str, str]:
+    """SHA-256 by file name of the first downloads."""
+    path = weights_folder() / CHECKSUMS
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _checksum(name: str) -> str | None:
+    """The SHA-256 that a file must have: the publisher's, or that of the first download; None before it."""
+    weight, _ = _find(name)
+    return weight.sha256 or _recorded().get(weight.file_name)
 
 
 def _find(name: str) -> tuple[WeightsFile, Path]:

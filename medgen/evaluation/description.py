@@ -226,7 +226,7 @@ def _prior_settings(project: Project, info: BundleInfo) -> dict[str, Any]:
 
 
 def _has_kl(model: Model) -> bool:
-    return "logvar_bound" in model.model_dump()
+    return model.name == "autoencoder_kl" or "logvar_bound" in model.model_dump()
 
 
 def _weights(weights: Weights) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from medgen.config import Model, unknown_name
 from medgen.models.autoencoder import Autoencoder
+from medgen.models.autoencoder_kl import AutoencoderKL
 from medgen.models.base import GenerativeModel, ImageModel
 from medgen.models.spatial_vae import SpatialVAE
 from medgen.models.unet import UNet
@@ -14,6 +15,7 @@ __all__ = ["MODELS", "GenerativeModel", "ImageModel", "build_model"]
 
 MODELS: dict[str, type[ImageModel]] = {
     "autoencoder": Autoencoder,
+    "autoencoder_kl": AutoencoderKL,
     "vae": VAE,
     "cvae": ConditionalVAE,
     "spatial_vae": SpatialVAE,

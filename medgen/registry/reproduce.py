@@ -30,7 +30,7 @@ from medgen.registry.model_package import PARAMS_FILE, result_sections
 from medgen.registry.origin import accept_commit, made_with_other_code
 from medgen.registry.versions import CONTENT_TAG, EVALUATED_ON, Version, download_version, find_version, mlflow_client
 from medgen.tracking.mlflow_sync import store_uri
-from medgen.training.initial_weights import PIN, REGISTERED
+from medgen.training.initial_weights import FETCHED, PIN, REGISTERED
 
 MMD_INTERVAL = "generation/mmd_domain_ci_low", "generation/mmd_domain_ci_high"
 TOLERANCE = 0.01  # of SSIM and Dice: rounding on another machine changes the same training by less
@@ -180,7 +180,7 @@ def _print_commands(
             f"dvc config --local cache.dir {shlex.quote(str(_dvc_cache(project)))}",
             f"dvc checkout {shlex.quote(data)} || dvc pull {shlex.quote(data)}",
         ]
-    if weights and not weights.startswith(REGISTERED):
+    if weights and not weights.startswith((REGISTERED, FETCHED)):
         lines.append(f"# its training started from {printable(weights)}: copy that folder here if the commit lacks it")
     if params is not None or weights.startswith(REGISTERED):
         lines.append(f"export MLFLOW_TRACKING_URI={shlex.quote(without_credentials(store_uri(project, tracking)))}")
@@ -216,7 +216,7 @@ def _run_stages(
     values["tracking"] = {"enabled": False}
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
     source = _initial_weights(values)
-    if source and not source.startswith(REGISTERED) and not (tree.root / source).exists():
+    if source and not source.startswith((REGISTERED, FETCHED)) and not (tree.root / source).exists():
         if not (project.root / source).is_dir():
             raise UserError(f"train.init_from: {project.root / source}: not found; restore the folder")
         shutil.copytree(project.root / source, tree.root / source)

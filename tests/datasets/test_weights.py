@@ -82,5 +82,23 @@ def test_unknown_name_suggests_the_nearest() -> None:
 
 def test_file_names_hold_the_first_digits_of_the_hash() -> None:
     for entry in weights.WEIGHTS.values():
-        assert entry.sha256[:8] in entry.file_name
-        assert len(entry.sha256) == 64
+        if entry.sha256:
+            assert entry.sha256[:8] in entry.file_name
+            assert len(entry.sha256) == 64
+
+
+def test_the_first_download_is_the_reference_where_the_publisher_gives_no_hash(
+    path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = weights.WeightsFile(url=server.url, sha256="", size=300_000, use="tests")
+    monkeypatch.setitem(weights.WEIGHTS, "small", entry)
+    path.parent.mkdir()
+    path.write_bytes(CONTENT)
+    with pytest.raises(UserError, match="not recorded; run `medgen weights fetch small`"):
+        weights.checked_weights("small")
+    path.unlink()
+    assert weights.fetch_weights("small") == weights.checked_weights("small") == path
+    path.write_bytes(CONTENT[::-1])
+    for refuse in (weights.checked_weights, weights.fetch_weights):
+        with pytest.raises(UserError, match="SHA-256"):
+            refuse("small")

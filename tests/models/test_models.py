@@ -28,6 +28,13 @@ ROWS = [  # parameters, image shape, latent shape (None for a segmenter)
         (3, 20, 20),
         (2, 5, 5),
     ),
+    ({"name": "autoencoder_kl", "base_channels": 4, "latent_channels": 2}, (1, 32, 32), (2, 8, 8)),
+    (
+        {"name": "autoencoder_kl", "base_channels": 2, "max_channels": 4, "blocks_per_stage": 2, "latent_size": 5,
+         "latent_channels": 3},
+        (3, 20, 20),
+        (3, 5, 5),
+    ),
     ({"name": "vae", "base_channels": 4, "max_channels": 16}, (1, 32, 32), (128,)),
     ({"name": "vae", "base_channels": 2, "max_channels": 8, "latent_channels": 6}, (3, 224, 224), (6,)),
     ({"name": "vae", "base_channels": 4, "latent_channels": 6, "latent_size": 14}, (1, 28, 28), (6,)),
