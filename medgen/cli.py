@@ -7,6 +7,7 @@ import errno
 import inspect
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -53,6 +54,13 @@ DatasetName = Annotated[str, typer.Argument(help="Name from `medgen data list`."
 WeightsName = Annotated[str, typer.Argument(help="Name from `medgen weights list`.")]
 RecipeName = Annotated[str, typer.Argument(help="Name from `medgen recipe list`.")]
 PARAMS = Path("params.yaml")
+
+
+class ExportFormat(Enum):
+    """Formats of `medgen export`."""
+
+    ONNX = "onnx"
+    DIFFUSERS = "diffusers"
 
 
 def main() -> None:
@@ -265,6 +273,24 @@ def reconstruct(
 
     folder = _call(registry.find_model, params, overrides, source=model)
     generate.reconstruct(folder, out, files=files, label=label)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Folder to write the files to.")],
+    format: Annotated[
+        ExportFormat, typer.Option("--format", help="onnx: encoder and decoder; diffusers: its AutoencoderKL.")
+    ],
+    model: ModelLocation = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Write the model for other programs, as ONNX or as a folder of diffusers (docs/weights.md)."""
+    from medgen import registry
+    from medgen.serving import export
+
+    folder = _call(registry.find_model, params, overrides, source=model)
+    export.export(folder, out, format=format.value)
 
 
 @app.command()

@@ -32,6 +32,7 @@ COMMANDS = {
         *("--params", "--set"),
     },
     "reconstruct": {"--out", "--label", "--model", "--params", "--set"},
+    "export": {"--out", "--format", "--model", "--params", "--set"},
     "tune": {"--trials", "--workers", "--timeout", "--confirm", "--apply", "--params", "--set"},
     "compare": {"--json"},
     "register": {"--params", "--set"},

@@ -97,9 +97,11 @@ class Quantizer(nn.Module):
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Vectors (B, Z, h, w), codebook (K, Z) -> indices (B, h, w) of the nearest codes, in bounded memory."""
-    parts = torch.split(_flatten(vectors), max(1, MAX_DISTANCES // len(codebook)))
+    flat = _flatten(vectors)
+    # an export is for any number of vectors, so it cannot count parts
+    parts = (flat,) if torch.compiler.is_exporting() else torch.split(flat, max(1, MAX_DISTANCES // len(codebook)))
     nearest = torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in parts])
-    return nearest.view(len(vectors), *vectors.shape[2:])
+    return nearest.view(-1, *vectors.shape[2:])
 
 
 def _flatten(vectors: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medgen.config import Loss, Model, Phase, Tracking, Train
+from medgen.config import Loss, Model, Phase, Preprocess, Tracking, Train
 from medgen.datasets import weights
 from medgen.errors import UserError
 from medgen.models import build_model, bundle
 from medgen.models.published import from_published, read_diffusers, read_file
+from medgen.serving.export import export
 from medgen.training import train
 from medgen.training.initial_weights import load_weights
 
@@ -93,12 +94,15 @@ def test_values_are_those_of_diffusers(model):
 
 
 @pytest.mark.slow
-def test_equal_to_diffusers_and_its_converter(model, tensors):
+def test_diffusers_reads_an_export_computes_the_same_and_converts_names_alike(model, tensors, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    other = diffusers.AutoencoderKL.from_config(CONFIG).eval()
-    other.load_state_dict(tensors)
+    preprocess = Preprocess(image_size=32, channels=3, clahe_tiles=2)
+    bundle.save(tmp_path / "model", model, bundle.BundleInfo(SIZES, preprocess, (3, 32, 32), (), "d", "r", "2"))
+    export(tmp_path, tmp_path / "out", format="diffusers")
+    other = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").eval()
+    assert all(other.config[key] == value for key, value in CONFIG.items() if key != "_class_name")
     with torch.no_grad():
         posterior = other.encode(2 * IMAGE - 1).latent_dist
         latent = model.encode(IMAGE)
