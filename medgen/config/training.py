@@ -120,8 +120,10 @@ class Train(Section):
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phase names must differ, found {names}")
-        if not any(phase.epochs for phase in self.phases):
-            raise ValueError("phases have no epochs; expected at least one")
+        if not any(phase.epochs for phase in self.phases) and not self.init_from:
+            raise ValueError(
+                "phases have no epochs; expected at least one, or init_from to use its weights as they are"
+            )
         return self
 
     @model_validator(mode="after")

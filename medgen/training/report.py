@@ -94,7 +94,7 @@ def write_report(
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["epoch", *names])
     writer.writerows([i, *(format(r[n], ".6g") if n in r else "" for n in names)] for i, r in enumerate(records, 1))
-    written = [folder / "curves.csv", folder / "progress.gif"]
+    written = [folder / "curves.csv"]
     write_atomic(written[0], table.getvalue().encode())
 
     settings = read_settings(scratch)
@@ -108,7 +108,9 @@ def write_report(
     # only the grids of this run: an earlier, shorter one has left its last grid
     grids = [_grid(scratch, name, epoch) for name in ("samples", "masks") for epoch in drawn_epochs]
     frames = [grid for grid in grids if grid.exists()]
-    write_gif(folder / "progress.gif", frames, seconds_per_frame=0.5)
+    if records:  # none without epochs
+        written.append(folder / "progress.gif")
+        write_gif(written[-1], frames, seconds_per_frame=0.5)
     for path in set(folder.iterdir()) - set(written):
         path.unlink()
     return written

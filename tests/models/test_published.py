@@ -203,14 +203,18 @@ def test_a_training_starts_from_fetched_weights(tensors, tiny_project, tmp_path,
     monkeypatch.setitem(weights.WEIGHTS, "small", entry)
     one = Phase(name="one", epochs=1, learning_rate=1e-3)
 
-    def run(source):
-        section = Train(batch_size=8, subset=8, phases=(one,), init_from=source, freeze="encoder")
+    def run(source, phase=one):
+        section = Train(batch_size=8, subset=8, phases=(phase,), init_from=source, freeze="encoder")
         return train.run(tiny_project, model=SIZES, loss=Loss(), train=section, tracking=Tracking(enabled=False))
 
     run("weights:/small")
     model, info = bundle.load(tiny_project.model)
     assert info.init_from == f"weights:/small#sha256={digest}"
     assert torch.equal(model.state_dict()["quant_conv.weight"], tensors["quant_conv.weight"])
+    run("weights:/small", one.model_copy(update={"epochs": 0, "learning_rate": 2e-3}))
+    model, _ = bundle.load(tiny_project.model)
+    grey = from_published(tensors, model.state_dict())
+    assert all(torch.equal(tensor, grey[name]) for name, tensor in model.state_dict().items()), "as they are"
     with pytest.raises(UserError, match="did you mean 'small'"):
         run("weights:/smal")
     with pytest.raises(UserError, match="expected a folder"):
