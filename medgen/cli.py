@@ -192,6 +192,14 @@ def refiner(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def utility(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
+    """Train classifiers on real images and on samples, and compare them on the test split (stage 6)."""
+    from medgen.evaluation import utility
+
+    _call(utility.run, params, overrides)
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         str | None,
@@ -200,7 +208,7 @@ def evaluate(
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Evaluate the model on the test split and register it as the candidate (stage 6)."""
+    """Evaluate the model on the test split and register it as the candidate (stage 7)."""
     from medgen import registry
     from medgen.evaluation import evaluate
 

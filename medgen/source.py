@@ -25,6 +25,7 @@ STAGES = {
     "train": "medgen.training.train",
     "prior": "medgen.training.prior",
     "refiner": "medgen.training.refiner",
+    "utility": "medgen.evaluation.utility",
     "evaluate": "medgen.evaluation.evaluate",
 }
 # code that cannot change a stage's result: where runs are recorded, where data comes from, messages, file writing

@@ -160,6 +160,7 @@ def small_params() -> dict:
             "sampling_noise": 0.0,
         },
         "train": {"batch_size": 8, "sample_every": 1, "phases": {"one": {"epochs": 2, "learning_rate": 1e-3}}},
+        "utility": {},
         "evaluate": {"num_generated": 24, "grid_images": 6},
     }
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": {"--params", "--set"},
     "prior": {"--params", "--set"},
     "refiner": {"--params", "--set"},
+    "utility": {"--params", "--set"},
     "evaluate": {"--model", "--params", "--set"},
     "generate": {
         *("--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--refine", "--model"),
@@ -295,7 +296,7 @@ def test_a_folder_is_checked_before_there_is_a_project(medgen, tmp_path):
 
 def test_sections_of_the_schema_are_the_contract():
     assert set(Params.model_fields) == {
-        "data", "preprocess", "features", "model", "loss", "train", "prior", "refiner", "evaluate", "tune",
+        "data", "preprocess", "features", "model", "loss", "train", "prior", "refiner", "utility", "evaluate", "tune",
         "tracking", "registry", "compute",
     }  # fmt: skip
 

@@ -49,6 +49,7 @@ PARAMS = {
     },
     "prior": {"name": "gmm", "components": [1]},
     "refiner": {},
+    "utility": {},
     "evaluate": {"num_generated": 100, "grid_images": 12},
     "tune": {},
     "tracking": {},

@@ -6,7 +6,7 @@ params = load(Path("params.yaml"), ["train.batch_size=16"])
 from medgen.config.base import Section, fingerprint, seed_of, without_credentials
 from medgen.config.compute import Compute
 from medgen.config.data import Data, Preprocess, Volume
-from medgen.config.evaluation import Evaluate, LocalNetwork
+from medgen.config.evaluation import Evaluate, LocalNetwork, Utility
 from medgen.config.model import Model
 from medgen.config.params import Params, load, replace, set_at, to_name
 from medgen.config.parts import Features, Prior, Refiner
@@ -41,6 +41,7 @@ __all__ = [
     "Train",
     "TrialBudget",
     "Tune",
+    "Utility",
     "Volume",
     "Weights",
     "fingerprint",

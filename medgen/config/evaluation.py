@@ -1,4 +1,4 @@
-"""Section `evaluate`."""
+"""Sections `evaluate` and `utility`."""
 
 from typing import Annotated, Literal, Self
 
@@ -16,6 +16,18 @@ class LocalNetwork(Section):
     image_size: Width = 224  # images are resized to this side
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of its training images, in [0, 1]
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+
+class Utility(Section):
+    """Test whether samples help to train a classifier (docs/measures.md), which trains as `features` says."""
+
+    enabled: bool = False
+    # shares of the train images of each class that classifiers are trained on, besides all of them
+    fractions: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.1, 0.3)
+    repetitions: Annotated[int, Field(ge=2, le=100)] = 5  # trainings on each set of images, each with another seed
+    steps: Count = 500  # number of steps of each training, whatever the number of images
+    num_generated: Count = 2000  # samples to train on, equally many of each class
+    seed: Seed = 0
 
 
 class Evaluate(Section):

@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 from medgen.config.base import WITH_CREDENTIALS, FamilySection, Section
 from medgen.config.compute import Compute
 from medgen.config.data import Data, Preprocess
-from medgen.config.evaluation import Evaluate
+from medgen.config.evaluation import Evaluate, Utility
 from medgen.config.model import Model
 from medgen.config.parts import Features, Prior, Refiner
 from medgen.config.registry import Registry, Tracking
@@ -40,6 +40,7 @@ class Params(Section):
     train: Train = Train()
     prior: Prior = Prior()
     refiner: Refiner = Refiner()
+    utility: Utility = Utility()
     evaluate: Evaluate = Evaluate()
     tune: Tune = Tune()
     compute: Compute = Compute()

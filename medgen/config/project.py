@@ -57,6 +57,11 @@ class Project:
         return self._own / "artifacts" / "refiner"
 
     @property
+    def utility(self) -> Path:
+        """Results of classifiers trained on its samples."""
+        return self._own / "artifacts" / "utility"
+
+    @property
     def evaluation(self) -> Path:
         """Per-image values of the last evaluation."""
         return self._own / "artifacts" / "evaluation"

@@ -48,6 +48,7 @@ from medgen.evaluation.reconstruction import (
 )
 from medgen.evaluation.results import record_results, write_results
 from medgen.evaluation.segmentation import SegmentationResult, evaluate_masks, mask_data
+from medgen.evaluation.utility import UtilityResult, load_utility, utility_metrics, utility_tables, write_figure
 from medgen.io import write_atomic
 from medgen.metrics.comparison import ImageSet
 from medgen.metrics.generation import subsample
@@ -103,13 +104,14 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
             shutil.rmtree(project.figures, ignore_errors=True)  # of an earlier model; this one may have fewer
         if isinstance(model, GenerativeModel):
             context = load_context(project, store, model, info, evaluate, world)
+            utility = load_utility(project, store.fingerprint)
             computed = compute(context)
         else:
             masks = evaluate_masks(store, model, evaluate.batch_size, world)
     if not world.is_main:
         return None
     if isinstance(model, GenerativeModel):
-        metrics, page = _report_images(project, context, computed)
+        metrics, page = _report_images(project, context, computed, utility)
     else:
         metrics, page = _report_masks(project, store, info, evaluate, masks)
     report.write_page(project.reports / "index.html", page)
@@ -219,13 +221,16 @@ def image_data(context: EvaluationContext, ssim: Tensor, features: FeatureSets) 
 
 
 def _report_images(
-    project: Project, context: EvaluationContext, computed: Computed
+    project: Project, context: EvaluationContext, computed: Computed, utility: UtilityResult | None
 ) -> tuple[dict[str, float], report.Page]:
     """Compute the metrics of a generative model and write its results and figures; the metrics and the report page."""
     store, info, params = context.store, context.info, context.params
     result, pca = evaluate_model(context, computed), evaluate_pca(context)
     metrics = result.metrics | {"reconstruction/pca_ssim": next(iter(pca.values()))} | _counts(store, params)
     metrics |= evaluate_reference(context, computed.samples, computed.features)
+    if utility:
+        metrics |= utility_metrics(store, utility)
+        write_figure(project.figures / report.UTILITY, store, utility)
     ssim = computed.reconstructions.ssim
     data = image_data(context, ssim, computed.features)
     metrics = write_results(project, store, info, params, metrics, data, context.hashes)
@@ -252,7 +257,11 @@ def _report_images(
     return metrics, page._replace(
         figures=report.image_figures(context.refiner is not None),
         rows=report.image_rows(metrics, pca, context.num_latent),
-        tables=[*by_class, *report.refiner_tables(metrics, store.classes)],
+        tables=[
+            *by_class,
+            *report.refiner_tables(metrics, store.classes),
+            *(utility_tables(store, utility) if utility else ()),
+        ],
     )
 
 

@@ -86,7 +86,7 @@ def image_findings(metrics: Mapping[str, float]) -> list[str]:
             f"Only {metrics['latent/codebook_usage']:.0%} of the codes are used: take fewer (model.num_embeddings), or "
             "train them another way (model.codebook)."
         )
-    return findings + _labels(metrics)
+    return findings + _labels(metrics) + _utility(metrics)
 
 
 def mask_findings(metrics: Mapping[str, float]) -> list[str]:
@@ -258,6 +258,22 @@ def _labels(metrics: Mapping[str, float]) -> list[str]:
             f"still holds the class. To change this, {_simpler_latent(metrics)} (model.latent_channels)."
         )
     return findings
+
+
+def _utility(metrics: Mapping[str, float]) -> list[str]:
+    if "utility/gain_both" not in metrics:
+        return []
+    gain, low, high = (100 * metrics[f"utility/gain_both{suffix}"] for suffix in ("", "_ci_low", "_ci_high"))
+    values = (
+        f"balanced accuracy of a classifier {metrics['utility/accuracy_real']:.1%} on all train images, "
+        f"{metrics['utility/accuracy_both']:.1%} with samples ({gain:+.1f} points, {low:+.1f} to {high:+.1f}), "
+        f"{metrics['utility/accuracy_synthetic']:.1%} on samples alone"
+    )
+    if low > 0:
+        return [f"Samples help to train a classifier: {values}."]
+    if high < 0:
+        return [f"Samples harm the training of a classifier: {values}. Do not add them to train images."]
+    return [f"No effect of samples on the training of a classifier was found: {values}."]
 
 
 def _significantly_below(metrics: Mapping[str, float], name: str, reference: str) -> bool:

@@ -19,7 +19,7 @@ from medgen.data.store import Split
 from medgen.evaluation.context import EvaluationContext, labels_of
 from medgen.metrics.features import DomainExtractor
 from medgen.metrics.generation import subsample
-from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metrics, select_groups
+from medgen.metrics.intervals import Groups, Interval, group_indices, interval_metrics, select_groups
 from medgen.models import GenerativeModel
 
 MAX_SWAPPED = 1000
@@ -128,7 +128,7 @@ def balanced_accuracy(correct: Tensor, labels: Tensor, classes: Sequence[int], g
     are correct, it is at least that of independent answers with one correct and one wrong answer added to each class.
 
     Args:
-        correct: (N,) booleans.
+        correct: (N,) booleans, or shares of several answers.
         labels: (N,); images of classes not in `classes` are ignored.
         classes: each has at least one image.
         groups: N keys, such as each image's patient, since answers for images of one patient are correlated.
@@ -137,15 +137,26 @@ def balanced_accuracy(correct: Tensor, labels: Tensor, classes: Sequence[int], g
         The accuracy and its 95 % interval, which may exceed [0, 1].
     """
     correct = correct.double()
-    influence = torch.zeros_like(correct)
-    shares, min_variance = [], 0.0
+    share, variance = class_mean(correct, labels, classes, groups)
+    min_variance = 0.0
     for label in classes:
         rows = (labels == label).nonzero()[:, 0]
-        count, share = len(rows), correct[rows].mean()
-        shares.append(float(share))
-        influence[rows] = (correct[rows] - share) / (count * len(classes))
-        smoothed = (float(correct[rows].sum()) + 1) / (count + 2)
-        min_variance += smoothed * (1 - smoothed) / count / len(classes) ** 2
-    sums = torch.stack([influence[rows].sum() for rows in group_rows(len(labels), groups)])
-    variance = float(sums.square().sum()) * len(sums) / max(1, len(sums) - 1)
-    return Interval.from_error(sum(shares) / len(shares), max(variance, min_variance) ** 0.5)
+        smoothed = (float(correct[rows].sum()) + 1) / (len(rows) + 2)
+        min_variance += smoothed * (1 - smoothed) / len(rows) / len(classes) ** 2
+    return Interval.from_error(share, max(variance, min_variance) ** 0.5)
+
+
+def class_mean(values: Tensor, labels: Tensor, classes: Sequence[int], groups: Groups = None) -> tuple[float, float]:
+    """Mean over classes of the mean value (N,) of their images, and its linearised variance over groups.
+
+    `labels` (N,) and `groups` are as for `balanced_accuracy`.
+    """
+    influence = torch.zeros_like(values)
+    means = []
+    for label in classes:
+        rows = (labels == label).nonzero()[:, 0]
+        means.append(float(values[rows].mean()))
+        influence[rows] = (values[rows] - values[rows].mean()) / (len(rows) * len(classes))
+    indices = group_indices(len(labels), groups)
+    sums = torch.zeros(int(indices.max()) + 1, dtype=values.dtype).index_add_(0, indices, influence)
+    return sum(means) / len(means), float(sums.square().sum()) * len(sums) / max(1, len(sums) - 1)

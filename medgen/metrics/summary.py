@@ -15,6 +15,7 @@ SUMMARY = (
     "generation/precision",
     "generation/recall",
     "generation/label_accuracy",
+    "utility/gain_both",
     "privacy/copy_rate",
     "latent/kl_nats",
 )

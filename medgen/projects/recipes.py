@@ -112,7 +112,7 @@ def _stages(path: Path, overrides: Sequence[str]) -> list[str]:
     if model not in MODELS:
         raise unknown_name("model.name", model, MODELS)
     has_samples = MODELS[model].target == "image"
-    return ["preprocess", *(["features"] if has_samples else []), "train", "prior", "refiner", "evaluate"]
+    return ["preprocess", *(["features"] if has_samples else []), "train", "prior", "refiner", "utility", "evaluate"]
 
 
 def _run_stage(project: Project, name: str, stage: str, overrides: Sequence[str]) -> None:

@@ -80,6 +80,7 @@ class Artifacts:
         values |= _read_json(self.project.runs / self.info.run / "params.json")
         values["prior"] = self._prior_origin().get("prior") or values["prior"]
         values["refiner"] = self.refiner or {**values["refiner"], "enabled": False}
+        values["utility"] = _read_json(self.project.utility / "utility.json").get("utility", values["utility"])
         values["evaluate"] = self.provenance.get("evaluate", values["evaluate"])
         values["features"] = _read_json(self.project.features / "extractor.json").get("features", values["features"])
         values["model"] = self.info.model.model_dump(mode="json")

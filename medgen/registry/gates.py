@@ -12,6 +12,7 @@ from medgen.registry.versions import EVALUATED_ON, EVALUATED_WITH, PARAMS_TAG, V
 SSIM, DICE, MMD = "reconstruction/ssim", "segmentation/dice_foreground", "generation/mmd_domain"
 COPIES, HELD_OUT_LIMIT, NUM_GENERATED = "privacy/copy_rate", "privacy/held_out_limit", "run/num_generated"
 COPIES_BY_CHANCE, NEAREST = "privacy/copy_rate_plausible", "privacy/nearest_over_limit"
+UTILITY = "utility/gain_both"
 TRAINED_ON, DATASET_NAME = "dataset.fingerprint", "dataset.name"  # tags
 HASH_LENGTH = 7  # characters of a hash in tables
 NO_VALUE = "–"
@@ -69,6 +70,8 @@ def check_gates(
         found += [_comparison_gate(one, by_name, margin, gates.alpha, suffix) for one in comparison]
     if not is_segmentation:
         found += _copy_gates(candidate, champion, gates.copy_rate_ceiling)
+    if not is_segmentation and (least := gates.utility_floor) is not None:
+        found.append(_metric_gate(UTILITY, candidate, champion, f"≥ {least:g}", lambda value: value >= least))
     return found
 
 

@@ -39,7 +39,7 @@ EVALUATED_ON, EVALUATED_WITH = "evaluated.dataset", "evaluated.extractor"  # tag
 EVALUATION_DIGEST = "evaluated.values"  # tag: SHA-256 of the per-image values stored with the version
 METRIC_GROUPS = (
     *("reconstruction/", "refined/", "latent/", "decoded/", "generation/", "privacy/"),
-    *("segmentation/", "run/"),
+    *("utility/", "segmentation/", "run/"),
 )
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 _NOT_FOUND = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # MLflow's error codes for a version that does not exist
@@ -120,13 +120,14 @@ def metric_tags(metrics: Mapping[str, float], provenance: Mapping[str, Any]) -> 
 def update_tags(client: "MlflowClient", version: "ModelVersion", tags: Mapping[str, str]) -> bool:
     """Set tags of a version; new metrics replace all earlier ones. Return True if a tag changed.
 
-    Earlier `privacy/` metrics stay if the new metrics have none: they compare samples with the version's own train
-    images, which a later evaluation on another dataset does not have.
+    Earlier `privacy/` and `utility/` metrics stay if the new metrics have none: the first compare samples with the
+    version's own train images, which a later evaluation on another dataset does not have, and the second are those of a
+    stage of their own.
     """
     changed = {key: value for key, value in tags.items() if version.tags.get(key) != value}
     stale: set[str] = set()
     if any(key.startswith(METRIC_GROUPS) for key in tags):
-        kept = () if any(key.startswith("privacy/") for key in tags) else ("privacy/",)
+        kept = tuple(one for one in ("privacy/", "utility/") if not any(key.startswith(one) for key in tags))
         earlier = {key for key in version.tags if key.startswith(METRIC_GROUPS)}
         stale = {key for key in earlier if not key.startswith(kept)} - tags.keys()
     # The tags that say what the metrics were measured with are deleted first and set last, so that a crash in between

@@ -228,6 +228,27 @@ def write_scatter(
         write_plot(path, figure)
 
 
+def write_intervals(
+    path: Path, series: Mapping[str, Mapping[float, tuple[float, float, float]]], labels: tuple[str, str]
+) -> None:
+    """Plot series of values with their intervals, x to (value, low, high), over a logarithmic x axis, as one PNG."""
+    from matplotlib.figure import Figure
+
+    with plot_style(series):
+        figure = Figure(figsize=(6.4, 4.2), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        for number, (name, points) in enumerate(series.items()):
+            values, lows, highs = (np.array(each) for each in zip(*points.values(), strict=True))
+            places = np.array(list(points)) * (1.0 + 0.03 * number)  # side by side where x is the same
+            axes.errorbar(places, values, (values - lows, highs - values), marker="o", capsize=3, label=name)
+        axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log")
+        ticks = sorted({x for points in series.values() for x in points})
+        axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+        axes.minorticks_off()
+        axes.legend()
+        write_plot(path, figure)
+
+
 @contextmanager
 def plot_style(texts: Iterable[str] = ()) -> Iterator[None]:
     """Context manager in which plots have medgen's style, whatever the user's settings are, and can show `texts`."""

@@ -32,14 +32,15 @@ SECTIONS = {
     "train": ("model", "loss", "train"),
     "prior": ("prior",),
     "refiner": ("refiner",),
+    "utility": ("features", "utility"),
     "evaluate": ("evaluate",),
 }
-# Stages that make a recorded result: its own, and one before it that records none.
+# Stages that make a recorded result: its own, and those before it that record none.
 STAGES_OF = {
     "train": ("preprocess", "train"),
     "prior": ("prior",),
     "refiner": ("refiner",),
-    "evaluate": ("features", "evaluate"),
+    "evaluate": ("features", "utility", "evaluate"),
 }
 MAX_COMMITS = 50  # later commits that `find_commit` searches
 

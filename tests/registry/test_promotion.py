@@ -93,6 +93,10 @@ LIMITS: dict[str, tuple[dict[str, str | None], set[str], Gates]] = {
     "privacy metrics of an older medgen": (
         {"privacy/copy_rate_plausible": None, "privacy/nearest_over_limit": None}, {"copy_rate"}, Gates()
     ),
+    "samples that harm a classifier": ({"utility/gain_both": "-0.03"}, {"gain_both"}, Gates(utility_floor=-0.02)),
+    "samples that help": ({"utility/gain_both": "0.01"}, set(), Gates(utility_floor=0.0)),
+    "use of samples not measured": ({}, {"gain_both"}, Gates(utility_floor=0.0)),
+    "samples that harm, without this gate": ({"utility/gain_both": "-0.03"}, set(), Gates()),
     "uncommitted changes": ({"git.dirty": "true"}, {"git commit"}, Gates()),
     "no git": ({"git.commit": "unknown", "git.dirty": "unknown"}, {"git commit"}, Gates()),
     "no git tags": ({"git.commit": None, "git.dirty": None}, {"git commit"}, Gates()),
