@@ -173,7 +173,7 @@ def _card_sections(
     counts = ", ".join(f"{count:,} {name}" for name, count in store.counts.items())
     privacy = "The report page shows images of the dataset where it says so: publish it only if they are public."
     if generative:
-        privacy += " The search for copies does not find images that are partly copied, rotated or warped."
+        privacy += " The search for copies does not find images that are rotated or warped."
     return {
         "Intended use": [
             use,

@@ -37,7 +37,13 @@ from medgen.evaluation.generation import (
     network_outputs,
 )
 from medgen.evaluation.label_accuracy import LabelSwap, evaluate_labels, swap_labels
-from medgen.evaluation.privacy import NearestTrain, evaluate_privacy, search_train
+from medgen.evaluation.privacy import (
+    NearestTrain,
+    attack_splits,
+    evaluate_membership,
+    evaluate_privacy,
+    search_train,
+)
 from medgen.evaluation.reconstruction import (
     Reconstructions,
     RefinedReconstructions,
@@ -53,6 +59,7 @@ from medgen.io import write_atomic
 from medgen.metrics.comparison import ImageSet
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import group_indices, mean_interval
+from medgen.metrics.membership import AttackedImages
 from medgen.metrics.privacy import ClosestPairs
 from medgen.models import GenerativeModel, ImageModel, bundle
 from medgen.models.bundle import BundleInfo
@@ -73,6 +80,7 @@ class Computed:
     refined: RefinedReconstructions | None
     unrefined: ImageSet | None  # the samples before refinement
     nearest: NearestTrain
+    attacked: dict[str, AttackedImages]  # images of each split; empty in a search
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,8 @@ def compute(context: EvaluationContext) -> Computed:
         refined, unrefined = refine_reconstructions(context), describe_images(context, decoded)
     networks = network_outputs(context, samples)
     nearest = search_train(context, features, samples)
-    return Computed(reconstructions, samples, features, networks, refined, unrefined, nearest)
+    attacked = attack_splits(context, samples) if context.held_out.name == "test" else {}
+    return Computed(reconstructions, samples, features, networks, refined, unrefined, nearest, attacked)
 
 
 def evaluate_model(context: EvaluationContext, computed: Computed) -> Evaluation:
@@ -201,6 +210,7 @@ def evaluate_model(context: EvaluationContext, computed: Computed) -> Evaluation
         metrics |= evaluate_refiner(context, features, computed.refined, computed.unrefined)
         metrics |= evaluate_classes(context, features)
     privacy, pairs = evaluate_privacy(context, computed.nearest)
+    privacy |= evaluate_membership(computed.attacked)
     swap = swap_labels(context)
     labels = evaluate_labels(context, samples, swap)
     return Evaluation(metrics | privacy | labels.metrics, computed, pairs, swap, labels.by_class)

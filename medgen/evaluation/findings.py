@@ -80,7 +80,7 @@ def image_findings(metrics: Mapping[str, float]) -> list[str]:
         findings.append(
             "Samples are more similar to each other than real images are: look for a collapse in the samples below."
         )
-    findings += _privacy(metrics)
+    findings += _privacy(metrics) + _membership(metrics)
     if metrics.get("latent/codebook_usage", 1.0) < MIN_CODEBOOK_USAGE:
         findings.append(
             f"Only {metrics['latent/codebook_usage']:.0%} of the codes are used: take fewer (model.num_embeddings), or "
@@ -241,7 +241,32 @@ def _privacy(metrics: Mapping[str, float]) -> list[str]:
             f"At least one sample is a copy of a train image: its distance is {nearest:.3g} of the limit, and real "
             f"images of other patients are not below {CERTAIN_COPY:g}. {COPY_ADVICE}"
         )
-    return findings or [f"No sign of copied train images (copy rate {rate:.1%}, up to {chance:.1%} is chance)."]
+    findings = findings or [f"No sign of copied train images (copy rate {rate:.1%}, up to {chance:.1%} is chance)."]
+    partial, chance = (metrics.get(f"privacy/partial_copy_rate{suffix}", 0.0) for suffix in ("", "_plausible"))
+    if partial > chance:
+        findings.append(
+            f"{partial:.1%} of the samples have a part that is nearer to a train image than parts of test images are "
+            f"(up to {chance:.1%} is chance): the model reproduces parts of patients' images. {COPY_ADVICE}"
+        )
+    return findings
+
+
+def _membership(metrics: Mapping[str, float]) -> list[str]:
+    if "privacy/membership_auc_loss" not in metrics:
+        return []
+    names = {"loss": "by the reconstruction error", "distance": "by the distance to samples"}
+    parts = []
+    for key, name in names.items():
+        auc, low, high = (metrics[f"privacy/membership_auc_{key}{suffix}"] for suffix in ("", "_ci_low", "_ci_high"))
+        parts.append(f"{auc:.2f} ({low:.2f} to {high:.2f}) {name}")
+    values = ", ".join(parts)
+    if all(metrics[f"privacy/membership_auc_{key}_ci_low"] <= 0.5 for key in names):
+        return [f"No sign that the model reveals which images it was trained on: AUC of attacks {values}; chance 0.5."]
+    return [
+        "Who has a patient's image can guess better than by chance whether the model was trained on it: AUC of attacks "
+        f"{values}; chance 0.5. This assumes that train, val and test images come from one population. Stop the "
+        "training earlier (train.keep: best), add images, or use a smaller model."
+    ]
 
 
 def _labels(metrics: Mapping[str, float]) -> list[str]:

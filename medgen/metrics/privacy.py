@@ -24,7 +24,8 @@ dependence, so the bound holds for them too.
 
 A single sample below a quarter of the limit (`CERTAIN_COPY`) is a copy at any rate.
 
-The search misses partial and rotated copies, and changes other than blur, shift, mirroring and tone.
+The search misses rotated copies, and changes other than blur, shift, mirroring and tone. Partial copies are searched in
+the same way by parts of the image, with limits of their own.
 
 Sources: Carlini et al., Extracting training data from diffusion models, 2023; Johnson, Kotz, Kemp, Univariate discrete
 distributions, 1992; Vovk, Gammerman, Shafer, Algorithmic learning in a random world, 2005.
@@ -55,6 +56,26 @@ _VALUES_PER_BLOCK = 1 << 22  # of a distance matrix in memory at once
 _TRAIN_IMAGES_PER_BLOCK = 1 << 16  # at 14 x 14 in memory at once: 100 MB grey, 300 MB colour
 _IMAGES_PER_BATCH = 256  # read from the split at once
 _TINY = 1e-6
+
+
+class Region(NamedTuple):
+    """A part of an image, in quarters of its height and width."""
+
+    top: int = 0
+    left: int = 0
+    size: int = 4
+
+    def cut(self, images: Tensor, is_mirrored: bool = False) -> Tensor:
+        """This part of images (..., H, W); or the part that shows the same place in their mirror images."""
+        left = 4 - self.left - self.size if is_mirrored else self.left
+        for dim, start in ((-2, self.top), (-1, left)):
+            first, last = (edge * images.shape[dim] // 4 for edge in (start, start + self.size))
+            images = images.narrow(dim, first, last - first)
+        return images
+
+
+WHOLE = Region()
+PARTS = [Region(top, left, 2) for top in range(3) for left in range(3)]  # of half the height and width
 
 
 class Nearest(NamedTuple):
@@ -128,6 +149,15 @@ def metrics(by_features: Copies, by_pixels: Copies) -> dict[str, float]:
     }
 
 
+def part_metrics(by_parts: Copies) -> dict[str, float]:
+    """The `privacy/` metrics of parts, as `metrics` has them of whole images."""
+    return {
+        "partial_copy_rate": by_parts.rate,
+        "partial_copy_rate_plausible": by_parts.plausible,
+        "nearest_part_over_limit": float(by_parts.relative_distance.min()),
+    }
+
+
 def closest_pairs(by_features: Copies, by_pixels: Copies, count: int) -> ClosestPairs:
     """The `count` samples nearest to a train image, by the smaller of the two relative distances."""
     both = (by_features, by_pixels)
@@ -183,8 +213,23 @@ def nearest_by_features(images: Tensor, train: Iterable[Tensor]) -> Nearest:
     return nearest
 
 
-def nearest_by_pixels(images: Images, train: Images, device: torch.device | str = "cpu") -> Nearest:
+def nearest_by_parts(images: Images, train: Images, device: torch.device | str = "cpu") -> Nearest:
+    """Smallest distance of a part of each image to the same part of a train image, and the row of that image.
+
+    The parts are the nine of `PARTS`; the distance is that of `nearest_by_pixels`, with shifts of up to 1/32 of the
+    side. It takes nine times as long.
+    """
+    found = [nearest_by_pixels(images, train, device, part) for part in PARTS]
+    distance, part = torch.stack([each.distance for each in found]).min(dim=0)
+    return Nearest(distance, torch.stack([each.row for each in found]).gather(0, part[None])[0])
+
+
+def nearest_by_pixels(
+    images: Images, train: Images, device: torch.device | str = "cpu", region: Region = WHOLE
+) -> Nearest:
     """Nearest train image of each image (N, C, H, W) by shifted correlation with train (M, C, H, W), uint8 or floats.
+
+    With a region only that part of the images is compared; the mirror image of a train image is cut in the same place.
 
     The first pass compares all train images and their mirror images under shifts in steps of about 1/32 of the side (25
     shifts at 64 and 128 pixels). The second compares the nearest eighth of them, at least 64, under every shift. The
@@ -198,7 +243,7 @@ def nearest_by_pixels(images: Images, train: Images, device: torch.device | str 
     num_train = len(train)
     if num_train < 2:
         raise ValueError(f"train: expected at least 2 images, found {num_train}")
-    cell = _cell(train)
+    cell = _cell(train.shape[-1] * region.size // 4)
     shifts = torch.arange(2 * cell + 1)
     coarse = shifts[:: max(1, cell // 2)]
     coarse = (coarse[:, None] * len(shifts) + coarse).flatten().to(device)
@@ -207,12 +252,12 @@ def nearest_by_pixels(images: Images, train: Images, device: torch.device | str 
     nearest = torch.zeros(len(images), kept, dtype=torch.int64, device=device)
     for first in range(0, num_train, _TRAIN_IMAGES_PER_BLOCK):
         block = range(first, min(first + _TRAIN_IMAGES_PER_BLOCK, num_train))
-        targets = _targets(train, block, cell, device)  # (2·B, D)
+        targets = _targets(train, block, cell, device, region)  # (2·B, D)
         share = min(num_train, _TRAIN_IMAGES_PER_BLOCK) // 8 * len(block) // num_train
         num_candidates = min(len(block), max(_CANDIDATES, share))
         values_per_image = max(len(coarse) * len(targets), targets.shape[1] * (2 * num_candidates + len(shifts) ** 2))
         for rows in torch.split(torch.arange(len(images)), max(1, _VALUES_PER_BLOCK // values_per_image)):
-            windows = _windows(_resized(images[rows].to(device), cell), cell)  # (n, D, S)
+            windows = _windows(_resized(region.cut(images[rows]).to(device), cell), cell)  # (n, D, S)
             scores = (windows[:, :, coarse].transpose(1, 2) @ targets.T).amax(dim=1)  # (n, 2·B)
             found = scores.view(-1, 2, len(block)).amax(dim=1).topk(num_candidates).indices  # (n, K)
             candidates = targets[torch.cat([found, found + len(block)], dim=1)]  # (n, 2·K, D)
@@ -224,10 +269,10 @@ def nearest_by_pixels(images: Images, train: Images, device: torch.device | str 
     return Nearest(relative, nearest[:, 0].cpu())
 
 
-def _cell(train: Images) -> int:
+def _cell(side: int) -> int:
     """Pixels per side of a cell after resizing to the next multiple of 16 within `_SIDES`."""
     least, most = _SIDES
-    return min(most, max(least, train.shape[-1] + _CELLS - 1)) // _CELLS
+    return min(most, max(least, side + _CELLS - 1)) // _CELLS
 
 
 def _resized(images: Tensor, cell: int) -> Tensor:
@@ -235,15 +280,17 @@ def _resized(images: Tensor, cell: int) -> Tensor:
     return F.adaptive_avg_pool2d(images.float(), _CELLS * cell)
 
 
-def _targets(train: Images, block: range, cell: int, device: torch.device | str) -> Tensor:
+def _targets(train: Images, block: range, cell: int, device: torch.device | str, region: Region) -> Tensor:
     """Central windows (2·B, D) of the train images of a block, then those of their mirror images."""
     centre = slice(cell, -cell)
-    parts = []
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for start in range(block.start, block.stop, _IMAGES_PER_BATCH):
         part = train[start : min(start + _IMAGES_PER_BATCH, block.stop)].to(device)
-        parts.append(_windows(_resized(part, cell)[..., centre, centre], cell)[:, :, 0])
-    plain = torch.cat(parts)
-    mirrored = plain.view(len(plain), -1, _WINDOW, _WINDOW).flip(-1).flatten(1)
+        for is_mirrored, windows in enumerate(parts):
+            cut = region.cut(part, bool(is_mirrored))
+            windows.append(_windows(_resized(cut, cell)[..., centre, centre], cell)[:, :, 0])
+    plain, other = map(torch.cat, parts)
+    mirrored = other.view(len(other), -1, _WINDOW, _WINDOW).flip(-1).flatten(1)
     return torch.cat([plain, mirrored])
 
 

@@ -296,6 +296,29 @@ def _privacy_rows(metrics: Mapping[str, float]) -> list[Row]:
             f"{values['nearest_train_ratio_pixels']:.4g} by pixels",
             "median, relative to that of test images; 0 for copies",
         ),
+        *_partial_copy_rows(values),
+        *_membership_rows(metrics),
+    ]
+
+
+def _partial_copy_rows(values: Mapping[str, float]) -> list[Row]:
+    if "partial_copy_rate" not in values:
+        return []
+    chance = f"up to {values['partial_copy_rate_plausible']:.1%} is chance"
+    explanation = (
+        "share of samples with a quarter of the image nearer to a train image than that of 99 % of test images; "
+        f"nearest {values['nearest_part_over_limit']:.3g} of the limit"
+    )
+    return [Row("  partial copies", f"{values['partial_copy_rate']:.1%}", chance, explanation)]
+
+
+def _membership_rows(metrics: Mapping[str, float]) -> list[Row]:
+    if "privacy/membership_auc_loss" not in metrics:
+        return []
+    explanation = "AUC of a guess whether an image was a train image; 1 finds every one"
+    return [
+        Row(name, _interval(metrics, f"privacy/membership_auc_{key}"), "0.5 is chance", explanation)
+        for key, name in {"loss": "Membership, by loss", "distance": "Membership, by distance"}.items()
     ]
 
 

@@ -66,6 +66,8 @@ KEYS = {
     "privacy/nearest_over_limit",
     *(f"privacy/nearest_train_ratio{by}" for by in ("", "_pixels")),
     "privacy/held_out_limit",
+    *(f"privacy/partial_copy_rate{of}" for of in ("", "_plausible")),
+    "privacy/nearest_part_over_limit",
     *(f"run/{name}" for name in ("num_train", "num_test", "num_generated")),
 }
 SPECTRUM = (*(f"spectrum_ratio_{band}" for band in range(1, 6)), "spectrum_distance")
@@ -80,7 +82,7 @@ REALISM = {  # only with enough patients
     f"generation/c2st_auc{view}{of}"
     for view in ("", "_spectrum", "_domain", "_pixels")
     for of in ("", "_ci_low", "_ci_high", "_floor")
-}
+} | {f"privacy/membership_auc_{attack}{end}" for attack in ("loss", "distance") for end in ("", "_ci_low", "_ci_high")}
 REPORTS = (
     "summary.json",
     "provenance.json",
@@ -312,6 +314,11 @@ def test_a_model_that_copies_train_images_is_detected_and_a_generalising_one_is_
         assert metrics["privacy/copy_rate_plausible"] == pytest.approx(plausible_rate(len(soft), num_patients=60))
         assert (metrics["privacy/nearest_over_limit"] < CERTAIN_COPY) == (name == "copies")
         assert ("reproduces patients" in page) == ("is a copy of a train image" in page) == (name == "copies")
+        found = {end: metrics[f"privacy/membership_auc_distance_ci_{end}"] for end in ("low", "high")}
+        assert found["low"] > 0.9 if name == "copies" else found["low"] < 0.5 < found["high"]
+        assert ("can guess better than by chance" in page) == (name == "copies")
+        partial, chance = (metrics[f"privacy/partial_copy_rate{of}"] for of in ("", "_plausible"))
+        assert (partial > chance) == (name == "copies")
         assert "secret" not in page and "patient1" not in page
         contents[name] = shown.read_bytes()
     assert contents["copies"] != contents["new"]

@@ -63,6 +63,35 @@ def test_copies_are_found_and_new_images_are_not(change: Callable[[Tensor], Tens
     assert result.ratio == pytest.approx(1.0, abs=0.1)
 
 
+PART_LIMITS = privacy.nearest_by_parts(HELD_OUT[:100], TRAIN)
+PARTS = {
+    "left half": (slice(0, 64), slice(0, 32)),
+    "lower half": (slice(32, 64), slice(0, 64)),
+    "quarter in the middle": (slice(16, 48), slice(16, 48)),
+    "quarter at the right border": (slice(0, 32), slice(32, 64)),
+}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_copied_parts_are_found_and_new_images_are_not(mirrored: bool) -> None:
+    source = TRAIN[:20].flip(-1) if mirrored else TRAIN[:20]
+    for name, (rows, columns) in PARTS.items():
+        images = NEW[:20].clone()
+        images[..., rows, columns] = 0.1 + 0.7 * source[..., rows, columns]
+        found = privacy.nearest_by_parts(images, TRAIN)
+        assert privacy.find_copies(found, PART_LIMITS).rate > 0.95, name
+        assert (found.row == torch.arange(20)).double().mean() > 0.95
+    assert privacy.find_copies(privacy.nearest_by_parts(NEW[100:], TRAIN), PART_LIMITS).rate <= 0.03
+
+
+def test_a_region_is_cut_in_the_same_place_of_the_mirror_image() -> None:
+    images = torch.rand(2, 1, 20, 32)
+    for region in (privacy.WHOLE, *privacy.PARTS):
+        assert region.cut(images.flip(-1)).equal(region.cut(images, is_mirrored=True).flip(-1))
+    assert privacy.WHOLE.cut(images).equal(images)
+    assert privacy.PARTS[5].cut(images).shape[-2:] == (10, 16)
+
+
 def test_samples_near_the_average_are_not_copies() -> None:
     average = TRAIN.mean(dim=0) + 0.1 * (NEW - TRAIN.mean(dim=0))
     assert privacy.find_copies(privacy.nearest_by_pixels(average, TRAIN), LIMITS).rate <= 0.03
