@@ -4,7 +4,7 @@ artifacts/dataset/
   train/ val/ test/   images-00000.npy, images-00001.npy, … (N, C, H, W) uint8 · labels.npy (N,) int64
                       masks-00000.npy, … (N, 1, H, W) uint8 class numbers
   manifest.csv        row i of a split = array row i: source file, index in the file, sha256, label, patient,
-                      original size and mode
+                      original size and mode; sex, age and view if the user's manifest.csv has any of them
   rejected.csv        files and images that are not in the dataset, with reasons
   dataset.json        schema, classes, shape, counts, preprocessing, hash of every file
 artifacts/dataset.checked.json   time stamps of the files at the last check of their hashes; can be deleted
@@ -49,6 +49,7 @@ SHARD_BYTES = 256 << 20
 # A file that changes twice within a clock tick keeps its time stamp. 2 s is the longest tick of a file system (FAT).
 _SETTLED_NS = 2_000_000_000
 COLUMNS = ("split", "path", "index", "sha256", "label", "patient", "width", "height", "mode", "mask")
+ATTRIBUTES = ("sex", "age", "view")  # further columns, if an image has one of them
 REJECTED_COLUMNS = ("path", "reason")
 _QUOTING: Literal[1] = csv.QUOTE_ALL  # an unquoted carriage return in a file name ends the row (Python 3.11)
 
@@ -118,7 +119,7 @@ class Split:
 
     def rows(self) -> Iterator[dict[str, str]]:
         """The split's rows of manifest.csv, in the order of the arrays."""
-        return (row for row in read_csv(self.manifest, COLUMNS) if row["split"] == self.name)
+        return (row for row in read_csv(self.manifest, COLUMNS, ATTRIBUTES) if row["split"] == self.name)
 
     @cached_property
     def masked_rows(self) -> NDArray[np.int64]:
@@ -250,8 +251,11 @@ class StoreWriter:
     the end. Only the splits are held in memory.
     """
 
-    def __init__(self, folder: Path, image_shape: tuple[int, int, int], with_masks: bool) -> None:
+    def __init__(
+        self, folder: Path, image_shape: tuple[int, int, int], with_masks: bool, with_attributes: bool = False
+    ) -> None:
         self.folder = folder
+        self._columns = COLUMNS + (ATTRIBUTES if with_attributes else ())
         self.building = folder.with_name(f"{folder.name}.building")
         self.shape = image_shape
         self.shapes = {"images": image_shape} | ({"masks": (1, *image_shape[1:])} if with_masks else {})
@@ -263,7 +267,7 @@ class StoreWriter:
         self._staging.mkdir(parents=True)
         opened = self._open_files.enter_context
         self._arrays = {kind: opened((self._staging / kind).open("wb")) for kind in self.shapes}
-        self._rows = opened(_csv_writer(self._staging / MANIFEST))
+        self._rows = opened(_csv_writer(self._staging / MANIFEST, self._columns))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -292,7 +296,7 @@ class StoreWriter:
         classes = sorted(
             {row["label"] for split, row in zip(splits, self._read_rows(), strict=True) if split is not None} - {""}
         )
-        with _csv_writer(self.building / MANIFEST) as manifest:
+        with _csv_writer(self.building / MANIFEST, self._columns) as manifest:
             counts = {split: self._write_split(split, splits, classes, manifest) for split in SPLITS}
         shutil.rmtree(self._staging)
         refused = [{"path": path, "reason": reason} for path, reason in rejected]
@@ -348,14 +352,14 @@ class StoreWriter:
         return len(labels)
 
     def _read_rows(self) -> Iterator[dict[str, str]]:
-        return read_csv(self._staging / MANIFEST, COLUMNS)
+        return read_csv(self._staging / MANIFEST, self._columns)
 
 
 @contextmanager
-def _csv_writer(path: Path) -> Iterator["csv.DictWriter[str]"]:
+def _csv_writer(path: Path, columns: Sequence[str]) -> Iterator["csv.DictWriter[str]"]:
     """Writer of a new manifest.csv, with its header and Unix line ends."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        yield _start_csv(file, COLUMNS)
+        yield _start_csv(file, columns)
 
 
 def _start_csv(stream: TextIO, columns: Sequence[str]) -> "csv.DictWriter[str]":
@@ -458,8 +462,8 @@ def _open_shards(folder: Path, kind: str) -> ShardedArray | None:
     return ShardedArray([_open_array(path) for path in paths]) if paths else None
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file.
+def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file, which may have all of the optional columns after the others.
 
     Raises:
         UserError: the file is no CSV, or has other columns.
@@ -467,7 +471,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         try:
-            if tuple(reader.fieldnames or ()) != tuple(columns):
+            if tuple(reader.fieldnames or ()) not in (tuple(columns), (*columns, *optional)):
                 raise _damaged(path, f"found columns {reader.fieldnames}; expected {list(columns)}")
             for row in reader:
                 if None in row or None in row.values():

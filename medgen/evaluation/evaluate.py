@@ -19,6 +19,13 @@ from medgen.evaluation import figures
 from medgen.evaluation.context import EvaluationContext, FeatureSets, describe_images, load_context
 from medgen.evaluation.data import EvaluationData, EvaluationInfo, save_evaluation
 from medgen.evaluation.description import class_table, describe, describe_context, describe_model
+from medgen.evaluation.fairness import (
+    collect_measures,
+    compare_groups,
+    fairness_findings,
+    fairness_metrics,
+    fairness_tables,
+)
 from medgen.evaluation.findings import (
     NO_INCEPTION,
     image_findings,
@@ -243,6 +250,9 @@ def _report_images(
         write_figure(project.figures / report.UTILITY, store, utility)
     ssim = computed.reconstructions.ssim
     data = image_data(context, ssim, computed.features)
+    measures = collect_measures(context, ssim, utility)
+    groups = compare_groups(context.held_out, measures)
+    metrics |= fairness_metrics(groups)
     metrics = write_results(project, store, info, params, metrics, data, context.hashes)
     figures.write_samples(project.figures, context)
     figures.write_reconstructions(project.figures, context)
@@ -256,7 +266,7 @@ def _report_images(
         write_images(project.images / "generated", computed.samples)
         originals = split_images(StoredImages(context.held_out), params.batch_size)
         write_images(project.images / "real", (image for batch in originals for image in batch))
-    findings = image_findings(metrics)
+    findings = image_findings(metrics) + fairness_findings(groups, measures)
     if context.conditional and context.unrecognised:
         findings.append(unrecognised_finding(context.unrecognised))
     if "inception" in params.extractors and context.inception is None:
@@ -271,6 +281,7 @@ def _report_images(
             *by_class,
             *report.refiner_tables(metrics, store.classes),
             *(utility_tables(store, utility) if utility else ()),
+            *fairness_tables(groups, measures),
         ],
     )
 

@@ -10,7 +10,7 @@ from the file (a DICOM header, the labels in an NPZ file), then from the names o
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class ScanResult:
     companions: list[str]  # files that belong to an image file: labels, or the voxels of a header
     has_patient_ids: bool = False  # manifest.csv or a file contains an identifier of a patient
     has_salt: bool = False  # the folder has a salt of its own
+    attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # path -> sex, age and view
 
 
 def scan(
@@ -119,7 +120,8 @@ def scan(
                     patient_known=is_known,
                 )
             )
-    return ScanResult(records, sorted(other_files), sorted(companions), has_patient_ids, has_salt)
+    attributes = {path: row.attributes for path, row in (rows or {}).items() if row.attributes}
+    return ScanResult(records, sorted(other_files), sorted(companions), has_patient_ids, has_salt, attributes)
 
 
 def _inspect_files(

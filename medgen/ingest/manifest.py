@@ -1,17 +1,18 @@
 """Read manifest.csv, the user's own labels, patients and splits. They take precedence over folder and file names.
 
-path,label,patient,split
-scans/17.png,NORMAL,p17,train
+path,label,patient,split,sex,age,view
+scans/17.png,NORMAL,p17,train,F,63,PA
 """
 
 import contextlib
 import csv
 import re
 import sys
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from medgen.data.store import ATTRIBUTES
 from medgen.errors import UserError
 from medgen.ingest.list_files import check_inside
 
@@ -29,6 +30,7 @@ class ManifestRow(NamedTuple):
     label: str | None = None
     patient: str | None = None
     split: str | None = None
+    attributes: Mapping[str, str] = {}  # sex, age and view, those that are given
 
 
 def read_manifest(folder: Path, present: Container[str]) -> dict[str, ManifestRow] | None:
@@ -50,7 +52,7 @@ def read_manifest(folder: Path, present: Container[str]) -> dict[str, ManifestRo
             if "path" not in names:
                 raise UserError(
                     f"{file}: no column named path among {len(names)}; expected a header with path, and any of "
-                    "label, patient, split"
+                    "label, patient, split, sex, age, view"
                 )
             patient_column = "patient" if "patient" in names else "group"
             for line in reader:
@@ -61,7 +63,9 @@ def read_manifest(folder: Path, present: Container[str]) -> dict[str, ManifestRo
                 path = _path(folder, at, text, present)
                 if path in rows:
                     raise UserError(f"{at}: {path} is listed twice; expected each file once")
-                rows[path] = ManifestRow(sys.intern(label) or None, patient or None, _split(at, split))
+                found = ((name, (line.get(names.get(name, "")) or "").strip()) for name in ATTRIBUTES)
+                attributes = {name: sys.intern(value) for name, value in found if value}
+                rows[path] = ManifestRow(sys.intern(label) or None, patient or None, _split(at, split), attributes)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); make the file readable") from None
     except (UnicodeDecodeError, csv.Error) as error:

@@ -104,7 +104,7 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
         return image, small_mask, thumbnail(raw.pixels)
 
     with (
-        store.StoreWriter(project.dataset, shape, with_masks) as writer,
+        store.StoreWriter(project.dataset, shape, with_masks, bool(scanned.attributes)) as writer,
         ImageIndex(project.runs) as index,
         counting_bar() as progress,
     ):
@@ -115,7 +115,8 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
                 (left_out if result.left_out else unreadable).append((result.record.name, result.reason))
             else:
                 image, mask, thumb = result.value
-                writer.add(image, mask, _manifest_row(result))
+                attributes = scanned.attributes.get(result.record.path, {})
+                writer.add(image, mask, {**_manifest_row(result), **attributes})
                 index.add(result, thumb)
             progress.advance(task)
         _check_unreadable(project, unreadable, len(records), preprocess.max_rejected)
@@ -187,6 +188,8 @@ class _SourceDigest:
         self._hash = hashlib.sha256(config.fingerprint(store.SCHEMA, data, preprocess).encode())
         for path, reason in scanned.other_files:
             self._hash.update(json.dumps([path, reason]).encode())
+        for path, attributes in sorted(scanned.attributes.items()):
+            self._hash.update(json.dumps([path, *sorted(attributes.items())]).encode())
 
     def add(self, record: ImageRecord, digest: str) -> None:
         self._hash.update(json.dumps([astuple(record), digest]).encode())

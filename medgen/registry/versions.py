@@ -39,7 +39,7 @@ EVALUATED_ON, EVALUATED_WITH = "evaluated.dataset", "evaluated.extractor"  # tag
 EVALUATION_DIGEST = "evaluated.values"  # tag: SHA-256 of the per-image values stored with the version
 METRIC_GROUPS = (
     *("reconstruction/", "refined/", "latent/", "decoded/", "generation/", "privacy/"),
-    *("utility/", "segmentation/", "run/"),
+    *("utility/", "fairness/", "segmentation/", "run/"),
 )
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 _NOT_FOUND = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}  # MLflow's error codes for a version that does not exist

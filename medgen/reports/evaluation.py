@@ -116,6 +116,11 @@ BY_CLASS = (
 )
 
 
+FAIRNESS_TEXT = (
+    "Means over the test images of each group, with 95 % intervals by patient. The difference is that from the images "
+    "of all other groups of the same kind; its interval holds for all rows together (Bonferroni). Groups of fewer than "
+    "20 images or 10 patients are left out. Groups may differ in their classes, too."
+)
 UTILITY_TEXT = (
     "Balanced accuracy on the test split of classifiers that were trained on real images, on samples, or on both, with "
     "the same number of steps. The gain is the difference from the same real images alone. The intervals cover other "

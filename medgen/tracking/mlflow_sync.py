@@ -51,7 +51,7 @@ REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # MLflow will never accep
 # Metrics of the finished model, not of an epoch: sent as step 0, because MLflow draws a bar chart of runs only for
 # metrics that have nothing but step 0.
 FINAL_PREFIXES = (
-    *("reconstruction/", "latent/", "generation/", "privacy/", "utility/", "segmentation/"),
+    *("reconstruction/", "latent/", "generation/", "privacy/", "utility/", "fairness/", "segmentation/"),
     *("refined/", "decoded/", "prior/", "refiner/", "run/num_"),
 )
 # Values that other metrics are compared with, and intervals: not sent, as they would fill MLflow's lists of metrics.

@@ -269,7 +269,8 @@ def make_project(folder: Path, images: Tensor, num_train: int, rows: list[dict[s
     """A project with a store of images (N, 1, 32, 32) in [0, 1], the first in train and the others in test."""
     project = Project(folder)
     project.dataset.parent.mkdir()
-    with StoreWriter(project.dataset, (1, 32, 32), with_masks=False) as writer:
+    has_attributes = any("sex" in row for row in rows)
+    with StoreWriter(project.dataset, (1, 32, 32), with_masks=False, with_attributes=has_attributes) as writer:
         for i, image in enumerate((images * 255).round().to(torch.uint8).numpy()):
             writer.add(image, None, {"path": f"{i}.png", "patient": ""} | rows[i])
         writer.commit(["train"] * num_train + ["test"] * (len(images) - num_train), [], {}, "")
@@ -299,7 +300,10 @@ def test_a_model_that_copies_train_images_is_detected_and_a_generalising_one_is_
 ) -> None:
     """One model returns train images, blurred and half of them mirrored; the other returns new images."""
     train_and_test = smooth_images(220, seed=0)
-    rows = [{"path": f"secret{i}.png", "patient": f"patient{i // 2}"} for i in range(220)]
+    rows = [
+        {"path": f"secret{i}.png", "patient": f"patient{i // 2}", "sex": "FM"[i // 2 % 2], "age": str(i // 5)}
+        for i in range(220)
+    ]
     project = trained(make_project(tmp_path, train_and_test, 100, rows))
     shown = project.figures / "nearest_train.png"
     contents = {}
@@ -319,6 +323,11 @@ def test_a_model_that_copies_train_images_is_detected_and_a_generalising_one_is_
         assert ("can guess better than by chance" in page) == (name == "copies")
         partial, chance = (metrics[f"privacy/partial_copy_rate{of}"] for of in ("", "_plausible"))
         assert (partial > chance) == (name == "copies")
+        groups = {key.split("/")[1] for key in metrics if key.startswith("fairness/")}
+        assert groups == {"sex_F", "sex_M", "age_18-39", "age_40-59"}
+        ssim = load_evaluation(project.evaluation).similarity[torch.arange(120) // 2 % 2 == 0].mean()
+        assert metrics["fairness/sex_F/ssim"] == pytest.approx(float(ssim), rel=1e-5)
+        assert "By sex, age and view" in page
         assert "secret" not in page and "patient1" not in page
         contents[name] = shown.read_bytes()
     assert contents["copies"] != contents["new"]
