@@ -238,10 +238,11 @@ class Study:
         # seeded by the number, so that a search that is interrupted and continued suggests the same values
         self.optuna.sampler = build_sampler(seed_of(self.params.tune.seed, trial.number))
         suggested = {key: dimension.suggest(trial) for key, dimension in self.space.items()}
-        trial.set_user_attr("attempts", attempt)
         trial.set_user_attr("worker", f"{socket.gethostname()} {os.getpid()}")
         values = {key: self.space[key].round(value) for key, value in suggested.items()}
-        return Claim(trial, values, attempt, self.ssim_floor(self.trials), release)
+        claim = Claim(trial, values, attempt, self.ssim_floor(self.trials), release)
+        trial.set_user_attr("attempts", attempt)  # last: a storage that fails before is no attempt
+        return claim
 
 
 def study_name(params: Params, space: dict[str, Dimension], objective: Objective, dataset: str, extractor: str) -> str:

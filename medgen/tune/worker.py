@@ -65,6 +65,9 @@ class Search:
         return self.folder / f"trial_{number:04d}"
 
 
+STOPPED = "stopped"  # file of a trial whose last worker was not killed: that attempt does not count
+
+
 @dataclass(frozen=True)
 class WorkerSlot:
     """A worker's share of the machine."""
@@ -156,6 +159,11 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
     """Run all stages of a trial, evaluate it on the val split, write its record and end it in the study."""
     number, name = claim.trial.number, trial_name(claim.trial)
     project = dataclasses.replace(search.project, apart=search.trial_folder(number))
+    stopped = search.trial_folder(number) / STOPPED
+    if stopped.exists():
+        claim = dataclasses.replace(claim, attempt=max(1, claim.attempt - 1))
+        claim.trial.set_user_attr("attempts", claim.attempt)
+        stopped.unlink()
     print(f"{name}, attempt {claim.attempt}: {claim.values}", flush=True)
     scratch, started = project.runs / "not_begun", time.monotonic()
     try:
@@ -168,10 +176,8 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
             outcome = Outcome(TrialState.FAIL, reason)
         else:
             outcome = train_and_evaluate(project, params, study, claim)
-    except TrainingInterrupted:  # not an error of the trial: it stays running and is claimed again
-        claim.trial.set_user_attr("attempts", claim.attempt - 1)
-        raise
-    except STORAGE_ERRORS:  # the trial stays running too, but the storage cannot be written
+    except (TrainingInterrupted, *STORAGE_ERRORS):  # no errors of the trial: it stays running and is claimed again
+        stopped.touch()  # a file, as the storage may be out of reach
         raise
     except NonFiniteError as error:
         reason = f"{error.term} not finite at step {error.step} (phase {error.phase})"

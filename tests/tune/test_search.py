@@ -287,6 +287,20 @@ def test_interrupts_and_an_unreachable_database_leave_the_trial_running(search_p
     assert epochs_of(search, 0) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("error", [TrainingInterrupted("asked to stop"), StorageInternalError("gone")])
+def test_a_trial_whose_worker_stops_before_the_first_epoch_does_not_fail(search_project, monkeypatch, error):
+    def stop(*_, **__):
+        raise error
+
+    search = prepare(*search_project(), 1)
+    monkeypatch.setattr(train, "run", stop)
+    for _ in range(MAX_ATTEMPTS + 2):
+        with pytest.raises(type(error)):
+            worker.run_trials(search)
+    (trial,) = worker.open_study(search).trials
+    assert trial.state == TrialState.RUNNING and trial.user_attrs["attempts"] == 1
+
+
 def test_a_trial_worse_than_the_others_is_pruned(search_project, stub_trials, monkeypatch):
     values = iter(0.9 - 0.01 * number for number in range(1000))  # each trial is worse than those before it
 
