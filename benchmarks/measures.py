@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen import config
-from medgen.data.images import StoredImages
+from medgen.data.images import StoredImages, to_stored
 from medgen.data.store import Split, open_store
 from medgen.datasets.sample import draw
-from medgen.evaluation.context import FeatureSets, describe_images, load_context, to_uint8
+from medgen.evaluation.context import FeatureSets, describe_images, load_context
 from medgen.evaluation.data import EvaluationData
 from medgen.evaluation.evaluate import image_data
 from medgen.evaluation.generation import domain_distances, draw_samples, evaluate_samples
@@ -186,7 +186,7 @@ def copies() -> dict[str, Change]:
 
 
 def on_pixels(change: Change, images: Tensor) -> Tensor:
-    return to_uint8(change(images.float() / 255.0))
+    return to_stored(change(images.float() / 255.0), 8)
 
 
 def altered_models(reference: Reference) -> dict[str, Callable[[int, int], Tensor]]:
@@ -265,7 +265,7 @@ def print_cases(reference: Reference) -> None:
     against = replace(context, held_out=ReferenceSplit(patients, images.numpy()))
     first, second = (reference.draw(seed, NUM_SAMPLES) for seed in (0, 1))
     batches = torch.split(torch.arange(len(reference.test)), context.params.batch_size)
-    rebuilt = torch.cat([to_uint8(reconstruct_rows(context, batch)[2]) for batch in batches])
+    rebuilt = torch.cat([context.to_stored(reconstruct_rows(context, batch)[2]) for batch in batches])
     originals = reference.test.float() / 255.0
 
     def measured(samples: Tensor, ssim: Tensor | None = None) -> tuple[dict[str, float], Version]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from medgen.config import Project, load
-from medgen.data.images import StoredImages
+from medgen.data.images import StoredImages, to_floats
 from medgen.data.store import open_store
-from medgen.evaluation.context import EvaluationContext, labels_of, load_context, to_uint8
+from medgen.evaluation.context import EvaluationContext, labels_of, load_context
 from medgen.evaluation.generation import draw_samples
 from medgen.evaluation.privacy import attack_splits, evaluate_membership
 from medgen.metrics import privacy
@@ -46,7 +46,7 @@ def main() -> None:
     overfitted = overfit(context, rows, options.steps)
     images, labels = StoredImages(train, rows), labels_of(train)[rows]
     with torch.no_grad():
-        decoded = to_uint8(overfitted.decode(overfitted.encode(images[:].float() / 255.0, labels).mean, labels))
+        decoded = context.to_stored(overfitted.decode(overfitted.encode(to_floats(images[:]), labels).mean, labels))
     context = load_context(project, store, overfitted, info, params, world)
     attacked = attack_splits(context, decoded)
     error, power, distance, groups = attacked["train"]
@@ -61,7 +61,7 @@ def overfit(context: EvaluationContext, rows: torch.Tensor, steps: int) -> Gener
     torch.manual_seed(0)
     model = build_model(context.info.model, store.image_shape, len(store.classes))
     assert isinstance(model, GenerativeModel)
-    images, labels = StoredImages(train, rows)[:].float() / 255.0, labels_of(train)[rows]
+    images, labels = to_floats(StoredImages(train, rows)[:]), labels_of(train)[rows]
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(steps):
         batch = torch.randint(len(rows), (16,))

@@ -26,7 +26,7 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from medgen.config import Data, Evaluate, Loss, Project, Tracking, Train, without_credentials
+from medgen.config import Data, Evaluate, Loss, Preprocess, Project, Tracking, Train, without_credentials
 from medgen.console import show as print_table
 from medgen.data.s3 import is_s3
 from medgen.datasets.weights import list_weights
@@ -57,7 +57,14 @@ def _rate(name: str, found: str, fix: str, *, fails: bool = False, warns: bool =
 
 
 def run(
-    project: Project, *, data: Data, loss: Loss, train: Train, evaluate: Evaluate, tracking: Tracking
+    project: Project,
+    *,
+    data: Data,
+    preprocess: Preprocess,
+    loss: Loss,
+    train: Train,
+    evaluate: Evaluate,
+    tracking: Tracking,
 ) -> list[Check]:
     """Check software, hardware, weights, data, DVC and tracking; the only network access is to the tracking server.
 
@@ -72,6 +79,7 @@ def run(
         _check_disk(project),
         *_check_weights(loss, train, evaluate),
         _check_data(project, data),
+        Check("intensities", "ok", preprocess.intensities),
         _check_dvc(project),
         _check_tracking(project, tracking),
     ]

@@ -96,7 +96,8 @@ def trained() -> Callable[..., Any]:
     """Function that gives a project a model of random weights, a prior over its latents, and an extractor."""
     import torch
 
-    from medgen.config import Features, Model, Preprocess, Prior, Project
+    from medgen.config import Features, Model, Prior, Project
+    from medgen.data.images import to_floats
     from medgen.data.store import open_store
     from medgen.models import GenerativeModel, build_model, bundle
     from medgen.priors import ANALYTIC, save_prior
@@ -117,12 +118,13 @@ def trained() -> Callable[..., Any]:
         model = build_model(sizes, store.image_shape, len(store.classes)).eval()
         assert isinstance(model, GenerativeModel)
         data = (store.image_shape, store.classes, store.fingerprint)
-        info = bundle.BundleInfo(sizes, Preprocess(image_size=32), *data, "run0", torch.__version__)
+        preprocess = store.preprocess.model_copy(update={"image_size": 32})
+        info = bundle.BundleInfo(sizes, preprocess, *data, "run0", torch.__version__)
         bundle.save(project.model, model, info)
         split = store.split("train")
         labels = torch.from_numpy(split.labels.copy())
         with torch.no_grad():
-            means = model.encode(torch.from_numpy(split.images[:]).float() / 255, labels).mean
+            means = model.encode(to_floats(torch.from_numpy(split.images[:])), labels).mean
         params, digest = Prior(conditional=conditional, components=(1,)), bundle.digest(project.model)
         save_prior(project.prior, ANALYTIC[prior].fit(means, labels, len(store.classes), params), digest)
         save_disabled(project.refiner, digest)

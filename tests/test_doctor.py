@@ -21,7 +21,7 @@ import torch
 import trustme
 
 from medgen import doctor
-from medgen.config import Data, Evaluate, Loss, Phase, Project, Tracking, Train, Weights
+from medgen.config import Data, Evaluate, IntensityWindow, Loss, Phase, Preprocess, Project, Tracking, Train, Weights
 from medgen.datasets import weights
 
 Usage = namedtuple("Usage", "total used free")
@@ -44,11 +44,13 @@ def test_every_problem_has_a_fix(project: Project, monkeypatch: pytest.MonkeyPat
     results = doctor.run(
         project,
         data=Data(),
+        preprocess=Preprocess(bits=16, window=IntensityWindow(low=-1000, high=400, unit="HU"), clahe_clip=0),
         loss=Loss(weights=Weights(perceptual=0.1)),
         train=Train(),
         evaluate=Evaluate(),
         tracking=Tracking(uri="file:./mlruns"),
     )
+    assert {result.name: result.found for result in results}["intensities"] == "16 bits, black -1000 HU, white 400 HU"
     names = [result.name for result in results]
     assert {"python", "torch", "cpu", "memory", "disk", "weights vgg16", "data", "dvc", "tracking"} <= set(names)
     assert len(names) == len(set(names))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from medgen.config import Loss, Model, Phase, Prior, Tracking, Train
-from medgen.data.store import open_store
+from medgen.data.store import StoreWriter, open_store
 from medgen.errors import NonFiniteError
 from medgen.models import GenerativeModel, bundle
 from medgen.tracking import history
@@ -46,6 +46,19 @@ def device(request):
 def params(device, **changes):
     settings = {"device": device, "compile": "off", "batch_size": 4, "phases": PHASES, "checkpoint_seconds": 3600}
     return Train(**settings | changes)
+
+
+def test_images_of_16_bits_keep_their_values(tmp_path, device):
+    images = np.random.default_rng(0).integers(0, 65536, (12, 1, 16, 16)).astype(np.uint16)
+    with StoreWriter(tmp_path / "dataset", (1, 16, 16), with_masks=False, bits=16) as writer:
+        for number, image in enumerate(images):
+            writer.add(image, None, {"path": f"{number}.png"})
+        store = writer.commit(["train"] * 12, [], {"bits": 16}, "")
+    loader = Loader(store.split("train"), 4, device)
+    batches = [*(loader.batch(position) for position in range(3)), *loader.sequential(), loader.gather(torch.arange(5))]
+    for batch in batches:
+        expected = images[batch.index.numpy()] / np.float32(65535)
+        assert np.array_equal(batch.image.cpu().numpy(), expected)
 
 
 def run(project, train_params):

@@ -1,8 +1,8 @@
 """Sections `data` and `preprocess`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medgen.config.base import Count, Fraction, NonNegative, Section, Seed
 
@@ -43,12 +43,42 @@ class Volume(Section):
         return self
 
 
+PERCENTILE = "percentile"
+
+
+class IntensityWindow(Section):
+    """Intensities that become black and white; what lies outside is clipped."""
+
+    low: Annotated[float, Field(allow_inf_nan=False)]  # black, in the files' own unit, such as -1000
+    high: Annotated[float, Field(allow_inf_nan=False)]  # white
+    # name of the files' unit for records and outputs, such as HU; percentile: low and high are percentiles of each
+    # image or volume
+    unit: Annotated[str, Field(pattern=r"^[A-Za-z0-9/%^*._ -]{0,16}$")] = ""
+
+    @property
+    def is_percentile(self) -> bool:
+        """True if `low` and `high` are percentiles, so that images have no common scale."""
+        return self.unit == PERCENTILE
+
+    @model_validator(mode="after")
+    def _window_is_not_empty(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low must lie below high, found {self.low:g} and {self.high:g}")
+        if self.is_percentile and not 0 <= self.low < self.high <= 100:
+            raise ValueError(f"percentiles lie between 0 and 100, found {self.low:g} and {self.high:g}")
+        return self
+
+
 class Preprocess(Section):
-    """From image files to the uint8 store."""
+    """From image files to the store of uint8 or uint16 images."""
 
     image_size: Annotated[int, Field(ge=16, le=1024, multiple_of=4)] = 64
     channels: Literal[1, 3] = 1  # greyscale or RGB
     volume: Volume = Volume()
+    bits: Literal[8, 16] = 8  # of a stored grey value
+    # intensities that become black and white; None: the window that a DICOM file names, volume.window for volumes, all
+    # values of the type for other files. Intensities can be mapped back only without CLAHE (clahe_clip: 0)
+    window: IntensityWindow | None = None
     fit: Literal["pad", "squash"] = "pad"  # keep the aspect ratio with black borders, or stretch
     clahe_clip: NonNegative = 2.0  # contrast limit of CLAHE; 0 disables it
     clahe_tiles: Annotated[int, Field(ge=1, le=256)] = 8  # CLAHE uses tiles x tiles regions
@@ -68,8 +98,38 @@ class Preprocess(Section):
         """Number of classes in a mask, 2 for binary masks."""
         return 2 if self.mask_values is None else len(self.mask_values)
 
+    @property
+    def scale(self) -> IntensityWindow | None:
+        """The window whose intensities all images share; None for percentiles, and with CLAHE, which changes them."""
+        return None if self.window is None or self.window.is_percentile or self.clahe_clip > 0 else self.window
+
+    @property
+    def intensities(self) -> str:
+        """Depth and scale of the images for people, such as "16 bits, black -1000 HU, white 400 HU"."""
+        if self.scale is not None:
+            low, high = (f"{value:g} {self.scale.unit}".rstrip() for value in (self.scale.low, self.scale.high))
+            return f"{self.bits} bits, black {low}, white {high}"
+        return f"{self.bits} bits, without a common unit"
+
+    @model_serializer(mode="wrap")
+    def _without_new_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out keys of later versions at their defaults: stores and models of others keep their bytes."""
+        return {key: value for key, value in dump(self).items() if (key, value) not in _NEW_KEYS.items()}
+
+    @model_validator(mode="after")
+    def _clahe_leaves_no_unit(self) -> Self:
+        if self.window and self.window.unit and not self.window.is_percentile and self.clahe_clip > 0:
+            raise ValueError(
+                f"CLAHE changes intensities, so they would not be in {self.window.unit}; set clahe_clip to 0, or "
+                "remove window.unit"
+            )
+        return self
+
     @model_validator(mode="after")
     def _mask_values_differ(self) -> Self:
         if self.mask_values is not None and len(set(self.mask_values)) != len(self.mask_values):
             raise ValueError(f"mask_values must differ, found {list(self.mask_values)}")
         return self
+
+
+_NEW_KEYS = {"bits": 8, "window": None}  # their defaults

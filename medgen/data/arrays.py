@@ -10,18 +10,19 @@ from numpy.typing import NDArray
 
 from medgen.errors import UserError
 
-DTYPES = (np.uint8, np.float16, np.float32, np.float64)
+DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
+EXPECTED = "uint8 from 0 to 255, uint16 from 0 to 65535, or floats from 0 to 1"
 
 
 def check_images(
     images: Any, name: str, shape: tuple[int, int, int] | None = None
-) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Images as a new array (N, C, H, W), uint8 from 0 to 255 or float32 from 0 to 1.
+) -> NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]:
+    """Images as a new array (N, C, H, W): uint8 from 0 to 255, uint16 from 0 to 65535, or float32 from 0 to 1.
 
     Grey images may leave out C; where the shape is known, a single image may leave out N.
 
     Args:
-        images: uint8 from 0 to 255, or floats from 0 to 1.
+        images: uint8 from 0 to 255, uint16 from 0 to 65535, or floats from 0 to 1.
         name: the argument's name, for error messages.
         shape: the expected C, H, W; None accepts grey and colour images of any size.
 
@@ -30,7 +31,7 @@ def check_images(
     """
     array = np.asarray(images)
     if array.dtype not in DTYPES:
-        raise UserError(f"{name}: found {array.dtype}; expected uint8 from 0 to 255 or floats from 0 to 1")
+        raise UserError(f"{name}: found {array.dtype}; expected {EXPECTED}")
     array = _add_axes(array, shape)
     found = " x ".join(map(str, np.shape(images)))
     if array.ndim != 4 or array.shape[1] not in (1, 3) or not array.size:
@@ -41,8 +42,8 @@ def check_images(
     if shape is not None and array.shape[1:] != shape:
         expected = " x ".join(map(str, shape))
         raise UserError(f"{name}: found images of shape {found}; expected (N, C, H, W) with C x H x W = {expected}")
-    if array.dtype == np.uint8:
-        return np.array(array, np.uint8, order="C")
+    if array.dtype.kind == "u":
+        return np.array(array, order="C")
     if not np.isfinite(array).all():
         raise UserError(f"{name}: holds values that are not finite (NaN or infinity); expected floats from 0 to 1")
     low, high = float(array.min()), float(array.max())

@@ -1,23 +1,30 @@
-"""Images of a split that are read when they are indexed, and batches of images.
+"""Images of a split that are read when they are indexed, batches of images, and grey values as floats.
+
+Stored images are integers from 0 to the maximum of their type, networks and metrics take floats from 0 to 1.
 
 Shapes: N images, C channels, H W height and width.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from medgen.data.store import Split
+from medgen.errors import UserError
+
+DTYPES = {8: torch.uint8, 16: torch.uint16}  # by preprocess.bits
 
 
 class StoredImages:
-    """Images (N, C, H, W) uint8 of some rows of a split, or of all; indexed like a tensor, by a slice or by rows."""
+    """Images (N, C, H, W) of some rows of a split, or of all; indexed like a tensor, by a slice or by rows."""
 
     def __init__(self, split: Split, rows: Tensor | None = None) -> None:
         self._images = split.images
         self._rows = torch.arange(len(split.images)) if rows is None else rows
         self.shape = torch.Size([len(self._rows), *split.images.shape[1:]])
+        self.dtype = torch.from_numpy(np.empty(0, split.images.dtype)).dtype
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -26,7 +33,30 @@ class StoredImages:
         return torch.from_numpy(self._images[self._rows[index].numpy()])
 
 
-Images = Tensor | StoredImages  # uint8, or floats in [0, 1]
+Images = Tensor | StoredImages  # uint8 or uint16, or floats in [0, 1]
+
+
+def maximum(images: Images) -> float:
+    """The value of white."""
+    return 1.0 if images.dtype.is_floating_point else float(torch.iinfo(images.dtype).max)
+
+
+def to_floats(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Stored images as floats in [0, 1], by default float32; floats keep their values."""
+    if images.is_floating_point():
+        return images.to(dtype or images.dtype)
+    return images.to(dtype or torch.float32).div_(maximum(images))
+
+
+def to_stored(images: Tensor, bits: int) -> Tensor:
+    """Floats in [0, 1] rounded to 2^bits grey values, as real images are; else a classifier could find the difference.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    if not bool(torch.isfinite(images).all()):
+        raise UserError("the model's images hold values that are not finite; train the model again")
+    return (images.clamp(0.0, 1.0) * torch.iinfo(DTYPES[bits]).max).round().to(DTYPES[bits])
 
 
 def split_images(images: Images, size: int) -> Iterator[Tensor]:

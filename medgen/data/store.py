@@ -1,12 +1,12 @@
-"""Read and write the preprocessed dataset: memory-mapped uint8 arrays and a manifest with the source of each row.
+"""Read and write the preprocessed dataset: memory-mapped arrays and a manifest with the source of each row.
 
 artifacts/dataset/
-  train/ val/ test/   images-00000.npy, images-00001.npy, … (N, C, H, W) uint8 · labels.npy (N,) int64
+  train/ val/ test/   images-00000.npy, images-00001.npy, … (N, C, H, W) uint8 or uint16 · labels.npy (N,) int64
                       masks-00000.npy, … (N, 1, H, W) uint8 class numbers
   manifest.csv        row i of a split = array row i: source file, index in the file, sha256, label, patient,
                       original size and mode; sex, age and view if the user's manifest.csv has any of them
   rejected.csv        files and images that are not in the dataset, with reasons
-  dataset.json        schema, classes, shape, counts, preprocessing, hash of every file
+  dataset.json        schema, classes, shape, counts, preprocessing, intensities, hash of every file
 artifacts/dataset.checked.json   time stamps of the files at the last check of their hashes; can be deleted
 
 Images and masks are in shards of at most SHARD_BYTES, or of one image. All shards but the last have the same number of
@@ -68,6 +68,11 @@ class ShardedArray:
         self.shape: tuple[int, ...] = (sum(map(len, shards)), *shards[0].shape[1:])
         self.dtype = shards[0].dtype
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -106,7 +111,7 @@ class Split:
     """The memory-mapped, read-only arrays of one split."""
 
     name: str
-    images: ShardedArray  # (N, C, H, W) uint8
+    images: ShardedArray  # (N, C, H, W) uint8 or uint16
     labels: NDArray[np.int64]  # (N,), -1 if unlabelled
     masks: ShardedArray | None  # (N, 1, H, W) uint8 class numbers, 0/1 if binary; see `masked_rows`
     manifest: Path
@@ -201,11 +206,13 @@ def open_store(folder: Path) -> Store:
         _write_checked(folder, checked, earlier)
         counts = description["counts"]
         shape = tuple(description["image_shape"])
+        preprocess = config.Preprocess.model_validate(description["preprocessing"])
         for split in SPLITS:  # the fingerprint, checked above, covers all files, but not the counts
             images, expected_shape = _open_shards(folder / split, "images"), (counts[split], *shape)
-            if images is None or images.shape != expected_shape:
-                found = "no file" if images is None else f"shape {images.shape}"
-                raise _damaged(folder / split / "images-*.npy", f"found {found}; expected {expected_shape}")
+            if images is None or images.shape != expected_shape or images.dtype != f"u{preprocess.bits // 8}":
+                found = "no file" if images is None else f"{images.dtype} {images.shape}"
+                expected = f"uint{preprocess.bits} {expected_shape}"
+                raise _damaged(folder / split / "images-*.npy", f"found {found}; expected {expected}")
         return Store(
             folder=folder,
             classes=tuple(description["classes"]),
@@ -214,7 +221,7 @@ def open_store(folder: Path) -> Store:
             fingerprint=description["fingerprint"],
             source=description["source"],
             name=description["name"],
-            preprocess=config.Preprocess.model_validate(description["preprocessing"]),
+            preprocess=preprocess,
         )
 
 
@@ -252,13 +259,20 @@ class StoreWriter:
     """
 
     def __init__(
-        self, folder: Path, image_shape: tuple[int, int, int], with_masks: bool, with_attributes: bool = False
+        self,
+        folder: Path,
+        image_shape: tuple[int, int, int],
+        with_masks: bool,
+        with_attributes: bool = False,
+        bits: int = 8,
     ) -> None:
+        """`bits` of an image's grey value: 8 or 16."""
         self.folder = folder
         self._columns = COLUMNS + (ATTRIBUTES if with_attributes else ())
         self.building = folder.with_name(f"{folder.name}.building")
         self.shape = image_shape
         self.shapes = {"images": image_shape} | ({"masks": (1, *image_shape[1:])} if with_masks else {})
+        self.dtypes = {"images": np.dtype(f"u{bits // 8}"), "masks": np.dtype(np.uint8)}
         self._staging = self.building / "staging"
         self._open_files = ExitStack()
 
@@ -274,12 +288,12 @@ class StoreWriter:
         self._open_files.close()
         shutil.rmtree(self.building, ignore_errors=True)  # does not exist after commit
 
-    def add(self, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None, row: Mapping[str, str]) -> None:
+    def add(self, image: NDArray[Any], mask: NDArray[np.uint8] | None, row: Mapping[str, str]) -> None:
         """Append an image (C, H, W), a mask (1, H, W) of class numbers, and the manifest row without its split."""
         items = {"images": image, "masks": np.zeros((1, *self.shape[1:]), np.uint8) if mask is None else mask}
         for kind, shape in self.shapes.items():
-            if items[kind].shape != shape or items[kind].dtype != np.uint8:
-                raise ValueError(f"expected uint8 {shape}, found {items[kind].dtype} {items[kind].shape}")
+            if items[kind].shape != shape or items[kind].dtype != self.dtypes[kind]:
+                raise ValueError(f"expected {self.dtypes[kind]} {shape}, found {items[kind].dtype} {items[kind].shape}")
             self._arrays[kind].write(np.ascontiguousarray(items[kind]).data)
         self._rows.writerow(row)
 
@@ -312,7 +326,8 @@ class StoreWriter:
             "fingerprint": config.fingerprint(SCHEMA, classes, self.shape, files),
             "classes": classes,
             "image_shape": self.shape,
-            "intensity": [0, 255],
+            "intensity": [0, np.iinfo(self.dtypes["images"]).max],
+            **_scale(preprocessing, np.iinfo(self.dtypes["images"]).max),
             "counts": counts,
             "preprocessing": preprocessing,
             "source": source,
@@ -339,12 +354,17 @@ class StoreWriter:
                 labels.append(index[row["label"]])
                 manifest.writerow({**row, "split": split})
         for kind, shape in self.shapes.items():
-            staged = np.memmap(self._staging / kind, np.uint8, "r", shape=(len(splits), *shape))
-            size = max(1, SHARD_BYTES // math.prod(shape))
+            dtype = self.dtypes[kind]
+            staged = np.memmap(self._staging / kind, dtype, "r", shape=(len(splits), *shape))
+            size = max(1, SHARD_BYTES // (math.prod(shape) * dtype.itemsize))
             for shard, start in enumerate(range(0, max(1, len(rows)), size)):
                 chosen_rows = rows[start : start + size]
                 with (folder / f"{kind}-{shard:05}.npy").open("wb") as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen_rows), *shape)}
+                    header = {
+                        "descr": npy.dtype_to_descr(dtype),
+                        "fortran_order": False,
+                        "shape": (len(chosen_rows), *shape),
+                    }
                     npy.write_array_header_1_0(file, header)
                     for number in chosen_rows:
                         file.write(staged[number].data)
@@ -353,6 +373,14 @@ class StoreWriter:
 
     def _read_rows(self) -> Iterator[dict[str, str]]:
         return read_csv(self._staging / MANIFEST, self._columns)
+
+
+def _scale(preprocessing: Mapping[str, Any], white: int) -> dict[str, Any]:
+    """The entry `scale` of dataset.json, with which slope · grey value + intercept is the intensity in the unit."""
+    window = config.Preprocess.model_validate(preprocessing).scale
+    if window is None:
+        return {}
+    return {"scale": {"slope": (window.high - window.low) / white, "intercept": window.low, "unit": window.unit}}
 
 
 @contextmanager

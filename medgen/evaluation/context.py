@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medgen.config import Evaluate, Project
 from medgen.console import warn
-from medgen.data.images import Images, StoredImages, split_images
+from medgen.data.images import Images, StoredImages, split_images, to_floats, to_stored
 from medgen.data.store import Split, Store
 from medgen.datasets.weights import WEIGHTS, checked_weights
 from medgen.errors import UserError
@@ -59,6 +59,10 @@ class EvaluationContext:
     def device(self) -> torch.device:
         """Device of all networks."""
         return self.world.device
+
+    def to_stored(self, images: Tensor) -> Tensor:
+        """Floats in [0, 1] as the dataset stores images; raises as `medgen.data.images.to_stored`."""
+        return to_stored(images, self.store.preprocess.bits)
 
     @cached_property
     def compared_rows(self) -> Tensor:
@@ -202,12 +206,12 @@ def find_local_network(params: Evaluate, root: Path, device: torch.device) -> Lo
 
 
 def describe_images(context: EvaluationContext, images: Images) -> ImageSet:
-    """Domain features and radial power of images (N, C, H, W) uint8."""
+    """Domain features and radial power of images (N, C, H, W) as stored."""
     return image_set(map_images(context, images, lambda batch: describe_batch(context, batch)))
 
 
 def describe_batch(context: EvaluationContext, images: Tensor) -> Tensor:
-    """Features and radial power of images (B, C, H, W) uint8 side by side, for `image_set`: (B, 128 + R)."""
+    """Features and radial power of images (B, C, H, W) as stored side by side, for `image_set`: (B, 128 + R)."""
     return torch.cat([extract_features(context.extractor, images, len(images)), radial_power(images)], dim=1)
 
 
@@ -245,26 +249,15 @@ def own_share(world: World, count: int) -> slice:
 
 @torch.no_grad()
 def extract_features(extractor: DomainExtractor, images: Images, batch_size: int) -> Tensor:
-    """Domain features (N, 128), on the CPU, of images (N, C, H, W) uint8."""
+    """Domain features (N, 128), on the CPU, of images (N, C, H, W) as stored."""
     device = extractor.mean.device
     parts = split_images(images, batch_size)
-    return torch.cat([extractor(part.to(device).float() / 255.0).cpu() for part in parts])
+    return torch.cat([extractor(to_floats(part.to(device))).cpu() for part in parts])
 
 
 def labels_of(split: Split) -> Tensor:
     """Labels (N,) int64 of a split, in memory."""
     return torch.from_numpy(np.array(split.labels[:]))
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Floats in [0, 1] as uint8, the type of real images; otherwise a classifier could separate the two by rounding.
-
-    Raises:
-        UserError: a value is not finite.
-    """
-    if not bool(torch.isfinite(images).all()):
-        raise UserError("the model's images hold values that are not finite; train the model again")
-    return (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
 
 
 def proportional_labels(frequencies: Tensor, n: int) -> Tensor:

@@ -66,8 +66,10 @@ def describe_model(project: Project, store: Store, info: BundleInfo) -> dict[str
         for name, value in values.model_dump(mode="json", exclude_none=True).items()
         if name != "volume" or info.preprocess.volume != Volume()
     }
+    intensities = {"intensities": info.preprocess.intensities} if info.preprocess.scale else {}
     return {
         "images": f"{counts}; {' x '.join(map(str, store.image_shape))}",
+        **intensities,
         "classes": ", ".join(store.classes) or "none",
         "dataset": f"{store.name} {store.fingerprint}",
         "run": info.run,
@@ -171,6 +173,7 @@ def _card_sections(
     if init_from:
         terms += f" Training started from the weights {init_from}: their terms may apply too."
     counts = ", ".join(f"{count:,} {name}" for name, count in store.counts.items())
+    scale = [f"Intensities: {store.preprocess.intensities}."] if store.preprocess.scale else []
     privacy = "The report page shows images of the dataset where it says so: publish it only if they are public."
     if generative:
         privacy += " The search for copies does not find images that are rotated or warped."
@@ -192,6 +195,7 @@ def _card_sections(
         "Data": [
             f"Dataset {store.name}, version {store.fingerprint}: {counts} images"
             + (f", classes {', '.join(store.classes)}." if store.classes else ", without classes."),
+            *scale,
             "All images of a patient are in the same split, as far as patients are known.",
             f"Licence of the images: {data_license}",
         ],

@@ -81,7 +81,7 @@ class Computed:
     """Values of images for the metrics, which all processes compute together and all get."""
 
     reconstructions: Reconstructions
-    samples: Tensor  # (M, C, H, W) uint8
+    samples: Tensor  # (M, C, H, W) as stored
     features: FeatureSets
     networks: dict[str, list[Tensor]]
     refined: RefinedReconstructions | None

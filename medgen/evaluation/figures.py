@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import Images
-from medgen.evaluation.context import EvaluationContext, proportional_labels, to_uint8
+from medgen.data.images import Images, to_floats
+from medgen.evaluation.context import EvaluationContext, proportional_labels
 from medgen.evaluation.label_accuracy import LabelSwap
 from medgen.evaluation.reconstruction import reconstruct_rows, refine_rows
 from medgen.evaluation.segmentation import SegmentationResult
@@ -57,9 +57,9 @@ def write_reconstructions(figures: Path, context: EvaluationContext) -> None:
     """Write reconstructions.png: test images over their reconstructions, over the refined ones."""
     rows = subsample(context.compared_rows, min(NUM_RECONSTRUCTIONS, len(context.compared_rows)))
     originals, _, decoded = reconstruct_rows(context, rows)
-    stacks = {"original": originals, "reconstruction": to_uint8(decoded)}
+    stacks = {"original": originals, "reconstruction": context.to_stored(decoded)}
     if context.refiner:
-        stacks["refined"] = to_uint8(refine_rows(context, rows, decoded))
+        stacks["refined"] = context.to_stored(refine_rows(context, rows, decoded))
     write_stacks(figures / "reconstructions.png", stacks)
 
 
@@ -67,7 +67,7 @@ def write_cases(figures: Path, context: EvaluationContext, ssim: Tensor) -> None
     """Write cases.png: the worst, median and best test images by SSIM (N,) with reconstructions and difference maps."""
     chosen, kinds = select_cases(ssim)
     originals, _, decoded = reconstruct_rows(context, chosen)
-    real, other = (images.float() / 255.0 for images in (originals, to_uint8(decoded)))
+    real, other = (to_floats(images) for images in (originals, context.to_stored(decoded)))
     captions = [f"{kind}\nSSIM {score:.3f}" for kind, score in zip(kinds, ssim[chosen].tolist(), strict=True)]
     stacks = {"original": real, "reconstruction": other, "difference": differences(real, other)}
     write_stacks(figures / CASES, stacks, columns=len(chosen) // 3, captions=captions)

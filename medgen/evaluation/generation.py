@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import Images, StoredImages
+from medgen.data.images import DTYPES, Images, StoredImages, to_stored
 from medgen.evaluation.context import (
     MIN_IMAGES,
     EvaluationContext,
     FeatureSets,
     describe_images,
     map_images,
-    to_uint8,
 )
 from medgen.metrics.c2st import MIN_GROUPS, linear_auc, network_auc
 from medgen.metrics.comparison import ImageSet
@@ -44,8 +43,8 @@ MIN_CLASS_IMAGES = 20  # held-out images of a class for metrics by class
 class Samples(NamedTuple):
     """The evaluated samples as saved images, in the class proportions of the train split."""
 
-    images: Tensor  # (N, C, H, W) uint8, refined if there is a refiner
-    decoded: Tensor | None  # (N, C, H, W) uint8, the same samples before refinement; None without a refiner
+    images: Tensor  # (N, C, H, W) as stored, refined if there is a refiner
+    decoded: Tensor | None  # (N, C, H, W) as stored, the same samples before refinement; None without a refiner
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,12 @@ class RecordingRefiner:
     """A refiner that also records the unrefined images, so that one draw from a slow prior gives both."""
 
     refiner: Refiner
-    decoded: list[Tensor]  # batches (B, C, H, W) uint8, on the CPU
+    decoded: list[Tensor]  # batches (B, C, H, W) as stored, on the CPU
+    bits: int  # of a stored grey value
 
     def sample(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """See `medgen.priors.ImageRefiner`."""
-        self.decoded.append(to_uint8(decoder.decode(latents, labels).float().cpu()))
+        self.decoded.append(to_stored(decoder.decode(latents, labels).float().cpu(), self.bits))
         return self.refiner.sample(decoder, latents, labels, generator)
 
 
@@ -69,7 +69,8 @@ def draw_samples(context: EvaluationContext) -> Samples:
         UserError: the model, its prior or its refiner gives values that are not finite.
     """
     params, world = context.params, context.world
-    none = torch.empty(0, *context.store.image_shape, dtype=torch.uint8)
+    bits = context.store.preprocess.bits
+    none = torch.empty(0, *context.store.image_shape, dtype=DTYPES[bits])
     images, decoded = [none], [none]
     for batch, _ in iterate_samples(
         context.prior,
@@ -78,17 +79,17 @@ def draw_samples(context: EvaluationContext) -> Samples:
         context.sample_labels,
         params.seed,
         params.batch_size,
-        RecordingRefiner(context.refiner, decoded) if context.refiner else None,
+        RecordingRefiner(context.refiner, decoded, bits) if context.refiner else None,
         world.rank,
         world.size,
     ):
-        images.append(to_uint8(batch))
+        images.append(to_stored(batch, bits))
     samples = world.concat(torch.cat(images))
     return Samples(samples, world.concat(torch.cat(decoded)) if context.refiner else None)
 
 
 def describe_sets(context: EvaluationContext, samples: Tensor) -> FeatureSets:
-    """Features of samples (N, C, H, W) uint8, reference images and compared images."""
+    """Features of samples (N, C, H, W) as stored, reference images and compared images."""
     train = context.store.split("train")
     spread = StoredImages(train, subsample(torch.arange(len(train)), min(len(train), MAX_BANDWIDTH_IMAGES)))
     return FeatureSets(
@@ -100,7 +101,7 @@ def describe_sets(context: EvaluationContext, samples: Tensor) -> FeatureSets:
 
 
 def evaluate_samples(context: EvaluationContext, samples: Tensor, features: FeatureSets) -> dict[str, float]:
-    """Metrics of samples (N, C, H, W) uint8 against the compared images, with 95 % intervals by patient."""
+    """Metrics of samples (N, C, H, W) as stored against the compared images, with 95 % intervals by patient."""
     groups = context.groups
     intervals = domain_distances(features.samples, features.held_out, features.bandwidth, groups)
     intervals |= prdc_intervals(features.held_out.content, features.samples.content, groups)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen.data.arrays import check_images
-from medgen.data.images import Images, StoredImages, split_images
+from medgen.data.images import Images, StoredImages, maximum, split_images, to_floats, to_stored
 from medgen.data.store import Split
 from medgen.errors import UserError
-from medgen.evaluation.context import MAX_HELD_OUT, extract_features, to_uint8
+from medgen.evaluation.context import MAX_HELD_OUT, extract_features
 from medgen.evaluation.generation import classifier_tests, domain_distances
 from medgen.metrics.c2st import MIN_GROUPS
 from medgen.metrics.comparison import ImageSet
@@ -35,7 +35,7 @@ BATCH_SIZE = 64
 class _CheckedImages(NamedTuple):
     """A set of images."""
 
-    pixels: Images  # (N, C, H, W) uint8
+    pixels: Images  # (N, C, H, W) uint8 or uint16
     groups: Groups  # patient of each image
 
     def subsample(self, most: int) -> "_CheckedImages":
@@ -47,7 +47,7 @@ class _CheckedImages(NamedTuple):
 class _MeasuredImages(NamedTuple):
     """A set of images with its features (N, 0 without an extractor) and spectra."""
 
-    pixels: Images  # (N, C, H, W) uint8
+    pixels: Images  # (N, C, H, W) uint8 or uint16
     measured: ImageSet
     groups: Groups  # patient of each image
 
@@ -63,8 +63,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a set of images of any origin against a set of real images.
 
-    Images are arrays (N, C, H, W) or grey (N, H, W), uint8 from 0 to 255 or floats from 0 to 1, or a split of a
-    dataset. Floats are rounded to 256 grey values. The values are those of `medgen evaluate` for the same images.
+    Images are arrays (N, C, H, W) or grey (N, H, W), uint8 from 0 to 255, uint16 from 0 to 65535 or floats from 0 to 1,
+    or a split of a dataset. All are rounded to as many grey values as the reference images have, 256 if these are
+    floats. The values are those of `medgen evaluate` for the same images.
 
     Args:
         images: the images to evaluate, such as a model's samples.
@@ -91,8 +92,9 @@ def evaluate(
     checked = _check(reference, "reference", network, None, patients)
     real = _measure(checked.subsample(MAX_HELD_OUT) if len(checked.pixels) > MAX_HELD_OUT else checked, network)
     shape = (real.pixels.shape[1], real.pixels.shape[2], real.pixels.shape[3])
-    own = _measure(_check(images, "images", network, shape), network)
-    trained_on = None if train is None else _check(train, "train", network, shape)
+    bits = 16 if maximum(real.pixels) > 255 else 8
+    own = _measure(_check(images, "images", network, shape, bits=bits), network)
+    trained_on = None if train is None else _check(train, "train", network, shape, bits=bits)
     bandwidth = None
     if network is not None:
         features = real.measured.features
@@ -137,11 +139,21 @@ def _check(
     network: DomainExtractor | None,
     shape: tuple[int, int, int] | None,
     patients: Sequence[Hashable] | None = None,
+    bits: int | None = None,
 ) -> _CheckedImages:
-    """Check a set of images; those of a split are read where they are used."""
+    """Check a set of images; those of a split are read where they are used.
+
+    `bits` of a grey value are those of the images to compare with; None keeps the images' own, 8 for floats.
+    """
     array = check_images(images.images[:1] if isinstance(images, Split) else images, name, shape)
-    pixels: Images = torch.from_numpy(array) if array.dtype == "uint8" else to_uint8(torch.from_numpy(array))
-    pixels = StoredImages(images) if isinstance(images, Split) else pixels
+    own_bits = 16 if array.dtype == "uint16" else 8
+    pixels: Images
+    if isinstance(images, Split):
+        pixels = StoredImages(images)
+        if bits not in (None, own_bits):
+            raise UserError(f"{name}: found a dataset of {own_bits} bits; expected {bits}, as the reference images")
+    else:
+        pixels = to_stored(to_floats(torch.from_numpy(array)), bits or own_bits)
     groups = images.patients if isinstance(images, Split) else patients
     if groups is not None and len(groups) != len(pixels):
         raise UserError(f"patients: found {len(groups)}; expected one for each of the {len(pixels)} images in {name}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import Images, StoredImages, split_images
+from medgen.data.images import Images, StoredImages, split_images, to_floats
 from medgen.data.store import Split
 from medgen.evaluation.context import EvaluationContext, labels_of
 from medgen.metrics.features import DomainExtractor
@@ -29,7 +29,7 @@ MAX_SWAPPED = 1000
 class LabelSwap:
     """Test images that were encoded with their label and decoded with a wrong one."""
 
-    original: Tensor  # (N, C, H, W) uint8
+    original: Tensor  # (N, C, H, W) as stored
     decoded: Tensor  # (N, C, H, W) in [0, 1]
     true: Tensor  # (N,) labels
     given: Tensor  # (N,) wrong labels
@@ -97,7 +97,7 @@ def decode_with_wrong_labels(
     device = next(model.parameters()).device
     decoded = []
     for part in torch.split(torch.arange(len(rows)), batch_size):
-        latent = model.encode(original[part].to(device).float() / 255.0, true[part].to(device)).mean
+        latent = model.encode(to_floats(original[part].to(device)), true[part].to(device)).mean
         decoded.append(model.decode(latent, given[part].to(device)).float().cpu())
     return LabelSwap(original, torch.cat(decoded), true, given, rows)
 
@@ -111,12 +111,12 @@ def draw_wrong_labels(true: Tensor, known: Tensor, generator: torch.Generator) -
 
 @torch.no_grad()
 def is_correct(extractor: DomainExtractor, images: Images, labels: Tensor, batch_size: int) -> Tensor:
-    """True (N,) for each image (N, C, H, W), uint8 or floats in [0, 1], whose predicted class is its label (N,)."""
+    """True (N,) for each image (N, C, H, W), as stored or floats in [0, 1], whose predicted class is its label (N,)."""
     device = next(extractor.parameters()).device
     predicted = []
     for part in split_images(images, batch_size):
         part = part.to(device)
-        scores = extractor.logits(part if part.is_floating_point() else part.float() / 255.0)
+        scores = extractor.logits(to_floats(part))
         predicted.append(scores.argmax(dim=1).cpu())
     return torch.cat(predicted) == labels
 

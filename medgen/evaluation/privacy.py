@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from medgen.data.images import Images, StoredImages, split_images
+from medgen.data.images import Images, StoredImages, split_images, to_floats
 from medgen.data.store import Split
 from medgen.evaluation.context import (
     EvaluationContext,
@@ -55,7 +55,7 @@ class NearestParts(NamedTuple):
 
 
 def search_train(context: EvaluationContext, features: FeatureSets, samples: Tensor) -> NearestTrain:
-    """Search all train images for the nearest of each sample (N, C, H, W) uint8 and of held-out images.
+    """Search all train images for the nearest of each sample (N, C, H, W) as stored and of held-out images.
 
     All samples are searched. If compared images times train images exceed 10⁹, at least 2,000 compared images are,
     spread evenly. Processes share the train images whose features they compute, and the images that they compare by
@@ -166,6 +166,6 @@ def _measure_reconstruction(
 ) -> Tensor:
     """Squared error of the reconstruction and radial power (n, 1 + R) of some of the split's rows."""
     images, given = StoredImages(split)[rows[numbers]], labels[rows[numbers]].to(context.device)
-    real = images.to(context.device).float() / 255.0
+    real = to_floats(images.to(context.device))
     decoded = context.model.decode(context.model.encode(real, given).mean, given).float()
     return torch.cat([(decoded - real).square().mean(dim=(1, 2, 3))[:, None].cpu(), radial_power(images)], dim=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import StoredImages
+from medgen.data.images import StoredImages, to_floats
 from medgen.evaluation.context import (
     EvaluationContext,
     FeatureSets,
@@ -17,7 +17,6 @@ from medgen.evaluation.context import (
     image_set,
     map_rows,
     own_batches,
-    to_uint8,
 )
 from medgen.metrics import reconstruction
 from medgen.metrics.c2st import MIN_GROUPS, linear_auc
@@ -61,7 +60,7 @@ class _Sums:
         self.codes = torch.zeros(0 if codebook is None else len(codebook), dtype=torch.int64)
 
     def add(self, originals: Tensor, latent: Latent, images: Tensor) -> None:
-        """Add a batch of images (B, C, H, W) uint8, their latents and their reconstructions."""
+        """Add a batch of images (B, C, H, W) as stored, their latents and their reconstructions."""
         self.power += radial_power(images).double().sum(dim=0)
         self.real_power += radial_power(originals).double().sum(dim=0)
         if latent.logvar is not None:
@@ -93,8 +92,8 @@ def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
     scores, sums = [torch.empty(0, len(names), dtype=torch.float64)], _Sums(context)
     for rows in own_batches(context.world, count, context.params.batch_size):
         originals, latent, decoded = reconstruct_rows(context, rows)
-        scores.append(reconstruction.score_images(originals.float() / 255.0, decoded))
-        sums.add(originals, latent, to_uint8(decoded))
+        scores.append(reconstruction.score_images(to_floats(originals), decoded))
+        sums.add(originals, latent, context.to_stored(decoded))
     columns = dict(zip(names, context.world.concat(torch.cat(scores)).unbind(dim=1), strict=True))
     metrics = {f"reconstruction/{name}": float(values.mean()) for name, values in columns.items()}
     metrics |= interval_metrics("reconstruction", {"ssim": mean_interval(columns["ssim"], context.patients)})
@@ -103,9 +102,9 @@ def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
 
 @torch.no_grad()
 def reconstruct_rows(context: EvaluationContext, rows: Tensor) -> tuple[Tensor, Latent, Tensor]:
-    """Held-out images (B, C, H, W) uint8, their latents, and their reconstructions, floats on the CPU."""
+    """Held-out images (B, C, H, W) as stored, their latents, and their reconstructions, floats on the CPU."""
     originals, labels = StoredImages(context.held_out)[rows], context.labels[rows].to(context.device)
-    latent = context.model.encode(originals.to(context.device).float() / 255.0, labels)
+    latent = context.model.encode(to_floats(originals.to(context.device)), labels)
     return originals, latent, context.model.decode(latent.mean, labels).float().cpu()
 
 
@@ -133,9 +132,11 @@ def refine_reconstructions(context: EvaluationContext) -> RefinedReconstructions
     def refine(numbers: Tensor) -> Tensor:
         rows = context.compared_rows[numbers]
         originals, _, decoded = reconstruct_rows(context, rows)
-        refined, real = refine_rows(context, rows, decoded), originals.float() / 255.0
+        refined, real = refine_rows(context, rows, decoded), to_floats(originals)
         scores = torch.stack([score(real, refined) for score in (ssim, reconstruction.psnr)], dim=1)
-        return torch.cat([scores, *(describe_batch(context, to_uint8(images)) for images in (decoded, refined))], dim=1)
+        return torch.cat(
+            [scores, *(describe_batch(context, context.to_stored(images)) for images in (decoded, refined))], dim=1
+        )
 
     columns = map_rows(context, len(context.compared_rows), refine)
     scores, images = columns.tensor_split([2], dim=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medgen.data.images import StoredImages
+from medgen.data.images import StoredImages, to_floats
 from medgen.data.store import Split, Store
 from medgen.errors import UserError
 from medgen.evaluation.context import labels_of, own_batches
@@ -31,10 +31,10 @@ class HeldOutMasks:
 
     @torch.no_grad()
     def predict(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W) uint8, and their true and predicted class indices (B, H, W) uint8, on the CPU."""
+        """Images (B, C, H, W) as stored, and their true and predicted class indices (B, H, W) uint8, on the CPU."""
         assert self.split.masks is not None
         images, device = self._images[rows], next(self.model.parameters()).device
-        inputs = images.to(device).float() / 255.0
+        inputs = to_floats(images.to(device))
         indices = class_indices(self.model.predict(inputs, self._labels[rows].to(device)).prediction.float())
         true = torch.from_numpy(self.split.masks[self.rows[rows].numpy()][:, 0])
         return images, true, indices.to(torch.uint8).cpu()

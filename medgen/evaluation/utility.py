@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from medgen.config import Features, Project, Utility, seed_of
 from medgen.console import counting_bar, say
-from medgen.data.images import Images, StoredImages, split_images
+from medgen.data.images import Images, StoredImages, split_images, to_floats, to_stored
 from medgen.data.store import Store, open_store
 from medgen.errors import UserError
-from medgen.evaluation.context import MAX_HELD_OUT, labels_of, to_uint8
+from medgen.evaluation.context import MAX_HELD_OUT, labels_of
 from medgen.evaluation.label_accuracy import balanced_accuracy, class_mean
 from medgen.io import parsing, read_description, read_tensors, save_artifact, to_json, write_folder
 from medgen.metrics.features import DomainExtractor, ExtractorSizes
@@ -214,7 +214,7 @@ def _show(interval: Interval) -> str:
 def draw_training_samples(
     store: Store, generator: Generator, features: Features, utility: Utility
 ) -> tuple[Tensor, Tensor]:
-    """Samples (M, C, H, W) uint8 as `medgen generate` makes them, refined, and their labels: all classes evenly.
+    """Samples (M, C, H, W) as stored, as `medgen generate` makes them, refined, and their labels: all classes evenly.
 
     Raises:
         UserError: generation does not depend on the label.
@@ -234,7 +234,7 @@ def draw_training_samples(
     with counting_bar() as progress:
         task = progress.add_task("samples", total=len(labels))
         for batch, _ in drawn:
-            images.append(to_uint8(batch))
+            images.append(to_stored(batch, store.preprocess.bits))
             progress.advance(task, len(batch))
     return torch.cat(images), labels
 
@@ -314,7 +314,7 @@ def train_classifier(
     seed: int,
     device: torch.device,
 ) -> DomainExtractor:
-    """A classifier of images trained on equal numbers from each source of images (N, C, H, W) uint8 and labels (N,)."""
+    """A classifier trained on equal numbers of stored images (N, C, H, W) with labels (N,) from each source."""
     sizes = ExtractorSizes(store.image_shape[0], min(store.image_shape[1:]), features.width, len(store.classes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -332,7 +332,7 @@ def train_classifier(
         for (pixels, labels), chance, size in zip(sources, chances, sizes_of_parts, strict=True):
             if size:
                 rows = torch.multinomial(chance, size, replacement=True, generator=generator)
-                images.append(pixels[rows].float() / 255.0)
+                images.append(to_floats(pixels[rows]))
                 targets.append(labels[rows])
         batch = augment(torch.cat(images), generator).to(device)
         loss = F.cross_entropy(network.logits(batch), torch.cat(targets).to(device))
@@ -346,10 +346,10 @@ def train_classifier(
 
 @torch.no_grad()
 def predict(network: DomainExtractor, images: Images, batch_size: int) -> Tensor:
-    """Class (N,) that the network finds in each image (N, C, H, W) uint8."""
+    """Class (N,) that the network finds in each image (N, C, H, W) as stored."""
     device = network.mean.device
     parts = split_images(images, batch_size)
-    return torch.cat([network.logits(part.to(device).float() / 255.0).argmax(dim=1).cpu() for part in parts])
+    return torch.cat([network.logits(to_floats(part.to(device))).argmax(dim=1).cpu() for part in parts])
 
 
 def _mean_accuracy(correct: Tensor, labels: Tensor, classes: Sequence[int], groups: Groups) -> Interval:

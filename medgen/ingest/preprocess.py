@@ -1,4 +1,4 @@
-"""Convert image files to the uint8 dataset store: read, equalise, resize and split.
+"""Convert image files to the dataset store: read, equalise, resize and split.
 
 medgen preprocess --set preprocess.image_size=128
 
@@ -29,13 +29,13 @@ from medgen.ingest.folders import Folder, data_folder
 from medgen.ingest.formats.raw import RawImage
 from medgen.ingest.near_duplicates import THUMBNAIL_SIZE, thumbnail
 from medgen.ingest.reading import ReadResult, hash_sources, read_images
-from medgen.ingest.transforms import preprocess_image, preprocess_mask
+from medgen.ingest.transforms import Stored, preprocess_image, preprocess_mask
 
 _Rejected = tuple[str, str]  # name of an image or path of a file, and the reason
 
 
 # image (C, S, S), mask (1, S, S) of class numbers, thumbnail
-_Sample = tuple[NDArray[np.uint8], NDArray[np.uint8] | None, NDArray[np.uint8]]
+_Sample = tuple[Stored, NDArray[np.uint8] | None, NDArray[np.uint8]]
 
 
 def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -> store.Store:
@@ -104,7 +104,7 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
         return image, small_mask, thumbnail(raw.pixels)
 
     with (
-        store.StoreWriter(project.dataset, shape, with_masks, bool(scanned.attributes)) as writer,
+        store.StoreWriter(project.dataset, shape, with_masks, bool(scanned.attributes), preprocess.bits) as writer,
         ImageIndex(project.runs) as index,
         counting_bar() as progress,
     ):
@@ -237,7 +237,8 @@ def _check_splits(folder: Folder, assigned: Sequence[str | None], rejected: Sequ
 
 def _num_bytes(num_records: int, preprocess: config.Preprocess) -> int:
     """Peak disk use of a build: images as read, images by split, and thumbnails."""
-    return num_records * (2 * preprocess.channels * preprocess.image_size**2 + THUMBNAIL_SIZE**2)
+    image_bytes = preprocess.channels * preprocess.image_size**2 * preprocess.bits // 8
+    return num_records * (2 * image_bytes + THUMBNAIL_SIZE**2)
 
 
 def _check_disk_space(project: Project, num_records: int, preprocess: config.Preprocess) -> None:

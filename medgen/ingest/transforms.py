@@ -1,6 +1,6 @@
 """Convert an image or mask to the square size of the store: contrast, resize, borders.
 
-square = preprocess_image(raw.pixels, preprocess)     # (C, S, S) uint8
+square = preprocess_image(raw.pixels, preprocess)     # (C, S, S) uint8 or uint16
 
 Shapes: H W height and width of the original, C channels, S side of the square.
 """
@@ -14,27 +14,33 @@ from numpy.typing import NDArray
 from medgen.config import Preprocess
 from medgen.ingest.formats.raw import Pixels, RawImage, UnreadableImage
 
+Stored = NDArray[np.uint8] | NDArray[np.uint16]
+
 _ASPECT_TOLERANCE = 0.02  # a mask may have another resolution, and so a rounded aspect ratio, but no other shape
 _MIN_BIN_LIMIT = 16  # CLAHE's contrast limit is a whole number of pixels per bin; smaller ones would be rounded visibly
 
 
-def preprocess_image(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Image (H, W) or RGB (H, W, 3) -> (C, S, S) uint8: CLAHE at full size, resize, black borders for the fit `pad`.
+def preprocess_image(pixels: Pixels, preprocess: Preprocess) -> Stored:
+    """Image (H, W) or RGB (H, W, 3) -> (C, S, S): CLAHE at full size, resize, black borders for the fit `pad`.
+
+    The result is uint8, or uint16 with `preprocess.bits` 16.
 
     CLAHE as in Zuiderveld, Graphics Gems IV (1994). On RGB it is applied to the luma only, which keeps the hue.
     `clahe_clip` 0 disables it. `preprocess.channels` is C: grey is copied to three channels, RGB is reduced to luma.
     """
     image: Any = pixels
+    if preprocess.bits == 16 and image.dtype == np.uint8:
+        image = image.astype(np.uint16) * np.uint16(257)  # 65535 / 255
     if image.ndim == 3 and preprocess.channels == 1:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if preprocess.clahe_clip > 0:
         equalise = _equalise if image.ndim == 2 else _equalise_luma
         image = equalise(image, preprocess.clahe_clip, preprocess.clahe_tiles)
     square: Any = _resize(image, preprocess.image_size, preprocess.fit)
-    if square.dtype == np.uint16:
+    if square.dtype == np.uint16 and preprocess.bits == 8:
         square = np.rint(square / np.float32(257)).astype(np.uint8)  # 65535 / 255
     square = square[None] if square.ndim == 2 else square.transpose(2, 0, 1)
-    repeated: NDArray[np.uint8] = np.repeat(square, preprocess.channels // len(square), axis=0)
+    repeated: Stored = np.repeat(square, preprocess.channels // len(square), axis=0)
     return repeated
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medgen.data.images import Images
+from medgen.data.images import Images, to_floats
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, mean_variance, select_groups
 
@@ -72,7 +72,7 @@ def network_auc(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Interval:
-    """AUC of a small convolutional network on pixels (N, C, H, W) and (M, C, H, W) uint8, with an interval by group.
+    """AUC of a small convolutional network on stored pixels (N, C, H, W) and (M, C, H, W), with an interval by group.
 
     Training uses patches of at most 64 x 64 pixels at full resolution, mirrored at random, and at most 1,000 images of
     each set, spread evenly over it.
@@ -223,4 +223,4 @@ def _network_scores(network: _Network, images: Tensor, device: torch.device | st
 
 
 def _floats(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1.0
+    return 2.0 * to_floats(images) - 1.0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from medgen.data.images import Images
+from medgen.data.images import Images, to_floats
 from medgen.metrics.intervals import Groups, Interval, select_groups, two_set_intervals
 
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first
@@ -103,8 +103,8 @@ def frechet_interval(
 def ms_ssim_diversity(images: Images, num_pairs: int = 400, seed: int = 0) -> float:
     """Mean MS-SSIM over random pairs of images; above the real set's value, the images are too similar.
 
-    Images are (N, C, H, W), floats in [0, 1] or uint8, N > 1; a pair has different images, drawn with replacement, and
-    its value is the mean over channels. Uses as many of the five scales as fit an 11-pixel window (five above 160
+    Images are (N, C, H, W), N > 1, as stored or floats in [0, 1]; a pair has different images, drawn with replacement,
+    and its value is the mean over channels. Uses as many of the five scales as fit an 11-pixel window (five above 160
     pixels, four above 80, three above 40, two above 20) and rescales their weights to a sum of 1, so compare only
     images of equal size.
 
@@ -122,7 +122,7 @@ def ms_ssim_diversity(images: Images, num_pairs: int = 400, seed: int = 0) -> fl
     values = []
     for rows in torch.split(torch.stack([first, second]), _PAIRS_PER_BATCH, dim=1):
         pair = [images[own] for own in rows]
-        one, other = (part if part.is_floating_point() else part.float() / 255.0 for part in pair)
+        one, other = map(to_floats, pair)
         for channel in range(images.shape[1]):
             own = slice(channel, channel + 1)
             value = multiscale_structural_similarity_index_measure(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from medgen.data.images import to_floats
 from medgen.errors import UserError
 
 NUM_FEATURES = 2048
@@ -31,7 +32,7 @@ class InceptionOutput(NamedTuple):
 class Inception(nn.Module):
     """The Inception network of 2015 for images of any size.
 
-    Grey is repeated to three channels and floats are rounded to uint8, as in a PNG. The network resizes to 299 x 299 as
+    Grey is repeated to three channels and values are rounded to uint8, as in a PNG. The network resizes to 299 x 299 as
     TensorFlow 1 did; published values depend on this.
     """
 
@@ -42,7 +43,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> InceptionOutput:
-        """The output for images (N, 1 or 3, H, W), uint8 or floats in [0, 1]."""
+        """The output for images (N, 1 or 3, H, W), as stored or floats in [0, 1]."""
         device = next(self.network.parameters()).device
         parts = [self.network(to_uint8_rgb(part).to(device)) for part in torch.split(images, _BATCH_SIZE)]
         features, logits = (torch.cat([part[i].float().cpu() for part in parts]) for i in range(2))
@@ -76,9 +77,9 @@ def load_inception(path: Path) -> Inception:
 
 
 def to_uint8_rgb(images: Tensor) -> Tensor:
-    """Images (N, 1 or 3, H, W), uint8 or floats in [0, 1] -> (N, 3, H, W) uint8."""
-    if images.is_floating_point():
-        images = (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+    """Images (N, 1 or 3, H, W), as stored or floats in [0, 1] -> (N, 3, H, W) uint8."""
+    if images.dtype != torch.uint8:
+        images = (to_floats(images).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
     return images.expand(-1, 3, -1, -1)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen.config import LocalNetwork as Params
+from medgen.data.images import to_floats
 from medgen.errors import UserError
 
 # name of each architecture's last layer, which is replaced by the identity
@@ -44,7 +45,7 @@ class LocalNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features (N, D), on the CPU, of images (N, 1 or 3, H, W) uint8.
+        """Features (N, D), on the CPU, of images (N, 1 or 3, H, W) as stored.
 
         Raises:
             UserError: the network fails on the images, or does not return one finite vector for each.
@@ -53,7 +54,7 @@ class LocalNetwork(nn.Module):
 
     def _features(self, images: Tensor) -> Tensor:
         side = self.params.image_size
-        values = images.to(self.mean.device).float().expand(-1, 3, -1, -1) / 255.0
+        values = to_floats(images.to(self.mean.device)).expand(-1, 3, -1, -1)
         values = F.interpolate(values, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
         try:
             features = self.network((values - self.mean) / self.std)

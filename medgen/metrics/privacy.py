@@ -227,7 +227,7 @@ def nearest_by_parts(images: Images, train: Images, device: torch.device | str =
 def nearest_by_pixels(
     images: Images, train: Images, device: torch.device | str = "cpu", region: Region = WHOLE
 ) -> Nearest:
-    """Nearest train image of each image (N, C, H, W) by shifted correlation with train (M, C, H, W), uint8 or floats.
+    """Nearest train image of each image (N, C, H, W) by shifted correlation with train (M, C, H, W).
 
     With a region only that part of the images is compared; the mirror image of a train image is cut in the same place.
 

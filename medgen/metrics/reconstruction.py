@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medgen.data.images import Images, split_images
+from medgen.data.images import Images, maximum, split_images, to_floats
 from medgen.metrics.generation import subsample
 from medgen.nn.ssim import ssim
 
@@ -75,7 +75,7 @@ def score_images(original: Tensor, reconstruction: Tensor) -> Tensor:
 def pca_ssim(train: Images, test: Images, num_components: Sequence[int]) -> dict[int, float]:
     """Mean SSIM, by number of components, of test images reconstructed from principal components of the train split.
 
-    Images are (N, C, H, W) and (M, C, H, W) uint8; reconstructions are clipped to [0, 1]. PCA has the lowest squared
+    Stored images are (N, C, H, W) and (M, C, H, W); reconstructions are clipped to [0, 1]. PCA has the lowest squared
     error of all linear autoencoders with as many latent dimensions. The number of components is at most
     min(N - 1, pixels). The components come from at most 65,536 images, spread evenly over the train split; from at most
     4,096 if an image has more than 4,096 pixels.
@@ -87,7 +87,7 @@ def pca_ssim(train: Images, test: Images, num_components: Sequence[int]) -> dict
     limit = min(num_train - 1, num_pixels)
     scores: dict[int, list[Tensor]] = {count: [] for count in num_components}
     for images in split_images(test, max(1, _PIXELS_PER_CHUNK // num_pixels)):
-        original = images.flatten(1).double() / 255.0
+        original = to_floats(images.flatten(1), torch.float64)
         for count, values in scores.items():
             projected = (basis.mean + basis.project(original - basis.mean, min(count, limit))).clamp(0.0, 1.0)
             values.append(ssim(original.reshape(-1, *shape), projected.reshape(-1, *shape)))
@@ -103,10 +103,10 @@ class _PixelSpace:
         gram = torch.zeros(num_pixels, num_pixels, dtype=torch.float64)
         chunks = torch.split(rows, max(1, _PIXELS_PER_CHUNK // num_pixels))
         for chunk in chunks:
-            total += train[chunk].flatten(1).sum(dim=0)
-        self.mean = total.double() / len(rows) / 255.0
+            total += train[chunk].flatten(1).sum(dim=0, dtype=torch.int64)
+        self.mean = total.double() / len(rows) / maximum(train)
         for chunk in chunks:
-            centred = train[chunk].flatten(1).double() / 255.0 - self.mean
+            centred = to_floats(train[chunk].flatten(1), torch.float64) - self.mean
             gram += centred.T @ centred
         self.vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)  # (P, P), largest first
 
@@ -125,7 +125,7 @@ class _ImageSpace:
 
     def __init__(self, train: Images, rows: Tensor) -> None:
         self.train = train[rows].flatten(1)
-        self.mean = self.train.sum(dim=0).double() / len(rows) / 255.0
+        self.mean = self.train.sum(dim=0, dtype=torch.int64).double() / len(rows) / maximum(self.train)
         gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         for chunk in self._chunks():
             pixels = self._centred(chunk)
@@ -148,5 +148,5 @@ class _ImageSpace:
         return [slice(start, start + size) for start in range(0, len(self.mean), size)]
 
     def _centred(self, chunk: slice) -> Tensor:
-        centred: Tensor = self.train[:, chunk].double() / 255.0 - self.mean[chunk]
+        centred: Tensor = to_floats(self.train[:, chunk], torch.float64) - self.mean[chunk]
         return centred

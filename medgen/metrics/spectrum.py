@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from medgen.data.images import to_floats
+
 BAND_EDGES = (0.0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the bands, as shares of the Nyquist frequency
 NUM_BANDS = len(BAND_EDGES) - 1
 _IMAGES_PER_BATCH = 256
@@ -18,7 +20,7 @@ _MIN_POWER = 1e-8  # below the power of quantisation to 256 grey values; keeps t
 
 
 def radial_power(images: Tensor) -> Tensor:
-    """Mean power (N, R) at each radial frequency of images (N, C, H, W), uint8 or floats in [0, 1].
+    """Mean power (N, R) at each radial frequency of images (N, C, H, W), as stored or floats in [0, 1].
 
     The mean of each channel is subtracted and a Hann window applied, so that the jump between opposite borders adds no
     power. The radial frequency of a coefficient is its rounded distance from 0; channels are averaged.
@@ -30,7 +32,7 @@ def radial_power(images: Tensor) -> Tensor:
     counts = torch.bincount(ring, minlength=num_frequencies + 1)[1 : num_frequencies + 1]
     parts = []
     for part in torch.split(images, _IMAGES_PER_BATCH):
-        part = part if part.is_floating_point() else part.float() / 255.0
+        part = to_floats(part)
         centred = (part - part.mean(dim=(2, 3), keepdim=True)) * window
         power = torch.fft.fft2(centred, norm="ortho").abs().square().mean(dim=1).flatten(1)  # (n, H·W)
         sums = torch.zeros(len(part), int(ring.max()) + 1).index_add_(1, ring, power)

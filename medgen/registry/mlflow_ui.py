@@ -144,6 +144,8 @@ def _describe_parts(artifacts: Artifacts) -> str:
         f"{info.model.name} with the prior {artifacts.prior}: generates images {height}×{width}×{channels} uint8; "
         f"classes: {classes}. Input: n, label and seed of new images, or an image (base64) to reconstruct."
     )
+    if info.preprocess.scale:
+        text += f" Intensities of the train images: {info.preprocess.intensities}."
     if artifacts.refiner:
         text += " A refiner adds detail that the decoder omits to new images, unless refine is false."
     return text

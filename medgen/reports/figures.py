@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from medgen.data.images import to_floats
 from medgen.io import replace_folder, write_atomic
 from medgen.reports import fonts
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Pixels = npt.NDArray[np.uint8]
-Images = Tensor | npt.NDArray[Any]  # (N, 1 or 3, H, W), floats in [0, 1] or uint8
+Images = Tensor | npt.NDArray[Any]  # (N, 1 or 3, H, W), floats in [0, 1], uint8 or uint16
 
 _GAP = 2  # pixels between tiles
 _CAPTION_HEIGHT = 18
@@ -50,10 +51,26 @@ _STYLE: dict[Any, Any] = {  # added to matplotlib's defaults; the user's setting
 
 
 def write_image(path: Path, image: Tensor) -> None:
-    """Write one image (1 or 3, H, W), uint8 or floats in [0, 1], as PNG."""
+    """Write one image (1 or 3, H, W) as PNG: uint16 in 16 bits, uint8 or floats in [0, 1] in 8 bits."""
     if image.is_floating_point():
         image = (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
-    _save(path, Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()), "PNG")
+    pixels = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    if pixels.dtype == np.uint8:
+        _save(path, Image.fromarray(pixels), "PNG")
+    else:
+        write_atomic(path, encode_deep(".png", pixels))
+
+
+def encode_deep(suffix: str, pixels: npt.NDArray[Any]) -> bytes:
+    """Content of a .png file of uint16 or a .tif file of any type, from grey (H, W) or RGB (H, W, 3).
+
+    Pillow writes no RGB of more than 8 bits.
+    """
+    import cv2
+
+    bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2BGR)
+    content: bytes = cv2.imencode(suffix, bgr)[1].tobytes()
+    return content
 
 
 def write_images(folder: Path, images: Iterable[Tensor]) -> None:
@@ -136,11 +153,11 @@ def write_stacks(
 
 
 def overlay(images: Tensor, true: Tensor, predicted: Tensor) -> Tensor:
-    """Images (N, C, H, W) uint8 tinted by masks of class indices (N, H, W), as floats (N, 3, H, W) in [0, 1].
+    """Images (N, C, H, W) as stored tinted by masks of class indices (N, H, W), as floats (N, 3, H, W) in [0, 1].
 
     Blue: the prediction is a correct class other than 0; red: it misses such a class; yellow: false positive.
     """
-    result = images.float().expand(-1, 3, -1, -1) / 255.0
+    result = to_floats(images).expand(-1, 3, -1, -1)
     for pixels, colour in (
         ((true > 0) & (predicted == true), (0, 114, 178)),
         ((true > 0) & (predicted != true), (213, 94, 0)),
@@ -301,6 +318,8 @@ def _tiles(images: Images, scale: int | None) -> Pixels:
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()  # NumPy has no bfloat16
     array = np.asarray(images)
+    if array.dtype == np.uint16:
+        array = array / np.float32(np.iinfo(array.dtype).max)
     if array.ndim != 4 or len(array) == 0 or array.shape[1] not in (1, 3):
         raise ValueError(f"images: expected (N, 1 or 3, H, W) with N > 0, found shape {array.shape}")
     if array.dtype != np.uint8:

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen import config
-from medgen.config import Project, Tracking
+from medgen.config import IntensityWindow, Project, Tracking
 from medgen.data.arrays import check_images
+from medgen.data.images import to_floats, to_stored
 from medgen.data.s3 import is_s3
 from medgen.data.store import Store, open_store
 from medgen.datasets.stores import fetch_store
 from medgen.errors import UserError
-from medgen.evaluation.context import to_uint8
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.models.bundle import label_to_encode
 from medgen.priors import find_label, sample_images
@@ -44,8 +44,9 @@ class Model:
     """A trained model with its prior and, if there is one, its refiner.
 
     Images are arrays (N, C, H, W) as in a dataset: `dataset.split("test").images[:8]` is a valid argument. Methods take
-    uint8 from 0 to 255 or floats from 0 to 1, and return uint8. Grey images may leave out C, and a single image N. An
-    image must have the model's size and preprocessing: `read` gives that of a file.
+    uint8 from 0 to 255, uint16 from 0 to 65535 or floats from 0 to 1, and return images as the dataset stores them:
+    uint8, or uint16 with `preprocess.bits` 16. Grey images may leave out C, and a single image N. An image must have
+    the model's size and preprocessing: `read` gives that of a file.
 
     Labels are class names or indices, one for all images or one for each.
     """
@@ -73,12 +74,17 @@ class Model:
         return self._info.image_shape
 
     @property
+    def scale(self) -> IntensityWindow | None:
+        """Intensities of black (`low`) and white (`high`) and their `unit`; None if the images have no common scale."""
+        return self._info.preprocess.scale
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of the latent of an image."""
         return tuple(self._network.latent_shape)
 
-    def read(self, path: str | Path) -> NDArray[np.uint8]:
-        """The image of a file, preprocessed as the train images were: uint8 (1, C, H, W).
+    def read(self, path: str | Path) -> NDArray[Any]:
+        """The image of a file, preprocessed as the train images were: (1, C, H, W).
 
         All formats of docs/data.md are read; a volume or series gives its middle slice.
 
@@ -86,14 +92,14 @@ class Model:
             UserError: the file is not a readable image.
         """
         try:
-            return to_uint8(load_image(Path(path), self._info.preprocess)).numpy()
+            return self._stored(load_image(Path(path), self._info.preprocess))
         except UnreadableImage as error:
             raise UserError(f"{path}: not readable as an image: {error}") from None
 
     def sample(
         self, n: int = 1, label: Labels | None = None, seed: int | None = None, refine: bool = True
-    ) -> NDArray[np.uint8]:
-        """`n` new images, uint8 (n, C, H, W).
+    ) -> NDArray[Any]:
+        """`n` new images (n, C, H, W).
 
         Args:
             n: number of images.
@@ -108,7 +114,7 @@ class Model:
         seed = secrets.randbelow(2**31) if seed is None else _check_integer("seed", seed, 0)
         labels = _indices(label, n, lambda text: find_label(text, self.classes, self._prior, self._network))
         refiner = self._refiner if refine else None
-        return to_uint8(sample_images(self._prior, self._network, n, labels, seed, BATCH_SIZE, refiner)).numpy()
+        return self._stored(sample_images(self._prior, self._network, n, labels, seed, BATCH_SIZE, refiner))
 
     def encode(self, images: NDArray[Any], label: Labels | None = None) -> NDArray[np.float32]:
         """Latents of images, float32 (N, *latent_shape): the means of the posterior of a variational model.
@@ -122,8 +128,8 @@ class Model:
         """
         return self._encode(*self._inputs(images, label)).cpu().numpy()
 
-    def decode(self, latents: NDArray[Any], label: Labels | None = None) -> NDArray[np.uint8]:
-        """Images of latents (N, *latent_shape), or of a single one: uint8 (N, C, H, W). The refiner is not used.
+    def decode(self, latents: NDArray[Any], label: Labels | None = None) -> NDArray[Any]:
+        """Images of latents (N, *latent_shape), or of a single one: (N, C, H, W). The refiner is not used.
 
         Raises:
             UserError: the latents have another shape or are not finite, or the label is missing, unknown or refused.
@@ -138,8 +144,8 @@ class Model:
         labels = self._labels_to_encode(label, len(array))
         return self._decode(torch.tensor(array, dtype=torch.float32, device=self._device), labels)
 
-    def reconstruct(self, images: NDArray[Any], label: Labels | None = None) -> NDArray[np.uint8]:
-        """Images encoded and decoded, uint8 (N, C, H, W); arguments and errors as in `encode`.
+    def reconstruct(self, images: NDArray[Any], label: Labels | None = None) -> NDArray[Any]:
+        """Images encoded and decoded (N, C, H, W); arguments and errors as in `encode`.
 
         The refiner is not used, because it would add detail that the images do not have.
         """
@@ -148,8 +154,8 @@ class Model:
 
     def interpolate(
         self, first: NDArray[Any], second: NDArray[Any], n: int = 9, label: Labels | None = None
-    ) -> NDArray[np.uint8]:
-        """`n` images between the latents of two images, with the reconstructions of both as ends: uint8 (n, C, H, W).
+    ) -> NDArray[Any]:
+        """`n` images between the latents of two images, with the reconstructions of both as ends: (n, C, H, W).
 
         Args:
             first: a single image.
@@ -165,13 +171,13 @@ class Model:
         for end, name in zip(ends, ("first", "second"), strict=True):
             if len(end) != 1:
                 raise UserError(f"{name}: found {len(end)} images; expected one")
-        pixels = torch.cat([_to_floats(end) for end in ends])
+        pixels = torch.cat([to_floats(torch.from_numpy(end)) for end in ends])
         images, _ = interpolate_images(self._network, pixels, self._labels_to_encode(label, 2), n)
-        return to_uint8(images).numpy()
+        return self._stored(images)
 
     def _inputs(self, images: NDArray[Any], label: Labels | None) -> tuple[Tensor, Tensor | None]:
         """Checked images (N, C, H, W) in [0, 1] on the CPU, and their labels (N,) for a model that uses them."""
-        pixels = _to_floats(check_images(images, "images", self.image_shape))
+        pixels = to_floats(torch.from_numpy(check_images(images, "images", self.image_shape)))
         return pixels, self._labels_to_encode(label, len(pixels))
 
     def _labels_to_encode(self, label: Labels | None, n: int) -> Tensor | None:
@@ -190,8 +196,11 @@ class Model:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor, labels: Tensor | None) -> NDArray[np.uint8]:
-        return to_uint8(decode_batches(self._network, latents, labels)).numpy()
+    def _decode(self, latents: Tensor, labels: Tensor | None) -> NDArray[Any]:
+        return self._stored(decode_batches(self._network, latents, labels))
+
+    def _stored(self, images: Tensor) -> NDArray[Any]:
+        return to_stored(images, self._info.preprocess.bits).numpy()
 
 
 def load(
@@ -221,8 +230,8 @@ def load(
 def open_dataset(path: str | Path = "artifacts/dataset") -> Store:
     """Open a preprocessed dataset, a folder or its s3:// address, after a check of its files.
 
-    `split("train")`, `"val"` and `"test"` have `images` (N, C, H, W) uint8 and `labels` (N,), memory-mapped and
-    read-only: `images[:8]` reads eight images. `rows()` gives the manifest:
+    `split("train")`, `"val"` and `"test"` have `images` (N, C, H, W), uint8 or uint16, and `labels` (N,), memory-mapped
+    and read-only: `images[:8]` reads eight images. `rows()` gives the manifest:
     `pandas.DataFrame(dataset.split("test").rows())`.
 
     Raises:
@@ -263,11 +272,6 @@ def _check_integer(name: str, value: object, low: int, high: int = MAX_SEED) -> 
         upper = "" if high == MAX_SEED else f" to {high}"
         raise UserError(f"{name}: found {reprlib.repr(value)}; expected a whole number from {low}{upper}")
     return int(value)
-
-
-def _to_floats(images: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
-    pixels = torch.from_numpy(images)
-    return pixels if pixels.is_floating_point() else pixels.float() / 255.0
 
 
 def _batches(n: int) -> Iterator[slice]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medgen.config import Preprocess
 from medgen.console import OUT, say
+from medgen.data.images import to_floats
 from medgen.errors import UserError
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.ingest.images import read_image
@@ -310,7 +311,7 @@ def load_image(path: Path, preprocess: Preprocess) -> Tensor:
         UnreadableImage: the file is not a readable image.
     """
     pixels = preprocess_image(read_image(path, preprocess).pixels, preprocess)
-    return torch.from_numpy(pixels)[None].float() / 255.0
+    return to_floats(torch.from_numpy(pixels)[None])
 
 
 def file_name(text: str) -> str:

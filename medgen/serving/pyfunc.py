@@ -31,6 +31,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from torch import Tensor
 
+from medgen.data.images import to_floats
 from medgen.errors import UserError
 from medgen.ingest.formats.images import decode, image_size
 from medgen.ingest.formats.raw import UnreadableImage
@@ -134,7 +135,8 @@ class Generator(PythonModel):
         except UnreadableImage as error:
             raise _unreadable(error) from None
         device = next(self.model.parameters()).device
-        original = torch.from_numpy(preprocess_image(pixels, self.info.preprocess))[None].to(device).float() / 255.0
+        stored = torch.from_numpy(preprocess_image(pixels, self.info.preprocess))[None]
+        original = to_floats(stored.to(device))
         labels = None if label is None else torch.tensor([label], device=device)
         result = self.model.reconstruct(original, labels).float()  # (1, C, H, W) in [0, 1]
         if refine and self.refiner is not None:

@@ -17,6 +17,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from medgen.data.images import to_floats
 from medgen.ingest.transforms import preprocess_image
 from medgen.metrics.segmentation import class_indices
 from medgen.models import bundle
@@ -63,7 +64,7 @@ class Segmenter(PythonModel):
             if self.is_abandoned():
                 raise MlflowException("the call is abandoned: nobody waits for its result")
             inputs = [preprocess_image(image, self.info.preprocess) for image in images[start : start + BATCH_SIZE]]
-            batch = torch.from_numpy(np.stack(inputs)).to(self.device).float() / 255.0
+            batch = to_floats(torch.from_numpy(np.stack(inputs)).to(self.device))
             masks.append(class_indices(self.model.predict(batch).prediction).to(torch.uint8).cpu())
         return torch.cat(masks)[..., None].numpy()
 

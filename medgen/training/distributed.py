@@ -63,7 +63,8 @@ class World:
                 if own
                 else tensor.new_empty(count, *tensor.shape[1:], device=self.device)
             )
-            dist.broadcast(part, rank)
+            # the backends have no uint16
+            dist.broadcast(part.view(torch.uint8) if part.dtype == torch.uint16 else part, rank)
             parts.append(part.cpu())
         return torch.cat(parts)
 

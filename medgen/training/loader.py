@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
+from medgen.data.images import DTYPES, to_floats
 from medgen.data.store import ShardedArray, Split
 
 NUM_AHEAD = 3  # batches that are read before they are asked for
@@ -126,7 +127,9 @@ class Loader:
         index = self.rows[rows.numpy()]
         if self._resident is not None:
             rows = rows.to(self.device, non_blocking=True)
-            return _Rows(torch.from_numpy(index), [tensor[rows] for tensor in self._resident])
+            tensors = [tensor[rows] for tensor in self._resident]
+            tensors[1] = tensors[1].view(DTYPES[8 * self._arrays[0].dtype.itemsize])
+            return _Rows(torch.from_numpy(index), tensors)
         # NumPy, since an operation of torch in another thread may start a second set of OpenMP threads
         tensors = [torch.from_numpy(array[index]) for array in self._arrays]
         tensors = [torch.from_numpy(self.labels.numpy()[rows.numpy()]), *tensors]
@@ -144,21 +147,21 @@ class Loader:
                 tensor.record_stream(stream)  # its memory is not reused before this stream has read it
         label, image, *masks = rows.tensors
         mask = masks[0].float() if masks else None
-        return Batch(image=image.float().div_(255.0), label=label, index=rows.index, mask=mask)
+        return Batch(image=to_floats(image), label=label, index=rows.index, mask=mask)
 
     def _copy_to_device(self) -> list[Tensor] | None:
         """Labels, images and masks in a GPU's memory; None on a CPU, or if they are too large."""
-        size = sum(self.num_images * math.prod(array.shape[1:]) for array in self._arrays)
+        size = sum(self.num_images * array.row_bytes for array in self._arrays)
         if self.device.type != "cuda" or size >= torch.cuda.mem_get_info(self.device)[0] // 4:
             return None
         return [self.labels.to(self.device), *(self._copy_array(array) for array in self._arrays)]
 
     def _copy_array(self, array: ShardedArray) -> Tensor:
-        shape = array.shape[1:]
-        copy = torch.empty((self.num_images, *shape), dtype=torch.uint8, device=self.device)
-        size = max(1, CHUNK_BYTES // math.prod(shape))
+        dtype = torch.int16 if array.dtype == np.uint16 else torch.uint8  # a GPU may not index uint16
+        copy = torch.empty((self.num_images, *array.shape[1:]), dtype=dtype, device=self.device)
+        size = max(1, CHUNK_BYTES // array.row_bytes)
         for start in range(0, self.num_images, size):
-            copy[start : start + size] = torch.from_numpy(array[self.rows[start : start + size]])
+            copy[start : start + size] = torch.from_numpy(array[self.rows[start : start + size]]).view(dtype)
         return copy
 
 
@@ -167,7 +170,7 @@ class _Rows:
     """Rows of a split, on the device of a batch."""
 
     index: Tensor  # (B,)
-    tensors: list[Tensor]  # labels, images as uint8, and masks as uint8 if they are used
+    tensors: list[Tensor]  # labels, images as stored, and masks as uint8 if they are used
     copied: "torch.cuda.Event | None" = None  # recorded after the copy to a GPU
 
 

@@ -45,7 +45,7 @@ def test_the_result_is_a_contiguous_copy_that_can_be_written():
 @pytest.mark.parametrize(
     ("images", "shape", "message"),
     [
-        (np.zeros((2, 1, 4, 6), np.int64), GREY, r"images: found int64; expected uint8 from 0 to 255 or floats"),
+        (np.zeros((2, 1, 4, 6), np.int64), GREY, r"images: found int64; expected uint8 from 0 to 255, uint16"),
         (np.zeros((2, 1, 4, 6), bool), GREY, r"images: found bool"),
         ([["a"]], None, r"images: found <U1"),
         (np.full((4, 6), 2.0), GREY, r"images: found floats from 2 to 2; expected 0 to 1"),

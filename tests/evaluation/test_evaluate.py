@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,11 +18,11 @@ from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from medgen.config import Evaluate, LocalNetwork, Project, Refiner, Tracking, seed_of
-from medgen.data.images import StoredImages
+from medgen.data.images import StoredImages, to_stored
 from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
 from medgen.evaluation import context, evaluate, figures, privacy
-from medgen.evaluation.context import proportional_labels, to_uint8
+from medgen.evaluation.context import proportional_labels
 from medgen.evaluation.data import load_evaluation
 from medgen.evaluation.generation import Samples
 from medgen.io import hash_file
@@ -277,6 +278,33 @@ def make_project(folder: Path, images: Tensor, num_train: int, rows: list[dict[s
     return project
 
 
+def test_images_of_16_bits_get_the_metrics_of_the_same_images_in_8(
+    evaluated: Evaluated, trained: Trained, tmp_path: Path
+) -> None:
+    """Copies with 257 times the grey values: the same floats, so that the networks and reconstructions are the same."""
+    project, small = Project(tmp_path), open_store(evaluated[0].dataset)
+    project.dataset.parent.mkdir()
+    with StoreWriter(project.dataset, small.image_shape, with_masks=False, bits=16) as writer:
+        splits = []
+        for split in map(small.split, small.counts):
+            for image, row in zip(split.images, split.rows(), strict=True):
+                writer.add(image.astype(np.uint16) * np.uint16(257), None, {**row, "mask": ""})
+                splits.append(row.pop("split"))
+        writer.commit(splits, [], small.preprocess.model_copy(update={"bits": 16}).model_dump(mode="json"), "", "small")
+    metrics = evaluate.run(trained(project), evaluate=SMALL.model_copy(update={"save_images": True}), tracking=OFF)
+    assert metrics.keys() == evaluated[1].keys()
+    same = [key for key in metrics if key.startswith(("reconstruction/", "latent/", "run/")) and "spectrum" not in key]
+    assert {key: metrics[key] for key in same} == pytest.approx({key: evaluated[1][key] for key in same}, rel=1e-6)
+    # samples, and reconstructions before their spectrum, are rounded to more grey values
+    others = [key for key in metrics if key.startswith("privacy/") or key.endswith(("_floor", "_real"))]
+    assert {key: metrics[key] for key in others} == pytest.approx(
+        {key: evaluated[1][key] for key in others}, rel=0.05, abs=0.01
+    )
+    real = sorted((project.images / "real").glob("*.png"))
+    test = open_store(project.dataset).split("test").images[:]
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in real]), test[:, 0])
+
+
 def test_unlabelled_images_are_evaluated(trained: Trained, tmp_path: Path) -> None:
     images = torch.rand(30, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     project = make_project(tmp_path, images, 20, [{}] * 30)
@@ -310,7 +338,7 @@ def test_a_model_that_copies_train_images_is_detected_and_a_generalising_one_is_
     replayed = torch.cat([train_and_test[:50], train_and_test[50:100].flip(-1)])
     for name, images in (("copies", replayed), ("new", smooth_images(100, seed=1))):
         soft = nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-        monkeypatch.setattr(evaluate, "draw_samples", lambda _, soft=soft: Samples(to_uint8(soft), None))
+        monkeypatch.setattr(evaluate, "draw_samples", lambda _, soft=soft: Samples(to_stored(soft, 8), None))
         metrics = evaluate.run(project, evaluate=SMALL, tracking=OFF)
         rate, page = metrics["privacy/copy_rate"], (project.reports / "index.html").read_text()
         assert rate == max(metrics["privacy/copy_rate_pixels"], metrics["privacy/copy_rate_features"])
@@ -503,7 +531,7 @@ def test_saved_samples_are_refined_samples(refined: Evaluated, tmp_path: Path) -
     model, _ = bundle.load_generative(project.model)
     labels = proportional_labels(prior.frequencies, 20)
     expected = sample_images(prior, model, 20, labels, SMALL.seed, SMALL.batch_size, refiner)
-    assert bytes_of(project.images / "generated").equal(to_uint8(expected))
+    assert bytes_of(project.images / "generated").equal(to_stored(expected, 8))
 
 
 def test_refined_reconstructions_are_compared_with_their_originals(refined: Evaluated) -> None:
@@ -525,7 +553,7 @@ def test_refined_reconstructions_are_compared_with_their_originals(refined: Eval
     assert metrics["refined/ssim"] < metrics["reconstruction/ssim"], "an untrained refiner adds noise"
     extractor, _ = load_extractor(project.features)
     with torch.no_grad():
-        features = [extractor(to_uint8(each).float() / 255) for each in (images, originals)]
+        features = [extractor(to_stored(each, 8).float() / 255) for each in (images, originals)]
     expected = generation.frechet_distance(features[1], features[0])
     assert metrics["refined/fd_domain"] == pytest.approx(expected, rel=1e-3)
 

@@ -21,7 +21,7 @@ with join("cpu") as world:
     rank = world.rank
     assert world.sum_of({"a": rank + 1.0, "b": 0.5}) == {"a": 6.0, "b": 1.5}
     assert world.mean_of({"a": rank + 1.0}) == {"a": 2.0}
-    for dtype in (torch.uint8, torch.int64, torch.float32, torch.bool):
+    for dtype in (torch.uint8, torch.uint16, torch.int64, torch.float32, torch.bool):
         part = torch.full((rank, 2), rank, dtype=dtype)  # none of the first, one of the second, two of the third
         assert torch.equal(world.concat(part), torch.tensor([[1, 1], [2, 2], [2, 2]]).to(dtype))
     assert torch.equal(world.concat(torch.arange(3).expand(2, 3).T), torch.arange(3).repeat(3)[:, None].expand(9, 2))

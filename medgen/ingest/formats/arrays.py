@@ -44,6 +44,7 @@ from medgen.ingest.formats.streams import (
     read_exactly,
     unreadable_errors,
 )
+from medgen.ingest.formats.windowing import apply_window
 
 _SPLITS = ("train", "val", "test")
 _SPLIT_OF_WORD = {"train": "train", "val": "val", "valid": "val", "t10k": "test", "test": "test"}
@@ -104,11 +105,14 @@ class ArrayFile(ImageFile):
         self._arrays = [LoadOnce(partial(_load_array, load)) for _, load in arrays]
         self._ends = list(accumulate(num_images for num_images, _ in arrays))
         self.num_images = self._ends[-1]
-        self._mask = mask
+        self._mask, self._window = mask, preprocess.window
         self._keeps_colour = preprocess.channels == 3 and not mask
 
     def read(self, index: int) -> RawImage:
-        """Read one image; 16-bit values are shifted so that the highest one of their array is close to white."""
+        """Read one image; 16-bit values are shifted so that the highest one of their array is close to white.
+
+        With `preprocess.window` its ends become black and white instead.
+        """
         if not 0 <= index < self.num_images:
             raise UnreadableImage(f"image {index} of {self.num_images}")
         number = bisect_right(self._ends, index)
@@ -118,10 +122,12 @@ class ArrayFile(ImageFile):
         pixels: Any = np.array(stored, np.uint16 if deep else np.uint8, order="C")
         height, width = pixels.shape[:2]
         mode = ("RGB" if pixels.ndim == 3 else "I" if deep else "L") + (";16" if deep else "")
-        if num_unused_bits and not self._mask:
+        if num_unused_bits and not self._mask and self._window is None:
             pixels <<= num_unused_bits
         if pixels.ndim == 3 and not self._keeps_colour:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+        if self._window is not None and not self._mask:
+            pixels = apply_window(pixels, self._window)
         return RawImage(pixels, (width, height), mode)
 
 

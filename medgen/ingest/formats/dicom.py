@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from medgen.config import Preprocess
+from medgen.config import IntensityWindow, Preprocess
 from medgen.ingest.formats.codestreams import read_jpeg_2000_header, read_jpeg_header
 from medgen.ingest.formats.raw import (
     MAX_PIXELS,
@@ -42,6 +42,7 @@ from medgen.ingest.formats.raw import (
 from medgen.ingest.formats.signatures import EMPTY, NUM_BYTES, describe_start
 from medgen.ingest.formats.streams import CHUNK
 from medgen.ingest.formats.voi_lut import LookupTable, StoredPixels, VoiTransform, Window, apply_voi
+from medgen.ingest.formats.windowing import apply_window
 
 T = TypeVar("T")
 
@@ -98,14 +99,15 @@ class DicomFile(ImageFile):
     """A DICOM file, as `medgen.ingest.formats.raw.ImageFile`; opening it raises the errors of `inspect`.
 
     Grey values pass through the file's modality and VOI transformations (PS3.3 C.11.1, C.11.2): the ends of the window,
-    or else the frame's smallest and largest value, become black and white. Padding is black. With `mask`, every pixel
-    that is not 0 is white.
+    or else the frame's smallest and largest value, become black and white. `preprocess.window` replaces the VOI
+    transformation. Padding is black. With `mask`, every pixel that is not 0 is white.
     """
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self._header = _call_safely(lambda: _read_header(path))
         self.num_images = self._header.num_frames
         self._keeps_colour = preprocess.channels == 3
+        self._window = preprocess.window
         self._mask = mask
         self._lock = threading.Lock()  # pydicom converts an element in place at the first access
 
@@ -129,7 +131,7 @@ class DicomFile(ImageFile):
             if self._mask:
                 return np.where(stored.codes != 0, np.uint8(255), np.uint8(0))
             with self._lock:
-                transform = _read_voi_transform(header, index)
+                transform = _read_voi_transform(header, index, self._window)
             return apply_voi(stored, transform)
         if header.samples == 1:
             with self._lock:
@@ -138,9 +140,11 @@ class DicomFile(ImageFile):
         else:
             pixels = _to_rgb(stored)
         if self._keeps_colour and not self._mask:
-            return pixels
+            return pixels if self._window is None else apply_window(pixels, self._window)
         grey: Any = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)  # luma of ITU-R BT.601
-        return np.where(grey > 0, np.uint8(255), np.uint8(0)) if self._mask else grey
+        if self._mask:
+            return np.where(grey > 0, np.uint8(255), np.uint8(0))
+        return grey if self._window is None else apply_window(grey, self._window)
 
 
 def _call_safely(work: Callable[[], T], message: str = "damaged DICOM file") -> T:
@@ -515,17 +519,25 @@ def _decode(header: _Header, data: bytes) -> StoredPixels:
 # ---- modality and VOI transformation
 
 
-def _read_voi_transform(header: _Header, index: int) -> VoiTransform:
+def _read_voi_transform(header: _Header, index: int, limits: IntensityWindow | None) -> VoiTransform:
+    """Transformation of a frame; `limits`, the window of the settings, replaces that of the file."""
     groups = [*_functional_groups(header, index), header.dataset]  # attributes of a frame come before the dataset's
     window = next((group for group in groups if _get_float(group, "WindowCenter") is not None), header.dataset)
     rescale = next((group for group in groups if _get_float(group, "RescaleSlope") is not None), header.dataset)
     shape = str(header.dataset.get("PresentationLUTShape") or "").strip().upper()
+    is_inverted = header.photometric == "MONOCHROME1" or shape == "INVERSE"  # files with both invert once
+    if is_inverted and limits is not None and not limits.is_percentile:
+        raise UnreadableImage(
+            "its largest values are black (MONOCHROME1 or INVERSE); preprocess.window in the file's unit needs files "
+            "whose largest values are white: leave it out, or give percentiles"
+        )
     return VoiTransform(
         slope=_get_float(rescale, "RescaleSlope") or 1.0,  # a slope of 0 is an error: it would leave no image
         intercept=_get_float(rescale, "RescaleIntercept") or 0.0,
         modality_lut=_read_lut(header, header.dataset.get("ModalityLUTSequence")),
-        voi=_read_voi_lut(header, window) or _read_window(window),
-        is_inverted=header.photometric == "MONOCHROME1" or shape == "INVERSE",  # files with both invert once
+        voi=None if limits else _read_voi_lut(header, window) or _read_window(window),
+        window=limits,
+        is_inverted=is_inverted,
         padding=_read_padding(header),
     )
 

@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from medgen.config import Preprocess
 from medgen.ingest.formats.raw import MAX_PIXELS, Contents, ImageFile, RawImage, UnreadableImage
 from medgen.ingest.formats.signatures import EMPTY, LFS_POINTER, NUM_BYTES, describe_start, kind_of_start
+from medgen.ingest.formats.windowing import apply_window
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff"})
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "TIFF")  # Pillow reads dozens more, and some start external programs
@@ -142,10 +143,16 @@ def _decode_pixels(image: Image.Image, data: bytes, preprocess: Preprocess, mask
     opencv = _opencv_flags(image, data, colour, reduce_to)
     decoded = None if opencv is None else cv2.imdecode(np.frombuffer(data, np.uint8), opencv)
     # Pillow reads what OpenCV refuses or reads differently, and names the error in a damaged file
-    pixels = _decode_with_pillow(image, colour) if decoded is None else _to_grey_or_rgb(decoded, colour, bgr=True)
+    pixels = (
+        _decode_with_pillow(image, colour, preprocess.window is not None)
+        if decoded is None
+        else _to_grey_or_rgb(decoded, colour, bgr=True)
+    )
     if image.format != "TIFF":  # both libraries apply the orientation of TIFFs themselves
         pixels = _UPRIGHT.get(orientation, np.asarray)(pixels)
-    if pixels.dtype == np.uint16 and not mask:  # the values of a mask must not change
+    if preprocess.window is not None and not mask:  # the values of a mask must not change
+        pixels = apply_window(pixels, preprocess.window)
+    elif pixels.dtype == np.uint16 and not mask:
         pixels = _fill_bit_depth(pixels)
     return np.ascontiguousarray(pixels)
 
@@ -211,8 +218,11 @@ _UPRIGHT: dict[int, Callable[[Any], Any]] = {
 }
 
 
-def _decode_with_pillow(image: Image.Image, colour: bool) -> Any:
+def _decode_with_pillow(image: Image.Image, colour: bool, any_values: bool) -> Any:
+    """Pixels of an image; with `any_values` also negative, large and fractional ones."""
     image.load()
+    if any_values and image.mode in ("I", "F"):
+        return np.asarray(image)
     if image.mode.startswith("I;16"):
         deep: NDArray[np.uint16] = np.array(image, dtype=np.uint16)
         if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0:

@@ -22,7 +22,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from medgen.config import Preprocess
+from medgen.config import IntensityWindow, Preprocess
+from medgen.config.data import PERCENTILE
 from medgen.ingest.formats.raw import Contents, ImageFile, LeftOutImage, RawImage, UnreadableImage, check_size
 from medgen.ingest.formats.streams import (
     LoadOnce,
@@ -32,13 +33,13 @@ from medgen.ingest.formats.streams import (
     read_exactly,
     unreadable_errors,
 )
+from medgen.ingest.formats.windowing import find_limits, sample, stretch
 
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # indices into X Y Z
 _MAX_VOXELS = 1 << 28  # of a frame: 512 x 512 x 1024, a long CT
 _MAX_SLICES = 32_767  # the longest side that NIfTI-1 can hold
 _MAX_RESIZED = 8 * _MAX_VOXELS  # pixels of all slices after resizing to square pixels
 _MAX_VOXELS_IN_MEMORY = 1 << 25  # 320 x 320 x 320
-_NUM_SAMPLES = 1 << 21  # voxels from which the window is computed
 _PAIR = re.compile(r"(.+)\.(hdr|img)((?:\.gz)?)", re.IGNORECASE)
 _MAX_SIDE_RATIO = 1.01  # of the sides of a pixel that counts as square
 
@@ -70,6 +71,8 @@ class VolumeFile(ImageFile):
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
         self._volume, self._mask, self._keeps_values = preprocess.volume, mask, preprocess.mask_values is not None
+        low, high = preprocess.volume.window
+        self._limits = preprocess.window or IntensityWindow(low=low, high=high, unit=PERCENTILE)
         self._axis = _AXES[preprocess.volume.axis]
         self._header = _read_header(path, preprocess, mask)
         self.num_images = self._header.num_slices(self._axis)
@@ -100,7 +103,7 @@ class VolumeFile(ImageFile):
         if share < self._volume.min_foreground:
             percent = f"{100 * share:.3g} %"
             raise LeftOutImage(f"empty slice: {percent} foreground, less than preprocess.volume.min_foreground")
-        return self._to_raw(window.stretch(upright, finite), cv2.INTER_LINEAR)
+        return self._to_raw(stretch(upright, window.black, window.white), cv2.INTER_LINEAR)
 
     def _to_raw(self, pixels: Any, interpolation: int) -> RawImage:
         height, width = pixels.shape
@@ -114,7 +117,7 @@ class VolumeFile(ImageFile):
         voxels = _read_voxels(self._header)
         window = _Window(0.0, 0.0, 0.0)
         if not self._mask:
-            window = _find_window(self._header.scale(_sample(voxels)), self._volume.window)
+            window = _find_window(self._header.scale(sample(voxels)), self._limits)
         return _nibabel().orientations.apply_orientation(voxels, self._header.orientation), window  # without a copy
 
     def __exit__(self, *exception: object) -> None:
@@ -291,20 +294,6 @@ def _read_voxels(header: _Header) -> NDArray[Any]:
     return np.frombuffer(values, header.dtype).reshape(header.shape, order="F")
 
 
-def _sample(voxels: NDArray[Any]) -> NDArray[Any]:
-    """Voxels (`_NUM_SAMPLES`) for percentiles, the same ones each time.
-
-    Multiples of the golden ratio modulo 1 are evenly distributed and do not align with the sides of the volume (Knuth,
-    The Art of Computer Programming 3, 6.4).
-    """
-    flat: NDArray[Any] = voxels.reshape(-1, order="F")
-    if flat.size <= _NUM_SAMPLES:
-        return flat
-    places = np.arange(_NUM_SAMPLES, dtype=np.uint64) * np.uint64(2654435769) % np.uint64(1 << 32)
-    places = places * np.uint64(flat.size) >> np.uint64(32)
-    return cast(NDArray[Any], flat[places])
-
-
 @dataclass(frozen=True)
 class _Window:
     """Values that become black and white, and the foreground threshold."""
@@ -313,29 +302,20 @@ class _Window:
     white: float
     foreground: float
 
-    def stretch(self, values: NDArray[np.float64], finite: NDArray[np.bool_]) -> NDArray[np.uint16]:
-        """Values -> 0 to 65535; black where they are not finite."""
-        with np.errstate(all="ignore"):
-            shares = (values - self.black) / (self.white - self.black)
-            shares = np.where(finite & (shares > 0), np.minimum(shares, 1.0), 0.0)
-        return np.rint(shares * 65535).astype(np.uint16)
 
-
-def _find_window(samples: NDArray[np.float64], percentiles: tuple[float, float]) -> _Window:
+def _find_window(samples: NDArray[np.float64], limits: IntensityWindow) -> _Window:
     """Window of a volume, from a sample of its values.
 
     The foreground threshold is a tenth of the way from the 2nd to the 98th percentile, as BET separates the head from
     the air (Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002): noise of the air and single
     bright voxels do not change it, and it also holds for skull-stripped volumes, whose background is zero. It does not
-    depend on `volume.window`, which sets the contrast.
+    depend on `limits`, which set the contrast.
     """
     samples = samples[np.isfinite(samples)]
     if not samples.size:
         raise UnreadableImage("no voxel has a finite value")
-    black, white, darkest, brightest = np.percentile(samples, [*percentiles, 2, 98]).tolist()
-    if black == white:  # nearly all voxels are background, as in a lesion map
-        black, white = float(samples.min()), float(samples.max())
-    return _Window(black, white, darkest + 0.1 * (brightest - darkest))
+    darkest, brightest = np.percentile(samples, [2, 98]).tolist()
+    return _Window(*find_limits(samples, limits), darkest + 0.1 * (brightest - darkest))
 
 
 def _nibabel() -> Any:

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgen.config import IntensityWindow
+from medgen.ingest.formats.windowing import find_limits, sample
+
 _BLOCK = 1 << 20  # values per block: bounds the memory of 64-bit arithmetic
 
 
@@ -88,7 +91,8 @@ class VoiTransform:
     slope: float
     intercept: float
     modality_lut: LookupTable | None  # replaces slope and intercept
-    voi: LookupTable | Window | None  # modality value -> 0..1; None: the frame's own range
+    voi: LookupTable | Window | None  # modality value -> 0..1; None: `window`
+    window: IntensityWindow | None  # of modality values; None: the frame's own range
     is_inverted: bool
     padding: tuple[float, float] | None  # smallest and largest stored value that is padding
 
@@ -113,7 +117,7 @@ class VoiTransform:
         return low, high
 
     def to_grey(self, values: Any, low: float, high: float) -> NDArray[np.uint16]:
-        """Stored values (F) -> 0..65535 (F); `low` and `high` are the frame's range, used if there is no window."""
+        """Stored values (F) -> 0..65535 (F); `low` and `high` become black and white if there is no VOI transform."""
         if self.voi is None and not 0 < high - low < np.inf:
             return np.zeros(values.shape, np.uint16)
         valid = self.is_valid(values)
@@ -128,15 +132,25 @@ def apply_voi(stored: StoredPixels, transform: VoiTransform) -> NDArray[np.uint1
     """Stored grey values (H, W) -> (H, W) uint16; black is 0 and white is 65535."""
     flat = stored.codes.reshape(-1)
     with np.errstate(all="ignore"):  # damaged slopes and floats overflow; results that are not finite become black
+        limits = _find_limits(stored, flat, transform)
         if stored.fits_table:
-            present = np.zeros(1 << stored.bits, bool)
-            for block in stored.blocks():
-                present[flat[block]] = True
-            limits = transform.find_range([stored.to_values(np.flatnonzero(present).astype(np.uint32))])
             table: NDArray[np.uint16] = stored.map_values(lambda values: transform.to_grey(values, *limits))
             return table
-        limits = transform.find_range(stored.to_values(flat[block]) for block in stored.blocks())
         grey = np.empty(flat.shape, np.uint16)
         for block in stored.blocks():
             grey[block] = transform.to_grey(stored.to_values(flat[block]), *limits)
     return np.reshape(grey, stored.codes.shape)
+
+
+def _find_limits(stored: StoredPixels, flat: Any, transform: VoiTransform) -> tuple[float, float]:
+    """Modality values that become black and white where there is no VOI LUT and no window of the file."""
+    if transform.window is not None:
+        values = stored.to_values(sample(flat))
+        modality = transform.to_modality(values[transform.is_valid(values)])
+        return find_limits(modality[np.isfinite(modality)], transform.window)
+    if not stored.fits_table:
+        return transform.find_range(stored.to_values(flat[block]) for block in stored.blocks())
+    present = np.zeros(1 << stored.bits, bool)
+    for block in stored.blocks():
+        present[flat[block]] = True
+    return transform.find_range([stored.to_values(np.flatnonzero(present).astype(np.uint32))])

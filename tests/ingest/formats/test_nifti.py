@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from medgen.config import Preprocess, Volume
-from medgen.ingest.formats import nifti
+from medgen.ingest.formats import nifti, windowing
 from medgen.ingest.formats.nifti import VolumeFile, inspect
 from medgen.ingest.formats.raw import LeftOutImage, RawImage, UnreadableImage
 
@@ -252,7 +252,7 @@ def test_a_large_volume_is_mapped_from_disk(tmp_path: Path, monkeypatch: pytest.
     volume[20:80, 30:90, 20:100] = RANDOM.normal(100, 20, (60, 60, 80))
     series = np.stack([volume, volume[::-1]], axis=-1)
     path = save(tmp_path / ("v.nii.gz" if zipped else "v.nii"), nibabel.Nifti1Image(series, oriented("PIR")))
-    monkeypatch.setattr(nifti, "_NUM_SAMPLES", 1 << 14)
+    monkeypatch.setattr(windowing, "_NUM_SAMPLES", 1 << 14)
     for frame in (0, 1):
         with VolumeFile(path, settings_of(frame=frame)) as file:
             expected = [file.read(index).pixels for index in (3, 50, 70)]
