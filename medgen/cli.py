@@ -49,6 +49,14 @@ ModelLocation = Annotated[
         help="Folder with model/, prior/ and refiner/, or models:/NAME@ALIAS. Default: the project's model.",
     ),
 ]
+FileFormat = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="Format of the images: png, png16, tiff, nifti or dicom. The last three keep the train images' unit.",
+    ),
+]
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Folder to write images to.")]
 DatasetName = Annotated[str, typer.Argument(help="Name from `medgen data list`.")]
 WeightsName = Annotated[str, typer.Argument(help="Name from `medgen weights list`.")]
@@ -243,6 +251,7 @@ def generate(
         bool,
         typer.Option(help="Apply the refiner to new images. --interpolate and --traverse never use it."),
     ] = True,
+    file_format: FileFormat = "png",
     model: ModelLocation = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
@@ -253,14 +262,16 @@ def generate(
 
     if interpolate and traverse:
         raise typer.BadParameter("--interpolate and --traverse exclude each other; give one of them")
+    if traverse and file_format != "png":
+        raise typer.BadParameter("--traverse writes a PNG grid and a GIF only; leave out --format")
     folder = _call(registry.find_model, params, overrides, source=model)
     options: dict[str, Any] = {"label": label} | ({} if n is None else {"n": n})
     if interpolate:
-        generate.interpolate(folder, out, ends=interpolate, **options)
+        generate.interpolate(folder, out, ends=interpolate, file_format=file_format, **options)
     elif traverse:
         generate.traverse(folder, out, **options)
     else:
-        generate.run(folder, out, seed=seed, refine=refine, **options)
+        generate.run(folder, out, seed=seed, refine=refine, file_format=file_format, **options)
 
 
 @app.command()
@@ -271,6 +282,14 @@ def reconstruct(
         str | None,
         typer.Option(help="Class name or index of all files, for a model that uses labels. Default: folder names."),
     ] = None,
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="With png16, tiff, nifti or dicom, write each reconstruction also as a file of that format.",
+        ),
+    ] = "png",
     model: ModelLocation = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
@@ -280,7 +299,7 @@ def reconstruct(
     from medgen.serving import generate
 
     folder = _call(registry.find_model, params, overrides, source=model)
-    generate.reconstruct(folder, out, files=files, label=label)
+    generate.reconstruct(folder, out, files=files, label=label, file_format=file_format)
 
 
 @app.command()

@@ -29,10 +29,10 @@ COMMANDS = {
     "utility": {"--params", "--set"},
     "evaluate": {"--model", "--params", "--set"},
     "generate": {
-        *("--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--refine", "--model"),
+        *("--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--refine", "--format", "--model"),
         *("--params", "--set"),
     },
-    "reconstruct": {"--out", "--label", "--model", "--params", "--set"},
+    "reconstruct": {"--out", "--label", "--format", "--model", "--params", "--set"},
     "export": {"--out", "--format", "--model", "--params", "--set"},
     "tune": {"--trials", "--workers", "--timeout", "--confirm", "--apply", "--params", "--set"},
     "compare": {"--json"},

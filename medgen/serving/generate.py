@@ -1,6 +1,7 @@
 """Generate images with a trained model, interpolate and traverse its latents, and reconstruct image files.
 
 medgen generate --n 25 --label NORMAL --out outputs/new
+medgen generate --format nifti --out outputs/ct
 medgen generate --interpolate chest.png other.png --out outputs/path
 medgen generate --traverse --out outputs/axes
 medgen reconstruct chest.png --out outputs/reconstructed
@@ -30,8 +31,9 @@ from medgen.nn.ssim import ssim
 from medgen.priors import Prior, find_label, is_conditional, iterate_samples, load_prior
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator
-from medgen.reports.figures import write_gif, write_grid, write_image
+from medgen.reports.figures import write_gif, write_grid
 from medgen.reports.fonts import class_captions
+from medgen.serving import image_files
 from medgen.serving.output import new_files
 from medgen.training.distributed import pick_device
 
@@ -47,22 +49,31 @@ MIN_PAIR_SIDE = 192  # pixels of each image of a pair, so that its caption fits
 
 
 def run(
-    model: Path, out: Path, *, n: int = NUM_IMAGES, label: str | None = None, seed: int = 0, refine: bool = True
+    model: Path,
+    out: Path,
+    *,
+    n: int = NUM_IMAGES,
+    label: str | None = None,
+    seed: int = 0,
+    refine: bool = True,
+    file_format: str = "png",
 ) -> list[Path]:
-    """Write `n` new images as PNG files and the first hundred as grid.png; return the images' paths.
+    """Write `n` new images as files and the first hundred as grid.png; return the images' paths.
 
     Args:
         model: folder with model/, prior/ and refiner/.
         out: folder of the files; created if it does not exist. They replace those of an earlier call.
         label: class by name or index; None draws classes with their frequencies in the train split.
         refine: use the refiner, if there is one, to add detail that the decoder omits.
+        file_format: of the images, as in `image_files.writer`.
 
     Raises:
-        UserError: model, prior or refiner is missing, they do not belong together, the label is unknown, or `out`
-            contains other files or cannot be written.
+        UserError: model, prior or refiner is missing, they do not belong together, the label or format is unknown, or
+            `out` contains other files or cannot be written.
     """
     loaded = load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
     network, info, prior = loaded.model, loaded.info, loaded.prior
+    write, suffix = image_files.writer(file_format, info, "a sample"), image_files.SUFFIXES[file_format]
     drawn = dict(zip(info.classes, class_captions(info.classes), strict=True))
     labels = None if label is None else torch.full((n,), find_label(label, info.classes, prior, network))
     batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE, loaded.refiner if refine else None)
@@ -74,8 +85,8 @@ def run(
         for images, classes in track(batches, "generating", num_batches, console=OUT, disable=not OUT.is_terminal):
             names = ["image"] * len(images) if classes is None else [info.classes[c] for c in classes.tolist()]
             for image, name in zip(images, names, strict=True):
-                paths.append(out / f"{file_name(name)}_{len(paths):05d}.png")
-                write_image(folder / paths[-1].name, image)
+                paths.append(out / f"{file_name(name)}_{len(paths):05d}{suffix}")
+                write(folder / paths[-1].name, image)
             missing = MAX_GRID_IMAGES - len(captions)
             shown.append(images[:missing])
             captions += [drawn.get(name, name) for name in names[:missing]]
@@ -85,7 +96,13 @@ def run(
 
 
 def interpolate(
-    model: Path, out: Path, *, ends: tuple[Path, Path], n: int = NUM_IMAGES, label: str | None = None
+    model: Path,
+    out: Path,
+    *,
+    ends: tuple[Path, Path],
+    n: int = NUM_IMAGES,
+    label: str | None = None,
+    file_format: str = "png",
 ) -> Tensor:
     """Interpolate between the latents of two image files; write `n` images, interpolation.png and .gif.
 
@@ -97,16 +114,18 @@ def interpolate(
         out: folder of the files; created if it does not exist.
         n: number of images, with both ends: 2 to 200.
         label: class by name or index.
+        file_format: of the images, as in `image_files.writer`.
 
     Returns:
         The images (n, C, H, W) in [0, 1].
 
     Raises:
-        UserError: n is out of range, the model is missing, a file is unreadable, a label is missing or unknown, or
-            the model is unconditional and a label is given.
+        UserError: n is out of range, the model is missing, a file is unreadable, a label is missing or unknown, the
+            model is unconditional and a label is given, or the format is unknown.
     """
     _check_steps(n)
     network, info = bundle.load_generative(model / "model", pick_device("auto"))
+    write, suffix = image_files.writer(file_format, info, "an interpolation"), image_files.SUFFIXES[file_format]
     labels = [_find_label(network, info, label, end) for end in ends]
     originals = torch.cat([_load_end(end, info.preprocess) for end in ends])  # (2, C, S, S)
     images, path_labels = interpolate_images(network, originals, None if labels[0] is None else torch.tensor(labels), n)
@@ -116,7 +135,7 @@ def interpolate(
     shown = torch.cat([originals[:1], images, originals[1:]])
     with new_files(out) as folder:
         for number, image in enumerate(images):
-            write_image(folder / f"path_{number:05d}.png", image)
+            write(folder / f"path_{number:05d}{suffix}", image)
         write_grid(folder / "interpolation.png", shown, captions=["first file", *captions, "second file"])
         _write_animation(folder / "interpolation.gif", [image[None] for image in images], columns=1)
     say(f"{n} images, interpolation.png and .gif in {out}")
@@ -257,8 +276,12 @@ def _write_animation(path: Path, frames: Sequence[Tensor], columns: int) -> None
         write_gif(path, files, SECONDS_PER_FRAME)
 
 
-def reconstruct(model: Path, out: Path, *, files: Sequence[Path], label: str | None = None) -> list[dict[str, str]]:
+def reconstruct(
+    model: Path, out: Path, *, files: Sequence[Path], label: str | None = None, file_format: str = "png"
+) -> list[dict[str, str]]:
     """Write each image with its reconstruction to a PNG file, and reconstructions.csv; return its rows.
+
+    A `file_format` other than png adds a file NAME_reconstruction of that format (`image_files.writer`).
 
     The image gets the preprocessing of the training; PSNR (dB) and SSIM compare the reconstruction with the
     preprocessed image. A conditional model gets `label`. Without one it gets each file's own class, which is the name
@@ -266,11 +289,12 @@ def reconstruct(model: Path, out: Path, *, files: Sequence[Path], label: str | N
 
     Raises:
         UserError: the model is missing, a label is missing or unknown, the model is unconditional and a label is given,
-            `out` contains other files or cannot be written, or files are unreadable. All readable files are written
-            first.
+            the format is unknown, `out` contains other files or cannot be written, or files are unreadable. All
+            readable files are written first.
     """
     network, info = bundle.load_generative(model / "model", pick_device("auto"))
     device = next(network.parameters()).device
+    write, suffix = image_files.writer(file_format, info, "a reconstruction"), image_files.SUFFIXES[file_format]
     labels = [_find_label(network, info, label, file) for file in files]
     rows: list[dict[str, str]] = []
     unreadable: list[str] = []
@@ -291,6 +315,8 @@ def reconstruct(model: Path, out: Path, *, files: Sequence[Path], label: str | N
             scale = math.ceil(MIN_PAIR_SIDE / original.shape[-1])
             write_grid(folder / name, torch.cat([original, result]), columns=2, captions=captions, scale=scale)
             say(f"{file}: PSNR {scores['psnr']} dB, SSIM {scores['ssim']} -> {out / name}")
+            if file_format != "png":
+                write(folder / f"{_unused_name(f'{file_name(file.stem)}_reconstruction', taken)}{suffix}", result[0])
             rows.append({"file": str(file), "image": name, **scores})
         if not rows:
             raise _unreadable_error(unreadable)
