@@ -118,7 +118,9 @@ def trained() -> Callable[..., Any]:
         model = build_model(sizes, store.image_shape, len(store.classes)).eval()
         assert isinstance(model, GenerativeModel)
         data = (store.image_shape, store.classes, store.fingerprint)
-        preprocess = store.preprocess.model_copy(update={"image_size": 32})
+        height, width = store.image_shape[1:]
+        size = height if height == width else (height, width)
+        preprocess = store.preprocess.model_copy(update={"image_size": size})
         info = bundle.BundleInfo(sizes, preprocess, *data, "run0", torch.__version__)
         bundle.save(project.model, model, info)
         split = store.split("train")

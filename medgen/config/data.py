@@ -6,6 +6,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from medgen.config.base import Count, Fraction, NonNegative, Section, Seed
 
+Side = Annotated[int, Field(ge=16, le=1024, multiple_of=4)]
 GreyLevel = Annotated[int, Field(ge=0, le=65535)]
 Percentile = Annotated[float, Field(ge=0.0, le=100.0)]
 
@@ -72,7 +73,7 @@ class IntensityWindow(Section):
 class Preprocess(Section):
     """From image files to the store of uint8 or uint16 images."""
 
-    image_size: Annotated[int, Field(ge=16, le=1024, multiple_of=4)] = 64
+    image_size: Side | tuple[Side, Side] = 64  # side of square images, or height and width
     channels: Literal[1, 3] = 1  # greyscale or RGB
     volume: Volume = Volume()
     bits: Literal[8, 16] = 8  # of a stored grey value
@@ -97,6 +98,11 @@ class Preprocess(Section):
     def mask_classes(self) -> int:
         """Number of classes in a mask, 2 for binary masks."""
         return 2 if self.mask_values is None else len(self.mask_values)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     @property
     def scale(self) -> IntensityWindow | None:

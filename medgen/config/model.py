@@ -16,9 +16,10 @@ class Model(FamilySection):
     base_channels: Width = 32  # channels after the first convolution; doubled at each stage
     max_channels: Width = 512
     blocks_per_stage: Depth = 1
-    latent_size: Width | None = None  # side of the latent grid, which sets the number of stages; None: by image size
+    # shorter side of the latent grid, which sets the number of stages; None: by image size
+    latent_size: Width | None = None
     latent_channels: Width | None = None  # None: the latent has a quarter as many dimensions as the image has pixels
-    attention_resolutions: tuple[int, ...] = (16,)  # sides of the grids with self-attention
+    attention_resolutions: tuple[int, ...] = (16,)  # shorter sides of the grids with self-attention
     logvar_bound: Positive = 10.0  # log-variance is bound * tanh(x / bound)
     num_embeddings: Width = 512  # vqvae: size of the codebook
     codebook: Literal["ema", "gradient", "cosine"] = "ema"  # vqvae: how codes are updated; cosine: nearest by angle

@@ -8,6 +8,7 @@ duplicates decide which patients must stay in one split.
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ from medgen.ingest.transforms import Stored, preprocess_image, preprocess_mask
 _Rejected = tuple[str, str]  # name of an image or path of a file, and the reason
 
 
-# image (C, S, S), mask (1, S, S) of class numbers, thumbnail
+# image (C, H, W), mask (1, H, W) of class numbers, thumbnail
 _Sample = tuple[Stored, NDArray[np.uint8] | None, NDArray[np.uint8]]
 
 
@@ -92,7 +93,7 @@ def _open_if_current(
 
 def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess: config.Preprocess) -> store.Store:
     folder, records = data_folder(project.root, data.path), scanned.records
-    shape = (preprocess.channels, preprocess.image_size, preprocess.image_size)
+    shape = (preprocess.channels, *preprocess.sides)
     with_masks = any(record.mask for record in records)
     unreadable: list[_Rejected] = []
     left_out: list[_Rejected] = []
@@ -237,7 +238,7 @@ def _check_splits(folder: Folder, assigned: Sequence[str | None], rejected: Sequ
 
 def _num_bytes(num_records: int, preprocess: config.Preprocess) -> int:
     """Peak disk use of a build: images as read, images by split, and thumbnails."""
-    image_bytes = preprocess.channels * preprocess.image_size**2 * preprocess.bits // 8
+    image_bytes = preprocess.channels * math.prod(preprocess.sides) * preprocess.bits // 8
     return num_records * (2 * image_bytes + THUMBNAIL_SIZE**2)
 
 

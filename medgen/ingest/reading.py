@@ -9,6 +9,7 @@ their order do not depend on either. Threads open a file of many images once, an
 
 import hashlib
 import itertools
+import math
 import platform
 import threading
 from collections import deque
@@ -97,7 +98,7 @@ def hash_sources(folder: Folder, records: Sequence[ImageRecord], preprocess: Pre
 def _read_on_cluster(
     scheduler: str, folder: Folder, records: Sequence[ImageRecord], preprocess: Preprocess, transform: Transform[T]
 ) -> Iterator[ReadResult[T]]:
-    image_bytes = (preprocess.channels * preprocess.bits // 8 + 1) * preprocess.image_size**2  # with its mask
+    image_bytes = (preprocess.channels * preprocess.bits // 8 + 1) * math.prod(preprocess.sides)  # with its mask
     most = min(1024, max(_BATCH_SIZE, _MAX_PART_BYTES // image_bytes))
     parts = (
         FilePart(of_file[0].path, of_file[start : start + most], len(of_file))

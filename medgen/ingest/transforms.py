@@ -1,8 +1,8 @@
-"""Convert an image or mask to the square size of the store: contrast, resize, borders.
+"""Convert an image or mask to the size of the store: contrast, resize, borders.
 
-square = preprocess_image(raw.pixels, preprocess)     # (C, S, S) uint8 or uint16
+image = preprocess_image(raw.pixels, preprocess)     # (C, H, W) uint8 or uint16
 
-Shapes: H W height and width of the original, C channels, S side of the square.
+Shapes: C channels, H W height and width of the result, h w of the original.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _MIN_BIN_LIMIT = 16  # CLAHE's contrast limit is a whole number of pixels per bi
 
 
 def preprocess_image(pixels: Pixels, preprocess: Preprocess) -> Stored:
-    """Image (H, W) or RGB (H, W, 3) -> (C, S, S): CLAHE at full size, resize, black borders for the fit `pad`.
+    """Image (h, w) or RGB (h, w, 3) -> (C, H, W): CLAHE at full size, resize, black borders for the fit `pad`.
 
     The result is uint8, or uint16 with `preprocess.bits` 16.
 
@@ -36,11 +36,11 @@ def preprocess_image(pixels: Pixels, preprocess: Preprocess) -> Stored:
     if preprocess.clahe_clip > 0:
         equalise = _equalise if image.ndim == 2 else _equalise_luma
         image = equalise(image, preprocess.clahe_clip, preprocess.clahe_tiles)
-    square: Any = _resize(image, preprocess.image_size, preprocess.fit)
-    if square.dtype == np.uint16 and preprocess.bits == 8:
-        square = np.rint(square / np.float32(257)).astype(np.uint8)  # 65535 / 255
-    square = square[None] if square.ndim == 2 else square.transpose(2, 0, 1)
-    repeated: Stored = np.repeat(square, preprocess.channels // len(square), axis=0)
+    resized: Any = _resize(image, preprocess.sides, preprocess.fit)
+    if resized.dtype == np.uint16 and preprocess.bits == 8:
+        resized = np.rint(resized / np.float32(257)).astype(np.uint8)  # 65535 / 255
+    resized = resized[None] if resized.ndim == 2 else resized.transpose(2, 0, 1)
+    repeated: Stored = np.repeat(resized, preprocess.channels // len(resized), axis=0)
     return repeated
 
 
@@ -60,7 +60,7 @@ def preprocess_mask(mask: RawImage, image: RawImage, name: str, preprocess: Prep
 
 
 def resize_mask(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Mask (H, W) -> (1, S, S) uint8 class numbers, with the geometry of `preprocess_image`.
+    """Mask (h, w) -> (1, H, W) uint8 class numbers, with the geometry of `preprocess_image`.
 
     Without `preprocess.mask_values` a mask is binary, with values 0/1 or 0..255, and an output pixel is 1 if at least
     half of the area it covers is. With `mask_values` it has the class that covers most of the area. Borders are 0.
@@ -78,8 +78,8 @@ def resize_mask(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
             "preprocess.mask_values, the grey value of each"
         )
     binary = pixels > (0 if top <= 1 else full // 2)  # edges of published masks are smoothed
-    square: Any = _resize(binary.astype(np.uint8) * np.uint8(255), preprocess.image_size, preprocess.fit)
-    return np.where(square > 127, np.uint8(1), np.uint8(0))[None]
+    resized: Any = _resize(binary.astype(np.uint8) * np.uint8(255), preprocess.sides, preprocess.fit)
+    return np.where(resized > 127, np.uint8(1), np.uint8(0))[None]
 
 
 def _resize_classes(pixels: Pixels, values: tuple[int, ...], preprocess: Preprocess) -> NDArray[np.uint8]:
@@ -87,7 +87,7 @@ def _resize_classes(pixels: Pixels, values: tuple[int, ...], preprocess: Preproc
         shown = ", ".join(map(str, unknown[:4]))
         raise UnreadableImage(f"mask values {shown}; expected those of preprocess.mask_values, {list(values)}")
     shares = [
-        _resize(np.where(pixels == value, np.float32(1), np.float32(0)), preprocess.image_size, preprocess.fit)
+        _resize(np.where(pixels == value, np.float32(1), np.float32(0)), preprocess.sides, preprocess.fit)
         for value in values
     ]
     classes: NDArray[np.uint8] = np.argmax(shares, axis=0).astype(np.uint8)[None]  # the first class in a tie
@@ -112,15 +112,15 @@ def _equalise(pixels: Any, clip: float, tiles: int) -> Any:
     return clahe.apply(pixels)
 
 
-def _resize(pixels: Any, size: int, fit: str) -> Any:
-    height, width = pixels.shape[:2]
-    scale = size / max(height, width)
-    inner = (max(1, round(width * scale)), max(1, round(height * scale))) if fit == "pad" else (size, size)
+def _resize(pixels: Any, sides: tuple[int, int], fit: str) -> Any:
+    (height, width), (rows, columns) = pixels.shape[:2], sides
+    scale = min(rows / height, columns / width)
+    inner = (max(1, round(width * scale)), max(1, round(height * scale))) if fit == "pad" else (columns, rows)
     shrinks = inner[0] <= width and inner[1] <= height
     resized = cv2.resize(pixels, inner, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    if inner == (size, size):
+    if inner == (columns, rows):
         return resized
-    square = np.zeros((size, size, *pixels.shape[2:]), pixels.dtype)
-    left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
-    square[top : top + inner[1], left : left + inner[0]] = resized
-    return square
+    padded = np.zeros((rows, columns, *pixels.shape[2:]), pixels.dtype)
+    left, top = (columns - inner[0]) // 2, (rows - inner[1]) // 2
+    padded[top : top + inner[1], left : left + inner[0]] = resized
+    return padded

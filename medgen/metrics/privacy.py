@@ -4,7 +4,7 @@ The nearest train image of each image is searched by two distances:
 
 - features: Euclidean distance of the domain extractor's content features, standardised over the train split. It finds
   nearly exact copies, and misses blurred and mirrored ones.
-- pixels: 1 - r, with r the largest Pearson correlation over 14 x 14 cells (a cell is 1/16 of the side) between the
+- pixels: 1 - r, with r the largest Pearson correlation over 14 x 14 cells (a cell is 1/16 of each side) between the
   centre of the train image or of its mirror image and any window of the other image, shifted by up to one cell. Images
   are resized to a side of 32 to 128 pixels, a multiple of 16, and windows move in steps of one pixel: at 64 and 128
   pixels that covers every whole-pixel shift of up to 1/16 of the side. Brightness and contrast have no effect. The
@@ -243,7 +243,7 @@ def nearest_by_pixels(
     num_train = len(train)
     if num_train < 2:
         raise ValueError(f"train: expected at least 2 images, found {num_train}")
-    cell = _cell(train.shape[-1] * region.size // 4)
+    cell = _cell(max(train.shape[-2:]) * region.size // 4)
     shifts = torch.arange(2 * cell + 1)
     coarse = shifts[:: max(1, cell // 2)]
     coarse = (coarse[:, None] * len(shifts) + coarse).flatten().to(device)

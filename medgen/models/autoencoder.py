@@ -33,12 +33,12 @@ class Stage(nn.Module):
 
 
 class Autoencoder(GenerativeModel):
-    """Images (B, C, S, S) <-> deterministic latents (B, Z, h, h); a prior fitted afterwards makes it generative."""
+    """Images (B, C, H, W) <-> deterministic latents (B, Z, h, w); a prior fitted afterwards makes it generative."""
 
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         self.latent_shape = spatial_latent(params, image_shape)
-        sizes = stage_sizes(image_shape[1], self.latent_shape[1])
+        sizes = stage_sizes(image_shape[1:], min(self.latent_shape[1:]))
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes) + 1)]
 
         encoder: list[nn.Module] = [Stage(image_shape[0], channels[0])]
@@ -52,10 +52,10 @@ class Autoencoder(GenerativeModel):
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 1))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
-        """Images (B, C, S, S) -> (B, Z, h, h)."""
+        """Images (B, C, H, W) -> (B, Z, h, w)."""
         latent = self.encoder(image).float()
         return Latent(value=latent, mean=latent)
 
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
-        """Latents (B, Z, h, h) -> images (B, C, S, S) in [0, 1]."""
+        """Latents (B, Z, h, w) -> images (B, C, H, W) in [0, 1]."""
         return torch.sigmoid(self.decoder(latent).float())

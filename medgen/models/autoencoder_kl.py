@@ -20,7 +20,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # of the published models
 
 def block_channels(params: Model, image_shape: tuple[int, int, int]) -> list[int]:
     """Channels at each resolution, from the image's to the latent's."""
-    num_stages = len(stage_sizes(image_shape[1], spatial_latent(params, image_shape)[1]))
+    num_stages = len(stage_sizes(image_shape[1:], min(spatial_latent(params, image_shape)[1:])))
     return [min(params.base_channels * 2**i, params.max_channels) for i in range(num_stages + 1)]
 
 
@@ -30,7 +30,7 @@ def norm_groups(channels: list[int]) -> int:
 
 
 class AutoencoderKL(GenerativeModel):
-    """Images (B, C, S, S) <-> latents (B, Z, h, h), S = h · 2^stages."""
+    """Images (B, C, H, W) <-> latents (B, Z, h, w), H = h · 2^stages."""
 
     encoder_parts = ("encoder", "quant_conv")
 
@@ -45,12 +45,12 @@ class AutoencoderKL(GenerativeModel):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
-        """Images (B, C, S, S) -> a Gaussian over (B, Z, h, h)."""
+        """Images (B, C, H, W) -> a Gaussian over (B, Z, h, w)."""
         mean, logvar = self.quant_conv(self.encoder(2.0 * image - 1.0)).chunk(2, dim=1)
         return gaussian_latent(mean, logvar.float().clamp(*LOGVAR_RANGE), self.training)
 
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
-        """Latents (B, Z, h, h) -> images (B, C, S, S) in [0, 1]."""
+        """Latents (B, Z, h, w) -> images (B, C, H, W) in [0, 1]."""
         image: Tensor = (self.decoder(self.post_quant_conv(latent)).float() + 1.0) / 2.0
         clamped = image.clamp(0.0, 1.0)
         # in training the gradient passes the clamp: beyond it a pixel could not return
@@ -58,7 +58,7 @@ class AutoencoderKL(GenerativeModel):
 
 
 class Encoder(nn.Module):
-    """(B, in, S, S) -> (B, out, h, h)."""
+    """(B, in, H, W) -> (B, out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, channels: list[int], num_blocks: int, groups: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, in, h, h) -> (B, out, S, S)."""
+    """(B, in, h, w) -> (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, channels: list[int], num_blocks: int, groups: int) -> None:
         super().__init__()

@@ -1,47 +1,59 @@
-"""Sides of the grids between image and latent."""
+"""Sides of the grids between image and latent.
+
+Both sides of a grid are halved at each stage; its size is that of the shorter side.
+"""
 
 from medgen.errors import UserError
 
+Sides = tuple[int, int]  # height and width
 
-def default_grid(image_size: int) -> int:
-    """Side of the latent grid by default: 8 for images up to 64 px, an eighth of the side for larger ones.
+
+def default_grid(sides: Sides) -> int:
+    """Size of the latent grid by default: 8 for images up to 64 px, an eighth of the shorter side for larger ones.
 
     8 was measured on chest X-rays (docs/results.md); an eighth is an estimate.
     """
-    size = image_size
-    while size % 2 == 0 and size > max(8, image_size // 8):
-        size //= 2
-    return size
+    size = min(sides)
+    return size >> _num_halvings(sides, max(8, size // 8))
 
 
-def stage_sizes(image_size: int, latent_size: int) -> list[int]:
-    """Grid sides after each downsampling by 2, from image_size / 2 to latent_size.
+def stage_sizes(sides: Sides, latent_size: int) -> list[int]:
+    """Grid sizes after each downsampling by 2, from half of the shorter side to latent_size.
 
     Raises:
-        UserError: image_size is not latent_size times a power of two.
+        UserError: the shorter side is not latent_size times a power of two, or the longer side not a multiple of it.
     """
-    sizes = []
-    size = image_size
-    while size > latent_size and size % 2 == 0:
-        size //= 2
-        sizes.append(size)
-    if not sizes or sizes[-1] != latent_size:
+    size = min(sides)
+    count = _num_halvings(sides, latent_size)
+    if not count or size >> count != latent_size:
+        shown = f"{size}" if sides[0] == sides[1] else f"{sides[0]} x {sides[1]}"
+        both = "" if sides[0] == sides[1] else ", by which both sides are divisible"
         raise UserError(
-            f"model.latent_size: {latent_size} does not fit images of {image_size} px; "
-            f"expected {image_size} divided by 2, 4, 8, …; set model.latent_size or preprocess.image_size"
+            f"model.latent_size: {latent_size} does not fit images of {shown} px; "
+            f"expected {size} divided by 2, 4, 8, …{both}; set model.latent_size or preprocess.image_size"
         )
-    return sizes
+    return [size >> stage for stage in range(1, count + 1)]
 
 
-def flat_sizes(image_size: int, smallest: int | None) -> list[int]:
-    """Grid sides of a flat model's convolutions, down to `smallest` or until at most 7 or odd (224 -> 7 in five).
+def flat_sizes(sides: Sides, smallest: int | None) -> list[int]:
+    """Grid sizes of a flat model's convolutions, down to `smallest` or until at most 7 or odd (224 -> 7 in five).
 
     Raises:
-        UserError: image_size is not `smallest` times a power of two, or is odd.
+        UserError: as `stage_sizes`, or a side is odd.
     """
-    if smallest is not None:
-        return stage_sizes(image_size, smallest)
-    size = image_size
-    while size % 2 == 0 and size > 7:
-        size //= 2
-    return stage_sizes(image_size, size)
+    return stage_sizes(sides, smallest or min(sides) >> _num_halvings(sides, 7))
+
+
+def latent_sides(sides: Sides, latent_size: int) -> Sides:
+    """Height and width of the latent grid; raises as `stage_sizes`."""
+    count = len(stage_sizes(sides, latent_size))
+    return sides[0] >> count, sides[1] >> count
+
+
+def _num_halvings(sides: Sides, smallest: int) -> int:
+    """Number of times that both sides can be halved until the shorter one is at most `smallest`."""
+    height, width = sides
+    count = 0
+    while height % 2 == 0 and width % 2 == 0 and min(height, width) > smallest:
+        height, width, count = height // 2, width // 2, count + 1
+    return count

@@ -3,18 +3,19 @@
 from torch import nn
 
 from medgen.config import Model
-from medgen.models.grids import default_grid, stage_sizes
+from medgen.models.grids import default_grid, latent_sides, stage_sizes
 from medgen.nn.blocks import ResidualBlock, SelfAttention, bilinear_upsample, group_norm
 
 
 def spatial_latent(params: Model, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Latent shape (Z, h, h): as `params` set it, or the default for this image size."""
-    size = params.latent_size or default_grid(image_shape[1])
-    return params.latent_channels or max(1, image_shape[1] ** 2 // 4 // size**2), size, size
+    """Latent shape (Z, h, w): as `params` set it, or the default for this image size."""
+    sides = image_shape[1:]
+    height, width = latent_sides(sides, params.latent_size or default_grid(sides))
+    return params.latent_channels or max(1, sides[0] * sides[1] // 4 // (height * width)), height, width
 
 
 def residual_encoder(params: Model, image_shape: tuple[int, int, int], out_channels: int) -> nn.Sequential:
-    """Images (B, C, S, S) -> (B, out_channels, h, h)."""
+    """Images (B, C, H, W) -> (B, out_channels, h, w)."""
     sizes, channels = _stages(params, image_shape)
     layers: list[nn.Module] = [nn.Conv2d(image_shape[0], channels[0], 7, stride=2, padding=3)]
     previous = channels[0]
@@ -29,7 +30,7 @@ def residual_encoder(params: Model, image_shape: tuple[int, int, int], out_chann
 
 
 def residual_decoder(params: Model, image_shape: tuple[int, int, int], in_channels: int) -> nn.Sequential:
-    """Latents (B, in_channels, h, h) -> logits (B, C, S, S)."""
+    """Latents (B, in_channels, h, w) -> logits (B, C, H, W)."""
     sizes, channels = _stages(params, image_shape)
     previous = channels[-1]
     layers: list[nn.Module] = [nn.Conv2d(in_channels, previous, 3, padding=1)]
@@ -48,6 +49,6 @@ def residual_decoder(params: Model, image_shape: tuple[int, int, int], in_channe
 
 
 def _stages(params: Model, image_shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
-    """Grid sides S/2, S/4, …, h and the channels at each."""
-    sizes = stage_sizes(image_shape[1], spatial_latent(params, image_shape)[1])
+    """Sizes of the grids down to the latent one, and the channels at each."""
+    sizes = stage_sizes(image_shape[1:], min(spatial_latent(params, image_shape)[1:]))
     return sizes, [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes))]

@@ -14,7 +14,7 @@ from medgen.models.residual import residual_decoder, residual_encoder, spatial_l
 
 
 class SpatialVAE(GenerativeModel):
-    """Images (B, C, S, S) <-> latents (B, Z, h, h), h = `latent_size`, S = h · 2^stages."""
+    """Images (B, C, H, W) <-> latents (B, Z, h, w), min(h, w) = `latent_size`, H = h · 2^stages."""
 
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class SpatialVAE(GenerativeModel):
         self.decoder = residual_decoder(params, image_shape, self.latent_shape[0])
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
-        """Images (B, C, S, S) -> a Gaussian over (B, Z, h, h)."""
+        """Images (B, C, H, W) -> a Gaussian over (B, Z, h, w)."""
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return gaussian_latent(mean, soft_bound(logvar, self.logvar_bound), self.training)
 
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
-        """Latents (B, Z, h, h) -> images (B, C, S, S) in [0, 1]."""
+        """Latents (B, Z, h, w) -> images (B, C, H, W) in [0, 1]."""
         return torch.sigmoid(self.decoder(latent).float())

@@ -17,7 +17,7 @@ NUM_STAGES = 4  # downsamplings (Ronneberger et al.); fewer if the image side ha
 
 
 class UNet(ImageModel):
-    """Images (B, C, S, S) -> probabilities (B, K, S, S); K = 1 for a mask of 0 and 1, else the number of classes."""
+    """Images (B, C, H, W) -> probabilities (B, K, H, W); K = 1 for a mask of 0 and 1, else the number of classes."""
 
     target = "mask"
     encoder_parts = ("first", "halves", "downs")
@@ -26,9 +26,10 @@ class UNet(ImageModel):
         self, params: Model, image_shape: tuple[int, int, int], num_classes: int, mask_classes: int = 2
     ) -> None:
         super().__init__()
-        num_stages = next((n for n in range(NUM_STAGES, 0, -1) if image_shape[1] % 2**n == 0), 0)
+        num_stages = next((n for n in range(NUM_STAGES, 0, -1) if all(side % 2**n == 0 for side in image_shape[1:])), 0)
         if num_stages == 0:
-            raise UserError(f"preprocess.image_size: {image_shape[1]} is odd; a U-Net needs a multiple of 2")
+            height, width = image_shape[1:]
+            raise UserError(f"preprocess.image_size: {height} x {width} has an odd side; a U-Net needs multiples of 2")
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(num_stages + 1)]
         self.mask_classes = mask_classes
         self.first = DoubleConv(image_shape[0], channels[0])
@@ -39,7 +40,7 @@ class UNet(ImageModel):
         self.last = nn.Conv2d(channels[0], 1 if mask_classes == 2 else mask_classes, 1)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
-        """Images (B, C, S, S) -> probabilities (B, K, S, S), float32; the label is not used."""
+        """Images (B, C, H, W) -> probabilities (B, K, H, W), float32; the label is not used."""
         skips = [self.first(image)]
         for down, stage in zip(self.halves, self.downs, strict=True):
             skips.append(stage(down(skips[-1])))

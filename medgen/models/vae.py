@@ -11,26 +11,27 @@ from torch import Tensor, nn
 from medgen.config import Model
 from medgen.errors import UserError
 from medgen.models.base import GenerativeModel, Latent, gaussian_latent, soft_bound
-from medgen.models.grids import flat_sizes
+from medgen.models.grids import flat_sizes, latent_sides
 from medgen.nn.parallel import BatchNorm2d
 
 DEFAULT_LATENT_DIM = 128  # D if model.latent_channels is null
 
 
 class VAE(GenerativeModel):
-    """Images (B, C, S, S) <-> latents (B, D), D = `latent_channels` (Kingma & Welling 2014)."""
+    """Images (B, C, H, W) <-> latents (B, D), D = `latent_channels` (Kingma & Welling 2014)."""
 
     encoder_parts: tuple[str, ...] = ("encoder", "to_latent")
 
     def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int, embedding: int = 0) -> None:
         super().__init__()
         latent_dim = params.latent_channels or DEFAULT_LATENT_DIM
-        sizes = flat_sizes(image_shape[1], params.latent_size)  # S/2, …, h
+        sizes = flat_sizes(image_shape[1:], params.latent_size)
+        grid = latent_sides(image_shape[1:], sizes[-1])
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes))]
         self.latent_shape = (latent_dim,)
         self.logvar_bound = params.logvar_bound
-        self.grid = (channels[-1], sizes[-1], sizes[-1])
-        features = channels[-1] * sizes[-1] ** 2
+        self.grid = (channels[-1], *grid)
+        features = channels[-1] * grid[0] * grid[1]
 
         encoder: list[nn.Module] = []
         for before, after in zip([image_shape[0], *channels[:-1]], channels, strict=True):
@@ -45,13 +46,13 @@ class VAE(GenerativeModel):
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 3, padding=1))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
-        """Images (B, C, S, S) -> a Gaussian over (B, D)."""
+        """Images (B, C, H, W) -> a Gaussian over (B, D)."""
         features = self._with_label(self.encoder(image), label)
         mean, logvar = self.to_latent(features).chunk(2, dim=1)
         return gaussian_latent(mean, soft_bound(logvar, self.logvar_bound), self.training)
 
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
-        """Latents (B, D) -> images (B, C, S, S) in [0, 1]."""
+        """Latents (B, D) -> images (B, C, H, W) in [0, 1]."""
         grid = self.from_latent(self._with_label(latent, label)).unflatten(1, self.grid)
         return torch.sigmoid(self.decoder(grid).float())
 

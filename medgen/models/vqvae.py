@@ -18,7 +18,7 @@ DEFAULT_CHANNELS = 64  # Z if model.latent_channels is null (van den Oord et al.
 
 
 class VQVAE(GenerativeModel):
-    """Images (B, C, S, S) <-> latents (B, Z, h, h) of codes; `Latent.codes` holds their indices."""
+    """Images (B, C, H, W) <-> latents (B, Z, h, w) of codes; `Latent.codes` holds their indices."""
 
     encoder_parts = ("encoder", "quantizer")
 
@@ -55,12 +55,12 @@ class VQVAE(GenerativeModel):
         return ModelOutput(self._decode_vectors(nearest), latent, self._terms(vectors, nearest))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
-        """Images (B, C, S, S) -> codes (B, Z, h, h) and their indices (B, h, h)."""
+        """Images (B, C, H, W) -> codes (B, Z, h, w) and their indices (B, h, w)."""
         codes, nearest = self.quantizer(self._encode_vectors(image))
         return Latent(value=nearest, mean=nearest, codes=codes)
 
     def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
-        """Latents (B, Z, h, h), replaced by their nearest codes -> images (B, C, S, S) in [0, 1]."""
+        """Latents (B, Z, h, w), replaced by their nearest codes -> images (B, C, H, W) in [0, 1]."""
         return self._decode_vectors(self.quantizer(latent.float())[1])
 
     def _terms(self, vectors: Tensor, nearest: Tensor) -> dict[str, Tensor]:

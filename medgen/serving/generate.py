@@ -127,7 +127,7 @@ def interpolate(
     network, info = bundle.load_generative(model / "model", pick_device("auto"))
     write, suffix = image_files.writer(file_format, info, "an interpolation"), image_files.SUFFIXES[file_format]
     labels = [_find_label(network, info, label, end) for end in ends]
-    originals = torch.cat([_load_end(end, info.preprocess) for end in ends])  # (2, C, S, S)
+    originals = torch.cat([_load_end(end, info.preprocess) for end in ends])  # (2, C, H, W)
     images, path_labels = interpolate_images(network, originals, None if labels[0] is None else torch.tensor(labels), n)
     captions = [f"{weight:.2f}" for weight in torch.linspace(0.0, 1.0, n).tolist()]
     if path_labels is not None:
@@ -146,7 +146,7 @@ def interpolate(
 def interpolate_images(
     network: GenerativeModel, ends: Tensor, labels: Tensor | None, n: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Images (n, C, S, S) between the latents of two images (2, C, S, S) in [0, 1], and their labels (n,).
+    """Images (n, C, H, W) between the latents of two images (2, C, H, W) in [0, 1], and their labels (n,).
 
     `labels` (2,) are of the ends: the first half of the images is decoded as the first, the second half as the second.
     """
@@ -239,7 +239,7 @@ def _load_end(end: Path, preprocess: Preprocess) -> Tensor:
 
 
 def decode_batches(network: GenerativeModel, latents: Tensor, labels: Tensor | None) -> Tensor:
-    """Images (N, C, S, S) in [0, 1], on the CPU, of latents (N, ...) and labels (N,) on the model's device."""
+    """Images (N, C, H, W) in [0, 1], on the CPU, of latents (N, ...) and labels (N,) on the model's device."""
     batches = torch.split(torch.arange(len(latents)), BATCH_SIZE)
     decoded = [network.decode(latents[rows], None if labels is None else labels[rows]) for rows in batches]
     return torch.cat([images.float().cpu() for images in decoded])
@@ -331,7 +331,7 @@ def _unreadable_error(reasons: Sequence[str]) -> UserError:
 
 
 def load_image(path: Path, preprocess: Preprocess) -> Tensor:
-    """The image of a file as input of a model: (1, C, S, S) in [0, 1]; the middle slice of a volume or series.
+    """The image of a file as input of a model: (1, C, H, W) in [0, 1]; the middle slice of a volume or series.
 
     Raises:
         UnreadableImage: the file is not a readable image.

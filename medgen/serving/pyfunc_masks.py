@@ -4,7 +4,7 @@
     masks = segmenter.predict(images)
 
 Images are uint8 (N, H, W, C) of any size; C is that of the training. Each gets the preprocessing of the training. The
-result is uint8 (N, S, S, 1), the class number of each pixel of the preprocessed image.
+result is uint8 (N, H, W, 1), the class number of each pixel of the preprocessed image.
 """
 
 import math
@@ -40,7 +40,7 @@ class Segmenter(PythonModel):
 
     @torch.no_grad()
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints as a schema
-        """Images uint8 (N, H, W, C) -> class numbers uint8 (N, S, S, 1).
+        """Images uint8 (N, H, W, C) -> class numbers uint8 (N, H, W, 1).
 
         Raises:
             MlflowException: the images have another shape or type, or are too many or too large; the scoring server

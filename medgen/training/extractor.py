@@ -255,7 +255,7 @@ def augment(image: Tensor, generator: torch.Generator) -> Tensor:
 
     Shifts are whole pixels, since interpolation blurs and an augmented image must count as clean.
     """
-    size, side = len(image), image.shape[-1]
+    size, side = len(image), min(image.shape[-2:])
     most = max(1, round(MAX_SHIFT * side))
     shifts = torch.randint(-most, most + 1, (size, 2), generator=generator).tolist()
     padded = F.pad(image, (most,) * 4, mode="replicate")
@@ -273,8 +273,10 @@ def augment(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def turned(image: Tensor, count: int) -> Tensor:
-    """Square images (B, C, H, H) after `count` quarter turns."""
-    return torch.rot90(image, count, (2, 3))
+    """The squares in the middle of images (B, C, H, W) after `count` quarter turns: (B, C, S, S), S = min(H, W)."""
+    side = min(image.shape[-2:])
+    top, left = ((length - side) // 2 for length in image.shape[-2:])
+    return torch.rot90(image[..., top : top + side, left : left + side], count, (2, 3))
 
 
 @torch.no_grad()

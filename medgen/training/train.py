@@ -281,7 +281,9 @@ def record(
         yield None
         return
     run = state.scratch.name
-    run_name = f"{task.params.name}-{task.store.image_shape[1]}-{run[:6]}"
+    height, width = task.store.image_shape[1:]
+    size = f"{height}" if height == width else f"{height}x{width}"
+    run_name = f"{task.params.name}-{size}-{run[:6]}"
     with Tracker.open(state.scratch, tracking, project, run_name) as tracker:
         sections = {"model": task.params, "loss": task.loss, "train": task.train}
         everything = {**sections, "preprocess": task.store.preprocess}

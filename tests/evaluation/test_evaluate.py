@@ -37,6 +37,7 @@ from medgen.priors.refiner import Refiner as ImageRefiner
 from medgen.priors.refiner import load_refiner, save_disabled, save_refiner
 from medgen.registry.evaluations import compare_versions
 from medgen.reports.figures import write_grid
+from medgen.serving import generate as serving
 from medgen.tracking import PRIOR_ORIGIN, history, read_run
 
 Trained = Callable[..., Project]
@@ -315,6 +316,21 @@ def test_unlabelled_images_are_evaluated(trained: Trained, tmp_path: Path) -> No
     )
     page = (project.reports / "index.html").read_text()
     assert "Realism (C2ST)" in page and f"{metrics['generation/c2st_auc_pixels']:.2f} by pixels" in page
+
+
+def test_images_that_are_not_square_are_evaluated(trained: Trained, tmp_path: Path) -> None:
+    """Without labels, so that the extractor learns quarter turns, and with 16 bits."""
+    random, project = np.random.default_rng(0), Project(tmp_path)
+    project.dataset.parent.mkdir()
+    with StoreWriter(project.dataset, (1, 32, 48), with_masks=False, bits=16) as writer:
+        for number in range(40):
+            writer.add(random.integers(0, 65536, (1, 32, 48)).astype(np.uint16), None, {"path": f"{number}.png"})
+        writer.commit([*["train"] * 20, *["test"] * 20], [], {"bits": 16, "image_size": [32, 48]}, "")
+    metrics = evaluate.run(trained(project), evaluate=SMALL, tracking=OFF)
+    assert set(metrics) == {name for name in KEYS if "label" not in name} | REALISM
+    assert "32 × 48 px" in (project.reports / "MODEL_CARD.md").read_text()
+    written = serving.run(project.model.parent, tmp_path / "new", n=2, file_format="png16")
+    assert np.asarray(Image.open(written[0])).shape == (32, 48)
 
 
 def smooth_images(count: int, seed: int) -> Tensor:

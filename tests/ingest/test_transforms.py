@@ -48,6 +48,22 @@ def test_any_shape_becomes_a_square(
         assert square.flags.c_contiguous and square.flags.writeable
 
 
+@pytest.mark.parametrize("sides", [(16, 40), (40, 16)])
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_images_that_are_not_square(sides: tuple[int, int], fit: Literal["pad", "squash"]) -> None:
+    """Height first; an image of this aspect ratio has no borders, and a mask gets the same geometry."""
+    preprocess = Preprocess(image_size=sides, fit=fit, clahe_clip=0.0)
+    pixels = np.full((2 * sides[0], 2 * sides[1]), 200, np.uint8)
+    pixels[: sides[0], : sides[1]] = 100
+    expected = pixels[::2, ::2]
+    assert np.array_equal(preprocess_image(pixels, preprocess)[0], expected)
+    assert np.array_equal(resize_mask((pixels == 200).astype(np.uint8), preprocess)[0], expected == 200)
+    tall = preprocess_image(np.full((100, 10), 200, np.uint8), preprocess)[0]
+    assert tall.shape == sides
+    assert (tall == 200).all() == (fit == "squash")
+    assert set(np.unique(tall[0])) == ({0, 200} if fit == "pad" else {200})  # borders at the left and right only
+
+
 def test_16_bit_images_are_scaled_to_8_bits() -> None:
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     assert np.abs(preprocess_image(ramp, settings(64, "pad", 0.0))[0] - ramp / 257).max() <= 0.5 + 1e-6

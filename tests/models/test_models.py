@@ -45,6 +45,11 @@ ROWS = [  # parameters, image shape, latent shape (None for a segmenter)
       "codebook": "gradient"}, (3, 36, 36), (5, 9, 9)),
     ({"name": "vqvae", "base_channels": 4, "num_embeddings": 16, "latent_channels": 5, "latent_size": 16,
       "codebook": "cosine"}, (1, 32, 32), (5, 16, 16)),
+    ({"name": "spatial_vae", "base_channels": 4, "latent_channels": 2, "latent_size": 4}, (1, 32, 48), (2, 4, 6)),
+    ({"name": "autoencoder", "base_channels": 4}, (1, 56, 32), (4, 14, 8)),
+    ({"name": "autoencoder_kl", "base_channels": 4, "latent_channels": 2}, (1, 24, 32), (2, 6, 8)),
+    ({"name": "vae", "base_channels": 4, "latent_channels": 6}, (1, 28, 56), (6,)),
+    ({"name": "vqvae", "base_channels": 4, "num_embeddings": 7, "latent_channels": 5}, (1, 40, 36), (5, 10, 9)),
     ({"name": "unet", "base_channels": 4}, (1, 32, 32), None),
     ({"name": "unet", "base_channels": 4, "down": "strided", "up": "upsample"}, (3, 20, 20), None),
 ]  # fmt: skip
@@ -58,7 +63,11 @@ def build(kwargs, image_shape, mask_classes=2):
 
 def row_id(row):
     return "-".join(
-        [row[0]["name"], f"{row[1][1]}px", *(str(row[0][key]) for key in ("codebook", "up") if key in row[0])]
+        [
+            row[0]["name"],
+            f"{row[1][1]}x{row[1][2]}px",
+            *(str(row[0][key]) for key in ("codebook", "up") if key in row[0]),
+        ]
     )
 
 

@@ -305,3 +305,11 @@ def test_training_learns_the_distribution_of_the_residual():
     inside = residual[..., ::2, ::2] - residual[..., 1::2, 1::2]  # of one field
     across = residual[..., 1:-1:2, 1:-1:2] - residual[..., 2::2, 2::2]  # of two
     assert float(inside.std()) < 0.5 * float(across.std()), "neighbours of one field are alike"
+
+
+def test_images_that_are_not_square_are_refined():
+    refiner, generator = create((1, 32, 48), num_classes=0), torch.Generator().manual_seed(0)
+    decoded, levels = torch.rand(2, 1, 32, 48), torch.zeros(2)
+    assert refiner.refine(decoded, levels, None, generator).shape == decoded.shape
+    loss = refiner.loss(refiner.network, decoded, decoded.flip(0), levels, torch.full((2,), -1), generator)
+    assert bool(torch.isfinite(loss))

@@ -139,7 +139,7 @@ def _decode(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool,
 def _decode_pixels(image: Image.Image, data: bytes, preprocess: Preprocess, mask: bool) -> Any:
     orientation = _orientation(image, data)
     colour = preprocess.channels == 3 and not mask
-    reduce_to = preprocess.image_size if preprocess.reduced_decode and not mask else None
+    reduce_to = max(preprocess.sides) if preprocess.reduced_decode and not mask else None
     opencv = _opencv_flags(image, data, colour, reduce_to)
     decoded = None if opencv is None else cv2.imdecode(np.frombuffer(data, np.uint8), opencv)
     # Pillow reads what OpenCV refuses or reads differently, and names the error in a damaged file
