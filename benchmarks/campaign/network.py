@@ -67,6 +67,7 @@ def disturb(lab: Lab, draws: random.Random, team: Team, child: Child) -> None:
             team.database.restart()
         elif action < 0.13:  # takes seconds
             team.mlflow.kill()
+            team.heal()  # MLflow does not start without its database
             team.mlflow.restart()
         else:
             proxy = draws.choice((team.database_proxy, team.mlflow_proxy))
