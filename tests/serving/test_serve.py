@@ -765,7 +765,8 @@ def test_service_follows_the_alias_without_a_lost_request(project: Project, tmp_
         code = server.stop()
     assert code == 0
     assert {status for status, _ in found} == {200}
-    assert [number for _, number in found if number] == sorted(number for _, number in found if number)
+    numbers = [number for _, number in found if number]
+    assert (numbers[0], numbers[-1]) == (1, 2)  # for a moment in between, both versions accept requests
     assert not any(child.is_running() for child in children)
     assert list(server.temporary.iterdir()) == []
 
