@@ -171,7 +171,12 @@ def test_repro_again_does_nothing_and_after_a_changed_prior_no_refiner_is_traine
     assert call(repository, "dvc", "repro").count("Running stage") == 1, "only `code` runs always"
     (repository / "params.yaml").write_text(json.dumps({**small_params, "prior": {"name": "normal"}}))
     output = call(repository, "dvc", "repro")
-    assert [stage for stage in STAGES if f"Running stage '{stage}'" in output] == ["prior", "refiner", "evaluate"]
+    assert [stage for stage in STAGES if f"Running stage '{stage}'" in output] == [
+        "prior",
+        "refiner",
+        "utility",
+        "evaluate",
+    ]
     assert "refiner epoch" not in output, "its gain alone is new"
     (repository / "params.yaml").write_text(json.dumps(small_params))
 

@@ -247,9 +247,10 @@ def test_recipes_run_in_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "train",
         "prior",
         "refiner",
+        "utility",
         "evaluate",
     ]
-    stages = ["preprocess", "train", "prior", "refiner", "evaluate"]
+    stages = ["preprocess", "train", "prior", "refiner", "utility", "evaluate"]
     assert [of for name, of in ran if name != "chest-xray-64"] == stages
     said = capsys.readouterr().out
     assert "0.5000" in said and "0.7500" in said
