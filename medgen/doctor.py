@@ -29,7 +29,7 @@ from rich.text import Text
 from medgen.config import Data, Evaluate, Loss, Preprocess, Project, Tracking, Train, without_credentials
 from medgen.console import show as print_table
 from medgen.data.s3 import is_s3
-from medgen.datasets.weights import list_weights
+from medgen.datasets.weights import WEIGHTS, list_weights
 from medgen.machine import num_cores
 from medgen.tracking.mlflow_sync import check_database, store_uri
 
@@ -178,11 +178,17 @@ def _check_weights(loss: Loss, train: Train, evaluate: Evaluate) -> list[Check]:
     needed = {"vgg16"} if any(weights.perceptual > 0 for weights in [loss.weights, *phases]) else set()
     results = []
     for name, path in list_weights().items():
+        starts = train.init_from is not None and train.init_from.partition("#")[0] == f"weights:/{name}"
+        if WEIGHTS[name].model and not starts:
+            continue  # one of the autoencoders that a training may start from
         if path:
             results.append(Check(f"weights {name}", "ok", str(path)))
         elif name in evaluate.extractors:
             fix = f"Run `medgen weights fetch {name}`, or remove it from evaluate.extractors"
             results.append(Check(f"weights {name}", "warn", "missing: no Inception Score and no FID", fix))
+        elif starts:
+            fix = f"Run `medgen weights fetch {name}`, or change train.init_from"
+            results.append(Check(f"weights {name}", "fail", "missing, and the training starts from them", fix))
         elif name in needed:
             fix = f"Run `medgen weights fetch {name}`, or set loss.weights.perceptual to 0"
             results.append(Check(f"weights {name}", "fail", "missing, and the perceptual loss needs them", fix))

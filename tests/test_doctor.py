@@ -155,6 +155,8 @@ def test_missing_weights_matter_only_if_parameters_use_them(project: Project, mo
     assert levels(Train(), Evaluate()) == {"vgg16": "ok", "inception": "ok"}
     assert levels(Train(phases=(phase,)), Evaluate()) == {"vgg16": "fail", "inception": "ok"}
     assert levels(Train(), seen) == {"vgg16": "ok", "inception": "warn"}
+    start = Train(init_from="weights:/sd-vae-ft-mse")
+    assert levels(start, Evaluate()) == {"vgg16": "ok", "inception": "ok", "sd-vae-ft-mse": "fail"}
     weight = weights.WeightsFile(url="https://example.invalid/vgg16.pth", sha256="", size=3, use="")
     monkeypatch.setitem(weights.WEIGHTS, "vgg16", weight)
     (project.root / "weights").mkdir()
