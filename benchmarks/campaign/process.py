@@ -76,7 +76,7 @@ class Child:
         return self.process.exitcode
 
     def output(self) -> str:
-        """What it printed."""
+        """The output of the command so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     @property

@@ -198,7 +198,7 @@ class MlflowServer:
             raise RuntimeError(f"MLflow did not start again:\n{self._log.read_text()}")
 
     def _start(self) -> bool:
-        """Whether it answers within two minutes; False at once when it ended."""
+        """True if it answers within two minutes; False at once if it has ended."""
         ours = {"host": "127.0.0.1", "port": str(self._port), "artifacts-destination": str(self._artifacts)}
         words = shlex.split(self._service["command"])
         for name, value in ours.items():
