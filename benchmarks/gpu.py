@@ -33,6 +33,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from medgen.config import Loss, Model, Phase, Project, Train, Weights
+from medgen.data.store import ShardedArray
 from medgen.datasets.sample import draw
 from medgen.models import build_model
 from medgen.models.base import ModelOutput
@@ -222,7 +223,7 @@ def measure_data(report: Report) -> None:
     """Images in the device's memory against images read for each step, with the same compiled network."""
     side, batch_size = sizes(report)
     num = 64 if report.small else 4096
-    images = np.random.default_rng(0).integers(0, 256, (num, 1, side, side), dtype=np.uint8)
+    images = ShardedArray([np.random.default_rng(0).integers(0, 256, (num, 1, side, side), dtype=np.uint8)])
     split = SimpleNamespace(images=images, labels=np.zeros(num, np.int64), masks=None)  # what the loader reads
     trainer = Trainer(report, side, not report.small, pick_precision("auto", report.device))
     fixed = torch.rand(batch_size, 1, side, side, device=report.device)
