@@ -4,7 +4,7 @@ A part makes the random draws of the whole batch and keeps those of its own rows
 all processes. So several processes train the model that one would. Outside of `batch_part` a batch is whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ class BatchPart:
 
 
 _part = BatchPart()
+_eager_all_reduce: Callable[[Tensor], Tensor] | None = None  # torch's, with a gradient, left as it is by torch.compile
 
 
 @contextmanager
@@ -76,12 +77,13 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value if _part.processes == 1 else _all_reduce(value) / _part.processes
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _all_reduce(value: Tensor) -> Tensor:
-    from torch.distributed.nn.functional import all_reduce
+    global _eager_all_reduce
+    if _eager_all_reduce is None:  # at the first use: `disable` imports the compiler, which takes as long as torch
+        from torch.distributed.nn.functional import all_reduce
 
-    total: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
-    return total
+        _eager_all_reduce = torch.compiler.disable(all_reduce)  # type: ignore[no-untyped-call]
+    return _eager_all_reduce(value)
 
 
 class Dropout(nn.Dropout):
