@@ -12,10 +12,12 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from medgen import config
@@ -61,9 +63,12 @@ def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -
     current = _open_if_current(project, data, scanned, preprocess)
     state = "unchanged"
     if current is None:
-        _check_disk_space(project, len(scanned.records), preprocess)
         try:
-            current, state = _build(project, data, scanned, preprocess), "written"
+            with _only_build(project) as waited:
+                current = _open_if_current(project, data, scanned, preprocess) if waited else None
+                if current is None:
+                    _check_disk_space(project, len(scanned.records), preprocess)
+                    current, state = _build(project, data, scanned, preprocess), "written"
         except OSError as error:
             raise UserError(
                 f"{project.dataset}: cannot be written: {error.strerror or error}; expected a writable folder with "
@@ -72,6 +77,24 @@ def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -
             ) from error
     note(escaped(_summary(current, state)))
     return current
+
+
+@contextmanager
+def _only_build(project: Project) -> Iterator[bool]:
+    """Wait until no other process builds the project's dataset; yields True if one did."""
+    project.runs.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(project.runs / "preprocess.lock")
+    try:
+        lock.acquire(timeout=0)
+        waited = False
+    except Timeout:
+        note("another process is making the dataset; waiting for it")
+        lock.acquire()
+        waited = True
+    try:
+        yield waited
+    finally:
+        lock.release()
 
 
 def _open_if_current(

@@ -163,6 +163,10 @@ class Tracker:
         """Record the run's description, in Markdown."""
         self.tags({NOTE_TAG: text})
 
+    def flush(self) -> None:
+        """Write the record to the disk, where it survives a power cut."""
+        self._history.flush()
+
     def finish(self, status: str = "FINISHED") -> None:
         """End the record (FINISHED, FAILED or KILLED), after a bounded time for MLflow to receive the rest."""
         if self._finished:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 HISTORY = "history.jsonl"
 LOCK = "tracker.lock"  # held while a process writes a run or sends it to MLflow
-FSYNC_SECONDS = 1.0
+FLUSH_SECONDS = 1.0
 # of numbers in a damaged file, which Python, datetime and MLflow could not store
 MAX_TIME, MAX_STEP, MAX_VALUE = 253402300799, 2**63 - 1, sys.float_info.max
 
@@ -90,7 +90,7 @@ class History:
         self._path = path
         self._facts: dict[FactKey, Any] = {}
         self._mutex = threading.Lock()
-        self._synced = 0.0
+        self._flushed_at = 0.0
         end = 0
         for event, end in read(path):  # noqa: B007  # the offset after the last whole event
             self._facts.update(facts(event))
@@ -131,15 +131,23 @@ class History:
                 event["values"] = {name: value for (_, name, _), value in new.items()}
             os.write(self._descriptor, (json.dumps(event, allow_nan=False) + "\n").encode())
             self._facts.update(new)
-            # The write alone survives a killed process; fsync, which protects from power cuts, is slow.
-            if time.monotonic() - self._synced >= FSYNC_SECONDS:
-                os.fsync(self._descriptor)
-                self._synced = time.monotonic()
+            # The write alone survives a killed process; a flush, which protects from power cuts, is slow.
+            if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+                self._flush()
+
+    def flush(self) -> None:
+        """Write all events to the disk, where they survive a power cut."""
+        with self._mutex:
+            self._flush()
+
+    def _flush(self) -> None:
+        os.fsync(self._descriptor)
+        self._flushed_at = time.monotonic()
 
     def close(self) -> None:
         """Flush the file to the disk and close it."""
         with self._mutex:
-            os.fsync(self._descriptor)
+            self._flush()
             os.close(self._descriptor)
             self._descriptor = -1
 

@@ -345,6 +345,8 @@ def load_mlflow(tracking: Tracking) -> None:
 
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # it logs the traceback of each error that it raises too
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def connect(project: Project, tracking: Tracking) -> tuple["MlflowClient", str]:

@@ -96,6 +96,7 @@ def finish_epoch(state: TrainState, phase: Phase, tracker: Tracker | None, displ
             for name, path in paths.items():
                 tracker.image(name, path, step=epoch)
         display.epoch(epoch, phase.name, metrics)
+        tracker.flush()  # an epoch that the checkpoint holds is not recorded again
     state.save()
     return metrics
 

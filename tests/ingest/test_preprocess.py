@@ -6,6 +6,7 @@ import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -159,6 +160,16 @@ def test_an_unchanged_dataset_is_not_read_again(tmp_path: Path, monkeypatch: pyt
         patch.setattr("medgen.ingest.reading.open_file", lambda *_: pytest.fail("a file was read"))
         assert run(project, data=config.Data(), preprocess=SMALL) == first
     assert (project.dataset / "dataset.json").stat().st_ino == before
+
+
+def test_of_several_at_once_one_makes_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "data")
+    with ThreadPoolExecutor(8) as threads:
+        waiting = [threads.submit(run, Project(tmp_path), data=config.Data(), preprocess=SMALL) for _ in range(8)]
+        datasets = [each.result() for each in waiting]
+    assert len({dataset.fingerprint for dataset in datasets}) == 1
+    printed = "".join(capsys.readouterr())
+    assert (printed.count("written"), printed.count("unchanged")) == (1, 7)
 
 
 @pytest.mark.parametrize("change", ["pixels", "label", "patient", "settings", "damage", "new file"])

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -543,6 +544,17 @@ mlflow_sync.connect(Project(Path(sys.argv[1])), Tracking())
         worker.stdin.flush()
     errors = [worker.communicate()[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 3, "\n".join(errors)
+
+
+def test_mlflow_prints_no_traceback_of_a_database_that_fails(tmp_path, capfd):
+    project, tracking = Project(tmp_path), Tracking()
+    client, experiment = mlflow_sync.connect(project, tracking)
+    database = sqlite3.connect(tmp_path / "mlflow.db")
+    database.execute("ALTER TABLE runs RENAME TO moved")  # as on a full disk, SQLite raises OperationalError
+    database.commit()
+    with pytest.raises(Exception, match="OperationalError"):
+        client.create_run(experiment)
+    assert capfd.readouterr() == ("", "")
 
 
 LINEAGE = {

@@ -192,6 +192,28 @@ def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_project, f
     assert strip(history(tiny_project.runs / scratch.name)) == strip(history(scratch))
 
 
+def test_a_power_cut_loses_no_record_of_an_epoch_that_the_checkpoint_holds(tiny_project, monkeypatch):
+    """What was written after the last flush is lost; the resumed training records only later epochs."""
+    flushed, lost = {}, []
+    fsync, save = os.fsync, checkpoint.save
+
+    def flush(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        flushed[status.st_ino] = status.st_size
+
+    def check(scratch, state):
+        record = (scratch / "history.jsonl").read_bytes()[: flushed.get((scratch / "history.jsonl").stat().st_ino, 0)]
+        steps = {event["step"] for event in map(json.loads, record.splitlines()) if event["kind"] == "metrics"}
+        lost.extend(set(range(1, state["counters"]["epoch"] + 1)) - steps)
+        save(scratch, state)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(checkpoint, "save", check)
+    run(tiny_project)
+    assert flushed and not lost
+
+
 @pytest.fixture
 def ctrl_c():
     """Ctrl-C as at a terminal: a job in a shell's background ignores it, and so would these tests."""
