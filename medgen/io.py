@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from medgen.errors import UserError
 
@@ -24,17 +24,23 @@ _BAD_NAME = re.compile(r"[\x00-\x1f\x7f]|^[A-Za-z]:")
 def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary file in the same folder, flush it to disk and move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _only_writer(path.parent), open_atomic(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file in the same folder, which is moved to `path` at the end of the block."""
     temporary = path.with_name(f"{path.name}.tmp")  # the next write replaces one that a killed process has left
-    with _only_writer(path.parent):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # a full disk keeps no half-written files
-            raise
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk keeps no half-written files
+        raise
 
 
 @contextmanager

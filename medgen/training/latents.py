@@ -12,7 +12,6 @@ Shapes: N images of a split, K codes of dimension Z.
 
 import io
 import math
-import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from numpy.lib.format import open_memmap
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +30,7 @@ from medgen import source
 from medgen.config import fingerprint
 from medgen.data.store import Split, Store, map_array
 from medgen.errors import UserError
-from medgen.io import write_atomic
+from medgen.io import open_atomic, write_atomic
 from medgen.models import GenerativeModel
 from medgen.training.distributed import World
 from medgen.training.loader import Loader
@@ -157,23 +156,22 @@ def _encode_shard(
     model: GenerativeModel, loader: Loader, path: Path, rows: range, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> None:
     """Write the latents or codes of these rows, of shape `shape`, and the sum of their posterior variances."""
-    temporary = path.with_suffix(".tmp")  # the next encoding replaces one that a killed process has left
-    values = open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
     variance: Tensor | None = None
-    for start in range(0, len(rows), BATCH_SIZE):
-        batch = loader.gather(torch.arange(rows.start + start, min(rows.start + start + BATCH_SIZE, rows.stop)))
-        latent = model.encode(batch.image, batch.label)
-        found = latent.mean.float() if latent.codes is None else latent.codes
-        values[start : start + len(found)] = found.cpu().numpy()
-        if latent.logvar is not None:
-            total = latent.logvar.double().exp().sum(0).cpu()
-            variance = total if variance is None else variance + total
-    values.flush()
-    if variance is not None:
-        content = io.BytesIO()
-        np.save(content, variance.numpy())
-        write_atomic(path.with_suffix(".variance.npy"), content.getvalue())
-    os.replace(temporary, path)  # last: it makes the shard complete
+    with open_atomic(path) as file:
+        header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(file, header)
+        for start in range(0, len(rows), BATCH_SIZE):
+            batch = loader.gather(torch.arange(rows.start + start, min(rows.start + start + BATCH_SIZE, rows.stop)))
+            latent = model.encode(batch.image, batch.label)
+            found = latent.mean.float() if latent.codes is None else latent.codes
+            file.write(np.ascontiguousarray(found.cpu().numpy(), dtype).data)
+            if latent.logvar is not None:
+                total = latent.logvar.double().exp().sum(0).cpu()
+                variance = total if variance is None else variance + total
+        if variance is not None:  # before the shard, which then is complete
+            content = io.BytesIO()
+            np.save(content, variance.numpy())
+            write_atomic(path.with_suffix(".variance.npy"), content.getvalue())
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any] | None:

@@ -134,6 +134,7 @@ def test_a_killed_encoding_continues(project, small_shards, encoded_batches, mon
     monkeypatch.setattr(SpatialVAE, "encode", dies)
     with pytest.raises(KeyboardInterrupt):
         encode(project)
+    assert not list(project.runs.rglob("*.tmp")), "after an error, as on a full disk, no half-written file is left"
     monkeypatch.setattr(SpatialVAE, "encode", encode_batch)
     encoded_batches.clear()
     encode(project)
