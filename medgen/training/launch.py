@@ -57,6 +57,7 @@ def launch(command: Callable[[], None], params: Params, stage: str) -> bool:
         arguments = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments]
     logging.disable()  # of the launcher: the processes report their own errors
     with tempfile.TemporaryDirectory() as logs:
+        arguments = ["--log-dir", logs, *arguments]  # otherwise it makes one more, and leaves it
         output = DefaultLogsSpecs(logs, dict.fromkeys(range(1, count), Std.ALL))
         # this process forwards signals itself, and the processes decide how to end
         config = replace(

@@ -40,7 +40,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def command(tiny_project):
+def command(tiny_project, tmp_path):
     """Function that runs `medgen train` in two processes; it returns exit code and output."""
     params = {
         "model": {"base_channels": 8, "latent_size": 8, "latent_channels": 4},
@@ -50,10 +50,11 @@ def command(tiny_project):
     }
     (tiny_project.root / "params.yaml").write_text(json.dumps(params))
     (tiny_project.root / "main.py").write_text(MEDGEN)
+    (tmp_path / "tmp").mkdir()
 
     def run(*arguments, stop_signal=""):
         environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "MASTER_ADDR")}
-        environment |= {"OMP_NUM_THREADS": "2", "STOP_SIGNAL": stop_signal}
+        environment |= {"OMP_NUM_THREADS": "2", "STOP_SIGNAL": stop_signal, "TMPDIR": str(tmp_path / "tmp")}
         everything = [sys.executable, "main.py", "train", *arguments]
         return subprocess.run(
             everything,
@@ -98,13 +99,15 @@ def test_a_signal_to_the_launcher_stops_all_processes_at_one_step_and_the_next_c
 
 
 @pytest.mark.slow
-def test_an_error_of_the_user_is_one_message_and_exit_code_2(tiny_project, command):
+def test_an_error_of_the_user_is_one_message_and_exit_code_2(command, tmp_path):
     done = command("--set", "train.batch_size=7")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
     assert "train.batch_size: 7 images a step" in done.stderr
     assert "change train.batch_size or compute.processes" in done.stderr
+    left = [path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
+    assert not left, "of temporary files only the compiler's cache stays"
 
 
 def test_auto_is_one_process_for_each_gpu_that_gets_an_equal_share(monkeypatch):
