@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -300,8 +301,9 @@ class TrainState:
         network = Forward(self.task, cast(nn.Module, torch.compile(model)) if compiled else model)
         if self.world.size == 1:
             return network
-        # buffers are alike in all processes already (medgen/nn/parallel.py)
-        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # torch 2.15 has another name for it
+            # buffers are alike in all processes already (medgen/nn/parallel.py)
+            return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 class Forward(nn.Module):
