@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 
 from medgen import source
@@ -36,11 +37,8 @@ from medgen.training.state import TrainingTask, TrainState
 # source files that decide the trained weights: a change starts a new run instead of resuming
 CODE = ("nn/*.py", "models/*.py", "training/initial_weights.py", "training/train.py")
 NOT_IN_FINGERPRINT = {"sample_every", "checkpoint_seconds", "on_nonfinite", "max_rollbacks", "device"}
-INITIAL = (
-    "init_from",
-    "init_strict",
-    "freeze",
-)  # keys of the initial weights, in the fingerprint only if there are any
+INITIAL = ("init_from", "init_strict", "freeze")  # keys that are in the fingerprint only if there are initial weights
+EXPORT_LOCK = "export.lock"  # in the folder of all runs
 PARAMS = "params.json"  # in a run's folder: the parameters of its training, with the resolved train.init_from
 INIT_TAG = "init_from"  # of a run and a version: the same source
 GIVEN_TAG = "init_from.given"  # train.init_from as it was given, such as an alias
@@ -92,10 +90,12 @@ def run(
         with state.stop.listening(), record(state, task, project, tracking, tags) as tracker:
             train_to_end(state, tracker, after_epoch)
             if tracker:
-                with state.final_weights():
-                    task.export(project.model, name)
-                for path in write_report(project.curves, state.scratch, history(state.scratch), state.drawn_epochs):
-                    tracker.artifact(path, "figures")
+                # of two trainings that end at once, the model and the report are those of the same one
+                with FileLock(project.runs / EXPORT_LOCK):
+                    with state.final_weights():
+                        task.export(project.model, name)
+                    for path in write_report(project.curves, state.scratch, history(state.scratch), state.drawn_epochs):
+                        tracker.artifact(path, "figures")
         return state.scratch
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from medgen.config import Beta, Loss, Model, Phase, Schedule, Tracking, Train, Weights, load
@@ -212,6 +213,21 @@ def test_a_power_cut_loses_no_record_of_an_epoch_that_the_checkpoint_holds(tiny_
     monkeypatch.setattr(checkpoint, "save", check)
     run(tiny_project)
     assert flushed and not lost
+
+
+def test_no_other_training_writes_between_the_model_and_its_report(tiny_project, monkeypatch):
+    write_report, locked = train.write_report, []
+
+    def check(*arguments):
+        try:
+            FileLock(tiny_project.runs / train.EXPORT_LOCK, timeout=0).acquire()
+        except Timeout:
+            locked.append((tiny_project.model / "model.json").exists())
+        return write_report(*arguments)
+
+    monkeypatch.setattr(train, "write_report", check)
+    run(tiny_project)
+    assert locked == [True]
 
 
 @pytest.fixture
