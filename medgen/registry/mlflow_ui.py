@@ -141,7 +141,8 @@ def _describe_parts(artifacts: Artifacts) -> str:
         )
     classes = ", ".join(map(escape, info.classes)) or "none"
     text = (
-        f"{info.model.name} with the prior {artifacts.prior}: generates images {height}×{width}×{channels} uint8; "
+        f"{info.model.name} with the prior {artifacts.prior}: generates images {height}×{width}×{channels} "
+        f"uint{info.preprocess.bits}; "
         f"classes: {classes}. Input: n, label and seed of new images, or an image (base64) to reconstruct."
     )
     if info.preprocess.scale:

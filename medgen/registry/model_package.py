@@ -127,7 +127,8 @@ def _signature(info: BundleInfo, is_generative: bool) -> "ModelSignature":
     anything: Any = AnyType()  # type: ignore[no-untyped-call]
     columns = {"n": anything, "label": DataType.string, "seed": anything, "image": DataType.string, "refine": anything}
     inputs = Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
-    return ModelSignature(inputs, Schema([TensorSpec(uint8, (-1, height, width, channels))]))
+    stored = np.dtype(f"u{info.preprocess.bits // 8}")
+    return ModelSignature(inputs, Schema([TensorSpec(stored, (-1, height, width, channels))]))
 
 
 def _example(info: BundleInfo, is_generative: bool) -> Any:

@@ -10,7 +10,7 @@ Each row requests `n` new images, or the reconstruction of `image`: a PNG, JPEG,
 - `seed`: the same seed gives the same images; by default it is random. A reconstruction has one only with `refine`.
 - `refine`: use the version's refiner, which adds detail that the decoder omits; by default true for new images and
   false for a reconstruction.
-The result is uint8 (images, H, W, C).
+The result is (images, H, W, C), uint8 or with `preprocess.bits: 16` uint16.
 """
 
 import base64
@@ -31,7 +31,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from torch import Tensor
 
-from medgen.data.images import to_floats
+from medgen.data.images import to_floats, to_stored
 from medgen.errors import UserError
 from medgen.ingest.formats.images import decode, image_size
 from medgen.ingest.formats.raw import UnreadableImage
@@ -65,8 +65,8 @@ class Generator(PythonModel):
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
-    ) -> npt.NDArray[np.uint8]:
-        """Rows of n or image, label, seed and refine -> images uint8 (N, H, W, C), in the order of the rows.
+    ) -> npt.NDArray[np.uint8 | np.uint16]:
+        """Rows of n or image, label, seed and refine -> images (N, H, W, C) as the dataset stores them, in that order.
 
         Raises:
             MlflowException: a row is invalid, or too many images are requested; the scoring server responds with 400.
@@ -87,8 +87,8 @@ class Generator(PythonModel):
             images = [self._reconstruct(**row) if "image" in row else self._generate(**row) for row in requests]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-        pixels = (torch.cat(images) * 255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+        stored = to_stored(torch.cat(images), self.info.preprocess.bits)
+        return stored.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
 
     def _request(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The validated values of a row; all rows are validated before any image is generated."""

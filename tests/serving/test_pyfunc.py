@@ -80,6 +80,21 @@ def test_abandoned_call_stops_between_batches(generator: pyfunc.Generator) -> No
     assert generator.predict(None, pd.DataFrame({"n": [130]})).shape == (130, SIDE, SIDE, 1)
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(8, np.uint8), (16, np.uint16)])
+def test_images_have_the_bits_and_sides_of_the_dataset(generator: pyfunc.Generator, bits: int, dtype: Any) -> None:
+    """A reconstruction of 16 bits, 24 x 16 pixels, is the file's own grey values; the model returns what it gets."""
+    generator.info.preprocess = Preprocess(
+        image_size=(24, 16), clahe_clip=0.0, bits=bits, window={"low": 0, "high": 65535}
+    )
+    pixels = np.random.default_rng(0).integers(0, 2**16, (24, 16), dtype=np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    found = generator.predict(None, pd.DataFrame({"image": [base64.b64encode(file.getvalue()).decode()]}))
+    assert (found.dtype, found.shape) == (dtype, (1, 24, 16, 1))
+    expected = pixels if bits == 16 else np.round(pixels / 257)
+    np.testing.assert_allclose(found[0, ..., 0].astype(int), expected, atol=1)
+
+
 def test_abandoned_call_stops_between_rows(generator: pyfunc.Generator) -> None:
     generator.is_abandoned = after(2)
     with pytest.raises(MlflowException, match="abandoned"):

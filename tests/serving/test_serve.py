@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from PIL import Image
 from starlette.responses import Response
 
@@ -654,6 +654,21 @@ def test_png_of_masks_spreads_class_numbers_over_grey_levels() -> None:
     schema = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 1))])
     response = served_model(schema, lambda data: masks).respond(b'{"inputs": [[[[0]]]]}', True, lambda: False)
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(response.body))), masks[0, ..., 0] * 127)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 1), (3, 4, 2, 3)])
+def test_png_has_the_bits_of_the_images(shape: tuple[int, ...]) -> None:
+    """Images of other height than width, on a sheet of two columns; colours have 8 bits."""
+    images = np.random.default_rng(0).integers(0, 2**16, shape, dtype=np.uint16)
+    schema = Schema([ColSpec(DataType.long, "n")])
+    response = served_model(schema, lambda data: images).respond(
+        b'{"dataframe_records": [{"n": 3}]}', True, lambda: False
+    )
+    sheet = np.array(Image.open(io.BytesIO(response.body)))
+    expected = images[..., 0] if shape[-1] == 1 else np.round(images / 257).astype(np.uint8)
+    assert sheet.dtype == expected.dtype
+    np.testing.assert_array_equal(sheet[:4, 4:6], expected[1])
+    np.testing.assert_array_equal(sheet[6:, :2], expected[2])
 
 
 # Start and end.

@@ -61,7 +61,7 @@ class ServedModel:
         if is_table:
             check_table(data, self._schema.input_names())
         try:
-            images: NDArray[np.uint8] = self._model.predict(data)  # (N, H, W, C)
+            images: NDArray[Any] = self._model.predict(data)  # (N, H, W, C) uint8 or uint16
         except MlflowException as error:
             raise mlflow_error(error) from None
         if not as_png:
@@ -71,15 +71,20 @@ class ServedModel:
         return ImagesResponse(contact_sheet(images), "image/png", len(images))
 
 
-def contact_sheet(images: NDArray[np.uint8]) -> bytes:
-    """A PNG file of images (N, H, W, 1 or 3), row by row in a grid with about as many rows as columns."""
+def contact_sheet(images: NDArray[Any]) -> bytes:
+    """A PNG file of images (N, H, W, 1 or 3), row by row in a grid with about as many rows as columns.
+
+    Grey images have as many bits as given, 8 or 16; colours have 8, since Pillow writes no others.
+    """
     n, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    tiles = np.full((rows * columns, height + SHEET_GAP, width + SHEET_GAP, channels), 255, np.uint8)
+    white = np.iinfo(images.dtype).max
+    tiles = np.full((rows * columns, height + SHEET_GAP, width + SHEET_GAP, channels), white, images.dtype)
     tiles[:n, :height, :width] = images
     grid = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2)  # (rows, H + gap, columns, W + gap, C)
     sheet = grid.reshape(rows * tiles.shape[1], columns * tiles.shape[2], channels)[:-SHEET_GAP, :-SHEET_GAP]
+    pixels = sheet[..., 0] if channels == 1 else (sheet / (white / 255)).round().astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
