@@ -224,9 +224,9 @@ def evaluate(
         if not _launch("evaluate", params, overrides) and _call(evaluate.run, params, overrides) is not None:
             _call(registry.register_if_enabled, params, overrides)
     else:
-        version, folder = _call(registry.fetch_for_evaluation, params, overrides, source=model)
-        _call(evaluate.evaluate_version, params, overrides, folder=folder)
-        _call(registry.update_metrics, params, overrides, version=version, folder=folder)
+        with _call(registry.fetch_for_evaluation, params, overrides, source=model) as (version, folder):
+            _call(evaluate.evaluate_version, params, overrides, folder=folder)
+            _call(registry.update_metrics, params, overrides, version=version, folder=folder)
 
 
 @app.command()

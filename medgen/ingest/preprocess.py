@@ -82,8 +82,8 @@ def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -
 @contextmanager
 def _only_build(project: Project) -> Iterator[bool]:
     """Wait until no other process builds the project's dataset; yields True if one did."""
-    project.runs.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(project.runs / "preprocess.lock")
+    project.dataset.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(project.dataset.with_name("dataset.lock"))
     try:
         lock.acquire(timeout=0)
         waited = False

@@ -7,11 +7,12 @@ medgen register     medgen generate --model models:/medgen@candidate --n 25 --ou
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 
 from medgen.config import Params, Project, Registry, Tracking
 from medgen.console import say, warn
@@ -140,12 +141,13 @@ def fetcher(project: Project, *, tracking: Tracking) -> Callable[[str], tuple[st
     return fetch
 
 
+@contextmanager
 def fetch_for_evaluation(
     project: Project, *, tracking: Tracking, registry: Registry, source: str
-) -> tuple[Version, Path]:
-    """Download a version for `medgen evaluate --model`.
+) -> Iterator[tuple[Version, Path]]:
+    """Download a version for `medgen evaluate --model`; other processes that evaluate it wait until the block ends.
 
-    Returns:
+    Yields:
         The version, and a folder in runs/ with its model/, prior/ and refiner/ in artifacts/.
 
     Raises:
@@ -154,9 +156,11 @@ def fetch_for_evaluation(
     with mlflow_client(project, tracking, "nothing was downloaded: start the server first") as (client, _):
         version = find_version(client, registry.model_name, source)
     folder = project.runs / "versions" / f"{version.name}-{version.number}"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(download_version(version.uri, project, tracking), folder / "artifacts")
-    return version, folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(download_version(version.uri, project, tracking), folder / "artifacts")
+        yield version, folder
 
 
 def update_metrics(project: Project, *, tracking: Tracking, version: Version, folder: Path) -> None:

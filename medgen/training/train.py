@@ -38,7 +38,6 @@ from medgen.training.state import TrainingTask, TrainState
 CODE = ("nn/*.py", "models/*.py", "training/initial_weights.py", "training/train.py")
 NOT_IN_FINGERPRINT = {"sample_every", "checkpoint_seconds", "on_nonfinite", "max_rollbacks", "device"}
 INITIAL = ("init_from", "init_strict", "freeze")  # keys that are in the fingerprint only if there are initial weights
-EXPORT_LOCK = "export.lock"  # in the folder of all runs
 PARAMS = "params.json"  # in a run's folder: the parameters of its training, with the resolved train.init_from
 INIT_TAG = "init_from"  # of a run and a version: the same source
 GIVEN_TAG = "init_from.given"  # train.init_from as it was given, such as an alias
@@ -91,7 +90,7 @@ def run(
             train_to_end(state, tracker, after_epoch)
             if tracker:
                 # of two trainings that end at once, the model and the report are those of the same one
-                with FileLock(project.runs / EXPORT_LOCK):
+                with FileLock(project.model.with_name("model.lock")):
                     with state.final_weights():
                         task.export(project.model, name)
                     for path in write_report(project.curves, state.scratch, history(state.scratch), state.drawn_epochs):

@@ -333,6 +333,7 @@ def test_the_store_has_no_other_files(tmp_path: Path) -> None:
     arrays = {f"{split}/{kind}.npy" for split in store.SPLITS for kind in ("images-00000", "labels")}
     assert content(tmp_path / "artifacts").keys() == {
         "dataset.checked.json",
+        "dataset.lock",
         *(f"dataset/{name}" for name in arrays | {"manifest.csv", "rejected.csv", "dataset.json"}),
     }
     assert not content(tmp_path / "runs")

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from medgen import registry
 from medgen.config import Model, Params, Preprocess, Prior, Project, Refiner, Registry, Tracking
@@ -199,6 +200,15 @@ def test_earlier_metrics_of_a_version_are_kept(project: Project, capsys: pytest.
         for name, text in reports.items():
             (project.reports / name).write_text(text)
         registry.register(project, params=Params())
+
+
+def test_only_one_process_evaluates_a_version(project: Project) -> None:
+    arguments: dict[str, Any] = {"tracking": Tracking(), "registry": Registry(), "source": "models:/medgen@candidate"}
+    for _ in range(2):
+        with registry.fetch_for_evaluation(project, **arguments) as (_, folder):
+            assert (folder / "artifacts" / "model" / "model.json").exists()
+            with pytest.raises(Timeout):
+                FileLock(f"{folder}.lock", timeout=0).acquire()
 
 
 def test_evaluation_on_a_server_that_does_not_answer_is_an_error(project: Project, unreachable_store: Tracking) -> None:

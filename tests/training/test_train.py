@@ -220,7 +220,7 @@ def test_no_other_training_writes_between_the_model_and_its_report(tiny_project,
 
     def check(*arguments):
         try:
-            FileLock(tiny_project.runs / train.EXPORT_LOCK, timeout=0).acquire()
+            FileLock(tiny_project.model.with_name("model.lock"), timeout=0).acquire()
         except Timeout:
             locked.append((tiny_project.model / "model.json").exists())
         return write_report(*arguments)
