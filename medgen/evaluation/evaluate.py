@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from medgen.config import Evaluate, Project, Tracking
@@ -115,8 +116,6 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
     store = open_store(project.dataset)
     with join("auto") as world:
         model, info = bundle.load_for(store, project.model, world.device)
-        if world.is_main:
-            shutil.rmtree(project.figures, ignore_errors=True)  # of an earlier model; this one may have fewer
         if isinstance(model, GenerativeModel):
             context = load_context(project, store, model, info, evaluate, world)
             utility = load_utility(project, store.fingerprint)
@@ -125,13 +124,15 @@ def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str
             masks = evaluate_masks(store, model, evaluate.batch_size, world)
     if not world.is_main:
         return None
-    if isinstance(model, GenerativeModel):
-        metrics, page = _report_images(project, context, computed, utility)
-    else:
-        metrics, page = _report_masks(project, store, info, evaluate, masks)
-    report.write_page(project.reports / "index.html", page)
-    write_atomic(project.reports / MODEL_CARD, render_card(page.card, metrics))
-    record_results(project, info, evaluate, tracking, metrics)
+    with FileLock(project.evaluation.with_name("evaluation.lock")):  # of several evaluations one at a time writes
+        shutil.rmtree(project.figures, ignore_errors=True)  # of an earlier model; this one may have fewer
+        if isinstance(model, GenerativeModel):
+            metrics, page = _report_images(project, context, computed, utility)
+        else:
+            metrics, page = _report_masks(project, store, info, evaluate, masks)
+        report.write_page(project.reports / "index.html", page)
+        write_atomic(project.reports / MODEL_CARD, render_card(page.card, metrics))
+        record_results(project, info, evaluate, tracking, metrics)
     report.print_table(page.rows)
     return metrics
 

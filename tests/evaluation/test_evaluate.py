@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
@@ -168,6 +170,22 @@ def test_a_second_evaluation_writes_the_same_bytes(evaluated: Evaluated) -> None
     evaluate.run(project, evaluate=SMALL, tracking=OFF)
     assert {name: (project.reports / name).read_bytes() for name in REPORTS} == before
     assert not project.images.exists()
+
+
+def test_only_one_evaluation_writes_reports(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one that ended at the same time removed its figures."""
+    record, locked = evaluate.record_results, []
+
+    def check(*arguments: Any) -> None:
+        try:
+            FileLock(project.evaluation.with_name("evaluation.lock"), timeout=0).acquire()
+        except Timeout:
+            locked.append((project.figures / "samples.png").exists())
+        record(*arguments)
+
+    monkeypatch.setattr(evaluate, "record_results", check)
+    evaluate.run(project, evaluate=SMALL, tracking=OFF)
+    assert locked == [True]
 
 
 def test_results_are_added_to_the_training_run(evaluated: Evaluated) -> None:
