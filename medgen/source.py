@@ -31,7 +31,9 @@ STAGES = {
 # code that cannot change a stage's result: where runs are recorded, where data comes from, messages, file writing
 IGNORED = ("tracking", "datasets", "console.py", "errors.py", "io.py", "machine.py", "source.py")
 # files that decide the result of every training
-TRAINING = tuple(f"training/{name}.py" for name in ("guard", "loader", "loop", "losses", "optimizers", "state"))
+TRAINING = tuple(
+    f"training/{name}.py" for name in ("augment", "guard", "loader", "loop", "losses", "optimizers", "state")
+)
 NUM_NAMES = 3  # changed files that a line names
 PACKAGE = Path(__file__).parent
 

@@ -13,17 +13,21 @@ from medgen.config.parts import Features, Prior, Refiner
 from medgen.config.project import RESULTS_VARIABLE, Project
 from medgen.config.registry import Gates, Registry, Tracking
 from medgen.config.search import Searched, TrialBudget, Tune
-from medgen.config.training import Beta, Loss, Phase, Schedule, Train, Weights
+from medgen.config.training import Affine, Augment, Beta, Elastic, Intensity, Loss, Phase, Schedule, Train, Weights
 from medgen.errors import unknown_name
 
 __all__ = [
     "RESULTS_VARIABLE",
+    "Affine",
+    "Augment",
     "Beta",
     "Compute",
     "Data",
+    "Elastic",
     "Evaluate",
     "Features",
     "Gates",
+    "Intensity",
     "IntensityWindow",
     "LocalNetwork",
     "Loss",

@@ -94,6 +94,14 @@ class FamilySection(Section):
         return {key: value for key, value in dump(self).items() if key not in foreign}
 
 
+def without_defaults(section: Section, dump: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A dump without those of `keys` that have their default: keys of later versions, which change no fingerprint."""
+    fields = type(section).model_fields
+    return {
+        key: value for key, value in dump.items() if key not in keys or getattr(section, key) != fields[key].default
+    }
+
+
 def fingerprint(*parts: object) -> str:
     """First twelve hexadecimal digits of the SHA-256 of JSON-serialisable values or sections."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]

@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializationInfo, field_serializer, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from medgen.config.base import Count, Fraction, NonNegative, Positive, Section, Seed
+from medgen.config.base import Count, Fraction, NonNegative, Positive, Section, Seed, without_defaults
 
 
 class Beta(Section):
@@ -72,6 +80,42 @@ class Phase(Section):
     weights: Weights | None = None  # replaces loss.weights during this phase
 
 
+class Affine(Section):
+    """Random rotation, shift and scaling; what comes from outside the image is black, and class 0 in a mask."""
+
+    degrees: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0  # largest rotation, in both directions
+    translate: Fraction = 0.0  # largest shift, as a fraction of the side
+    scale: Fraction = 0.0  # the factor is drawn between 1 - scale and 1 + scale
+
+
+class Elastic(Section):
+    """Random smooth deformation: shifts drawn for each pixel and smoothed (Simard et al. 2003)."""
+
+    alpha: NonNegative = 0.0  # size of the shifts, as in torchvision's ElasticTransform; 0: none
+    sigma: Positive = 5.0  # pixels over which the shifts are smoothed (standard deviation)
+
+
+class Intensity(Section):
+    """Random grey values; masks keep theirs."""
+
+    brightness: Fraction = 0.0  # the factor is drawn between 1 - brightness and 1 + brightness
+    contrast: Fraction = 0.0  # factor of the difference from the mean, as for brightness
+    gamma: NonNegative = 0.0  # the exponent is drawn between 1 / (1 + gamma) and 1 + gamma
+    noise: Fraction = 0.0  # largest standard deviation of Gaussian noise on grey values from 0 to 1
+
+
+class Augment(Section):
+    """Random changes of each training image and its mask, for segmentation.
+
+    A generative model learns the changes as well: it then generates rotated, deformed and noisy images.
+    """
+
+    vertical_flip: bool = False
+    affine: Affine = Affine()
+    elastic: Elastic = Elastic()
+    intensity: Intensity = Intensity()
+
+
 class Train(Section):
     """Training of the model."""
 
@@ -90,6 +134,7 @@ class Train(Section):
     clip_norm: Positive = 1.0
     ema_decay: Fraction = 0.0  # of averaged weights; 0: none
     horizontal_flip: bool = False  # off by default, since it mirrors the heart
+    augment: Augment = Augment()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
@@ -114,6 +159,10 @@ class Train(Section):
     @field_serializer("phases")
     def _map_phases(self, phases: tuple[Phase, ...], info: SerializationInfo) -> dict[str, Any]:
         return {phase.name: phase.model_dump(mode=info.mode, exclude={"name"}) for phase in phases}
+
+    @model_serializer(mode="wrap")
+    def _without_new_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, dump(self), "augment")
 
     @model_validator(mode="after")
     def _phase_names_differ(self) -> Self:

@@ -29,6 +29,7 @@ TRAINING_KEYS = (
     "clip_norm",
     "ema_decay",
     "horizontal_flip",
+    "augment",
     "keep",
     "subset",
     "init_from",
@@ -214,7 +215,7 @@ def _training_values(settings: Settings | None, model: Model) -> dict[str, str]:
         values |= {"loss.kl_reduction": loss.kl_reduction, "loss.free_bits": f"{loss.free_bits:g}"}
     if "num_embeddings" in model.model_dump():
         values["loss.commitment_cost"] = f"{loss.commitment_cost:g}"
-    values |= {f"train.{name}": train[name] for name in TRAINING_KEYS if train[name] is not None}
+    values |= {f"train.{name}": train[name] for name in TRAINING_KEYS if train.get(name) is not None}
     return {name: str(value) for name, value in values.items()}
 
 

@@ -1,23 +1,25 @@
 """Batches of a split, read from its memory-mapped files before the step that needs them; no state to save.
 
 A training batch is a pure function of (seed, position, rank, world), so that a resumed run sees the same batches. The
-processes of a machine share one copy of the images: the operating system's cache of the files.
+random changes of an image depend on (seed, position, row in the split), whichever process has it. The processes of a
+machine share one copy of the images: the operating system's cache of the files.
 """
 
 import math
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medgen.config import seed_of
+from medgen.config import Augment, seed_of
 from medgen.data.images import DTYPES, to_floats
 from medgen.data.store import ShardedArray, Split
+from medgen.training.augment import augment_images
 
 NUM_AHEAD = 3  # batches that are read before they are asked for
 CHUNK_BYTES = 64 << 20  # read at a time to fill a GPU's memory
@@ -51,6 +53,7 @@ class Loader:
     On a GPU, images that fit into a quarter of its free memory are kept there. Otherwise a thread reads the next
     batches from the files, and for a GPU copies them there from pinned memory.
     `subset` uses only that many images, spread over the split; `with_masks` only those with a mask, and adds it.
+    `horizontal_flip` and `augment` change the images and masks of `batch`.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Loader:
         horizontal_flip: bool = False,
         subset: int | None = None,
         with_masks: bool = False,
+        augment: Augment = Augment(),  # noqa: B008  # frozen
     ) -> None:
         self.device = torch.device(device)
         rows = split.masked_rows if with_masks else np.arange(len(split.images))
@@ -75,7 +79,7 @@ class Loader:
         # an epoch leaves out the incomplete last batch, of other images each time
         self.num_batches = self.num_images // self.batch_size
         self.seed, self.rank, self.world = seed, rank, world
-        self.horizontal_flip = horizontal_flip
+        self.horizontal_flip, self.augment = horizontal_flip, augment
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # epoch and its permutation
         masks = split.masks if with_masks else None
         self._arrays = [split.images] if masks is None else [split.images, masks]
@@ -93,6 +97,10 @@ class Loader:
             generator = torch.Generator().manual_seed(seed_of(self.seed, position, 0, 1))
             draws = torch.rand(self.batch_size, generator=generator)[self.rank :: self.world]
             batch = _flip(batch, draws < 0.5)
+        if self.augment != Augment():
+            seeds = [seed_of(self.seed, position, row, 2) for row in batch.index.tolist()]
+            image, mask = augment_images(batch.image, batch.mask, self.augment, seeds)
+            batch = replace(batch, image=image, mask=mask)
         return batch
 
     def sequential(self) -> Iterator[Batch]:

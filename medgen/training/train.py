@@ -26,6 +26,7 @@ from medgen.models.base import ImageModel, ModelOutput
 from medgen.tracking import Tracker, history, lineage, read_run
 from medgen.tracking.mlflow_descriptions import escape
 from medgen.training import checkpoint
+from medgen.training.augment import check_augment
 from medgen.training.distributed import World, join, pick_precision
 from medgen.training.initial_weights import PIN, REGISTERED, Fetch, find_weights, load_weights
 from medgen.training.loader import Batch, Loader
@@ -122,6 +123,7 @@ class ModelTask(TrainingTask):
             part.requires_grad_(False)
         with_masks = self.model.target == "mask"
         self._check_weights()
+        check_augment(train.augment, self.store.image_shape[1:])
         if with_masks and not (len(train_split.masked_rows) and len(val_split.masked_rows)):
             raise UserError(
                 f"model.name: {model.name} is trained on masks; {project.dataset} has {len(train_split.masked_rows)} "
@@ -130,7 +132,7 @@ class ModelTask(TrainingTask):
             )
         self.loader = Loader(
             train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
-            train.horizontal_flip, train.subset, with_masks,
+            train.horizontal_flip, train.subset, with_masks, train.augment,
         )  # fmt: skip
         world.check_batch_size("train", self.loader.batch_size, self.loader.num_images, train.accumulate_steps)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size

@@ -81,7 +81,11 @@ CASES = {
         f"vqvae_{kind}": {"model": {"name": "vqvae", "codebook": kind, "num_embeddings": 16, "latent_size": 8, **SMALL}}
         for kind in ("gradient", "ema", "cosine")
     },
-    "unet": {"model": {"name": "unet", "base_channels": 4}, "loss": {"weights": {"bce": 1.0, "dice": 1.0}}},
+    "unet": {
+        "model": {"name": "unet", "base_channels": 4},
+        "loss": {"weights": {"bce": 1.0, "dice": 1.0}},
+        "train": {**TRAIN, "augment": {"affine": {"degrees": 20.0}, "intensity": {"noise": 0.1}}},
+    },
     "features": {"features": {"width": 8, "epochs": 1, "batch_size": 8}},
     "flow": {"model": {"name": "spatial_vae", "latent_size": 8, **SMALL}, "prior": {"name": "flow", **PARTS}},
     "tokens": {
