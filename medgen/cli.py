@@ -58,6 +58,7 @@ FileFormat = Annotated[
     ),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Folder to write images to.")]
+ImageFiles = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files.")]
 DatasetName = Annotated[str, typer.Argument(help="Name from `medgen data list`.")]
 WeightsName = Annotated[str, typer.Argument(help="Name from `medgen weights list`.")]
 RecipeName = Annotated[str, typer.Argument(help="Name from `medgen recipe list`.")]
@@ -276,7 +277,7 @@ def generate(
 
 @app.command()
 def reconstruct(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files.")],
+    files: ImageFiles,
     out: OutFolder,
     label: Annotated[
         str | None,
@@ -290,6 +291,14 @@ def reconstruct(
             help="With png16, tiff, nifti or dicom, write each reconstruction also as a file of that format.",
         ),
     ] = "png",
+    uncertainty: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Also write the standard deviation of N draws from a variational model's posterior.",
+        ),
+    ] = None,
     model: ModelLocation = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
@@ -299,7 +308,70 @@ def reconstruct(
     from medgen.serving import generate
 
     folder = _call(registry.find_model, params, overrides, source=model)
-    generate.reconstruct(folder, out, files=files, label=label, file_format=file_format)
+    generate.reconstruct(folder, out, files=files, label=label, file_format=file_format, uncertainty=uncertainty or 0)
+
+
+@app.command()
+def anomaly(
+    files: ImageFiles,
+    out: OutFolder,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Class that counts as normal, by name or index, for a model or prior that uses labels."),
+    ] = None,
+    model: ModelLocation = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Score how far image files are from the train images, and write maps of where they differ (docs/uses.md)."""
+    from medgen import registry
+    from medgen.serving import uses
+
+    folder = _call(registry.find_model, params, overrides, source=model)
+    uses.anomaly(folder, out, files=files, label=label)
+
+
+@app.command()
+def counterfactual(
+    files: ImageFiles,
+    out: OutFolder,
+    to: Annotated[str, typer.Option(metavar="NAME", help="Class name or index that the images are changed to.")],
+    label: Annotated[str | None, typer.Option(help="Class name or index of all files. Default: folder names.")] = None,
+    file_format: FileFormat = "png",
+    model: ModelLocation = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Write the same images with another label (docs/uses.md)."""
+    from medgen import registry
+    from medgen.serving import uses
+
+    folder = _call(registry.find_model, params, overrides, source=model)
+    uses.counterfactual(folder, out, files=files, to=to, label=label, file_format=file_format)
+
+
+@app.command()
+def inpaint(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Image file.")],
+    mask: Annotated[
+        Path, typer.Option(metavar="FILE", help="Image file of the same size: black where pixels are kept, else white.")
+    ],
+    out: OutFolder,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Class name or index of the file, for a model or prior that uses labels."),
+    ] = None,
+    file_format: FileFormat = "png",
+    model: ModelLocation = None,
+    params: ParamsFile = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Fill the part of an image that a mask covers (docs/uses.md)."""
+    from medgen import registry
+    from medgen.serving import uses
+
+    folder = _call(registry.find_model, params, overrides, source=model)
+    uses.inpaint(folder, out, file=file, mask=mask, label=label, file_format=file_format)
 
 
 @app.command()

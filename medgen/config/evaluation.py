@@ -1,10 +1,10 @@
 """Sections `evaluate` and `utility`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from medgen.config.base import Count, Positive, Section, Seed, Width
+from medgen.config.base import Count, Positive, Section, Seed, Width, without_defaults
 
 
 class LocalNetwork(Section):
@@ -40,7 +40,13 @@ class Evaluate(Section):
     # feature networks; inception adds IS, FID and KID (`medgen weights fetch inception`), local FID and KID
     extractors: tuple[Literal["domain", "inception", "local"], ...] = ("domain",)
     local: LocalNetwork | None = None
+    # class whose test images are normal: metrics of how well all others are detected (docs/uses.md); None: no metrics
+    normal_class: str | None = None
     save_images: bool = False  # write the compared images to artifacts/evaluation/images
+
+    @model_serializer(mode="wrap")
+    def _without_new_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, dump(self), "normal_class")
 
     @model_validator(mode="after")
     def _extractors_are_complete(self) -> Self:

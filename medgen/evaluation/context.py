@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medgen.config import Evaluate, Project
+from medgen.config import Evaluate, Project, unknown_name
 from medgen.console import warn
 from medgen.data.images import Images, StoredImages, split_images, to_floats, to_stored
 from medgen.data.store import Split, Store
@@ -112,6 +112,12 @@ class EvaluationContext:
         return math.prod(shape if self.model.codebook is None else shape[1:])
 
     @property
+    def normal_class(self) -> int | None:
+        """Index of evaluate.normal_class; None without one."""
+        name = self.params.normal_class
+        return None if name is None else self.store.classes.index(name)
+
+    @property
     def conditional(self) -> bool:
         """True if a label changes the generated images."""
         return is_conditional(self.prior, self.model)
@@ -170,6 +176,8 @@ def load_context(
             )
     if evaluate.num_generated < MIN_IMAGES:
         raise UserError(f"evaluate.num_generated: found {evaluate.num_generated}, expected at least {MIN_IMAGES}")
+    if evaluate.normal_class is not None and evaluate.normal_class not in store.classes:
+        raise unknown_name("evaluate.normal_class", evaluate.normal_class, store.classes)
     return EvaluationContext(
         store=store,
         held_out=store.split(split),

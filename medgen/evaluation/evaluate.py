@@ -17,6 +17,7 @@ from medgen.data.images import StoredImages, split_images
 from medgen.data.store import Store, open_store
 from medgen.errors import UserError
 from medgen.evaluation import figures
+from medgen.evaluation.anomaly import evaluate_anomalies, score_anomalies
 from medgen.evaluation.context import EvaluationContext, FeatureSets, describe_images, load_context
 from medgen.evaluation.data import EvaluationData, EvaluationInfo, save_evaluation
 from medgen.evaluation.description import class_table, describe, describe_context, describe_model
@@ -89,6 +90,7 @@ class Computed:
     unrefined: ImageSet | None  # the samples before refinement
     nearest: NearestTrain
     attacked: dict[str, AttackedImages]  # images of each split; empty in a search
+    anomalies: Tensor | None  # (N, 3) scores of the held-out images; None without a normal class, and in a search
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,10 @@ def compute(context: EvaluationContext) -> Computed:
         refined, unrefined = refine_reconstructions(context), describe_images(context, decoded)
     networks = network_outputs(context, samples)
     nearest = search_train(context, features, samples)
-    attacked = attack_splits(context, samples) if context.held_out.name == "test" else {}
-    return Computed(reconstructions, samples, features, networks, refined, unrefined, nearest, attacked)
+    attacked, anomalies = {}, None
+    if context.held_out.name == "test":
+        attacked, anomalies = attack_splits(context, samples), score_anomalies(context)
+    return Computed(reconstructions, samples, features, networks, refined, unrefined, nearest, attacked, anomalies)
 
 
 def evaluate_model(context: EvaluationContext, computed: Computed) -> Evaluation:
@@ -219,6 +223,7 @@ def evaluate_model(context: EvaluationContext, computed: Computed) -> Evaluation
         metrics |= evaluate_classes(context, features)
     privacy, pairs = evaluate_privacy(context, computed.nearest)
     privacy |= evaluate_membership(computed.attacked)
+    metrics |= evaluate_anomalies(context, computed.anomalies)
     swap = swap_labels(context)
     labels = evaluate_labels(context, samples, swap)
     return Evaluation(metrics | privacy | labels.metrics, computed, pairs, swap, labels.by_class)

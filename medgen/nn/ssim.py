@@ -10,7 +10,12 @@ C1, C2 = 0.01**2, 0.03**2  # for a data range of 1
 
 
 def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Structural similarity (B,) of two batches (B, C, H, W); Gaussian window of 11 pixels, data range 1.
+    """Structural similarity (B,) of two batches (B, C, H, W); Gaussian window of 11 pixels, data range 1."""
+    return ssim_map(original, reconstruction).flatten(1).mean(dim=1)
+
+
+def ssim_map(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Structural similarity (B, C, H - 10, W - 10) of each window that lies inside the images; see `ssim`.
 
     The window is separable: two matrix products filter an image, which is three times as fast as convolutions with
     one channel. The numbers are those of pytorch_msssim.ssim (tests/nn/test_ssim.py).
@@ -27,8 +32,7 @@ def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
     product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
     covariance = local_mean(x * y) - product
     variances = local_mean(x.square() + y.square()) - squares  # the sum of both
-    similarity = (2.0 * product + C1) * (2.0 * covariance + C2) / ((squares + C1) * (variances + C2))
-    return similarity.flatten(1).mean(dim=1)
+    return (2.0 * product + C1) * (2.0 * covariance + C2) / ((squares + C1) * (variances + C2))
 
 
 @lru_cache(maxsize=16)

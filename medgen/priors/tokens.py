@@ -34,6 +34,7 @@ DEFAULT_SAMPLING_STEPS = 10  # the paper finds its best between 8 and 12
 # quantised random fields: with 1 the positions of a grid are too similar, with 0 nearly all have the same code
 CHOICE_TEMPERATURE = 4.5
 _MAX_LOGITS = 1 << 24  # held at once: 64 MB
+_NUM_GROUPS = 8  # of positions that are masked together, for likelihoods
 _NUM_CHECKED = 1024  # latents that are compared with the codebook before training, at most
 
 
@@ -85,6 +86,26 @@ class Tokens(NeuralPrior):
         logits = self.network(codes.masked_fill(masked, len(self.codebook)), labels)
         total = F.cross_entropy(logits[masked].float(), codes[masked], reduction="sum")
         return total / mean_over_processes(masked.sum().float())
+
+    @torch.no_grad()
+    def log_likelihood_map(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability in nats (B, h, w) of each code (B, h, w), given labels (B,) and most of the other codes.
+
+        The positions are masked in eight groups of distant positions, and each group is predicted from the others: a
+        pseudo-log-likelihood (Salazar et al. 2020) in eight passes instead of one for each position.
+        """
+        self.network.eval()
+        height, width = codes.shape[1:]
+        group = (3 * torch.arange(height)[:, None] + torch.arange(width)).flatten().to(codes.device) % _NUM_GROUPS
+        flat = codes.flatten(1)
+        result = torch.zeros(flat.shape, device=flat.device)
+        for number in range(_NUM_GROUPS):
+            masked = group == number
+            if bool(masked.any()):
+                logits = self._logits(flat.masked_fill(masked, len(self.codebook)), labels)[:, masked]
+                chosen = logits.log_softmax(dim=-1).gather(-1, flat[:, masked, None])[..., 0]
+                result[:, masked] = chosen
+        return result.view(codes.shape)
 
     def _sample(self, labels: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
         sides = self.latent_shape[1:]

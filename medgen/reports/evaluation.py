@@ -189,6 +189,7 @@ def image_rows(metrics: Mapping[str, float], pca: Mapping[int, float], num_laten
         *_network_rows(metrics, "inception", "Inception"),
         *_network_rows(metrics, "local", "local network"),
         *_label_rows(metrics),
+        *_anomaly_rows(metrics),
         *_latent_rows(metrics),
     ]
 
@@ -342,6 +343,19 @@ def _label_rows(metrics: Mapping[str, float]) -> list[Row]:
             reference = f"{percentage('label_accuracy_real')} of real test images"
             rows.append(Row(name, percentage(key), reference, f"mean over classes; {explanation}"))
     return rows
+
+
+def _anomaly_rows(metrics: Mapping[str, float]) -> list[Row]:
+    names = {
+        "l1": ("Anomalies, by L1", "mean absolute error of the reconstruction"),
+        "ssim": ("Anomalies, by SSIM", "1 - SSIM of the reconstruction"),
+        "nll": ("Anomalies, by density", "negative log density of the latent under the prior"),
+    }
+    return [
+        Row(name, _interval(metrics, key), "0.5 is chance", f"AUC of normal and other test images: {explanation}")
+        for name, explanation, key in ((*value, f"anomaly/auc_{score}") for score, value in names.items())
+        if key in metrics
+    ]
 
 
 def _latent_rows(metrics: Mapping[str, float]) -> list[Row]:

@@ -179,6 +179,12 @@ def differences(images: Tensor, others: Tensor) -> Tensor:
     return (1.0 - size) + size * torch.where(difference < 0, blue, red)
 
 
+def heat(values: Tensor, most: float = MAX_DIFFERENCE) -> Tensor:
+    """Colours (N, 3, H, W) in [0, 1] of values (N, 1, H, W): from black at 0 over red and yellow to white at `most`."""
+    share = 3.0 * (values / max(most, 1e-12)).clamp(0.0, 1.0)
+    return torch.cat([(share - start).clamp(0.0, 1.0) for start in (0.0, 1.0, 2.0)], dim=1)
+
+
 def write_curves(
     path: Path,
     series: Mapping[str, Sequence[float]],

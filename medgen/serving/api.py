@@ -20,15 +20,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen import config
-from medgen.config import IntensityWindow, Project, Tracking
+from medgen.config import IntensityWindow, Project, Tracking, seed_of
 from medgen.data.arrays import check_images
 from medgen.data.images import to_floats, to_stored
 from medgen.data.s3 import is_s3
 from medgen.data.store import Store, open_store
 from medgen.datasets.stores import fetch_store
 from medgen.errors import UserError
+from medgen.inference.anomaly import SCORES, find_anomalies
+from medgen.inference.counterfactual import change_label, check_counterfactual
+from medgen.inference.inpainting import inpaint
+from medgen.inference.uncertainty import reconstruction_deviation
 from medgen.ingest.formats.raw import UnreadableImage
-from medgen.models.bundle import label_to_encode
+from medgen.models.bundle import class_index, label_to_encode
 from medgen.priors import find_label, sample_images
 from medgen.priors.generator import Generator, load_generator
 from medgen.registry import find_model
@@ -112,7 +116,7 @@ class Model:
         """
         n = _check_integer("n", n, 1)
         seed = secrets.randbelow(2**31) if seed is None else _check_integer("seed", seed, 0)
-        labels = _indices(label, n, lambda text: find_label(text, self.classes, self._prior, self._network))
+        labels = _indices(label, n, self._find_label)
         refiner = self._refiner if refine else None
         return self._stored(sample_images(self._prior, self._network, n, labels, seed, BATCH_SIZE, refiner))
 
@@ -174,6 +178,99 @@ class Model:
         pixels = torch.cat([to_floats(torch.from_numpy(end)) for end in ends])
         images, _ = interpolate_images(self._network, pixels, self._labels_to_encode(label, 2), n)
         return self._stored(images)
+
+    def uncertainty(
+        self, images: NDArray[Any], label: Labels | None = None, n: int = 20, seed: int = 0
+    ) -> NDArray[np.float32]:
+        """Standard deviation of `n` reconstructions drawn from the posterior, float32 (N, C, H, W).
+
+        In grey values from 0 to 1; arguments and errors as in `encode`.
+
+        Raises:
+            UserError: also if the encoder gives no variance.
+        """
+        n, seed = _check_integer("n", n, 2), _check_integer("seed", seed, 0)
+        pixels, labels = self._inputs(images, label)
+        generator, parts = torch.Generator().manual_seed(seed), []
+        for rows in _batches(len(pixels)):
+            of = None if labels is None else labels[rows]
+            parts.append(reconstruction_deviation(self._network, pixels[rows].to(self._device), of, n, generator))
+        return torch.cat(parts).numpy()
+
+    def anomalies(self, images: NDArray[Any], label: Label | None = None, seed: int = 0) -> dict[str, NDArray[Any]]:
+        """Scores and maps of how far images are from the train images (docs/uses.md).
+
+        Args:
+            images: as described for the class.
+            label: class that counts as normal, for a model or prior that uses labels.
+            seed: of the random draws that estimate a flow's density.
+
+        Returns:
+            `l1`, `ssim` and `nll` (N,), higher for images that are less like the train images; the maps `error`,
+            `dissimilarity` and, if the prior has one, `likelihood` (N, H, W), float32.
+
+        Raises:
+            UserError: as in `encode`.
+        """
+        seed = _check_integer("seed", seed, 0)
+        pixels = to_floats(torch.from_numpy(check_images(images, "images", self.image_shape)))
+        if label is None or self._network.conditional:
+            labels = self._labels_to_encode(label, len(pixels))
+        else:
+            labels = _indices(label, len(pixels), self._find_label)
+        found = []
+        for rows in _batches(len(pixels)):
+            of = None if labels is None else labels[rows].to(self._device)
+            generator = torch.Generator().manual_seed(seed_of(seed, rows.start))
+            found.append(find_anomalies(self._network, self._prior, pixels[rows].to(self._device), of, generator))
+        scores = torch.cat([each.scores for each in found])
+        result = {name: column.numpy() for name, column in zip(SCORES, scores.unbind(dim=1), strict=True)}
+        maps = {name: [getattr(each, name) for each in found] for name in ("error", "dissimilarity", "likelihood")}
+        return result | {name: torch.cat(each)[:, 0].numpy() for name, each in maps.items() if each[0] is not None}
+
+    def counterfactual(self, images: NDArray[Any], label: Labels, to: Labels) -> NDArray[Any]:
+        """Images of class `label` decoded as those of class `to` (N, C, H, W); the refiner is not used.
+
+        Raises:
+            UserError: neither model nor prior can change a label, or as in `encode`.
+        """
+        check_counterfactual(self._network, self._prior)
+        pixels = to_floats(torch.from_numpy(check_images(images, "images", self.image_shape)))
+        own = _indices(label, len(pixels), lambda text: class_index(text, self.classes))
+        others = _indices(to, len(pixels), self._find_label)
+        assert own is not None and others is not None
+        parts = [
+            change_label(
+                self._network, self._prior, *(each[rows].to(self._device) for each in (pixels, own, others))
+            ).cpu()
+            for rows in _batches(len(pixels))
+        ]
+        return self._stored(torch.cat(parts))
+
+    def inpaint(self, image: NDArray[Any], hole: NDArray[Any], label: Label | None = None) -> NDArray[Any]:
+        """A single image with the pixels of `hole` (H, W), bool, filled: (1, C, H, W). Other pixels stay the same.
+
+        Raises:
+            UserError: the model has a codebook, the hole has another shape, is empty or the whole image, or as in
+                `encode`.
+        """
+        pixels = to_floats(torch.from_numpy(check_images(image, "image", self.image_shape)))
+        if len(pixels) != 1:
+            raise UserError(f"image: found {len(pixels)} images; expected one")
+        mask = np.asarray(hole)
+        if mask.dtype != bool or mask.shape != self.image_shape[1:]:
+            raise UserError(f"hole: found {mask.dtype} {mask.shape}; expected bool {self.image_shape[1:]}")
+        if label is None or self._network.conditional:
+            labels = self._labels_to_encode(label, 1)
+        else:
+            labels = torch.tensor([self._find_label(str(label))], device=self._device)
+        covered = torch.from_numpy(mask.copy())[None, None].to(self._device)
+        filled = inpaint(self._network, self._prior, pixels.to(self._device), covered, labels)
+        return self._stored(filled.cpu())
+
+    def _find_label(self, text: str) -> int:
+        """Index of a class that generation depends on."""
+        return find_label(text, self.classes, self._prior, self._network)
 
     def _inputs(self, images: NDArray[Any], label: Labels | None) -> tuple[Tensor, Tensor | None]:
         """Checked images (N, C, H, W) in [0, 1] on the CPU, and their labels (N,) for a model that uses them."""

@@ -5,11 +5,12 @@ medgen generate --format nifti --out outputs/ct
 medgen generate --interpolate chest.png other.png --out outputs/path
 medgen generate --traverse --out outputs/axes
 medgen reconstruct chest.png --out outputs/reconstructed
+medgen reconstruct chest.png --uncertainty 50 --out outputs/reconstructed
 """
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd  # type: ignore[import-untyped]
@@ -21,6 +22,7 @@ from medgen.config import Preprocess
 from medgen.console import OUT, say
 from medgen.data.images import to_floats
 from medgen.errors import UserError
+from medgen.inference.uncertainty import reconstruction_deviation
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.ingest.images import read_image
 from medgen.ingest.transforms import preprocess_image
@@ -31,7 +33,7 @@ from medgen.nn.ssim import ssim
 from medgen.priors import Prior, find_label, is_conditional, iterate_samples, load_prior
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator
-from medgen.reports.figures import write_gif, write_grid
+from medgen.reports.figures import heat, write_gif, write_grid
 from medgen.reports.fonts import class_captions
 from medgen.serving import image_files
 from medgen.serving.output import new_files
@@ -46,6 +48,9 @@ MAX_STEPS = 200  # of an interpolation or along an axis: all are held in memory 
 MAX_DEVIATIONS = 3.0  # standard deviations in both directions of an axis
 SECONDS_PER_FRAME = 0.15
 MIN_PAIR_SIDE = 192  # pixels of each image of a pair, so that its caption fits
+
+NewPath = Callable[[str], Path]  # path of a new file from the end of its name, such as _map.tif
+Row = dict[str, str]  # values of a file by column
 
 
 def run(
@@ -248,13 +253,23 @@ def decode_batches(network: GenerativeModel, latents: Tensor, labels: Tensor | N
 def _find_label(network: GenerativeModel, info: BundleInfo, label: str | None, file: Path | None) -> int | None:
     """The index of `label` for a conditional model, by default of the file's folder; None for other models."""
     if network.conditional and label is None and file is not None:
-        label = next((part for part in reversed(file.absolute().parts[:-1]) if part in info.classes), None)
-        if label is None:
-            raise UserError(
-                f"label: {info.model.name} is conditional, and no folder of {file} has the name of a class; give "
-                f"--label. Known: {', '.join(info.classes)}"
-            )
+        label = folder_label(info, file)
     return label_to_encode(network, info, label)
+
+
+def folder_label(info: BundleInfo, file: Path) -> str:
+    """The class that a folder of `file` has the name of, the innermost one.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    label = next((part for part in reversed(file.absolute().parts[:-1]) if part in info.classes), None)
+    if label is None:
+        raise UserError(
+            f"label: missing, and no folder of {file} has the name of a class; give --label. Known: "
+            f"{', '.join(info.classes)}"
+        )
+    return label
 
 
 def _axes(prior: Prior) -> PrincipalAxes:
@@ -277,11 +292,21 @@ def _write_animation(path: Path, frames: Sequence[Tensor], columns: int) -> None
 
 
 def reconstruct(
-    model: Path, out: Path, *, files: Sequence[Path], label: str | None = None, file_format: str = "png"
-) -> list[dict[str, str]]:
+    model: Path,
+    out: Path,
+    *,
+    files: Sequence[Path],
+    label: str | None = None,
+    file_format: str = "png",
+    uncertainty: int = 0,
+) -> list[Row]:
     """Write each image with its reconstruction to a PNG file, and reconstructions.csv; return its rows.
 
     A `file_format` other than png adds a file NAME_reconstruction of that format (`image_files.writer`).
+
+    With `uncertainty` N, the PNG file also shows the standard deviation of N draws from the posterior of a variational
+    model (`inference.uncertainty`), NAME_uncertainty.tif has it as float32 in grey values from 0 to 1, and the column
+    uncertainty its mean.
 
     The image gets the preprocessing of the training; PSNR (dB) and SSIM compare the reconstruction with the
     preprocessed image. A conditional model gets `label`. Without one it gets each file's own class, which is the name
@@ -289,41 +314,82 @@ def reconstruct(
 
     Raises:
         UserError: the model is missing, a label is missing or unknown, the model is unconditional and a label is given,
-            the format is unknown, `out` contains other files or cannot be written, or files are unreadable. All
-            readable files are written first.
+            the format is unknown, the model has no posterior to draw from, `out` contains other files or cannot be
+            written, or files are unreadable. All readable files are written first.
     """
     network, info = bundle.load_generative(model / "model", pick_device("auto"))
     device = next(network.parameters()).device
     write, suffix = image_files.writer(file_format, info, "a reconstruction"), image_files.SUFFIXES[file_format]
     labels = [_find_label(network, info, label, file) for file in files]
-    rows: list[dict[str, str]] = []
+
+    def write_file(number: int, original: Tensor, new_path: NewPath) -> Row:
+        index = labels[number]
+        image_label = None if index is None else torch.tensor([index], device=device)
+        with torch.no_grad():
+            result = network.reconstruct(original.to(device), image_label).float().cpu()
+        scores = {"psnr": f"{float(psnr(original, result)):.2f}", "ssim": f"{float(ssim(original, result)):.4f}"}
+        shown, captions = [original, result], ["original", f"SSIM {scores['ssim']}, {scores['psnr']} dB"]
+        png = new_path(".png")
+        if uncertainty:
+            generator = torch.Generator().manual_seed(0)  # each file has the draws that it would have alone
+            deviation = reconstruction_deviation(network, original.to(device), image_label, uncertainty, generator)
+            scores["uncertainty"] = f"{float(deviation.mean()):.4f}"
+            shown = [*(image.expand(-1, 3, -1, -1) for image in shown), heat(deviation.mean(dim=1, keepdim=True))]
+            captions.append(f"deviation, mean {scores['uncertainty']}")
+            image_files.write_map(new_path("_uncertainty.tif"), deviation[0])
+        write_grid(png, torch.cat(shown), columns=len(shown), captions=captions, scale=grid_scale(original))
+        if file_format != "png":
+            write(new_path(f"_reconstruction{suffix}"), result[0])
+        return scores
+
+    return write_results(out, files, info.preprocess, "reconstructions", write_file)
+
+
+def write_results(
+    out: Path, files: Sequence[Path], preprocess: Preprocess, table: str, write: Callable[[int, Tensor, NewPath], Row]
+) -> list[Row]:
+    """Call `write` with the number and the image (1, C, H, W) of each file; write TABLE.csv and return its rows.
+
+    `write` writes NAME.png, whose path the third argument gives for ".png", and other files of that name, and returns
+    the image's scores by column. The columns file and image are added.
+
+    Raises:
+        UserError: `out` contains other files or cannot be written, or files are unreadable. All readable files are
+            written first.
+    """
+    rows: list[Row] = []
     unreadable: list[str] = []
-    taken = {"reconstructions"}
+    taken = {table}
     with new_files(out) as folder:
-        for file, label_index in zip(files, labels, strict=True):
+        for number, file in enumerate(files):
             try:
-                original = load_image(file, info.preprocess)
+                image = load_image(file, preprocess)
             except UnreadableImage as error:
                 unreadable.append(f"{file}: {error}")
                 continue
-            with torch.no_grad():
-                image_label = None if label_index is None else torch.tensor([label_index], device=device)
-                result = network.reconstruct(original.to(device), image_label).float().cpu()
-            scores = {"psnr": f"{float(psnr(original, result)):.2f}", "ssim": f"{float(ssim(original, result)):.4f}"}
-            name = f"{_unused_name(file_name(file.stem), taken)}.png"
-            captions = ["original", f"SSIM {scores['ssim']}, {scores['psnr']} dB"]
-            scale = math.ceil(MIN_PAIR_SIDE / original.shape[-1])
-            write_grid(folder / name, torch.cat([original, result]), columns=2, captions=captions, scale=scale)
-            say(f"{file}: PSNR {scores['psnr']} dB, SSIM {scores['ssim']} -> {out / name}")
-            if file_format != "png":
-                write(folder / f"{_unused_name(f'{file_name(file.stem)}_reconstruction', taken)}{suffix}", result[0])
+            paths: dict[str, Path] = {}
+
+            def new_path(end: str, stem: str = file_name(file.stem), paths: dict[str, Path] = paths) -> Path:
+                body, dot, suffix = end.partition(".")
+                paths[end] = folder / f"{_unused_name(stem + body, taken)}{dot}{suffix}"
+                return paths[end]
+
+            scores = write(number, image, new_path)
+            name = paths[".png"].name
+            values = ", ".join(f"{column} {value}" for column, value in scores.items())
+            say(f"{file}: {values} -> {out / name}")
             rows.append({"file": str(file), "image": name, **scores})
         if not rows:
             raise _unreadable_error(unreadable)
-        pd.DataFrame(rows).to_csv(folder / "reconstructions.csv", index=False, lineterminator="\n")
+        pd.DataFrame(rows).to_csv(folder / f"{table}.csv", index=False, lineterminator="\n")
     if unreadable:
         raise _unreadable_error(unreadable)
     return rows
+
+
+def grid_scale(image: Tensor) -> int:
+    """Factor by which images of this size (1, C, H, W) are enlarged in a grid, so that their captions fit."""
+    return math.ceil(MIN_PAIR_SIDE / image.shape[-1])
 
 
 def _unreadable_error(reasons: Sequence[str]) -> UserError:

@@ -78,6 +78,11 @@ def writer(kind: str, info: BundleInfo, description: str) -> Callable[[Path, Ten
     return write
 
 
+def write_map(path: Path, values: Tensor) -> None:
+    """Write values (C, H, W) of pixels as a TIFF file of float32, unscaled."""
+    write_atomic(path, encode_deep(".tif", _pixels(values.float())))
+
+
 def _pixels(image: Tensor) -> NDArray[Any]:
     """Image (C, H, W) as (H, W), or (H, W, 3) with colours."""
     pixels: NDArray[Any] = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()

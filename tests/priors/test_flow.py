@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 from torch import nn
 
 from medgen.config import Prior
@@ -72,6 +73,61 @@ def test_samples_of_a_class_have_its_mean_and_covariance(two_classes, label):
     drawn = draw(two_classes, 2000, label, sampling_steps=10).numpy()
     np.testing.assert_allclose(drawn.mean(0), CENTRES[label], atol=0.2)
     np.testing.assert_allclose(np.cov(drawn.T), MIXING[label].T @ MIXING[label], atol=0.35)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_density_is_that_of_the_gaussian_it_was_trained_on(two_classes, label):
+    covariance = MIXING[label].T @ MIXING[label]
+    points = CENTRES[label] + torch.randn(200, 3, generator=torch.Generator().manual_seed(1)) @ MIXING[label]
+    shares = two_classes.log_density(points, torch.full((200,), label), torch.Generator().manual_seed(0))
+    assert shares.shape == points.shape
+    expected = multivariate_normal(CENTRES[label], covariance).logpdf(points)
+    assert np.abs(shares.sum(1).numpy() - expected).mean() < 0.5
+    assert np.corrcoef(shares.sum(1).numpy(), expected)[0, 1] > 0.95
+
+
+def test_the_density_of_an_untrained_flow_is_its_gaussians():
+    flow = create((2, 3, 3), num=500, classes=2)
+    path, generator = flow.path, torch.Generator().manual_seed(3)
+    points, label = torch.randn(5, 2, 3, 3, generator=generator), torch.full((5,), 1)
+    rest = torch.eye(18) - path.directions.T @ path.directions
+    covariance = (path.directions.T * path.variances[:-1]) @ path.directions + path.variances[-1] * rest
+    scale = path.scale.flatten()
+    gaussian = multivariate_normal(
+        (path.mean + path.scale * path.centres[2]).flatten(), scale[:, None] * covariance * scale
+    )
+    found = flow.log_density(points, label, generator).flatten(1).sum(1)
+    np.testing.assert_allclose(found, gaussian.logpdf(points.flatten(1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4, 4)])
+def test_the_divergence_is_the_trace_of_the_jacobian(shape):
+    """Mean over many random vectors, compared with the determinant of the whole map."""
+    flow = randomise(create(shape, num=200))
+    flow.network.eval()
+    point, label = torch.randn(1, *shape, generator=torch.Generator().manual_seed(5)), torch.tensor([1])
+    with torch.no_grad():
+        noise = flow.invert(point, label)
+    jacobian = torch.autograd.functional.jacobian(lambda x: flow.transport(x, label).flatten(), noise)
+    expected = -0.5 * (noise.square() + np.log(2 * np.pi)).sum() - torch.linalg.slogdet(jacobian.flatten(1))[1]
+    draws = (
+        flow.log_density(point.expand(100, *shape), label.expand(100), torch.Generator().manual_seed(0))
+        .flatten(1)
+        .sum(1)
+    )
+    assert float(draws.mean()) == pytest.approx(float(expected), abs=0.1 + 3 * float(draws.std()) / 10)
+
+
+def test_inversion_and_transport_undo_each_other_and_change_the_class(two_classes):
+    labels = torch.zeros(1000, dtype=torch.int64)
+    points = CENTRES[0] + torch.randn(1000, 3, generator=torch.Generator().manual_seed(1)) @ MIXING[0]
+    with torch.no_grad():
+        noise = two_classes.invert(points, labels)
+        torch.testing.assert_close(two_classes.transport(noise, labels), points, atol=0.01, rtol=0)
+        moved = two_classes.transport(noise, labels + 1).numpy()
+    np.testing.assert_allclose(noise.std(0), np.ones(3), atol=0.15)
+    np.testing.assert_allclose(moved.mean(0), CENTRES[1], atol=0.2)
+    np.testing.assert_allclose(np.cov(moved.T), MIXING[1].T @ MIXING[1], atol=0.5)
 
 
 def test_samples_without_a_label_follow_the_train_mix(two_classes):

@@ -265,3 +265,26 @@ def test_a_class_without_training_images_is_refused():
 def test_latents_not_made_of_codes_are_refused(latents, codebook, message):
     with pytest.raises(UserError, match=message):
         Tokens.create(latents, None, 0, Prior(name="tokens"), None, codebook)
+
+
+def test_a_wrong_code_is_improbable_given_the_others(trained):
+    codes = PATTERNS[1, 0].view(1, SIDE, SIDE).clone()
+    right = trained.log_likelihood_map(codes, torch.tensor([1]))
+    codes[0, 1, 2] = (codes[0, 1, 2] + 1) % NUM_CODES
+    wrong = trained.log_likelihood_map(codes, torch.tensor([1]))
+    assert right.exp().min() > 0.3
+    assert int(wrong.argmin()) == 1 * SIDE + 2 and wrong.min().exp() < 0.05
+
+
+def test_each_code_is_predicted_without_itself_and_its_group(trained):
+    codes, labels = PATTERNS[:, 1].view(-1, SIDE, SIDE), torch.arange(NUM_CLASSES)
+    found = trained.log_likelihood_map(codes, labels)
+    for row in range(SIDE):
+        for column in range(SIDE):
+            masked = torch.tensor(
+                [[(3 * r + c) % 8 == (3 * row + column) % 8 for c in range(SIDE)] for r in range(SIDE)]
+            )
+            with torch.no_grad():
+                logits = trained.network(codes.masked_fill(masked, NUM_CODES).flatten(1), labels)
+            expected = logits[:, row * SIDE + column].log_softmax(-1).gather(-1, codes[:, row, column, None])
+            torch.testing.assert_close(found[:, row, column], expected[:, 0])

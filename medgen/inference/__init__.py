@@ -1,0 +1,1 @@
+"""Uses of a trained model besides new images: anomaly maps, uncertainty, counterfactuals and inpainting."""
