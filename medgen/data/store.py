@@ -203,7 +203,7 @@ def open_store(folder: Path) -> Store:
             checked[name], damage = _check_file(folder / name, expected, earlier.get(name))
             if damage:
                 raise _damaged(folder / name, damage)
-        _write_checked(folder, checked, earlier)
+        _write_checked(folder, checked)
         counts = description["counts"]
         shape = tuple(description["image_shape"])
         preprocess = config.Preprocess.model_validate(description["preprocessing"])
@@ -451,13 +451,11 @@ def _read_checked(folder: Path) -> dict[str, list[Any]]:
     return {}
 
 
-def _write_checked(
-    folder: Path, checked: Mapping[str, list[Any]], earlier: Mapping[str, list[Any]] | None = None
-) -> None:
+def _write_checked(folder: Path, checked: Mapping[str, list[Any]]) -> None:
     """Record the checked files, unless the record has them already or cannot be written."""
     latest = time.time_ns() - _SETTLED_NS
     settled = {name: stamp for name, stamp in checked.items() if stamp[0] < latest}
-    if settled != earlier:
+    if settled != _read_checked(folder):
         with suppress(OSError):
             write_atomic(_checked_path(folder), to_json(settled))
 

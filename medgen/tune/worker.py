@@ -157,13 +157,22 @@ def terminate_after_parent() -> None:
 
 def run_trial(search: Search, study: Study, claim: Claim) -> None:
     """Run all stages of a trial, evaluate it on the val split, write its record and end it in the study."""
+    stopped = search.trial_folder(claim.trial.number) / STOPPED
+    try:
+        if stopped.exists():
+            claim = dataclasses.replace(claim, attempt=max(1, claim.attempt - 1))
+            claim.trial.set_user_attr("attempts", claim.attempt)
+            stopped.unlink()
+        _run_trial(search, study, claim)
+    except (TrainingInterrupted, *STORAGE_ERRORS):  # no errors of the trial: it stays running and is claimed again
+        stopped.parent.mkdir(parents=True, exist_ok=True)
+        stopped.touch()  # a file, as the storage may be out of reach
+        raise
+
+
+def _run_trial(search: Search, study: Study, claim: Claim) -> None:
     number, name = claim.trial.number, trial_name(claim.trial)
     project = dataclasses.replace(search.project, apart=search.trial_folder(number))
-    stopped = search.trial_folder(number) / STOPPED
-    if stopped.exists():
-        claim = dataclasses.replace(claim, attempt=max(1, claim.attempt - 1))
-        claim.trial.set_user_attr("attempts", claim.attempt)
-        stopped.unlink()
     print(f"{name}, attempt {claim.attempt}: {claim.values}", flush=True)
     scratch, started = project.runs / "not_begun", time.monotonic()
     try:
@@ -176,8 +185,7 @@ def run_trial(search: Search, study: Study, claim: Claim) -> None:
             outcome = Outcome(TrialState.FAIL, reason)
         else:
             outcome = train_and_evaluate(project, params, study, claim)
-    except (TrainingInterrupted, *STORAGE_ERRORS):  # no errors of the trial: it stays running and is claimed again
-        stopped.touch()  # a file, as the storage may be out of reach
+    except (TrainingInterrupted, *STORAGE_ERRORS):
         raise
     except NonFiniteError as error:
         reason = f"{error.term} not finite at step {error.step} (phase {error.phase})"

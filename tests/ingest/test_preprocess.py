@@ -332,7 +332,6 @@ def test_the_store_has_no_other_files(tmp_path: Path) -> None:
     run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
     arrays = {f"{split}/{kind}.npy" for split in store.SPLITS for kind in ("images-00000", "labels")}
     assert content(tmp_path / "artifacts").keys() == {
-        "dataset.checked.json",
         "dataset.lock",
         *(f"dataset/{name}" for name in arrays | {"manifest.csv", "rejected.csv", "dataset.json"}),
     }

@@ -287,13 +287,18 @@ def test_interrupts_and_an_unreachable_database_leave_the_trial_running(search_p
     assert epochs_of(search, 0) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("where", [(train, "run"), (worker, "write_trial_record"), (worker, "end_trial")])
 @pytest.mark.parametrize("error", [TrainingInterrupted("asked to stop"), StorageInternalError("gone")])
-def test_a_trial_whose_worker_stops_before_the_first_epoch_does_not_fail(search_project, monkeypatch, error):
+def test_a_trial_whose_worker_stops_without_an_epoch_does_not_fail(
+    search_project, stub_trials, monkeypatch, error, where
+):
+    """Before the first, or after the last, when a resumed trial has none left."""
+
     def stop(*_, **__):
         raise error
 
     search = prepare(*search_project(), 1)
-    monkeypatch.setattr(train, "run", stop)
+    monkeypatch.setattr(*where, stop)
     for _ in range(MAX_ATTEMPTS + 2):
         with pytest.raises(type(error)):
             worker.run_trials(search)
