@@ -81,6 +81,7 @@ class FamilySection(Section):
     """
 
     family_keys: ClassVar[Mapping[str, frozenset[str]]]  # family -> its keys, besides those of all families
+    new_keys: ClassVar[tuple[str, ...]] = ()  # left out of a dump at their defaults, see `without_defaults`
 
     @classmethod
     def foreign_keys(cls, name: str | None) -> frozenset[str]:
@@ -91,7 +92,8 @@ class FamilySection(Section):
     @model_serializer(mode="wrap")
     def _own_keys_only(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         foreign = self.foreign_keys(getattr(self, "name", None))
-        return {key: value for key, value in dump(self).items() if key not in foreign}
+        own = {key: value for key, value in dump(self).items() if key not in foreign}
+        return without_defaults(self, own, *self.new_keys)
 
 
 def without_defaults(section: Section, dump: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sections `data` and `preprocess`."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -24,15 +25,18 @@ class Data(Section):
     leaks: Literal["warn", "error", "move"] = "warn"
 
 
+MAX_VOXELS = 1 << 27  # of a stored volume: 512 x 512 x 512
+
+
 class Volume(Section):
-    """Slices of a volume (NIfTI, MGZ, Analyze), in RAS orientation."""
+    """Slices of a volume (NIfTI, MGZ, Analyze), in RAS orientation; with three sides their stack is one item."""
 
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
     first: Fraction = 0.0  # first slice, as a fraction of the axis
     last: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # last slice
     step: Count = 1  # keep every n-th slice
     frame: Annotated[int, Field(ge=0)] = 0  # frame of a 4-D series
-    min_foreground: Fraction = 0.05  # skip slices with a smaller fraction of tissue
+    min_foreground: Fraction = 0.05  # skip slices with a smaller fraction of tissue; whole volumes are never skipped
     window: tuple[Percentile, Percentile] = (0.5, 99.5)  # percentiles of the volume mapped to black and white
 
     @model_validator(mode="after")
@@ -71,9 +75,10 @@ class IntensityWindow(Section):
 
 
 class Preprocess(Section):
-    """From image files to the store of uint8 or uint16 images."""
+    """From image files to the store of uint8 or uint16 images or volumes."""
 
-    image_size: Side | tuple[Side, Side] = 64  # side of square images, or height and width
+    # side of square images; [height, width]; or [depth, height, width] of volumes, with slices along volume.axis
+    image_size: Side | tuple[Side, Side] | tuple[Side, Side, Side] = 64
     channels: Literal[1, 3] = 1  # greyscale or RGB
     volume: Volume = Volume()
     bits: Literal[8, 16] = 8  # of a stored grey value
@@ -100,9 +105,14 @@ class Preprocess(Section):
         return 2 if self.mask_values is None else len(self.mask_values)
 
     @property
-    def sides(self) -> tuple[int, int]:
-        """Height and width of the images."""
+    def sides(self) -> tuple[int, ...]:
+        """Height and width of the images, or depth, height and width of volumes."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def has_volumes(self) -> bool:
+        """True if the items are volumes."""
+        return len(self.sides) == 3
 
     @property
     def scale(self) -> IntensityWindow | None:
@@ -129,6 +139,18 @@ class Preprocess(Section):
                 f"CLAHE changes intensities, so they would not be in {self.window.unit}; set clahe_clip to 0, or "
                 "remove window.unit"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _volumes_are_grey(self) -> Self:
+        if not self.has_volumes:
+            return self
+        if self.clahe_clip > 0 or self.channels == 3:
+            raise ValueError(
+                "image_size has three sides, so the items are volumes: set clahe_clip to 0 and channels to 1"
+            )
+        if math.prod(self.sides) > MAX_VOXELS:
+            raise ValueError(f"image_size: found {math.prod(self.sides)} voxels; expected at most {MAX_VOXELS}")
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from medgen.config.base import Depth, FamilySection, Positive, Width
 
+_DIMS = frozenset({"dims"})
 _GRID = frozenset({"latent_size", "latent_channels"})
 _RESIDUAL = _GRID | {"blocks_per_stage", "attention_resolutions"}
 _RESAMPLING = frozenset({"down", "up"})
@@ -13,6 +14,7 @@ class Model(FamilySection):
     """Network and its sizes. Image size and number of classes come from the store."""
 
     name: str = "spatial_vae"
+    dims: Literal[2, 3] = 2  # sides of the items: images, or volumes of preprocess.image_size [D, H, W]
     base_channels: Width = 32  # channels after the first convolution; doubled at each stage
     max_channels: Width = 512
     blocks_per_stage: Depth = 1
@@ -28,12 +30,13 @@ class Model(FamilySection):
     up: Literal["transposed", "upsample"] = "transposed"  # autoencoder, unet
 
     family_keys: ClassVar = {
-        "autoencoder": _GRID | _RESAMPLING,
+        "autoencoder": _DIMS | _GRID | _RESAMPLING,
         "autoencoder_kl": _GRID | {"blocks_per_stage"},
-        "vae": _GRID | {"logvar_bound"},
-        "cvae": _GRID | {"logvar_bound", "label_channels"},
-        "spatial_vae": _RESIDUAL | {"logvar_bound"},
-        "vqvae": _RESIDUAL | {"num_embeddings", "codebook"},
-        "unet": _RESAMPLING,
+        "vae": _DIMS | _GRID | {"logvar_bound"},
+        "cvae": _DIMS | _GRID | {"logvar_bound", "label_channels"},
+        "spatial_vae": _DIMS | _RESIDUAL | {"logvar_bound"},
+        "vqvae": _DIMS | _RESIDUAL | {"num_embeddings", "codebook"},
+        "unet": _DIMS | _RESAMPLING,
     }
+    new_keys: ClassVar = ("dims",)
     renamed: ClassVar = {"num_codes": "num_embeddings"}

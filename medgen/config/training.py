@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from medgen.config.base import Count, Fraction, NonNegative, Positive, Section, Seed, without_defaults
+from medgen.config.base import Count, Fraction, NonNegative, Positive, Section, Seed, Width, without_defaults
 
 
 class Beta(Section):
@@ -144,6 +144,9 @@ class Train(Section):
     sample_every: Count = 10  # epochs between grids of samples and reconstructions
     checkpoint_seconds: NonNegative = 60.0  # between checkpoints; one is also saved after each epoch
     subset: Count | None = None  # number of training images, spread over the split; None: all
+    # sides of random crops to train on, such as [64, 64, 64]; models with a latent grid and unet. Whole images are then
+    # encoded and decoded by overlapping windows of this size. None: whole images
+    patch: tuple[Width, ...] | None = None
 
     @field_validator("phases", mode="before")
     @classmethod
@@ -162,7 +165,7 @@ class Train(Section):
 
     @model_serializer(mode="wrap")
     def _without_new_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, dump(self), "augment")
+        return without_defaults(self, dump(self), "augment", "patch")
 
     @model_validator(mode="after")
     def _phase_names_differ(self) -> Self:

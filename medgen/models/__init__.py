@@ -3,6 +3,7 @@
 from typing import Any
 
 from medgen.config import Model, unknown_name
+from medgen.errors import UserError
 from medgen.models.autoencoder import Autoencoder
 from medgen.models.autoencoder_kl import AutoencoderKL
 from medgen.models.base import GenerativeModel, ImageModel
@@ -24,16 +25,20 @@ MODELS: dict[str, type[ImageModel]] = {
 }
 
 
-def build_model(
-    params: Model, image_shape: tuple[int, int, int], num_classes: int, mask_classes: int = 2
-) -> ImageModel:
-    """Build the model `params.name` for images of `image_shape` (C, H, W) and masks of `mask_classes`.
+def build_model(params: Model, image_shape: tuple[int, ...], num_classes: int, mask_classes: int = 2) -> ImageModel:
+    """Build the model `params.name` for images (C, H, W) or volumes (C, D, H, W), and masks of `mask_classes`.
 
     Raises:
         UserError: the name is unknown, or a size does not fit the images.
     """
     if params.name not in MODELS:
         raise unknown_name("model.name", params.name, MODELS)
+    if params.dims != len(image_shape) - 1:
+        shown = " x ".join(map(str, image_shape[1:]))
+        raise UserError(
+            f"model.dims: {params.dims}, but the dataset has items of {shown}; set model.dims to "
+            f"{len(image_shape) - 1} (autoencoder_kl has no volumes), or change preprocess.image_size"
+        )
     family: Any = MODELS[params.name]  # the abstract ImageModel declares no constructor
     if family.target == "mask":
         return family(params, image_shape, num_classes, mask_classes)  # type: ignore[no-any-return]

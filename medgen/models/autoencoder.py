@@ -12,7 +12,7 @@ from medgen.config import Model
 from medgen.models.base import GenerativeModel, Latent
 from medgen.models.grids import stage_sizes
 from medgen.models.residual import spatial_latent
-from medgen.nn.blocks import DoubleConv, downsample, upsample
+from medgen.nn.blocks import DoubleConv, conv, downsample, upsample
 
 
 class Stage(nn.Module):
@@ -22,10 +22,10 @@ class Stage(nn.Module):
     without a shortcut.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dims: int) -> None:
         super().__init__()
-        self.convolutions = DoubleConv(in_channels, out_channels)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.convolutions = DoubleConv(in_channels, out_channels, dims)
+        self.shortcut = conv(dims, in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H, W)."""
@@ -35,21 +35,22 @@ class Stage(nn.Module):
 class Autoencoder(GenerativeModel):
     """Images (B, C, H, W) <-> deterministic latents (B, Z, h, w); a prior fitted afterwards makes it generative."""
 
-    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, params: Model, image_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.latent_shape = spatial_latent(params, image_shape)
+        dims = params.dims
         sizes = stage_sizes(image_shape[1:], min(self.latent_shape[1:]))
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(len(sizes) + 1)]
 
-        encoder: list[nn.Module] = [Stage(image_shape[0], channels[0])]
+        encoder: list[nn.Module] = [Stage(image_shape[0], channels[0], dims)]
         for before, after in pairwise(channels):
-            encoder += [downsample(before, params.down), Stage(before, after)]
-        self.encoder = nn.Sequential(*encoder, nn.Conv2d(channels[-1], self.latent_shape[0], 1))
+            encoder += [downsample(before, params.down, dims), Stage(before, after, dims)]
+        self.encoder = nn.Sequential(*encoder, conv(dims, channels[-1], self.latent_shape[0], 1))
 
-        decoder: list[nn.Module] = [nn.Conv2d(self.latent_shape[0], channels[-1], 1)]
+        decoder: list[nn.Module] = [conv(dims, self.latent_shape[0], channels[-1], 1)]
         for before, after in pairwise(reversed(channels)):
-            decoder += [upsample(before, after, params.up), Stage(after, after)]
-        self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 1))
+            decoder += [upsample(before, after, params.up, dims), Stage(after, after, dims)]
+        self.decoder = nn.Sequential(*decoder, conv(dims, channels[0], image_shape[0], 1))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
         """Images (B, C, H, W) -> (B, Z, h, w)."""

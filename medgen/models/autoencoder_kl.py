@@ -18,7 +18,7 @@ from medgen.models.residual import spatial_latent
 LOGVAR_RANGE = (-30.0, 20.0)  # of the published models
 
 
-def block_channels(params: Model, image_shape: tuple[int, int, int]) -> list[int]:
+def block_channels(params: Model, image_shape: tuple[int, ...]) -> list[int]:
     """Channels at each resolution, from the image's to the latent's."""
     num_stages = len(stage_sizes(image_shape[1:], min(spatial_latent(params, image_shape)[1:])))
     return [min(params.base_channels * 2**i, params.max_channels) for i in range(num_stages + 1)]
@@ -34,7 +34,7 @@ class AutoencoderKL(GenerativeModel):
 
     encoder_parts = ("encoder", "quant_conv")
 
-    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, params: Model, image_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.latent_shape = spatial_latent(params, image_shape)
         latent_channels, channels = self.latent_shape[0], block_channels(params, image_shape)

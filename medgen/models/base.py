@@ -2,6 +2,7 @@
 
 Legend of shapes: B batch, C image channels, H W image height and width, Z latent channels,
 h w latent height and width, D dimensions of a latent, K codes of a codebook or classes of a mask.
+Volumes (B, C, D, H, W) have a depth D before the height, and latents (B, Z, d, h, w).
 """
 
 from abc import ABC, abstractmethod

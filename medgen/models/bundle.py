@@ -13,6 +13,7 @@ from medgen.data.store import Store
 from medgen.errors import UserError
 from medgen.io import hash_file, parsing, read_description, read_tensors, save_artifact
 from medgen.models import GenerativeModel, ImageModel, build_model
+from medgen.models.sliding_window import by_windows
 
 SCHEMA = 1
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -30,20 +31,22 @@ class BundleInfo:
 
     model: Model
     preprocess: Preprocess  # turns an image file into the model's input
-    image_shape: tuple[Side, Side, Side]  # C, H, W; values in [0, 1]
+    image_shape: Annotated[tuple[Side, ...], Field(min_length=3, max_length=4)]  # C, H, W or C, D, H, W; in [0, 1]
     classes: tuple[str, ...]  # empty for unlabelled data
     dataset: str  # fingerprint of the training store
     run: str  # fingerprint of the training run
     torch: str  # version of PyTorch that wrote the weights
     init_from: str | None = None  # weights that the training started from, with their SHA-256
+    patch: tuple[Side, ...] | None = None  # sides of the crops it was trained on; None: whole images
     schema: int = SCHEMA
 
 
 def save(folder: Path, model: ImageModel, info: BundleInfo) -> None:
     """Write the bundle atomically."""
     description = TypeAdapter(BundleInfo).dump_python(info, mode="json")
-    if info.init_from is None:
-        del description["init_from"]  # as before, so that equal models have equal bytes
+    for name in ("init_from", "patch"):
+        if description[name] is None:
+            del description[name]  # as before, so that equal models have equal bytes
     save_artifact(folder, "model", model.state_dict(), description)
 
 
@@ -91,11 +94,17 @@ def load_for(store: Store, folder: Path, device: torch.device | str = "cpu") -> 
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ImageModel, BundleInfo]:
-    """Load the model, in evaluation mode, and its description.
+    """Load the model, in evaluation mode, and its description; one trained on patches works by windows.
 
     Raises:
         UserError: the bundle is missing or damaged.
     """
+    model, info = load_trained(folder)
+    return by_windows(model, info.patch, info.image_shape).to(device).eval(), info
+
+
+def load_trained(folder: Path) -> tuple[ImageModel, BundleInfo]:
+    """Load the model as it was trained, on the CPU, and its description; see `load`."""
     info, weights = _read(folder)
     tensors = read_tensors(folder, "model", COMMAND, weights)
 
@@ -109,7 +118,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ImageModel, 
             raise ValueError(f"{WEIGHTS} is of a model of other sizes")
         model = build()
         model.load_state_dict(tensors)
-    return model.to(device).eval(), info
+    return model, info
 
 
 def load_generative(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, BundleInfo]:

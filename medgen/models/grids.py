@@ -1,15 +1,15 @@
 """Sides of the grids between image and latent.
 
-Both sides of a grid are halved at each stage; its size is that of the shorter side.
+All sides of a grid are halved at each stage; its size is that of the shortest side.
 """
 
 from medgen.errors import UserError
 
-Sides = tuple[int, int]  # height and width
+Sides = tuple[int, ...]  # height and width; of a volume depth, height and width
 
 
 def default_grid(sides: Sides) -> int:
-    """Size of the latent grid by default: 8 for images up to 64 px, an eighth of the shorter side for larger ones.
+    """Size of the latent grid by default: 8 for images up to 64 px, an eighth of the shortest side for larger ones.
 
     8 was measured on chest X-rays (docs/results.md); an eighth is an estimate.
     """
@@ -18,16 +18,17 @@ def default_grid(sides: Sides) -> int:
 
 
 def stage_sizes(sides: Sides, latent_size: int) -> list[int]:
-    """Grid sizes after each downsampling by 2, from half of the shorter side to latent_size.
+    """Grid sizes after each downsampling by 2, from half of the shortest side to latent_size.
 
     Raises:
-        UserError: the shorter side is not latent_size times a power of two, or the longer side not a multiple of it.
+        UserError: the shortest side is not latent_size times a power of two, or another side not a multiple of it.
     """
     size = min(sides)
     count = _num_halvings(sides, latent_size)
     if not count or size >> count != latent_size:
-        shown = f"{size}" if sides[0] == sides[1] else f"{sides[0]} x {sides[1]}"
-        both = "" if sides[0] == sides[1] else ", by which both sides are divisible"
+        is_square = len(set(sides)) == 1
+        shown = f"{size}" if is_square else " x ".join(map(str, sides))
+        both = "" if is_square else f", by which {'both' if len(sides) == 2 else 'all'} sides are divisible"
         raise UserError(
             f"model.latent_size: {latent_size} does not fit images of {shown} px; "
             f"expected {size} divided by 2, 4, 8, …{both}; set model.latent_size or preprocess.image_size"
@@ -45,15 +46,14 @@ def flat_sizes(sides: Sides, smallest: int | None) -> list[int]:
 
 
 def latent_sides(sides: Sides, latent_size: int) -> Sides:
-    """Height and width of the latent grid; raises as `stage_sizes`."""
+    """Sides of the latent grid; raises as `stage_sizes`."""
     count = len(stage_sizes(sides, latent_size))
-    return sides[0] >> count, sides[1] >> count
+    return tuple(side >> count for side in sides)
 
 
 def _num_halvings(sides: Sides, smallest: int) -> int:
-    """Number of times that both sides can be halved until the shorter one is at most `smallest`."""
-    height, width = sides
+    """Number of times that all sides can be halved until the shortest one is at most `smallest`."""
     count = 0
-    while height % 2 == 0 and width % 2 == 0 and min(height, width) > smallest:
-        height, width, count = height // 2, width // 2, count + 1
+    while all(side % 2 == 0 for side in sides) and min(sides) > smallest:
+        sides, count = tuple(side // 2 for side in sides), count + 1
     return count

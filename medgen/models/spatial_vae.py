@@ -16,7 +16,7 @@ from medgen.models.residual import residual_decoder, residual_encoder, spatial_l
 class SpatialVAE(GenerativeModel):
     """Images (B, C, H, W) <-> latents (B, Z, h, w), min(h, w) = `latent_size`, H = h · 2^stages."""
 
-    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, params: Model, image_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.latent_shape = spatial_latent(params, image_shape)
         self.logvar_bound = params.logvar_bound

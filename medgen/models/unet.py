@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medgen.config import Model
 from medgen.errors import UserError
 from medgen.models.base import ImageModel, ModelOutput
-from medgen.nn.blocks import DoubleConv, downsample, upsample
+from medgen.nn.blocks import DoubleConv, conv, downsample, upsample
 
 NUM_STAGES = 4  # downsamplings (Ronneberger et al.); fewer if the image side has fewer factors of two
 
@@ -22,22 +22,20 @@ class UNet(ImageModel):
     target = "mask"
     encoder_parts = ("first", "halves", "downs")
 
-    def __init__(
-        self, params: Model, image_shape: tuple[int, int, int], num_classes: int, mask_classes: int = 2
-    ) -> None:
+    def __init__(self, params: Model, image_shape: tuple[int, ...], num_classes: int, mask_classes: int = 2) -> None:
         super().__init__()
         num_stages = next((n for n in range(NUM_STAGES, 0, -1) if all(side % 2**n == 0 for side in image_shape[1:])), 0)
         if num_stages == 0:
-            height, width = image_shape[1:]
-            raise UserError(f"preprocess.image_size: {height} x {width} has an odd side; a U-Net needs multiples of 2")
+            shown = " x ".join(map(str, image_shape[1:]))
+            raise UserError(f"preprocess.image_size: {shown} has an odd side; a U-Net needs multiples of 2")
         channels = [min(params.base_channels * 2**i, params.max_channels) for i in range(num_stages + 1)]
-        self.mask_classes = mask_classes
-        self.first = DoubleConv(image_shape[0], channels[0])
-        self.halves = nn.ModuleList(downsample(before, params.down) for before in channels[:-1])
-        self.downs = nn.ModuleList(DoubleConv(before, after) for before, after in pairwise(channels))
-        self.doubles = nn.ModuleList(upsample(after, before, params.up) for before, after in pairwise(channels))
-        self.ups = nn.ModuleList(DoubleConv(2 * width, width) for width in channels[:-1])
-        self.last = nn.Conv2d(channels[0], 1 if mask_classes == 2 else mask_classes, 1)
+        self.mask_classes, dims = mask_classes, params.dims
+        self.first = DoubleConv(image_shape[0], channels[0], dims)
+        self.halves = nn.ModuleList(downsample(before, params.down, dims) for before in channels[:-1])
+        self.downs = nn.ModuleList(DoubleConv(before, after, dims) for before, after in pairwise(channels))
+        self.doubles = nn.ModuleList(upsample(after, before, params.up, dims) for before, after in pairwise(channels))
+        self.ups = nn.ModuleList(DoubleConv(2 * width, width, dims) for width in channels[:-1])
+        self.last = conv(dims, channels[0], 1 if mask_classes == 2 else mask_classes, 1)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
         """Images (B, C, H, W) -> probabilities (B, K, H, W), float32; the label is not used."""

@@ -1,8 +1,10 @@
 """VAE with a flat latent, and a conditional variant.
 
-Encoder: strided convolutions with BatchNorm down to a grid of at most 7×7, one linear layer to a Gaussian over a
+Encoder: strided convolutions with BatchNorm down to a grid of at most 7 a side, one linear layer to a Gaussian over a
 vector. Decoder: one linear layer, transposed convolutions with BatchNorm, sigmoid.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,8 @@ from medgen.config import Model
 from medgen.errors import UserError
 from medgen.models.base import GenerativeModel, Latent, gaussian_latent, soft_bound
 from medgen.models.grids import flat_sizes, latent_sides
-from medgen.nn.parallel import BatchNorm2d
+from medgen.nn.blocks import CONVOLUTIONS, TRANSPOSED, conv
+from medgen.nn.parallel import BatchNorm
 
 DEFAULT_LATENT_DIM = 128  # D if model.latent_channels is null
 
@@ -22,7 +25,7 @@ class VAE(GenerativeModel):
 
     encoder_parts: tuple[str, ...] = ("encoder", "to_latent")
 
-    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int, embedding: int = 0) -> None:
+    def __init__(self, params: Model, image_shape: tuple[int, ...], num_classes: int, embedding: int = 0) -> None:
         super().__init__()
         latent_dim = params.latent_channels or DEFAULT_LATENT_DIM
         sizes = flat_sizes(image_shape[1:], params.latent_size)
@@ -31,19 +34,20 @@ class VAE(GenerativeModel):
         self.latent_shape = (latent_dim,)
         self.logvar_bound = params.logvar_bound
         self.grid = (channels[-1], *grid)
-        features = channels[-1] * grid[0] * grid[1]
+        features = math.prod(self.grid)
 
+        convolution, transposed = CONVOLUTIONS[params.dims], TRANSPOSED[params.dims]
         encoder: list[nn.Module] = []
         for before, after in zip([image_shape[0], *channels[:-1]], channels, strict=True):
-            encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), BatchNorm2d(after), nn.LeakyReLU(0.2)]
+            encoder += [convolution(before, after, 4, stride=2, padding=1), BatchNorm(after), nn.LeakyReLU(0.2)]
         self.encoder = nn.Sequential(*encoder, nn.Flatten())
         self.to_latent = nn.Linear(features + embedding, 2 * latent_dim)
 
         self.from_latent = nn.Linear(latent_dim + embedding, features)
         decoder: list[nn.Module] = []
         for before, after in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
-            decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), BatchNorm2d(after), nn.ReLU()]
-        self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], image_shape[0], 3, padding=1))
+            decoder += [transposed(before, after, 4, stride=2, padding=1), BatchNorm(after), nn.ReLU()]
+        self.decoder = nn.Sequential(*decoder, conv(params.dims, channels[0], image_shape[0]))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
         """Images (B, C, H, W) -> a Gaussian over (B, D)."""
@@ -71,7 +75,7 @@ class ConditionalVAE(VAE):
     conditional = True
     encoder_parts = ("encoder", "to_latent", "embedding")
 
-    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, params: Model, image_shape: tuple[int, ...], num_classes: int) -> None:
         if num_classes == 0:
             raise UserError(
                 "model.name: cvae needs labels, and the dataset has none; add class folders or a manifest with labels "

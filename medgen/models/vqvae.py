@@ -22,7 +22,7 @@ class VQVAE(GenerativeModel):
 
     encoder_parts = ("encoder", "quantizer")
 
-    def __init__(self, params: Model, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, params: Model, image_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         params = params.model_copy(update={"latent_channels": params.latent_channels or DEFAULT_CHANNELS})
         self.latent_shape = spatial_latent(params, image_shape)

@@ -1,6 +1,8 @@
-"""Normalisation, residual block, self-attention and resampling of convolutional networks.
+"""Normalisation, residual block, self-attention and resampling of convolutional networks, for images and volumes.
 
-Shapes: B batch, C channels, H W grid, E dimensions of a condition.
+The number of sides of a grid, `dims`, chooses the layers: 2 for images, 3 for volumes.
+
+Shapes: B batch, C channels, H W grid (of a volume D H W), E dimensions of a condition.
 """
 
 import math
@@ -10,11 +12,18 @@ from torch import Tensor, nn
 
 from medgen.nn.parallel import Dropout
 
+CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
 
-def conv2d(in_channels: int, out_channels: int, stride: int = 1, single_position: bool = False) -> nn.Conv2d:
-    """3×3 convolution that keeps the grid, or halves it with `stride` 2; 1×1 on a grid of a single position."""
-    size = 1 if single_position else 3
-    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2)
+
+def conv(
+    dims: int, in_channels: int, out_channels: int, size: int = 3, stride: int = 1, bias: bool = True
+) -> nn.Conv2d | nn.Conv3d:
+    """Convolution of an odd size that keeps the grid, or halves it with `stride` 2."""
+    return CONVOLUTIONS[dims](in_channels, out_channels, size, stride=stride, padding=size // 2, bias=bias)
 
 
 def group_norm(channels: int, single_position: bool = False) -> nn.GroupNorm:
@@ -34,7 +43,8 @@ class ResidualBlock(nn.Module):
         stride: 2 halves the grid.
         condition_dim: E, size of a condition that scales and shifts the second norm (FiLM, Perez et al. 2018); 0: none.
         dropout: before the second convolution.
-        single_position: the grid is 1×1.
+        single_position: the grid is 1×1, so the convolutions are too.
+        dims: sides of the grid.
     """
 
     def __init__(
@@ -45,28 +55,32 @@ class ResidualBlock(nn.Module):
         condition_dim: int = 0,
         dropout: float = 0.0,
         single_position: bool = False,
+        dims: int = 2,
     ) -> None:
         super().__init__()
+        size = 1 if single_position else 3
         self.norm1 = group_norm(in_channels, single_position)
-        self.conv1 = conv2d(in_channels, out_channels, stride, single_position)
+        self.conv1 = conv(dims, in_channels, out_channels, size, stride)
         self.film = nn.Linear(condition_dim, 2 * out_channels) if condition_dim else None
         self.norm2 = group_norm(out_channels, single_position)
         self.dropout = Dropout(dropout)
-        self.conv2 = conv2d(out_channels, out_channels, single_position=single_position)
+        self.conv2 = conv(dims, out_channels, out_channels, size)
         nn.init.zeros_(self.conv2.weight)  # the block starts as its shortcut, which lets deep stacks train at once
         same = in_channels == out_channels and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else conv(dims, in_channels, out_channels, 1)
+        self.pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
         self.stride = stride
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """(B, in, H, W), conditions (B, E) -> (B, out, H / stride, W / stride)."""
         residual = self.norm2(self.conv1(F.silu(self.norm1(x))))
         if self.film is not None:
-            scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)  # each (B, out, 1, 1)
+            film = self.film(condition)
+            scale, shift = film.view(*film.shape, *[1] * (x.dim() - 2)).chunk(2, dim=1)  # each (B, out, 1, 1)
             residual = residual * (1.0 + scale) + shift
         residual = self.conv2(self.dropout(F.silu(residual)))
         # pooling before the 1×1 shortcut uses every pixel; a strided 1×1 would drop three of four
-        shortcut = F.avg_pool2d(x, 2) if self.stride == 2 else x
+        shortcut = self.pool(x, 2) if self.stride == 2 else x
         return self.shortcut(shortcut) + residual  # type: ignore[no-any-return]
 
 
@@ -76,35 +90,35 @@ class SelfAttention(nn.Module):
     Args:
         channels: C.
         num_heads: None for the most heads of 64 channels or more.
+        dims: sides of the grid.
     """
 
-    def __init__(self, channels: int, num_heads: int | None = None) -> None:
+    def __init__(self, channels: int, num_heads: int | None = None, dims: int = 2) -> None:
         super().__init__()
         most = max(1, channels // 64)
         self.num_heads = num_heads or next(heads for heads in range(most, 0, -1) if channels % heads == 0)
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.project = nn.Conv2d(channels, channels, 1)
+        self.qkv = conv(dims, channels, 3 * channels, 1)
+        self.project = conv(dims, channels, channels, 1)
         nn.init.zeros_(self.project.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.num_heads, c // self.num_heads, h * w)
+        b, c, *sides = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.num_heads, c // self.num_heads, math.prod(sides))
         query, key, value = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, H·W, C / heads)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return x + self.project(attended.transpose(-1, -2).reshape(b, c, h, w))  # type: ignore[no-any-return]
+        return x + self.project(attended.transpose(-1, -2).reshape(x.shape))  # type: ignore[no-any-return]
 
 
 class DoubleConv(nn.Module):
     """Twice 3×3 convolution, GroupNorm and ReLU: a U-Net stage (Ronneberger et al. 2015, without norm there)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dims: int = 2) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for channels in (in_channels, out_channels):
-            convolution = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
-            layers += [convolution, group_norm(out_channels), nn.ReLU()]
+            layers += [conv(dims, channels, out_channels, bias=False), group_norm(out_channels), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,18 +126,20 @@ class DoubleConv(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
-def downsample(channels: int, kind: str) -> nn.Module:
+def downsample(channels: int, kind: str, dims: int = 2) -> nn.Module:
     """(B, C, H, W) -> (B, C, H/2, W/2), by max-pooling ("maxpool") or a strided convolution ("strided")."""
-    return nn.MaxPool2d(2) if kind == "maxpool" else conv2d(channels, channels, stride=2)
+    if kind == "maxpool":
+        return nn.MaxPool2d(2) if dims == 2 else nn.MaxPool3d(2)
+    return conv(dims, channels, channels, stride=2)
 
 
-def upsample(in_channels: int, out_channels: int, kind: str) -> nn.Module:
-    """(B, in, H, W) -> (B, out, 2H, 2W), by a transposed convolution ("transposed") or bilinearly ("upsample")."""
+def upsample(in_channels: int, out_channels: int, kind: str, dims: int = 2) -> nn.Module:
+    """(B, in, H, W) -> (B, out, 2H, 2W), by a transposed convolution ("transposed") or linearly ("upsample")."""
     if kind == "transposed":
-        return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
-    return nn.Sequential(bilinear_upsample(), conv2d(in_channels, out_channels))
+        return TRANSPOSED[dims](in_channels, out_channels, 2, stride=2)
+    return nn.Sequential(linear_upsample(dims), conv(dims, in_channels, out_channels))
 
 
-def bilinear_upsample() -> nn.Upsample:
+def linear_upsample(dims: int = 2) -> nn.Upsample:
     """(B, C, H, W) -> (B, C, 2H, 2W), without the checkerboard artefacts of a transposed convolution."""
-    return nn.Upsample(scale_factor=2.0, mode="bilinear")
+    return nn.Upsample(scale_factor=2.0, mode="bilinear" if dims == 2 else "trilinear")

@@ -97,24 +97,28 @@ class Dropout(nn.Dropout):
         return rows * kept[_part.index :: _part.count]
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation with the statistics of all processes, on every device."""
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of images or volumes with the statistics of all processes, on every device."""
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> the same shape."""
+        """(B, C, H, W) or (B, C, D, H, W) -> the same shape."""
         if _part.processes == 1 or not self.training:
             return super().forward(x)
-        wide = x.float()
-        mean = mean_over_processes(wide.mean((0, 2, 3)))
-        centred = wide - mean[:, None, None]
-        variance = mean_over_processes(centred.square().mean((0, 2, 3)))
+        wide, others = x.float(), (0, *range(2, x.dim()))
+        ones = [1] * (x.dim() - 2)
+        mean = mean_over_processes(wide.mean(others))
+        centred = wide - mean.view(-1, *ones)
+        variance = mean_over_processes(centred.square().mean(others))
         self._update_running(mean.detach(), variance.detach(), _part.processes * x.numel() // x.shape[1])
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (centred * scale.view(-1, *ones) + self.bias.view(-1, *ones)).to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Accept any number of sides."""
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor, count: int) -> None:

@@ -1,6 +1,6 @@
 """Codebook of vectors (K, Z) that a VQ-VAE's latents are made of (van den Oord et al. 2017).
 
-Shapes: B batch, Z channels of a vector, h w grid, K codes.
+Shapes: B batch, Z channels of a vector, h w grid (of a volume d h w), K codes.
 """
 
 import torch
@@ -69,7 +69,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def restart_dead_codes(self, vectors: Tensor) -> None:
         """Move dead codes to vectors (B, Z, h, w) drawn from a training batch, before the batch is quantized."""
-        drawn = draw_vectors(vectors.movedim(1, -1).flatten(1, 2).float(), self.num_embeddings)
+        drawn = draw_vectors(vectors.movedim(1, -1).flatten(1, -2).float(), self.num_embeddings)
         # the training loop reports and skips a batch that is not finite; the codes must stay finite
         dead = (self.usage < DEAD_USAGE) & torch.isfinite(drawn).all(dim=1)
         self.codebook.data.copy_(torch.where(dead[:, None], drawn, self.codebook))
@@ -106,4 +106,4 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 def _flatten(vectors: Tensor) -> Tensor:
     """(B, Z, h, w) -> (B·h·w, Z) float32."""
-    return vectors.movedim(1, -1).flatten(0, 2).float()
+    return vectors.movedim(1, -1).flatten(0, -2).float()

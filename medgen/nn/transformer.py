@@ -17,10 +17,11 @@ HEAD_CHANNELS = 32
 class MaskedTransformer(nn.Module):
     """Bidirectional transformer with norm before each layer (Xiong et al. 2020) over grids of codes, mask and class.
 
-    A position is embedded by its row and column. The embedding of the codes also gives the logits.
+    A position is embedded by its row and column, in a volume also by its slice. The embedding of the codes also gives
+    the logits.
 
     Args:
-        sides: (h, w) of the grid.
+        sides: (h, w) or (d, h, w) of the grid.
         num_embeddings: K; index K is the mask.
         num_classes: number of labels; 0 for none.
         channels: width; a head has about 32 of them.
@@ -29,27 +30,32 @@ class MaskedTransformer(nn.Module):
     """
 
     def __init__(
-        self, sides: tuple[int, int], num_embeddings: int, num_classes: int, channels: int, blocks: int, dropout: float
+        self, sides: tuple[int, ...], num_embeddings: int, num_classes: int, channels: int, blocks: int, dropout: float
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
         self.code = nn.Embedding(num_embeddings + 1, channels)
         self.label = nn.Embedding(num_classes + 1, channels)  # row 0 is "no label"
-        self.row = nn.Parameter(torch.empty(sides[0], 1, channels))
-        self.column = nn.Parameter(torch.empty(sides[1], channels))
+        *depth, height, width = sides
+        self.slice = nn.Parameter(torch.empty(depth[0], 1, 1, channels)) if depth else None
+        self.row = nn.Parameter(torch.empty(height, 1, channels))
+        self.column = nn.Parameter(torch.empty(width, channels))
         self.dropout = Dropout(dropout)
         self.blocks = nn.Sequential(*(TransformerBlock(channels, dropout) for _ in range(blocks)))
         self.head = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU())
         self.norm = nn.LayerNorm(channels)
         self.bias = nn.Parameter(torch.zeros(num_embeddings))
-        for embedding in (self.code.weight, self.label.weight, self.row, self.column):
+        slices = [] if self.slice is None else [self.slice]
+        for embedding in (self.code.weight, self.label.weight, self.row, self.column, *slices):
             nn.init.normal_(embedding, std=0.2)  # the usual 0.02 learns more slowly
         nn.init.constant_(self.norm.weight, 0.1)  # keeps the first logits near 0 despite the large embeddings
 
     def forward(self, codes: Tensor, label: Tensor) -> Tensor:
         """Codes (B, P), K if masked, and labels (B,), -1 for none -> logits (B, P, K)."""
-        position = (self.row + self.column).flatten(0, 1)  # (P, C)
-        x = self.code(codes) + position + self.label(label + 1)[:, None]
+        position = self.row + self.column
+        if self.slice is not None:
+            position = self.slice + position
+        x = self.code(codes) + position.flatten(0, -2) + self.label(label + 1)[:, None]
         x = self.norm(self.head(self.blocks(self.dropout(x))))
         return F.linear(x, self.code.weight[: self.num_embeddings], self.bias)
 

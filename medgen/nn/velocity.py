@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medgen.nn.blocks import ResidualBlock, SelfAttention, conv2d, group_norm
+from medgen.nn.blocks import ResidualBlock, SelfAttention, conv, group_norm
 
 MAX_DOWNSAMPLINGS = 3
 FLAT_WIDTH_FACTOR = 4  # a flat latent has all its dimensions at one position, so its layers are wider
 
 
 class VelocityNetwork(nn.Module):
-    """U-Net over inputs (Z, h, w) with any sides, residual MLP over inputs (D,). Untrained, its output is 0.
+    """U-Net over inputs (Z, h, w) or (Z, d, h, w) with any sides, residual MLP over inputs (D,).
+
+    Untrained, its output is 0.
 
     Args:
-        latent_shape: of the input, (Z, h, w) or (D,).
+        latent_shape: of the input, (Z, h, w), (Z, d, h, w) or (D,).
         num_classes: number of labels; 0 for none.
         channels: on the largest grid; the smaller ones have twice as many.
         blocks: residual blocks: half of them on the smallest grid, a quarter on the way down to it and up again for
@@ -51,8 +53,9 @@ class VelocityNetwork(nn.Module):
         super().__init__()
         self.condition = ConditionEmbedding(channels, num_classes, has_noise_level)
         condition_dim = 4 * channels
-        latent_channels, *sides = (*latent_shape, 1, 1)[:3]
-        single_position = sides == [1, 1]
+        latent_channels, *sides = latent_shape if len(latent_shape) > 1 else (*latent_shape, 1, 1)
+        dims, size = len(sides), 1 if max(sides) == 1 else 3
+        single_position = max(sides) == 1
         if single_position:
             channels = FLAT_WIDTH_FACTOR * channels
         grids = [sides]
@@ -64,20 +67,20 @@ class VelocityNetwork(nn.Module):
 
         def stage(level: int, count: int) -> Stage:
             grid = grids[level]
-            attends = grid != [1, 1] and (grid == grids[-1] or max(grid) <= attention_side)
-            return Stage(widths[level], condition_dim, grid == [1, 1], max(1, count), dropout, attends)
+            attends = max(grid) > 1 and (grid == grids[-1] or max(grid) <= attention_side)
+            return Stage(widths[level], condition_dim, max(grid) == 1, max(1, count), dropout, attends, dims)
 
         larger = range(len(steps))
-        self.enter = conv2d(latent_channels + context_channels, channels, single_position=single_position)
+        self.enter = conv(dims, latent_channels + context_channels, channels, size)
         self.down = nn.ModuleList(stage(level, blocks // 4) for level in larger)
-        self.halve = nn.ModuleList(conv2d(few, many, stride=2) for few, many in steps)
+        self.halve = nn.ModuleList(conv(dims, few, many, stride=2) for few, many in steps)
         self.middle = stage(-1, blocks // 2 if steps else blocks)
-        self.merge = nn.ModuleList(nn.Conv2d(many + few, few, 1) for few, many in steps)
+        self.merge = nn.ModuleList(conv(dims, many + few, few, 1) for few, many in steps)
         self.up = nn.ModuleList(stage(level, blocks // 4) for level in larger)
         self.norm = group_norm(channels, single_position)
-        self.leave = conv2d(channels, latent_channels, single_position=single_position)
+        self.leave = conv(dims, channels, latent_channels, size)
         nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]  # conv2d() always has a bias
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]  # there is one
 
     def forward(
         self, x: Tensor, time: Tensor, label: Tensor, context: Tensor | None = None, noise_level: Tensor | None = None
@@ -98,7 +101,7 @@ class VelocityNetwork(nn.Module):
         x = self.middle(x, condition)
         for merge, stage in reversed(list(zip(self.merge, self.up, strict=True))):
             skip = skips.pop()
-            x = F.interpolate(x, skip.shape[-2:])  # nearest neighbour: an odd side is not twice the smaller one
+            x = F.interpolate(x, skip.shape[2:])  # nearest neighbour: an odd side is not twice the smaller one
             x = stage(merge(torch.cat([x, skip], dim=1)), condition)
         return self.leave(F.silu(self.norm(x))).view(shape)  # type: ignore[no-any-return]
 
@@ -135,15 +138,22 @@ class Stage(nn.Module):
     """`count` residual blocks on one grid, each followed by self-attention if the stage `attends`."""
 
     def __init__(
-        self, channels: int, condition_dim: int, single_position: bool, count: int, dropout: float, attends: bool
+        self,
+        channels: int,
+        condition_dim: int,
+        single_position: bool,
+        count: int,
+        dropout: float,
+        attends: bool,
+        dims: int = 2,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(channels, channels, 1, condition_dim, dropout, single_position) for _ in range(count)
+            ResidualBlock(channels, channels, 1, condition_dim, dropout, single_position, dims) for _ in range(count)
         )
         num_heads = math.gcd(channels, max(1, channels // 64))  # stored networks were trained with this number
         self.attention = nn.ModuleList(
-            SelfAttention(channels, num_heads) if attends else nn.Identity() for _ in range(count)
+            SelfAttention(channels, num_heads, dims) if attends else nn.Identity() for _ in range(count)
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -73,9 +73,8 @@ class Tokens(NeuralPrior):
         latent_shape: tuple[int, ...], buffers: Mapping[str, Tensor], params: config.Prior
     ) -> MaskedTransformer:
         """See `NeuralPrior.build_network`."""
-        _, height, width = latent_shape
         num_classes = conditioning_classes(params, buffers["frequencies"])
-        sizes = ((height, width), len(buffers["codebook"]), num_classes)
+        sizes = (latent_shape[1:], len(buffers["codebook"]), num_classes)
         return MaskedTransformer(*sizes, params.channels, params.blocks, params.dropout)
 
     def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -174,7 +173,7 @@ def draw_codes(probabilities: Tensor, uniform: Tensor) -> Tensor:
 def _check_codes(latents: Tensor, codebook: Tensor) -> None:
     """Raise UserError if latents (N, Z, h, w) are not finite, not made of the codebook (K, Z), or all equal."""
     check_finite(latents)
-    if latents.dim() != 4 or latents.shape[1] != codebook.shape[1] or not _are_codes(latents, codebook):
+    if latents.dim() < 4 or latents.shape[1] != codebook.shape[1] or not _are_codes(latents, codebook):
         raise UserError(
             f"prior.name: tokens needs latents made of the model's codes, found others of shape "
             f"{tuple(latents.shape[1:])}; set prior.name to gmm or flow"

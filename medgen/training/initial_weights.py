@@ -107,7 +107,7 @@ def _digest(place: Path) -> str:
 def _read(place: Path, model: ImageModel) -> dict[str, Tensor]:
     """Tensors under the names of the model's family."""
     if not place.is_file() and not _is_diffusers(place):
-        return bundle.load(place)[0].state_dict()
+        return bundle.load_trained(place)[0].state_dict()
     if not isinstance(model, AutoencoderKL):
         raise UserError(f"train.init_from: {place}: weights of an AutoencoderKL; set model.name: autoencoder_kl")
     groups = model.encoder.conv_norm_out.num_groups

@@ -1,7 +1,7 @@
 """Loss terms, and the objective that weights them.
 
 Every image term is a mean over pixels. KL is logged in nats per image and weighted as β·KL/(C·H·W), so that with the
-pixel mean of a log-likelihood β = 1 is the evidence lower bound.
+pixel mean of a log-likelihood β = 1 is the evidence lower bound. Volumes count as images with D·H·W pixels.
 """
 
 import math
@@ -35,11 +35,11 @@ class Objective(nn.Module):
 
     Args:
         loss: weights and conventions; a phase may replace the weights.
-        image_shape: (C, H, W), for the normalisation of KL.
+        image_shape: (C, H, W) or (C, D, H, W), for the effective β that is logged.
         vgg16: file of torchvision's VGG16 weights, needed if the perceptual weight is not zero.
     """
 
-    def __init__(self, loss: Loss, image_shape: tuple[int, int, int], vgg16: Path | None = None) -> None:
+    def __init__(self, loss: Loss, image_shape: tuple[int, ...], vgg16: Path | None = None) -> None:
         super().__init__()
         self.loss = loss
         self.num_pixels = math.prod(image_shape)
@@ -71,23 +71,24 @@ class Objective(nn.Module):
             terms["kl"] = kl.flatten(1).sum(dim=1).mean().detach()
             # β = 0 leaves KL out of the graph: 0 · inf would be NaN
             if beta > 0:
-                total = total + self.kl_weight(beta, kl[0].numel()) * free_bits(kl, self.loss.free_bits)
+                weight = self.kl_weight(beta, kl[0].numel(), output.prediction[0].numel())
+                total = total + weight * free_bits(kl, self.loss.free_bits)
         for name, term in output.terms.items():
             terms[name] = term.detach()
             weight = getattr(self.loss, TERM_WEIGHTS[name]) if name in TERM_WEIGHTS else 1.0
             total = total + weight * term
         return Losses(total, terms)
 
-    def kl_weight(self, beta: float, latent_numel: int) -> float:
-        """Factor of KL in nats per image, by `loss.kl_reduction`."""
-        return {"elbo": beta / self.num_pixels, "sum": beta, "mean": beta / latent_numel}[self.loss.kl_reduction]
+    def kl_weight(self, beta: float, latent_numel: int, num_pixels: int) -> float:
+        """Factor of KL in nats per image, by `loss.kl_reduction`; a patch of an image counts as an image."""
+        return {"elbo": beta / num_pixels, "sum": beta, "mean": beta / latent_numel}[self.loss.kl_reduction]
 
     def effective_beta(self, beta: float, latent_numel: int) -> float:
         """β on the scale where 1 is the evidence lower bound, for any `kl_reduction`.
 
         A weight of 0.003 on a summed KL with a pixel mean is 49 at 128 px on this scale.
         """
-        return self.kl_weight(beta, latent_numel) * self.num_pixels
+        return self.kl_weight(beta, latent_numel, self.num_pixels) * self.num_pixels
 
     def _image_term(self, name: str, reconstruction: Tensor, image: Tensor) -> Tensor:
         if name == "perceptual":
@@ -113,9 +114,8 @@ def sigma_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 def dice_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
     """1 - Dice over a batch of masks (B, K, H, W), with smoothing 1e-5, mean over K."""
-    overlap, total = (
-        sum_over_processes(part.sum(dim=(0, 2, 3))) for part in (probabilities * mask, probabilities + mask)
-    )
+    others = (0, *range(2, mask.dim()))
+    overlap, total = (sum_over_processes(part.sum(dim=others)) for part in (probabilities * mask, probabilities + mask))
     return (1.0 - (2.0 * overlap + 1e-5) / (total + 1e-5)).mean()
 
 

@@ -104,6 +104,12 @@ class Meter:
         return {} if self.total is None else dict(zip(self.names, self.total.tolist(), strict=True))
 
 
+def channels_last(model: nn.Module) -> torch.memory_format:
+    """Memory format of a network's images or volumes in which the channels of a pixel are adjacent."""
+    has_volumes = any(parameter.dim() == 5 for parameter in model.parameters())
+    return torch.channels_last_3d if has_volumes else torch.channels_last
+
+
 class TrainState:
     """Model, optimizer, averaged weights, best weights and counters of a task.
 
@@ -116,7 +122,7 @@ class TrainState:
     def __init__(self, task: TrainingTask, world: World, scratch: Path) -> None:
         self.task, self.world, self.scratch, self.train = task, world, scratch, task.train
         self.model = task.model
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=channels_last(self.model))
         self.network = self._wrap(self.model)
         self.average = AveragedWeights(self.model, self.train.ema_decay) if self.train.ema_decay else None
         self.best: dict[str, Tensor] | None = None  # weights of the epoch with `counters.best_objective`

@@ -50,6 +50,17 @@ ROWS = [  # parameters, image shape, latent shape (None for a segmenter)
     ({"name": "autoencoder_kl", "base_channels": 4, "latent_channels": 2}, (1, 24, 32), (2, 6, 8)),
     ({"name": "vae", "base_channels": 4, "latent_channels": 6}, (1, 28, 56), (6,)),
     ({"name": "vqvae", "base_channels": 4, "num_embeddings": 7, "latent_channels": 5}, (1, 40, 36), (5, 10, 9)),
+    ({"name": "spatial_vae", "dims": 3, "base_channels": 4, "latent_channels": 2, "latent_size": 4,
+      "attention_resolutions": [4]}, (1, 16, 16, 24), (2, 4, 4, 6)),
+    ({"name": "autoencoder", "dims": 3, "base_channels": 2, "latent_channels": 3, "latent_size": 4}, (1, 16, 16, 16),
+     (3, 4, 4, 4)),
+    ({"name": "autoencoder", "dims": 3, "base_channels": 2, "latent_size": 4, "down": "strided", "up": "upsample"},
+     (1, 16, 16, 16), (16, 4, 4, 4)),
+    ({"name": "vae", "dims": 3, "base_channels": 2, "latent_channels": 6}, (1, 28, 28, 28), (6,)),
+    ({"name": "cvae", "dims": 3, "base_channels": 2, "latent_channels": 6}, (1, 16, 16, 16), (6,)),
+    ({"name": "vqvae", "dims": 3, "base_channels": 4, "num_embeddings": 7, "latent_channels": 5, "latent_size": 4,
+      "attention_resolutions": []}, (1, 16, 16, 16), (5, 4, 4, 4)),
+    ({"name": "unet", "dims": 3, "base_channels": 2}, (1, 16, 16, 16), None),
     ({"name": "unet", "base_channels": 4}, (1, 32, 32), None),
     ({"name": "unet", "base_channels": 4, "down": "strided", "up": "upsample"}, (3, 20, 20), None),
 ]  # fmt: skip
@@ -65,7 +76,7 @@ def row_id(row):
     return "-".join(
         [
             row[0]["name"],
-            f"{row[1][1]}x{row[1][2]}px",
+            f"{'x'.join(map(str, row[1][1:]))}px",
             *(str(row[0][key]) for key in ("codebook", "up") if key in row[0]),
         ]
     )
@@ -122,7 +133,9 @@ def test_shapes_of_every_verb(row, precision):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kwargs", [row[0] for row in ROWS if row[2] is None], ids=["maxpool", "strided"])
+@pytest.mark.parametrize(
+    "kwargs", [row[0] for row in ROWS if row[2] is None and "dims" not in row[0]], ids=["maxpool", "strided"]
+)
 @pytest.mark.parametrize("mask_classes", [2, 3])
 def test_a_segmenter_predicts_probabilities_for_every_class(kwargs, mask_classes, precision):
     model, image = build(kwargs, (1, 32, 32), mask_classes), torch.rand(2, 1, 32, 32)
@@ -160,7 +173,8 @@ def test_every_parameter_gets_a_finite_gradient(any_row):
 def test_one_step_of_training_lowers_the_loss_on_its_batch(small, precision):
     model, image_shape = small
     objective, weights = objective_of(model, image_shape)
-    smooth = torch.nn.functional.interpolate(torch.rand(4, image_shape[0], 4, 4), size=image_shape[1:], mode="bilinear")
+    coarse, mode = torch.rand(4, image_shape[0], *[4] * (len(image_shape) - 1)), ("bilinear", "trilinear")
+    smooth = torch.nn.functional.interpolate(coarse, size=image_shape[1:], mode=mode[len(image_shape) - 3])
     target = (smooth[:, :1] > 0.5).float() if model.target == "mask" else smooth
     label = torch.tensor([0, 1, 2, -1])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -313,6 +327,7 @@ def test_soft_bound_keeps_a_gradient_where_a_clamp_has_none():
         ({"name": "spatial_vea"}, 64, ["model.name", "spatial_vea", "did you mean 'spatial_vae'"]),
         ({"latent_size": 5}, 64, ["model.latent_size", "5", "64 px"]),
         ({"latent_size": 64}, 64, ["model.latent_size", "64"]),
+        ({"dims": 3}, 64, ["model.dims", "64 x 64", "2"]),
     ],
 )
 def test_the_error_names_a_wrong_size_or_family(kwargs, image_size, words):

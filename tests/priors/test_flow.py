@@ -13,7 +13,7 @@ from medgen.nn.guidance import LABEL_DROPOUT
 from medgen.priors import load_prior, save_prior
 from medgen.priors.flow import Flow
 
-SHAPES = [(7,), (1,), (3, 4, 4), (2, 5, 7), (4, 1, 1), (2, 1, 9), (2, 13, 3), (1, 17, 6)]
+SHAPES = [(7,), (1,), (2, 3, 4, 5), (3, 4, 4), (2, 5, 7), (4, 1, 1), (2, 1, 9), (2, 13, 3), (1, 17, 6)]
 CENTRES = torch.tensor([[-2.0, 0.0, 5.0], [2.0, 1.0, 5.0]])
 MIXING = torch.tensor(
     [[[1.0, 0.8, 0.0], [0.0, 0.6, 0.0], [0.0, 0.0, 2.0]], [[0.5, 0.0, 0.0], [0.0, 1.0, -1.0], [0, 0, 1]]]

@@ -288,3 +288,18 @@ def test_each_code_is_predicted_without_itself_and_its_group(trained):
                 logits = trained.network(codes.masked_fill(masked, NUM_CODES).flatten(1), labels)
             expected = logits[:, row * SIDE + column].log_softmax(-1).gather(-1, codes[:, row, column, None])
             torch.testing.assert_close(found[:, row, column], expected[:, 0])
+
+
+def test_grids_of_volumes_are_drawn():
+    """Positions of a slice, row and column differ; every draw is made of codes."""
+    codes = torch.randint(NUM_CODES, (40, 2, 3, 4), generator=generator())
+    latents = F.embedding(codes, CODEBOOK).movedim(-1, 1).contiguous()
+    prior = Tokens.create(latents, None, 0, Prior(name="tokens", channels=32, blocks=1), None, CODEBOOK)
+    assert bool(torch.isfinite(prior.loss(latents, torch.full((40,), -1), generator())))
+    drawn = prior.sample(5, None, generator())
+    assert drawn.shape == (5, 4, 2, 3, 4)
+    assert torch.equal(F.embedding(nearest_codes(drawn, CODEBOOK), CODEBOOK).movedim(-1, 1), drawn)
+    again = Tokens.restore(*prior.state())
+    assert torch.equal(again.sample(5, None, generator()), drawn)
+    logits = prior.network.eval()(torch.zeros(1, 24, dtype=torch.int64), torch.tensor([-1]))[0]
+    assert len(torch.unique(logits, dim=0)) == 24

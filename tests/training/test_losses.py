@@ -184,7 +184,7 @@ def test_kl_is_reported_in_nats_per_image_and_weighed_by_its_reduction(batch, re
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 16)])
 def test_kl_has_its_share_of_all_channels(shape):
     """β = 1 is the evidence lower bound only where KL is divided by as many numbers as the image term averages."""
-    assert Objective(Loss(), shape).kl_weight(1.0, 8) == pytest.approx(1 / math.prod(shape))
+    assert Objective(Loss(), shape).kl_weight(1.0, 8, math.prod(shape)) == pytest.approx(1 / math.prod(shape))
 
 
 def test_effective_beta_of_system_a():
@@ -258,3 +258,11 @@ def test_perceptual_distance_reads_torchvision_weights(tmp_path):
     assert distance(a, b).item() == pytest.approx(expected.item(), rel=1e-4)
     assert distance(a, a).item() == 0.0
     assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_dice_of_volumes_is_that_of_the_same_pixels_as_images():
+    generator = torch.Generator().manual_seed(0)
+    found = torch.rand(2, 3, 4, 5, 6, generator=generator)
+    mask = (torch.rand(2, 3, 4, 5, 6, generator=generator) > 0.5).float()
+    torch.testing.assert_close(dice_loss(found, mask), dice_loss(found.flatten(3), mask.flatten(3)))
+    torch.testing.assert_close(dice_score(found, mask), dice_score(found.flatten(3), mask.flatten(3)))
