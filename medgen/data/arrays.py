@@ -1,6 +1,6 @@
 """Check image arrays that come from a user's Python code.
 
-Shapes: N images, C channels (1 grey, 3 colour), H W height and width.
+Shapes: N images, C channels (1 grey, 3 colour), H W height and width, D depth of volumes.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ EXPECTED = "uint8 from 0 to 255, uint16 from 0 to 65535, or floats from 0 to 1"
 
 
 def check_images(
-    images: Any, name: str, shape: tuple[int, int, int] | None = None
+    images: Any, name: str, shape: tuple[int, ...] | None = None
 ) -> NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]:
     """Images as a new array (N, C, H, W): uint8 from 0 to 255, uint16 from 0 to 65535, or float32 from 0 to 1.
 
@@ -24,7 +24,7 @@ def check_images(
     Args:
         images: uint8 from 0 to 255, uint16 from 0 to 65535, or floats from 0 to 1.
         name: the argument's name, for error messages.
-        shape: the expected C, H, W; None accepts grey and colour images of any size.
+        shape: the expected C, H, W, or C, D, H, W of volumes; None accepts grey and colour images of any size.
 
     Raises:
         UserError: the shape, type or range is another one, a value is not finite, or there is no image.
@@ -34,14 +34,19 @@ def check_images(
         raise UserError(f"{name}: found {array.dtype}; expected {EXPECTED}")
     array = _add_axes(array, shape)
     found = " x ".join(map(str, np.shape(images)))
-    if array.ndim != 4 or array.shape[1] not in (1, 3) or not array.size:
+    axes = "C, D, H, W" if shape is not None and len(shape) == 4 else "C, H, W"
+    num_axes = 1 + len(axes.split(", "))
+    if array.ndim != num_axes or array.shape[1] not in (1, 3) or not array.size:
         hint = ""
-        if array.ndim == 4 and array.shape[-1] in (1, 3):
-            hint = "; the channels are last here: use images.transpose(0, 3, 1, 2)"
-        raise UserError(f"{name}: found shape {found}; expected (N, C, H, W) with 1 or 3 channels{hint}")
+        if array.ndim == num_axes and array.shape[-1] in (1, 3):
+            order = ", ".join(map(str, (0, num_axes - 1, *range(1, num_axes - 1))))
+            hint = f"; the channels are last here: use images.transpose({order})"
+        raise UserError(f"{name}: found shape {found}; expected (N, {axes}) with 1 or 3 channels{hint}")
     if shape is not None and array.shape[1:] != shape:
         expected = " x ".join(map(str, shape))
-        raise UserError(f"{name}: found images of shape {found}; expected (N, C, H, W) with C x H x W = {expected}")
+        raise UserError(
+            f"{name}: found images of shape {found}; expected (N, {axes}) with {axes.replace(', ', ' x ')} = {expected}"
+        )
     if array.dtype.kind == "u":
         return np.array(array, order="C")
     if not np.isfinite(array).all():
@@ -54,12 +59,13 @@ def check_images(
     return np.array(array, np.float32, order="C")
 
 
-def _add_axes(array: NDArray[Any], shape: tuple[int, int, int] | None) -> NDArray[Any]:
+def _add_axes(array: NDArray[Any], shape: tuple[int, ...] | None) -> NDArray[Any]:
     """`array` with the axes N and C if it leaves them out."""
-    if array.ndim == 3 and array.shape == shape:
+    num_axes = 3 if shape is None else len(shape)  # without N
+    if array.ndim == num_axes and array.shape == shape:
         return array[None]
-    if array.ndim == 3 and (shape is None or shape[0] == 1):
+    if array.ndim == num_axes and (shape is None or shape[0] == 1):
         return array[:, None]
-    if array.ndim == 2 and shape is not None and shape[0] == 1:
+    if array.ndim == num_axes - 1 and shape is not None and shape[0] == 1:
         return array[None, None]
     return array

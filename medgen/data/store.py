@@ -1,7 +1,8 @@
 """Read and write the preprocessed dataset: memory-mapped arrays and a manifest with the source of each row.
 
 artifacts/dataset/
-  train/ val/ test/   images-00000.npy, images-00001.npy, … (N, C, H, W) uint8 or uint16 · labels.npy (N,) int64
+  train/ val/ test/   images-00000.npy, images-00001.npy, … (N, C, H, W) uint8 or uint16 · labels.npy (N,) int64;
+                      volumes are (N, C, D, H, W), and their masks (N, 1, D, H, W)
                       masks-00000.npy, … (N, 1, H, W) uint8 class numbers
   manifest.csv        row i of a split = array row i: source file, index in the file, sha256, label, patient,
                       original size and mode; sex, age and view if the user's manifest.csv has any of them
@@ -155,7 +156,7 @@ class Store:
 
     folder: Path
     classes: tuple[str, ...]  # label i is classes[i]; empty when nothing is labelled
-    image_shape: tuple[int, int, int]  # C, H, W
+    image_shape: tuple[int, ...]  # C, H, W; of volumes C, D, H, W
     counts: dict[str, int]  # images per split
     fingerprint: str  # 12 hexadecimal digits of the content's hash
     source: str  # digest of the source files and settings
@@ -167,6 +168,14 @@ class Store:
             f"Store({str(self.folder)!r}, name={self.name!r}, counts={self.counts}, image_shape={self.image_shape}, "
             f"classes={self.classes})"
         )
+
+    @property
+    def plane_shape(self) -> tuple[int, int, int]:
+        """Shape of an image; of volumes that of their planes, see `medgen.data.images.middle_planes`."""
+        channels, *sides = self.image_shape
+        if len(sides) == 2:
+            return channels, sides[0], sides[1]
+        return 3 * channels, max(sides), max(sides)
 
     def split(self, name: str) -> Split:
         """Open "train", "val" or "test"."""
@@ -216,7 +225,7 @@ def open_store(folder: Path) -> Store:
         return Store(
             folder=folder,
             classes=tuple(description["classes"]),
-            image_shape=(shape[0], shape[1], shape[2]),
+            image_shape=shape,
             counts=dict(counts),
             fingerprint=description["fingerprint"],
             source=description["source"],
@@ -261,7 +270,7 @@ class StoreWriter:
     def __init__(
         self,
         folder: Path,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         with_masks: bool,
         with_attributes: bool = False,
         bits: int = 8,
@@ -289,7 +298,7 @@ class StoreWriter:
         shutil.rmtree(self.building, ignore_errors=True)  # does not exist after commit
 
     def add(self, image: NDArray[Any], mask: NDArray[np.uint8] | None, row: Mapping[str, str]) -> None:
-        """Append an image (C, H, W), a mask (1, H, W) of class numbers, and the manifest row without its split."""
+        """Append an image or volume, a mask of class numbers in one channel, and the manifest row without its split."""
         items = {"images": image, "masks": np.zeros((1, *self.shape[1:]), np.uint8) if mask is None else mask}
         for kind, shape in self.shapes.items():
             if items[kind].shape != shape or items[kind].dtype != self.dtypes[kind]:

@@ -89,7 +89,8 @@ class _MedMnistSet(_Entry):
     num_images: dict[Literal["train", "val", "test"], int]
     channels: int
     license: str
-    size: int  # bytes of the 28 px file
+    size: int | None = None  # bytes of the 28 px file; None: unknown
+    dims: Literal[2, 3] = 2  # 3: volumes
     md5: dict[int, str]  # by image size
 
 
@@ -108,14 +109,15 @@ class _MedMnist(_Entry):
         url = self.url.format(name=variant_name(name, side))
         return Dataset(
             title=entry.title if is_smallest else f"{entry.title}, {side} px",
-            layout=self.layout.format(side=side),
+            layout=self.layout.format(sides=" × ".join([str(side)] * entry.dims)),
             classes=CLASSES[name],
             splits=", ".join(f"{split} {count}" for split, count in entry.num_images.items()),
             patients=self.patients,
             license=entry.license,
             citation=self.citation,
             num_images=num_images,
-            size=entry.size if is_smallest else num_images * side * side * entry.channels,  # before compression
+            # before compression
+            size=entry.size if is_smallest and entry.size else num_images * side**entry.dims * entry.channels,
             source=Web(page=self.page, files=(WebFile(url=url, md5=entry.md5[side]),)),
             variant_of=None if is_smallest else name,
         )
@@ -134,7 +136,7 @@ def load() -> dict[str, Dataset]:
     medmnist = {
         variant_name(name, side): catalog.medmnist.dataset(name, side)
         for name in catalog.medmnist.sets
-        for side in SIDES
+        for side in catalog.medmnist.sets[name].md5
     }
     return catalog.datasets | medmnist
 
@@ -161,7 +163,7 @@ def show() -> None:
         if dataset.variant_of is None:
             print(f"{name:29}{dataset.num_images:>7,} images {_format_size(dataset.size):>8}  {dataset.title}")
     sizes = ", ".join(map(str, SIDES[1:]))
-    say(f"MedMNIST sets also come in {sizes} px: pneumoniamnist_64 is one.")
+    say(f"MedMNIST sets also come in {sizes} px, volumes (…3d) in {SIDES[1]} px: pneumoniamnist_64 is one.")
     say("`medgen data list NAME` shows classes, licence and source; `medgen data fetch NAME` downloads one.")
 
 

@@ -89,7 +89,7 @@ def _check_folder(scratch: Path, folder: Folder, data: config.Data, preprocess: 
     def transform(record: ImageRecord, raw: RawImage, mask: RawImage | None) -> NDArray[np.uint8]:
         if mask is not None:
             preprocess_mask(mask, raw, str(record.mask), preprocess)  # raises UnreadableImage if it is invalid
-        return thumbnail(raw.pixels)
+        return thumbnail(raw.preview)
 
     unreadable: list[tuple[str, str]] = []
     left_out: list[tuple[str, str]] = []
@@ -141,7 +141,9 @@ def _jpegs(folder: Folder, records: Sequence[ImageRecord], preprocess: config.Pr
 
 
 def _small_jpeg(raw: RawImage) -> bytes:
-    pixels: NDArray[Any] = raw.pixels if raw.pixels.dtype == np.uint8 else (raw.pixels >> 8).astype(np.uint8)
+    pixels: NDArray[Any] = raw.preview
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
     height, width = pixels.shape[:2]
     factor = _PAGE_IMAGE_SIZE / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))

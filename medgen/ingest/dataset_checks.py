@@ -2,7 +2,7 @@
 
 with ImageIndex(scratch) as index:
     for result in read_images(…):
-        index.add(result, thumbnail(raw.pixels))
+        index.add(result, thumbnail(raw.preview))
     results = check_dataset(index, splits)
 
 A row is the position of an image in the index.

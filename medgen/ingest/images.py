@@ -14,7 +14,7 @@ from pathlib import Path
 
 from medgen.config import Preprocess
 from medgen.ingest.formats.images import SUFFIXES
-from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableImage
+from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableImage, no_volume
 from medgen.ingest.formats.signatures import NUM_BYTES, TEXT, describe_start, kind_of_start
 
 _KINDS = {
@@ -98,7 +98,7 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
     Raises:
         UnreadableImage: the file is no image file, or is damaged.
     """
-    inspect_format, _ = _format_of(path)
+    inspect_format, _ = _format_of(path, preprocess)
     return inspect_format(path, preprocess)
 
 
@@ -118,7 +118,7 @@ def open_file(path: Path, preprocess: Preprocess, mask: bool = False) -> ImageFi
     Raises:
         UnreadableImage: the file is no image file, or is damaged.
     """
-    _, reader = _format_of(path)
+    _, reader = _format_of(path, preprocess)
     return reader(path, preprocess, mask)
 
 
@@ -135,9 +135,13 @@ def read_image(path: Path, preprocess: Preprocess) -> RawImage:
         return file.read(indices[len(indices) // 2])
 
 
-def _format_of(path: Path) -> tuple[Callable[[Path, Preprocess], Contents], Callable[..., ImageFile]]:
+def _format_of(
+    path: Path, preprocess: Preprocess
+) -> tuple[Callable[[Path, Preprocess], Contents], Callable[..., ImageFile]]:
     """The function `inspect` and the reader class of a file's format."""
     match file_kind(path):
+        case "raster" | "dicom" if preprocess.has_volumes:
+            raise no_volume("a flat image")
         case "raster":
             from medgen.ingest.formats import images
 

@@ -32,12 +32,12 @@ from medgen.ingest.folders import Folder, data_folder
 from medgen.ingest.formats.raw import RawImage
 from medgen.ingest.near_duplicates import THUMBNAIL_SIZE, thumbnail
 from medgen.ingest.reading import ReadResult, hash_sources, read_images
-from medgen.ingest.transforms import Stored, preprocess_image, preprocess_mask
+from medgen.ingest.transforms import Stored, preprocess_mask, preprocess_raw
 
 _Rejected = tuple[str, str]  # name of an image or path of a file, and the reason
 
 
-# image (C, H, W), mask (1, H, W) of class numbers, thumbnail
+# image or volume, mask of class numbers, thumbnail
 _Sample = tuple[Stored, NDArray[np.uint8] | None, NDArray[np.uint8]]
 
 
@@ -123,9 +123,9 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
     source = _SourceDigest(data, scanned, preprocess)
 
     def transform(record: ImageRecord, raw: RawImage, mask: RawImage | None) -> _Sample:
-        image = preprocess_image(raw.pixels, preprocess)
+        image = preprocess_raw(raw, preprocess)
         small_mask = None if mask is None else preprocess_mask(mask, raw, str(record.mask), preprocess)
-        return image, small_mask, thumbnail(raw.pixels)
+        return image, small_mask, thumbnail(raw.preview)
 
     with (
         store.StoreWriter(project.dataset, shape, with_masks, bool(scanned.attributes), preprocess.bits) as writer,

@@ -1,8 +1,9 @@
 """Convert an image or mask to the size of the store: contrast, resize, borders.
 
 image = preprocess_image(raw.pixels, preprocess)     # (C, H, W) uint8 or uint16
+volume = preprocess_raw(raw, preprocess)             # or (1, D, H, W) of a volume
 
-Shapes: C channels, H W height and width of the result, h w of the original.
+Shapes: C channels, D H W depth, height and width of the result, d h w of the original.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from medgen.config import Preprocess
 from medgen.ingest.formats.raw import Pixels, RawImage, UnreadableImage
 
 Stored = NDArray[np.uint8] | NDArray[np.uint16]
+Spacing = tuple[float, float, float] | None  # of a volume's voxels; None for an image
 
 _ASPECT_TOLERANCE = 0.02  # a mask may have another resolution, and so a rounded aspect ratio, but no other shape
 _MIN_BIN_LIMIT = 16  # CLAHE's contrast limit is a whole number of pixels per bin; smaller ones would be rounded visibly
@@ -36,12 +38,30 @@ def preprocess_image(pixels: Pixels, preprocess: Preprocess) -> Stored:
     if preprocess.clahe_clip > 0:
         equalise = _equalise if image.ndim == 2 else _equalise_luma
         image = equalise(image, preprocess.clahe_clip, preprocess.clahe_tiles)
-    resized: Any = _resize(image, preprocess.sides, preprocess.fit)
-    if resized.dtype == np.uint16 and preprocess.bits == 8:
-        resized = np.rint(resized / np.float32(257)).astype(np.uint8)  # 65535 / 255
+    resized: Any = _to_bits(_resize(image, preprocess), preprocess.bits)
     resized = resized[None] if resized.ndim == 2 else resized.transpose(2, 0, 1)
     repeated: Stored = np.repeat(resized, preprocess.channels // len(resized), axis=0)
     return repeated
+
+
+def preprocess_raw(raw: RawImage, preprocess: Preprocess) -> Stored:
+    """The image (C, H, W) or volume (1, D, H, W) as `preprocess_image` makes it; volumes without CLAHE.
+
+    With the fit `pad` a volume keeps its proportions in millimetres.
+    """
+    if raw.spacing is None:
+        return preprocess_image(raw.pixels, preprocess)
+    pixels: Any = raw.pixels
+    if pixels.dtype == np.uint8 and preprocess.bits == 16:
+        pixels = pixels.astype(np.uint16) * np.uint16(257)  # 65535 / 255
+    volume: Stored = _to_bits(_resize(pixels, preprocess, raw.spacing), preprocess.bits)[None]
+    return volume
+
+
+def _to_bits(pixels: Any, bits: int) -> Any:
+    if pixels.dtype == np.uint16 and bits == 8:
+        return np.rint(pixels / np.float32(257)).astype(np.uint8)  # 65535 / 255
+    return pixels
 
 
 def preprocess_mask(mask: RawImage, image: RawImage, name: str, preprocess: Preprocess) -> NDArray[np.uint8]:
@@ -50,17 +70,28 @@ def preprocess_mask(mask: RawImage, image: RawImage, name: str, preprocess: Prep
     Raises:
         UnreadableImage: the aspect ratios differ, or the values are wrong; the message contains `name`.
     """
-    (height, width), (image_height, image_width) = mask.pixels.shape[:2], image.pixels.shape[:2]
-    if abs(width / height / (image_width / image_height) - 1) > _ASPECT_TOLERANCE:
-        raise UnreadableImage(f"mask {name} is {width} x {height}, the image {image.size[0]} x {image.size[1]}")
+    height, *others = _extents(mask)
+    image_height, *image_others = _extents(image)
+    ratios = [own / height / (side / image_height) for own, side in zip(others, image_others, strict=True)]
+    if any(abs(ratio - 1) > _ASPECT_TOLERANCE for ratio in ratios):
+        raise UnreadableImage(
+            f"mask {name} is {mask.pixels.shape[-1]} x {mask.pixels.shape[-2]}, the image {image.size[0]} x "
+            f"{image.size[1]}"
+        )
     try:
-        return resize_mask(mask.pixels, preprocess)
+        return resize_mask(mask.pixels, preprocess, mask.spacing)
     except UnreadableImage as error:
         raise UnreadableImage(f"{name}: {error}") from None
 
 
-def resize_mask(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Mask (h, w) -> (1, H, W) uint8 class numbers, with the geometry of `preprocess_image`.
+def _extents(raw: RawImage) -> list[float]:
+    """Sides of an image in pixels, of a volume in the unit of its spacing."""
+    sides = raw.pixels.shape[:2] if raw.spacing is None else raw.pixels.shape
+    return [side * size for side, size in zip(sides, raw.spacing or (1.0, 1.0), strict=True)]
+
+
+def resize_mask(pixels: Pixels, preprocess: Preprocess, spacing: Spacing = None) -> NDArray[np.uint8]:
+    """Mask (h, w) -> (1, H, W), or (d, h, w) -> (1, D, H, W), uint8 class numbers, with the geometry of the image.
 
     Without `preprocess.mask_values` a mask is binary, with values 0/1 or 0..255, and an output pixel is 1 if at least
     half of the area it covers is. With `mask_values` it has the class that covers most of the area. Borders are 0.
@@ -69,7 +100,7 @@ def resize_mask(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
         UnreadableImage: the values are neither 0/1 nor dark and bright, or not among `preprocess.mask_values`.
     """
     if preprocess.mask_values is not None:
-        return _resize_classes(pixels, preprocess.mask_values, preprocess)
+        return _resize_classes(pixels, preprocess.mask_values, preprocess, spacing)
     top = int(pixels.max())
     full = int(np.iinfo(pixels.dtype).max)
     if 1 < top <= full // 2:
@@ -78,18 +109,17 @@ def resize_mask(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.uint8]:
             "preprocess.mask_values, the grey value of each"
         )
     binary = pixels > (0 if top <= 1 else full // 2)  # edges of published masks are smoothed
-    resized: Any = _resize(binary.astype(np.uint8) * np.uint8(255), preprocess.sides, preprocess.fit)
+    resized: Any = _resize(binary.astype(np.uint8) * np.uint8(255), preprocess, spacing)
     return np.where(resized > 127, np.uint8(1), np.uint8(0))[None]
 
 
-def _resize_classes(pixels: Pixels, values: tuple[int, ...], preprocess: Preprocess) -> NDArray[np.uint8]:
+def _resize_classes(
+    pixels: Pixels, values: tuple[int, ...], preprocess: Preprocess, spacing: Spacing
+) -> NDArray[np.uint8]:
     if unknown := sorted(set(np.unique(pixels).tolist()) - set(values)):
         shown = ", ".join(map(str, unknown[:4]))
         raise UnreadableImage(f"mask values {shown}; expected those of preprocess.mask_values, {list(values)}")
-    shares = [
-        _resize(np.where(pixels == value, np.float32(1), np.float32(0)), preprocess.sides, preprocess.fit)
-        for value in values
-    ]
+    shares = [_resize(np.where(pixels == value, np.float32(1), np.float32(0)), preprocess, spacing) for value in values]
     classes: NDArray[np.uint8] = np.argmax(shares, axis=0).astype(np.uint8)[None]  # the first class in a tie
     return classes
 
@@ -112,15 +142,34 @@ def _equalise(pixels: Any, clip: float, tiles: int) -> Any:
     return clahe.apply(pixels)
 
 
-def _resize(pixels: Any, sides: tuple[int, int], fit: str) -> Any:
-    (height, width), (rows, columns) = pixels.shape[:2], sides
-    scale = min(rows / height, columns / width)
-    inner = (max(1, round(width * scale)), max(1, round(height * scale))) if fit == "pad" else (columns, rows)
-    shrinks = inner[0] <= width and inner[1] <= height
-    resized = cv2.resize(pixels, inner, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    if inner == (columns, rows):
+def _resize(pixels: Any, preprocess: Preprocess, spacing: Spacing = None) -> Any:
+    """Pixels (h, w), (h, w, 3) or, with a spacing, (d, h, w), resized to `preprocess.sides` by `preprocess.fit`."""
+    sides = preprocess.sides
+    if spacing is None:
+        extents, further = pixels.shape[:2], pixels.shape[2:]
+    else:
+        extents, further = [side * size for side, size in zip(pixels.shape, spacing, strict=True)], ()
+    inner = sides
+    if preprocess.fit == "pad":
+        scale = min(side / extent for side, extent in zip(sides, extents, strict=True))
+        inner = tuple(max(1, round(extent * scale)) for extent in extents)
+    resized = _resize_plane(pixels, *inner) if spacing is None else _resize_volume(pixels, inner)
+    if inner == sides:
         return resized
-    padded = np.zeros((rows, columns, *pixels.shape[2:]), pixels.dtype)
-    left, top = (columns - inner[0]) // 2, (rows - inner[1]) // 2
-    padded[top : top + inner[1], left : left + inner[0]] = resized
+    padded = np.zeros((*sides, *further), pixels.dtype)
+    starts = [(side - length) // 2 for side, length in zip(sides, inner, strict=True)]
+    padded[tuple(slice(start, start + length) for start, length in zip(starts, inner, strict=True))] = resized
     return padded
+
+
+def _resize_volume(pixels: Any, sides: tuple[int, ...]) -> Any:
+    """(d, h, w) -> (D, H, W): each slice, then the columns of all slices."""
+    depth, height, width = sides
+    slices = np.stack([_resize_plane(plane, height, width) for plane in pixels])  # (d, H, W)
+    return np.stack([_resize_plane(slices[:, row], depth, width) for row in range(height)], axis=1)
+
+
+def _resize_plane(pixels: Any, rows: int, columns: int) -> Any:
+    shrinks = columns <= pixels.shape[1] and rows <= pixels.shape[0]
+    pixels = np.ascontiguousarray(pixels)
+    return cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

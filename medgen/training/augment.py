@@ -33,11 +33,14 @@ def augment_images(
 
 
 def check_augment(params: Augment, sides: Sequence[int]) -> None:
-    """Check that the deformation fits images of these sides.
+    """Check that the changes fit images of these sides.
 
     Raises:
-        UserError: it is smoothed over more pixels than the image has.
+        UserError: there are any, and the items are volumes; the deformation is smoothed over more pixels than the image
+            has.
     """
+    if len(sides) == 3 and params != Augment():
+        raise UserError("train.augment: changes images, and the dataset has volumes; expected no augment. Remove it")
     limit = (min(sides) - 1) / 4  # the window of the Gaussian reaches four deviations to each side
     if params.elastic.alpha > 0 and params.elastic.sigma > limit:
         raise UserError(

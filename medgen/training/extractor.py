@@ -140,19 +140,21 @@ class ExtractorTask(TrainingTask):
         self.features, self.world, device = features, world, world.device
         split, val = store.split("train"), store.split("val")
         self.split = split
-        self.loader = Loader(split, features.batch_size, device, features.seed, world.rank, world.size)
+        self.loader = Loader(split, features.batch_size, device, features.seed, world.rank, world.size, as_planes=True)
         world.check_batch_size("features", self.loader.batch_size, self.loader.num_images)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         warmup_steps = max(1, features.epochs * self.num_batches // 10)
         self.train = one_phase(features, "extractor", warmup_steps, 0.0, clip_norm=10.0, compile="off")
         validated = val if len(val.images) else split
-        self.validation = Loader(validated, 2 * features.batch_size, device, rank=world.rank, world=world.size)
+        self.validation = Loader(
+            validated, 2 * features.batch_size, device, rank=world.rank, world=world.size, as_planes=True
+        )
         self.by_class = len(store.classes) > 1
         turns = [f"turned by {90 * count} degrees" for count in range(NUM_TURNS)]
         self.names = list(store.classes) if self.by_class else turns
         sizes = ExtractorSizes(
-            image_channels=store.image_shape[0],
-            image_size=min(store.image_shape[1:]),
+            image_channels=store.plane_shape[0],
+            image_size=min(store.plane_shape[1:]),
             width=features.width,
             num_outputs=len(self.names),
         )

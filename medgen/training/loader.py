@@ -7,7 +7,7 @@ machine share one copy of the images: the operating system's cache of the files.
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import Augment, seed_of
-from medgen.data.images import DTYPES, to_floats
+from medgen.data.images import DTYPES, middle_planes, to_floats
 from medgen.data.store import ShardedArray, Split
 from medgen.training.augment import augment_images
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 class Batch:
     """Images of a training or evaluation step, on its device."""
 
-    image: Tensor  # (B, C, H, W) float32 in [0, 1]
+    image: Tensor  # (B, C, H, W) or (B, C, D, H, W) float32 in [0, 1]
     label: Tensor  # (B,) int64
     index: Tensor  # (B,) int64 on the CPU: row in the split and in its manifest
-    mask: Tensor | None = None  # (B, 1, H, W) float32 class numbers, 0 or 1 in a binary mask
+    mask: Tensor | None = None  # as the image with one channel, float32 class numbers, 0 or 1 in a binary mask
 
     def generator(self, *seeds: int) -> torch.Generator:
         """Generator of the batch's random draws, the same whichever process has the batch."""
@@ -53,7 +53,8 @@ class Loader:
     On a GPU, images that fit into a quarter of its free memory are kept there. Otherwise a thread reads the next
     batches from the files, and for a GPU copies them there from pinned memory.
     `subset` uses only that many images, spread over the split; `with_masks` only those with a mask, and adds it.
-    `horizontal_flip` and `augment` change the images and masks of `batch`.
+    `horizontal_flip` and `augment` change the images and masks of `batch`, which are random crops of the sides `patch`.
+    `as_planes` gives the `middle_planes` of volumes.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Loader:
         subset: int | None = None,
         with_masks: bool = False,
         augment: Augment = Augment(),  # noqa: B008  # frozen
+        patch: Sequence[int] | None = None,
+        as_planes: bool = False,
     ) -> None:
         self.device = torch.device(device)
         rows = split.masked_rows if with_masks else np.arange(len(split.images))
@@ -80,6 +83,7 @@ class Loader:
         self.num_batches = self.num_images // self.batch_size
         self.seed, self.rank, self.world = seed, rank, world
         self.horizontal_flip, self.augment = horizontal_flip, augment
+        self.patch, self.as_planes = patch, as_planes
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # epoch and its permutation
         masks = split.masks if with_masks else None
         self._arrays = [split.images] if masks is None else [split.images, masks]
@@ -93,6 +97,10 @@ class Loader:
     def batch(self, position: int) -> Batch:
         """This rank's part of batch number `position`, in an order shuffled anew for each epoch."""
         batch = self._finish(self._steps(position))
+        if self.patch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, position, 0, 3))
+            draws = torch.rand(self.batch_size, len(self.patch), generator=generator)[self.rank :: self.world]
+            batch = _crop(batch, self.patch, draws)
         if self.horizontal_flip:
             generator = torch.Generator().manual_seed(seed_of(self.seed, position, 0, 1))
             draws = torch.rand(self.batch_size, generator=generator)[self.rank :: self.world]
@@ -154,6 +162,8 @@ class Loader:
             for tensor in rows.tensors:
                 tensor.record_stream(stream)  # its memory is not reused before this stream has read it
         label, image, *masks = rows.tensors
+        if self.as_planes:
+            image = middle_planes(image)
         mask = masks[0].float() if masks else None
         return Batch(image=to_floats(image), label=label, index=rows.index, mask=mask)
 
@@ -201,8 +211,21 @@ class _Ahead(Generic[T]):
         return self._pending.pop(number).result()
 
 
+def _crop(batch: Batch, sides: Sequence[int], draws: Tensor) -> Batch:
+    """Crops with these sides, at a place for each image that its draws (B, sides) in [0, 1) choose uniformly."""
+    room = torch.tensor(batch.image.shape[2:]) - torch.tensor(sides) + 1
+    starts = (draws * room).long().tolist()
+    parts = [tuple(slice(at, at + side) for at, side in zip(start, sides, strict=True)) for start in starts]
+
+    def crop(images: Tensor) -> Tensor:
+        return torch.stack([image[(..., *part)] for image, part in zip(images, parts, strict=True)])
+
+    mask = None if batch.mask is None else crop(batch.mask)
+    return Batch(image=crop(batch.image), label=batch.label, index=batch.index, mask=mask)
+
+
 def _flip(batch: Batch, chosen: Tensor) -> Batch:
-    chosen = chosen.to(batch.image.device)[:, None, None, None]
+    chosen = chosen.to(batch.image.device).view(-1, *[1] * (batch.image.dim() - 1))
     image = torch.where(chosen, batch.image.flip(-1), batch.image)
     mask = None if batch.mask is None else torch.where(chosen, batch.mask.flip(-1), batch.mask)
     return Batch(image=image, label=batch.label, index=batch.index, mask=mask)

@@ -13,6 +13,7 @@ from medgen import config, source
 from medgen.config import Phase, Project, Tracking, fingerprint, seed_of
 from medgen.console import say
 from medgen.data.store import Split, Store, open_store
+from medgen.errors import UserError
 from medgen.metrics.spectrum import radial_index, radial_power
 from medgen.models import GenerativeModel, bundle
 from medgen.models.base import Decoder
@@ -55,6 +56,10 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
         store = open_store(project.dataset)
         model, info = bundle.load_for(store, project.model, world.device)
         digest = bundle.digest(project.model)
+        if refiner.enabled and store.preprocess.has_volumes:
+            raise UserError(
+                "refiner.enabled: true, but the refiner works on images, and the dataset has volumes; set false"
+            )
         if not refiner.enabled or not isinstance(model, GenerativeModel):
             if world.is_main:
                 save_disabled(project.refiner, digest)
@@ -100,7 +105,7 @@ class RefinerTask(TrainingTask):
         self.validation = self._loader(val if len(val.images) else split)
         self.precision = pick_precision("auto", world.device)
         num_classes = len(store.classes) if params.conditional else 0
-        shape = store.image_shape
+        shape = store.plane_shape  # of an image
         flat = torch.ones(shape[0], shape[1], shape[2] // 2 + 1)
         self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale)
         self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(self._loader(split))

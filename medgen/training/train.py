@@ -23,6 +23,7 @@ from medgen.io import to_json, write_atomic
 from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model, bundle
 from medgen.models.base import ImageModel, ModelOutput
+from medgen.models.sliding_window import by_windows
 from medgen.tracking import Tracker, history, lineage, read_run
 from medgen.tracking.mlflow_descriptions import escape
 from medgen.training import checkpoint
@@ -33,7 +34,7 @@ from medgen.training.loader import Batch, Loader
 from medgen.training.loop import AfterEpoch, train_to_end
 from medgen.training.losses import SCORES, Losses, Objective, beta_at
 from medgen.training.report import draw_epoch, write_report
-from medgen.training.state import TrainingTask, TrainState
+from medgen.training.state import TrainingTask, TrainState, channels_last
 
 # source files that decide the trained weights: a change starts a new run instead of resuming
 CODE = ("nn/*.py", "models/*.py", "training/initial_weights.py", "training/train.py")
@@ -118,6 +119,9 @@ class ModelTask(TrainingTask):
         self.mask_classes = self.store.preprocess.mask_classes
         classes = len(self.store.classes)
         self.model = build_model(model, self.store.image_shape, classes, self.mask_classes).to(world.device)
+        self.memory_format = channels_last(self.model)
+        # whole images pass a model trained on patches window by window
+        self.evaluated = by_windows(self.model, train.patch, self.store.image_shape)
         self.frozen = [getattr(self.model, part) for part in self.model.encoder_parts if train.freeze]
         for part in self.frozen:
             part.requires_grad_(False)
@@ -132,7 +136,7 @@ class ModelTask(TrainingTask):
             )
         self.loader = Loader(
             train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
-            train.horizontal_flip, train.subset, with_masks, train.augment,
+            train.horizontal_flip, train.subset, with_masks, train.augment, train.patch,
         )  # fmt: skip
         world.check_batch_size("train", self.loader.batch_size, self.loader.num_images, train.accumulate_steps)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
@@ -153,7 +157,7 @@ class ModelTask(TrainingTask):
         for part in self.frozen:
             part.eval()  # its statistics and codes stay as they are too
         with self._autocast():
-            output: ModelOutput = network(batch.image.contiguous(memory_format=torch.channels_last), batch.label)
+            output: ModelOutput = network(batch.image.contiguous(memory_format=self.memory_format), batch.label)
         return output
 
     def objective(self, output: ModelOutput, batch: Batch, phase: Phase, epoch: float) -> Losses:
@@ -173,7 +177,7 @@ class ModelTask(TrainingTask):
         codes = [torch.empty(0, dtype=torch.int64)]
         for batch in self.validation.sequential():
             with self._autocast():
-                output = self.model.predict(batch.image, batch.label)
+                output = self.evaluated.predict(batch.image, batch.label)
             result, target, size = output.prediction.float(), self._target(batch), len(batch.image)
             image_loss = self.criterion.image_loss(result, target, self._weights(phase)).total
             latent_loss = self.criterion.latent_loss(output, phase.beta.end).total
@@ -195,7 +199,7 @@ class ModelTask(TrainingTask):
 
     def draw(self, folder: Path, epoch: int) -> dict[str, Path]:
         """Write grids of samples and reconstructions, or of masks."""
-        return draw_epoch(self.model, self.loader, self.validation, folder, epoch, self.train.seed)
+        return draw_epoch(self.evaluated, self.loader, self.validation, folder, epoch, self.train.seed)
 
     def inputs(self, position: int) -> tuple[Tensor, list[str]]:
         """The images of the step at `position`, and their files."""
@@ -213,19 +217,20 @@ class ModelTask(TrainingTask):
             run=run,
             torch=torch.__version__,
             init_from=self.train.init_from,
+            patch=self.train.patch,
         )
         bundle.save(folder, self.model, info)
 
     def describe(self) -> str:
         """Short description of the run in Markdown, for MLflow."""
-        channels, height, width = self.store.image_shape
+        size = "×".join(map(str, self.store.image_shape))
         makes = f"masks of {self.mask_classes} classes"
         if isinstance(self.model, GenerativeModel):
             makes = f"a latent of {'×'.join(map(str, self.model.latent_shape))}"
         phases = ", ".join(f"{escape(phase.name)} ({phase.epochs} epochs)" for phase in self.train.phases)
         counts = ", ".join(f"{count} {name}" for name, count in self.store.counts.items())
         return (
-            f"**{self.params.name}** of {channels}×{height}×{width} images with {makes}. "
+            f"**{self.params.name}** of {size} images with {makes}. "
             f"Data: {escape(self.store.name)} {self.store.fingerprint} ({counts}; "
             f"classes: {', '.join(map(escape, self.store.classes)) or 'none'}). Phases: {phases}."
         )
@@ -241,7 +246,7 @@ class ModelTask(TrainingTask):
         if self.mask_classes == 2:
             return batch.mask
         one_hot = F.one_hot(batch.mask[:, 0].long(), self.mask_classes)  # (B, H, W, K)
-        return one_hot.permute(0, 3, 1, 2).float()
+        return one_hot.movedim(-1, 1).float()
 
     def _weights(self, phase: Phase) -> Weights:
         return phase.weights or self.loss.weights
@@ -257,6 +262,10 @@ class ModelTask(TrainingTask):
             raise UserError(
                 f"loss.weights: {', '.join(sorted(wrong))} compare images, and {self.params.name} is trained on masks; "
                 "expected bce, dice or both, such as {bce: 1.0, dice: 1.0}"
+            )
+        if self.params.dims == 3 and "perceptual" in used:
+            raise UserError(
+                "loss.weights: perceptual compares images, and model.dims is 3; expected l1, mse, bce, ssim, sigma"
             )
         if self.model.target == "image" and "dice" in used:
             raise UserError(
@@ -282,8 +291,8 @@ def record(
         yield None
         return
     run = state.scratch.name
-    height, width = task.store.image_shape[1:]
-    size = f"{height}" if height == width else f"{height}x{width}"
+    sides = task.store.image_shape[1:]
+    size = "x".join(map(str, sides if len(set(sides)) > 1 else sides[:1]))
     run_name = f"{task.params.name}-{size}-{run[:6]}"
     with Tracker.open(state.scratch, tracking, project, run_name) as tracker:
         sections = {"model": task.params, "loss": task.loss, "train": task.train}

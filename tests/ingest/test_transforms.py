@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from medgen.config import Preprocess
-from medgen.ingest.formats.raw import UnreadableImage
-from medgen.ingest.transforms import preprocess_image, resize_mask
+from medgen.ingest.formats.raw import RawImage, UnreadableImage
+from medgen.ingest.transforms import preprocess_image, preprocess_mask, preprocess_raw, resize_mask
 
 
 def settings(
@@ -174,3 +174,41 @@ def test_borders_have_the_first_class() -> None:
 def test_an_unknown_mask_value_is_refused() -> None:
     with pytest.raises(UnreadableImage, match=r"mask values 84, 90; expected .* \[0, 85, 170, 255\]"):
         resize_mask(np.array([[0, 84, 90]], np.uint8), Preprocess(image_size=16, mask_values=(0, 85, 170, 255)))
+
+
+def volume(pixels: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> RawImage:
+    return RawImage(pixels, pixels.shape[:0:-1], "uint16", spacing)
+
+
+def test_a_voxel_is_the_mean_of_the_voxels_it_covers() -> None:
+    pixels = np.random.default_rng(0).integers(0, 65535, (32, 48, 64)).astype(np.uint16)
+    settings = Preprocess(image_size=(16, 16, 16), fit="squash", clahe_clip=0.0, bits=16)
+    found = preprocess_raw(volume(pixels), settings)
+    expected = pixels.reshape(16, 2, 16, 3, 16, 4).mean(axis=(1, 3, 5))
+    assert found.shape == (1, 16, 16, 16) and found.dtype == np.uint16
+    assert np.abs(found[0] - expected).max() <= 1.0  # rounded after each of the two passes
+    bytes_found = preprocess_raw(volume(pixels), settings.model_copy(update={"bits": 8}))
+    assert bytes_found.dtype == np.uint8 and np.abs(bytes_found[0] - expected / 257).max() <= 0.51
+
+
+def test_pad_keeps_the_proportions_in_millimetres_and_masks_their_place() -> None:
+    """10 slices of 4 mm are as long as 40 rows of 1 mm; 20 columns are half as long."""
+    pixels = np.full((10, 40, 20), 65535, np.uint16)
+    settings = Preprocess(image_size=(16, 16, 16), clahe_clip=0.0)
+    found = preprocess_raw(volume(pixels, (4.0, 1.0, 1.0)), settings)[0]
+    expected = np.zeros((16, 16, 16), np.uint8)
+    expected[:, :, 4:12] = 255
+    assert np.array_equal(found, expected)
+    mask = volume(np.full((10, 40, 20), 255, np.uint8), (4.0, 1.0, 1.0))
+    assert np.array_equal(preprocess_mask(mask, mask, "m", settings)[0], expected == 255)
+    classes = settings.model_copy(update={"mask_values": (0, 255)})
+    assert np.array_equal(preprocess_mask(mask, mask, "m", classes)[0], expected == 255)
+    with pytest.raises(UnreadableImage, match="mask m is 20 x 40"):
+        preprocess_mask(mask, volume(pixels, (2.0, 1.0, 1.0)), "m", settings)
+
+
+def test_volumes_have_no_clahe_and_no_colours() -> None:
+    with pytest.raises(ValueError, match="clahe_clip to 0 and channels to 1"):
+        Preprocess(image_size=(16, 16, 16))
+    with pytest.raises(ValueError, match="found 1073741824 voxels; expected at most"):
+        Preprocess(image_size=(1024, 1024, 1024), clahe_clip=0.0)

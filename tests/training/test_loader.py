@@ -64,6 +64,28 @@ def test_a_flipped_batch_is_the_same_after_a_restart(split: Split) -> None:
     assert ((again.image * 255) > 127).float().equal(again.mask)  # type: ignore[arg-type]
 
 
+def test_crops_depend_on_the_position_only_and_reach_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The crop of a volume and of its mask is the same; the ranks of a batch share its draws."""
+    volumes = np.arange(6 * 7 * 8, dtype=np.uint16).reshape(1, 1, 6, 7, 8).repeat(5, axis=0)
+    monkeypatch.setattr(Split, "masked_rows", np.arange(5))
+    masks = ShardedArray([(volumes % 251).astype(np.uint8)])
+    split = Split("train", ShardedArray([volumes]), LABELS[:5], masks, Path())
+    settings = {"seed": 7, "with_masks": True, "patch": (4, 4, 8)}
+    crops, starts = Loader(split, 4, "cpu", **settings), set()
+    for position in range(60):
+        batch = crops.batch(position)
+        assert batch.image.shape == (4, 1, 4, 4, 8) and batch.mask is not None
+        for image, mask in zip((batch.image * 65535).round().long(), batch.mask.long(), strict=True):
+            plane, row, column = (int(place) for place in np.unravel_index(int(image[0, 0, 0, 0]), (6, 7, 8)))
+            whole = torch.from_numpy(volumes[0, 0, plane : plane + 4, row : row + 4, column:].astype(np.int64))
+            assert image[0].equal(whole) and mask[0].equal(whole % 251)
+            starts.add((plane, row, column))
+    assert starts == {(plane, row, 0) for plane in range(3) for row in range(4)}
+    again = [Loader(split, 4, "cpu", rank=rank, world=2, **settings).batch(3).image for rank in range(2)]
+    assert all(part.equal(crops.batch(3).image[rank::2]) for rank, part in enumerate(again))
+    assert next(crops.sequential()).image.shape == (4, 1, 6, 7, 8)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("subset", [None, 9])
 def test_each_process_reads_consecutive_batches_of_the_pass(split: Split, world: int, subset: int | None) -> None:

@@ -9,7 +9,7 @@ space and almost no memory. MNIST: http://yann.lecun.com/exdb/mnist; CIFAR: Kriz
 Features from Tiny Images (2009), https://www.cs.toronto.edu/~kriz/cifar.html; MedMNIST: Yang et al., Scientific Data
 10, 41 (2023).
 
-Shapes: N images of a file, H W height and width.
+Shapes: N images of a file, H W height and width, D depth of the volumes of MedMNIST3D.
 """
 
 import io
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from medgen.config import Preprocess
 from medgen.ingest.formats.medmnist import class_names
-from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableImage, check_size
+from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableImage, check_size, no_volume
 from medgen.ingest.formats.streams import (
     CHUNK,
     MAX_DEFLATE_RATIO,
@@ -90,7 +90,7 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
     Raises:
         UnreadableImage: the file is damaged, is none of these formats, or is a pickled CIFAR batch.
     """
-    inspect_format, _ = _format_of(path)
+    inspect_format, _ = _format_of(path, preprocess.has_volumes)
     with unreadable_errors():
         return inspect_format(path)
 
@@ -99,7 +99,7 @@ class ArrayFile(ImageFile):
     """An npz, idx or CIFAR file; an npz file's arrays follow one another in the order train, val, test."""
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        _, find_arrays = _format_of(path)
+        _, find_arrays = _format_of(path, preprocess.has_volumes)
         with unreadable_errors():
             arrays = find_arrays(path)
         self._arrays = [LoadOnce(partial(_load_array, load)) for _, load in arrays]
@@ -107,6 +107,7 @@ class ArrayFile(ImageFile):
         self.num_images = self._ends[-1]
         self._mask, self._window = mask, preprocess.window
         self._keeps_colour = preprocess.channels == 3 and not mask
+        self._spacing = (1.0, 1.0, 1.0) if preprocess.has_volumes else None  # not in the file
 
     def read(self, index: int) -> RawImage:
         """Read one image; 16-bit values are shifted so that the highest one of their array is close to white.
@@ -120,18 +121,19 @@ class ArrayFile(ImageFile):
         stored = array[index - (self._ends[number] - len(array))]
         deep = stored.dtype.itemsize == 2
         pixels: Any = np.array(stored, np.uint16 if deep else np.uint8, order="C")
-        height, width = pixels.shape[:2]
-        mode = ("RGB" if pixels.ndim == 3 else "I" if deep else "L") + (";16" if deep else "")
+        is_colour = pixels.ndim == 3 and self._spacing is None
+        height, width = pixels.shape[:2] if self._spacing is None else pixels.shape[1:]
+        mode = ("RGB" if is_colour else "I" if deep else "L") + (";16" if deep else "")
         if num_unused_bits and not self._mask and self._window is None:
             pixels <<= num_unused_bits
-        if pixels.ndim == 3 and not self._keeps_colour:
+        if is_colour and not self._keeps_colour:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         if self._window is not None and not self._mask:
             pixels = apply_window(pixels, self._window)
-        return RawImage(pixels, (width, height), mode)
+        return RawImage(pixels, (width, height), mode, self._spacing)
 
 
-_Load = Callable[[], NDArray[Any]]  # loads the images (N, H, W) or (N, H, W, 3) of an array
+_Load = Callable[[], NDArray[Any]]  # loads the images (N, H, W), (N, H, W, 3) or volumes (N, D, H, W) of an array
 
 
 def _load_array(load: _Load) -> tuple[NDArray[Any], int]:
@@ -141,13 +143,16 @@ def _load_array(load: _Load) -> tuple[NDArray[Any], int]:
         return array, 0 if array.dtype.itemsize == 1 else 16 - max(1, int(array.max()).bit_length())
 
 
-def _format_of(path: Path) -> tuple[Callable[[Path], Contents], Callable[[Path], Sequence[tuple[int, _Load]]]]:
+def _format_of(
+    path: Path, has_volumes: bool
+) -> tuple[Callable[[Path], Contents], Callable[[Path], Sequence[tuple[int, _Load]]]]:
     """Functions that read a file's metadata, and the number of images and loader of each of its arrays."""
-    if is_idx_images(path.name):
-        return _inspect_idx, _idx_arrays
-    if _CIFAR_NAME.fullmatch(path.name.removesuffix(".bin")):
-        return _inspect_cifar, _cifar_arrays
-    return _inspect_npz, _npz_arrays
+    is_idx = is_idx_images(path.name)
+    if is_idx or _CIFAR_NAME.fullmatch(path.name.removesuffix(".bin")):
+        if has_volumes:
+            raise no_volume("flat images")
+        return (_inspect_idx, _idx_arrays) if is_idx else (_inspect_cifar, _cifar_arrays)
+    return partial(_inspect_npz, has_volumes=has_volumes), partial(_npz_arrays, has_volumes=has_volumes)
 
 
 # npz
@@ -171,9 +176,10 @@ class _Member:
         return np.frombuffer(values, self.dtype).reshape(self.shape, order="F" if self.is_fortran else "C")
 
 
-def _npz_arrays(path: Path) -> Sequence[tuple[int, _Load]]:
+def _npz_arrays(path: Path, has_volumes: bool) -> Sequence[tuple[int, _Load]]:
     with _open_npz(path) as archive:
-        return [(member.shape[0], partial(_load_npz, path, member)) for _, member in _read_image_members(archive)]
+        members = _read_image_members(archive, has_volumes)
+        return [(member.shape[0], partial(_load_npz, path, member)) for _, member in members]
 
 
 def _load_npz(path: Path, member: _Member) -> NDArray[Any]:
@@ -184,9 +190,9 @@ def _load_npz(path: Path, member: _Member) -> NDArray[Any]:
     return array
 
 
-def _inspect_npz(path: Path) -> Contents:
+def _inspect_npz(path: Path, has_volumes: bool) -> Contents:
     with _open_npz(path) as archive:
-        members = _read_image_members(archive)
+        members = _read_image_members(archive, has_volumes)
         splits = [split for split, member in members for _ in range(member.shape[0])]
         per_split = [_read_npz_labels(archive, split, member.shape[0]) for split, member in members]
         present = [labels for labels in per_split if labels is not None]
@@ -197,7 +203,7 @@ def _inspect_npz(path: Path) -> Contents:
     return Contents(range(len(splits)), names, splits, independent=True)
 
 
-def _read_image_members(archive: zipfile.ZipFile) -> list[tuple[str, _Member]]:
+def _read_image_members(archive: zipfile.ZipFile, has_volumes: bool) -> list[tuple[str, _Member]]:
     """Split and header of each array of images, in the order of the indices."""
     present = {name.removesuffix(".npy") for name in archive.namelist()}
     members = [(split, _read_member(archive, f"{split}_images")) for split in _SPLITS if f"{split}_images" in present]
@@ -206,22 +212,27 @@ def _read_image_members(archive: zipfile.ZipFile) -> list[tuple[str, _Member]]:
         more = "" if len(present) <= _MAX_KEYS else f" and {len(present) - _MAX_KEYS} more"
         raise UnreadableImage(f"arrays {found}{more}; expected MedMNIST's train_images, train_labels, val_images, ...")
     for _, member in members:
-        _check_image_array(member)
+        _check_image_array(member, has_volumes)
     _check_num_images(sum(member.shape[0] for _, member in members))
     return members
 
 
-def _check_image_array(member: _Member) -> None:
+def _check_image_array(member: _Member, has_volumes: bool) -> None:
     shape, key = member.shape, member.name.removesuffix(".npy")
-    if len(shape) == 4 and shape[3] != 3:
+    are_volumes = len(shape) == 4 and shape[3] != 3
+    if are_volumes and not has_volumes:
         raise UnreadableImage(
-            f"{key} holds volumes of shape {shape} (MedMNIST3D); expected images: (N, H, W) or (N, H, W, 3)"
+            f"{key} holds volumes of shape {shape} (MedMNIST3D); expected images: (N, H, W) or (N, H, W, 3). For "
+            "volumes set preprocess.image_size to three sides, such as [28, 28, 28]"
         )
+    if has_volumes and not are_volumes:
+        raise no_volume(f"{key} has shape {shape}")
     if len(shape) not in (3, 4):
         raise UnreadableImage(f"{key} has shape {shape}; expected (N, H, W) or (N, H, W, 3)")
     if member.dtype.kind != "u" or member.dtype.itemsize > 2:
         raise UnreadableImage(f"{key} holds {member.dtype}; expected uint8 or uint16")
-    check_size(shape[2], shape[1], f"{key} holds ")
+    for height, width in pairwise(shape[1:4] if has_volumes else shape[1:3]):
+        check_size(width, height, f"{key} holds ")
 
 
 def _read_npz_labels(archive: zipfile.ZipFile, split: str, num_images: int) -> NDArray[Any] | None:

@@ -1,6 +1,7 @@
 """Class names of the MedMNIST sets, whose files hold only numbers (source: medmnist 3.0.2, info.py)."""
 
-SIDES = (28, 64, 128, 224)  # pixels; the file name has the side if it is not 28: pneumoniamnist_64.npz
+# pixels; volumes have 28 or 64. The file name has the side if it is not 28: pneumoniamnist_64.npz
+SIDES = (28, 64, 128, 224)
 
 _ORGANS = (
     "bladder; femur-left; femur-right; heart; kidney-left; kidney-right; liver; lung-left; lung-right; pancreas; spleen"
@@ -33,6 +34,15 @@ _NAMES = {  # in the order of the labels, separated by "; "
     "organamnist": _ORGANS,
     "organcmnist": _ORGANS,
     "organsmnist": _ORGANS,
+    "organmnist3d": (  # in another order than the flat sets
+        "liver; kidney-right; kidney-left; femur-right; femur-left; bladder; heart; lung-right; lung-left; spleen; "
+        "pancreas"
+    ),
+    "nodulemnist3d": "benign; malignant",
+    "adrenalmnist3d": "normal; hyperplasia",
+    "fracturemnist3d": "buckle rib fracture; nondisplaced rib fracture; displaced rib fracture",
+    "vesselmnist3d": "vessel; aneurysm",
+    "synapsemnist3d": "inhibitory synapse; excitatory synapse",
 }
 CLASSES = {name: tuple(names.split("; ")) for name, names in _NAMES.items()}
 

@@ -1,4 +1,4 @@
-"""Reader of NIfTI, MGZ and Analyze volumes: upright grey slices.
+"""Reader of NIfTI, MGZ and Analyze volumes: upright grey slices, or whole volumes.
 
 contents = inspect(Path("T1.nii.gz"), preprocess)   # the slices that preprocess.volume selects, from the header alone
 with VolumeFile(path, preprocess) as file:
@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from medgen.config import IntensityWindow, Preprocess
+from medgen.config import IntensityWindow, Preprocess, Volume
 from medgen.config.data import PERCENTILE
 from medgen.ingest.formats.raw import Contents, ImageFile, LeftOutImage, RawImage, UnreadableImage, check_size
 from medgen.ingest.formats.streams import (
@@ -47,18 +47,23 @@ _MAX_SIDE_RATIO = 1.01  # of the sides of a pixel that counts as square
 def inspect(path: Path, preprocess: Preprocess) -> Contents:
     """Indices of the slices along `preprocess.volume.axis`, counted from the patient's left, back and foot.
 
-    They depend only on the length of the axis: an image and a mask of equal length have the same indices.
+    They depend only on the length of the axis: an image and a mask of equal length have the same indices. With
+    `preprocess.has_volumes` the file has one item, the stack of these slices.
 
     Raises:
         UnreadableImage: the file is not a volume, is damaged or too large, or is the .img of a .hdr (read the .hdr).
     """
     header = _read_header(path, preprocess, mask=False)
-    volume, length = preprocess.volume, header.num_slices(_AXES[preprocess.volume.axis])
+    indices = range(1) if preprocess.has_volumes else _select_slices(header, preprocess.volume)
+    return Contents(indices, companions=() if header.voxels_path == path else (header.voxels_path,))
+
+
+def _select_slices(header: "_Header", volume: Volume) -> range:
+    """Indices of the slices that preprocess.volume selects."""
+    length = header.num_slices(_AXES[volume.axis])
     start = min(round(volume.first * length), length - 1)
     stop = max(round(volume.last * length), start + 1)
-    return Contents(
-        range(start, stop, volume.step), companions=() if header.voxels_path == path else (header.voxels_path,)
-    )
+    return range(start, stop, volume.step)
 
 
 class VolumeFile(ImageFile):
@@ -66,7 +71,8 @@ class VolumeFile(ImageFile):
 
     Axial slices have the patient's front at the top, coronal and sagittal slices the head. Left and right follow the
     radiological convention, as DICOM slices do: the patient's right is on the left of the image, and the front is on
-    the left of a sagittal slice.
+    the left of a sagittal slice. A whole volume starts with the slice at the head, the front or the patient's right, so
+    that its other two planes are upright, too.
     """
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
@@ -75,11 +81,12 @@ class VolumeFile(ImageFile):
         self._limits = preprocess.window or IntensityWindow(low=low, high=high, unit=PERCENTILE)
         self._axis = _AXES[preprocess.volume.axis]
         self._header = _read_header(path, preprocess, mask)
-        self.num_images = self._header.num_slices(self._axis)
+        self._slices = _select_slices(self._header, preprocess.volume) if preprocess.has_volumes else None
+        self.num_images = self._header.num_slices(self._axis) if self._slices is None else 1
         self._load = LoadOnce(self._load_volume)
 
     def read(self, index: int) -> RawImage:
-        """Read one slice.
+        """Read one slice, or the whole volume.
 
         An image is uint16, where 0 and 65535 are the ends of the volume's window. A mask is uint8, 255 where it is not
         zero; with `preprocess.mask_values` it is uint16 and keeps its values.
@@ -91,19 +98,33 @@ class VolumeFile(ImageFile):
         voxels, window = self._load()
         if not 0 <= index < self.num_images:
             raise UnreadableImage(f"slice {index} of {self.num_images}")
+        if self._slices is not None:
+            planes = [self._grey_values(self._upright(voxels, place), window) for place in reversed(self._slices)]
+            sizes = self._header.sizes_along(self._axis)
+            spacing = (sizes[0] * self._slices.step, *sizes[1:])
+            return RawImage(np.stack(planes), planes[0].shape[::-1], self._header.dtype.name, spacing)
+        upright = self._upright(voxels, index)
+        if not self._mask:
+            share = float(np.mean(np.isfinite(upright) & (upright > window.foreground)))
+            if share < self._volume.min_foreground:
+                percent = f"{100 * share:.3g} %"
+                raise LeftOutImage(f"empty slice: {percent} foreground, less than preprocess.volume.min_foreground")
+        interpolation = cv2.INTER_NEAREST if self._mask else cv2.INTER_LINEAR
+        return self._to_raw(self._grey_values(upright, window), interpolation)
+
+    def _upright(self, voxels: NDArray[Any], index: int) -> NDArray[np.float64]:
+        """One slice (H, W), scaled: Z or Y point up, X or Y to the left."""
         plane = voxels[(slice(None),) * self._axis + (index,)]
-        upright = self._header.scale(plane[::-1, ::-1].T)  # Z or Y point up, X or Y to the left
+        return self._header.scale(plane[::-1, ::-1].T)
+
+    def _grey_values(self, upright: NDArray[np.float64], window: "_Window") -> Any:
+        """Grey values of an image, or values of a mask, as `read` returns them."""
         finite = np.isfinite(upright)
         if self._mask and self._keeps_values:
-            whole = np.where(finite, upright, 0).clip(0, 65535).round().astype(np.uint16)
-            return self._to_raw(whole, cv2.INTER_NEAREST)
+            return np.where(finite, upright, 0).clip(0, 65535).round().astype(np.uint16)
         if self._mask:
-            return self._to_raw(np.where((upright != 0) & finite, np.uint8(255), np.uint8(0)), cv2.INTER_NEAREST)
-        share = float(np.mean(finite & (upright > window.foreground)))
-        if share < self._volume.min_foreground:
-            percent = f"{100 * share:.3g} %"
-            raise LeftOutImage(f"empty slice: {percent} foreground, less than preprocess.volume.min_foreground")
-        return self._to_raw(stretch(upright, window.black, window.white), cv2.INTER_LINEAR)
+            return np.where((upright != 0) & finite, np.uint8(255), np.uint8(0))
+        return stretch(upright, window.black, window.white)
 
     def _to_raw(self, pixels: Any, interpolation: int) -> RawImage:
         height, width = pixels.shape
@@ -157,6 +178,12 @@ class _Header:
         """Apply the rescale slope and intercept."""
         with np.errstate(all="ignore"):
             return values.astype(np.float64) * self.slope + self.intercept
+
+    def sizes_along(self, axis: int) -> tuple[float, float, float]:
+        """Voxel sizes in mm: across the slices of an axis of X Y Z, along their rows, along their columns."""
+        sizes = [self.voxel_sizes[file_axis] for file_axis in self.axes]
+        across = sizes.pop(axis)
+        return across, sizes[1], sizes[0]
 
     def slice_size(self, axis: int) -> tuple[int, int]:
         """Width and height of a slice across one axis of X Y Z, in square pixels of the shorter voxel side."""

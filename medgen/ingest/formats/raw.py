@@ -6,7 +6,7 @@ contents = dicom.inspect(path, preprocess)     # number of images, labels, split
 with dicom.DicomFile(path, preprocess) as file:
     raw = file.read(0)
 
-Shapes: H W height and width of an image.
+Shapes: H W height and width of an image, D depth of a volume.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,23 @@ class LeftOutImage(UnreadableImage):
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """One upright image; 0 is black and the highest value of its type is white."""
+    """One upright image or volume; 0 is black and the highest value of its type is white."""
 
-    pixels: Pixels  # (H, W), or (H, W, 3) RGB where preprocess.channels is 3; uint8 or uint16
+    # (H, W), or (H, W, 3) RGB where preprocess.channels is 3, or (D, H, W) of a volume; uint8 or uint16
+    pixels: Pixels
     size: tuple[int, int]  # width, height as stored in the file
     mode: str  # pixel type in the format's own terms: Pillow's mode such as "RGB" or "I;16", or DICOM's or NIfTI's
+    spacing: tuple[float, float, float] | None = None  # of the voxels along D, H and W, in any unit; None: not a volume
+
+    @property
+    def preview(self) -> Pixels:
+        """The image; of a volume its three middle planes side by side, with black borders."""
+        if self.spacing is None:
+            return self.pixels
+        depth, height, width = (side // 2 for side in self.pixels.shape)
+        planes = (self.pixels[depth], self.pixels[:, height], self.pixels[:, :, width])
+        rows = max(len(plane) for plane in planes)
+        return np.hstack([np.pad(plane, ((0, rows - len(plane)), (0, 0))) for plane in planes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,13 @@ class ImageFile(Protocol):
 
     def __exit__(self, *exception: object) -> None:
         """Release what is loaded; a reader that opens the file anew for each `read` has nothing to release."""
+
+
+def no_volume(kind: str) -> UnreadableImage:
+    """The error for a file of flat images where volumes are asked for."""
+    return UnreadableImage(
+        f"{kind}: preprocess.image_size has three sides, which needs volumes (NIfTI, MGZ, Analyze or MedMNIST3D)"
+    )
 
 
 def check_size(width: int, height: int, prefix: str = "") -> None:

@@ -65,6 +65,26 @@ def test_labels_of_a_medmnist_set_are_its_class_names(tmp_path: Path) -> None:
     assert found == [("normal", "pneumonia")[number] for number in numbers]
 
 
+def test_volumes_of_medmnist_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    """OrganMNIST3D has other class numbers than the flat sets."""
+    stored = save_npz(tmp_path / "organmnist3d.npz", **{
+        f"{split}_images": random_pixels(count, 28, 28, 28) for split, count in (("train", 5), ("val", 2), ("test", 3))
+    })  # fmt: skip
+    settings = Preprocess(image_size=(28, 28, 28), clahe_clip=0.0)
+    contents = inspect(tmp_path / "organmnist3d.npz", settings)
+    assert contents.labels is not None and contents.labels[0] == ("liver", "kidney-right", "kidney-left")[
+        int(stored["train_labels"][0, 0])
+    ]  # fmt: skip
+    found = read_all(tmp_path / "organmnist3d.npz", settings)
+    expected = np.concatenate([stored[f"{split}_images"] for split in ("train", "val", "test")])
+    assert np.array_equal(np.stack([raw.pixels for raw in found]), expected)
+    assert {(raw.size, raw.mode, raw.spacing) for raw in found} == {((28, 28), "L", (1.0, 1.0, 1.0))}
+    save_npz(tmp_path / "flat.npz")
+    for name in ("flat.npz", "t10k-images-idx3-ubyte"):
+        with pytest.raises(UnreadableImage, match="three sides, which needs volumes"):
+            inspect(tmp_path / name, settings)
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_medmnist_images_come_in_the_order_train_val_test(tmp_path: Path, save: Callable[..., None]) -> None:
     path = tmp_path / "set.npz"

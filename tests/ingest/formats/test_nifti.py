@@ -102,6 +102,26 @@ def test_the_patients_right_is_on_the_left_and_the_front_at_the_top(tmp_path: Pa
                 assert np.argwhere(file.read(index).pixels).tolist() == [list(expected)], (codes, axis)
 
 
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "SAR", "PIL"])
+def test_a_whole_volume_is_the_stack_of_its_slices_in_every_orientation(tmp_path: Path, codes: str, axis: str) -> None:
+    """It starts at the head (the front, the right), so that all planes are upright; spacing is along D, H and W."""
+    path = save(tmp_path / "v.nii", nibabel.Nifti1Image(head(), oriented(codes, (1.0, 2.0, 3.0))))
+    selected = Volume(axis=axis, first=0.2, last=0.8, step=2, window=(0, 100))
+    (whole,) = read_all(path, Preprocess(image_size=(16, 16, 16), clahe_clip=0.0, volume=selected))
+    volume, across = ras(path), AXES.index(axis)
+    sizes = nibabel.as_closest_canonical(nibabel.load(path)).header.get_zooms()
+    rows, columns = {"sagittal": (2, 1), "coronal": (2, 0), "axial": (1, 0)}[axis]
+    assert whole.spacing == pytest.approx((2 * sizes[across], sizes[rows], sizes[columns]))
+    length = volume.shape[across]
+    planes = [upright(volume, axis, index) for index in range(round(0.2 * length), round(0.8 * length), 2)][::-1]
+    assert whole.pixels.dtype == np.uint16 and whole.size == planes[0].shape[::-1]
+    assert np.abs(whole.pixels - windowed(np.stack(planes), volume, (0, 100))).max() <= 1
+    settings = Preprocess(image_size=(16, 16, 16), clahe_clip=0.0, volume=selected)
+    (mask,) = read_all(path, settings, mask=True)
+    assert np.array_equal(mask.pixels, np.where(np.stack(planes) != 0, 255, 0))
+
+
 def scaled(image: Any, slope: float, intercept: float) -> Any:
     image.header.set_slope_inter(slope, intercept)
     return image
