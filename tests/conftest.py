@@ -82,6 +82,32 @@ def patients_store(tmp_path_factory) -> Path:
     return root / "artifacts" / "dataset"
 
 
+@pytest.fixture(scope="session")
+def draw_volumes() -> Callable[..., Path]:
+    """Function that draws NIfTI volumes of balls and boxes at random places in noise, with masks if it is asked to."""
+    import nibabel
+    import numpy as np
+
+    def draw(folder: Path, num: int, with_masks: bool = False) -> Path:
+        random = np.random.default_rng(0)
+        for number in range(num):
+            shape = (20, 24, 22)
+            places = np.indices(shape) - random.uniform(9, 12, 3)[:, None, None, None]
+            inside = (places**2).sum(0) < 36 if number % 2 else np.abs(places).max(0) < 5
+            voxels = (1000 * inside + random.normal(100, 30, shape)).astype(np.int16)
+            affine = np.diag([1.2, 1.0, 1.1, 1.0])
+            kind, name = ("ball", "box")[(number + 1) % 2], f"patient{number:02}.nii.gz"
+            path = folder / ("images" if with_masks else kind) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
+            if with_masks:
+                (folder / "masks").mkdir(exist_ok=True)
+                nibabel.save(nibabel.Nifti1Image(inside.astype(np.uint8), affine), folder / "masks" / name)
+        return folder
+
+    return draw
+
+
 @pytest.fixture
 def tiny_project(tiny_store: Path, tmp_path: Path):
     """A fresh project folder with the tiny store in it."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medgen.config import Evaluate, Project, unknown_name
 from medgen.console import warn
-from medgen.data.images import Images, StoredImages, split_images, to_floats, to_stored
+from medgen.data.images import Images, StoredPlanes, middle_planes, side_by_side, split_images, to_floats, to_stored
 from medgen.data.store import Split, Store
 from medgen.datasets.weights import WEIGHTS, checked_weights
 from medgen.errors import UserError
@@ -64,15 +64,19 @@ class EvaluationContext:
         """Floats in [0, 1] as the dataset stores images; raises as `medgen.data.images.to_stored`."""
         return to_stored(images, self.store.preprocess.bits)
 
+    def to_drawn(self, samples: Tensor) -> Tensor:
+        """Evaluated samples as figures show them: planes of volumes side by side."""
+        return side_by_side(samples, self.store.image_shape[0]) if self.store.preprocess.has_volumes else samples
+
     @cached_property
     def compared_rows(self) -> Tensor:
         """Rows of the held-out images that samples are compared with."""
         return subsample(torch.arange(len(self.held_out)), min(len(self.held_out), MAX_HELD_OUT))
 
     @property
-    def compared(self) -> StoredImages:
-        """The held-out images that samples are compared with."""
-        return StoredImages(self.held_out, self.compared_rows)
+    def compared(self) -> StoredPlanes:
+        """The held-out images, or planes of volumes, that samples are compared with."""
+        return StoredPlanes(self.held_out, self.compared_rows)
 
     @cached_property
     def patients(self) -> Groups:
@@ -96,9 +100,9 @@ class EvaluationContext:
         return subsample(torch.arange(count), min(count, self.params.num_generated))
 
     @property
-    def reference(self) -> StoredImages:
-        """The train images of `reference_rows`."""
-        return StoredImages(self.store.split("train"), self.reference_rows)
+    def reference(self) -> StoredPlanes:
+        """The train images of `reference_rows`, or their planes."""
+        return StoredPlanes(self.store.split("train"), self.reference_rows)
 
     @cached_property
     def reference_groups(self) -> Groups:
@@ -220,6 +224,7 @@ def describe_images(context: EvaluationContext, images: Images) -> ImageSet:
 
 def describe_batch(context: EvaluationContext, images: Tensor) -> Tensor:
     """Features and radial power of images (B, C, H, W) as stored side by side, for `image_set`: (B, 128 + R)."""
+    images = middle_planes(images)
     return torch.cat([extract_features(context.extractor, images, len(images)), radial_power(images)], dim=1)
 
 

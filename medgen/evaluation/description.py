@@ -39,8 +39,7 @@ TRAINING_KEYS = (
 
 def model_name(store: Store, info: BundleInfo) -> str:
     """Name of the model for people: its family, data and image size."""
-    _, height, width = store.image_shape
-    return f"{info.model.name} of {store.name}, {height} × {width} px"
+    return f"{info.model.name} of {store.name}, {' × '.join(map(str, store.image_shape[1:]))} px"
 
 
 def describe_context(project: Project, context: EvaluationContext) -> dict[str, str]:
@@ -156,8 +155,9 @@ def _card_sections(
     store: Store, verdict: Verdict, findings: Sequence[str], generative: bool, init_from: str | None
 ) -> dict[str, Sequence[str]]:
     """Sentences of the model card by heading."""
-    channels, height, width = store.image_shape
-    kind = f"{'grey' if channels == 1 else 'colour'} images of {height} × {width} px"
+    channels, *sides = store.image_shape
+    kind = "volumes" if store.preprocess.has_volumes else "grey images" if channels == 1 else "colour images"
+    kind += f" of {' × '.join(map(str, sides))} px"
     classes = f" of the classes {', '.join(store.classes)}" if store.classes else ""
     use = f"Generates {kind} like those of the dataset {store.name}{classes}."
     command = "`medgen generate --n 25 --out outputs/new` generates images"

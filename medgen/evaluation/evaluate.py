@@ -83,7 +83,7 @@ class Computed:
     """Values of images for the metrics, which all processes compute together and all get."""
 
     reconstructions: Reconstructions
-    samples: Tensor  # (M, C, H, W) as stored
+    samples: Tensor  # (M, C, H, W) as stored; of volumes the middle planes
     features: FeatureSets
     networks: dict[str, list[Tensor]]
     refined: RefinedReconstructions | None
@@ -265,11 +265,12 @@ def _report_images(
     figures.write_cases(project.figures, context, ssim)
     figures.write_latents(project.figures, context)
     train = StoredImages(store.split("train"))
-    figures.write_closest_pairs(project.figures, computed.samples, train, result.pairs)
+    drawn = context.to_drawn(computed.samples)
+    figures.write_closest_pairs(project.figures, drawn, train, result.pairs)
     if result.swap:
         figures.write_label_swaps(project.figures, result.swap, store.classes)
     if params.save_images:
-        write_images(project.images / "generated", computed.samples)
+        write_images(project.images / "generated", drawn)
         originals = split_images(StoredImages(context.held_out), params.batch_size)
         write_images(project.images / "real", (image for batch in originals for image in batch))
     findings = image_findings(metrics) + fairness_findings(groups, measures)
@@ -323,7 +324,7 @@ def _evaluate_split(
     computed = compute(context)
     result = evaluate_model(context, computed)
     shown = subsample(computed.samples, min(len(computed.samples), params.grid_images))
-    write_grid(project.figures / "samples.png", shown)
+    write_grid(project.figures / "samples.png", context.to_drawn(shown))
     data = image_data(context, computed.reconstructions.ssim, computed.features)
     return result.metrics, data, context.hashes
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import DTYPES, Images, StoredImages, to_stored
+from medgen.data.images import DTYPES, Images, StoredPlanes, middle_planes, to_stored
 from medgen.evaluation.context import (
     MIN_IMAGES,
     EvaluationContext,
@@ -43,7 +43,7 @@ MIN_CLASS_IMAGES = 20  # held-out images of a class for metrics by class
 class Samples(NamedTuple):
     """The evaluated samples as saved images, in the class proportions of the train split."""
 
-    images: Tensor  # (N, C, H, W) as stored, refined if there is a refiner
+    images: Tensor  # (N, C, H, W) as stored, refined if there is a refiner; of volumes the middle planes
     decoded: Tensor | None  # (N, C, H, W) as stored, the same samples before refinement; None without a refiner
 
 
@@ -70,7 +70,7 @@ def draw_samples(context: EvaluationContext) -> Samples:
     """
     params, world = context.params, context.world
     bits = context.store.preprocess.bits
-    none = torch.empty(0, *context.store.image_shape, dtype=DTYPES[bits])
+    none = torch.empty(0, *context.store.plane_shape, dtype=DTYPES[bits])
     images, decoded = [none], [none]
     for batch, _ in iterate_samples(
         context.prior,
@@ -83,7 +83,7 @@ def draw_samples(context: EvaluationContext) -> Samples:
         world.rank,
         world.size,
     ):
-        images.append(to_stored(batch, bits))
+        images.append(to_stored(middle_planes(batch), bits))
     samples = world.concat(torch.cat(images))
     return Samples(samples, world.concat(torch.cat(decoded)) if context.refiner else None)
 
@@ -91,7 +91,7 @@ def draw_samples(context: EvaluationContext) -> Samples:
 def describe_sets(context: EvaluationContext, samples: Tensor) -> FeatureSets:
     """Features of samples (N, C, H, W) as stored, reference images and compared images."""
     train = context.store.split("train")
-    spread = StoredImages(train, subsample(torch.arange(len(train)), min(len(train), MAX_BANDWIDTH_IMAGES)))
+    spread = StoredPlanes(train, subsample(torch.arange(len(train)), min(len(train), MAX_BANDWIDTH_IMAGES)))
     return FeatureSets(
         samples=describe_images(context, samples),
         reference=describe_images(context, context.reference),

@@ -9,12 +9,13 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen.data.arrays import check_images
-from medgen.data.images import Images, StoredImages, maximum, split_images, to_floats, to_stored
+from medgen.data.images import Images, StoredPlanes, maximum, middle_planes, split_images, to_floats, to_stored
 from medgen.data.store import Split
 from medgen.errors import UserError
 from medgen.evaluation.context import MAX_HELD_OUT, extract_features
@@ -63,9 +64,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a set of images of any origin against a set of real images.
 
-    Images are arrays (N, C, H, W) or grey (N, H, W), uint8 from 0 to 255, uint16 from 0 to 65535 or floats from 0 to 1,
-    or a split of a dataset. All are rounded to as many grey values as the reference images have, 256 if these are
-    floats. The values are those of `medgen evaluate` for the same images.
+    Images are arrays (N, C, H, W), grey (N, H, W) or volumes (N, 1, D, H, W), uint8 from 0 to 255, uint16 from 0 to
+    65535 or floats from 0 to 1, or a split of a dataset. Volumes are compared by their three middle planes. All are
+    rounded to as many grey values as the reference images have, 256 if these are floats. The values are those of
+    `medgen evaluate` for the same images.
 
     Args:
         images: the images to evaluate, such as a model's samples.
@@ -145,11 +147,14 @@ def _check(
 
     `bits` of a grey value are those of the images to compare with; None keeps the images' own, 8 for floats.
     """
-    array = check_images(images.images[:1] if isinstance(images, Split) else images, name, shape)
+    given = StoredPlanes(images)[:1].numpy() if isinstance(images, Split) else np.asarray(images)
+    if given.ndim == 5 and given.dtype.kind in "uf":
+        given = middle_planes(torch.from_numpy(given)).numpy()
+    array = check_images(given, name, shape)
     own_bits = 16 if array.dtype == "uint16" else 8
     pixels: Images
     if isinstance(images, Split):
-        pixels = StoredImages(images)
+        pixels = StoredPlanes(images)
         if bits not in (None, own_bits):
             raise UserError(f"{name}: found a dataset of {own_bits} bits; expected {bits}, as the reference images")
     else:

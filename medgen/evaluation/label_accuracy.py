@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import Images, StoredImages, split_images, to_floats
+from medgen.data.images import Images, StoredImages, middle_planes, split_images, to_floats
 from medgen.data.store import Split
 from medgen.evaluation.context import EvaluationContext, labels_of
 from medgen.metrics.features import DomainExtractor
@@ -115,7 +115,7 @@ def is_correct(extractor: DomainExtractor, images: Images, labels: Tensor, batch
     device = next(extractor.parameters()).device
     predicted = []
     for part in split_images(images, batch_size):
-        part = part.to(device)
+        part = middle_planes(part).to(device)
         scores = extractor.logits(to_floats(part))
         predicted.append(scores.argmax(dim=1).cpu())
     return torch.cat(predicted) == labels

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from medgen.data.images import Images, StoredImages, split_images, to_floats
+from medgen.data.images import Images, StoredImages, StoredPlanes, middle_planes, split_images, to_floats
 from medgen.data.store import Split
 from medgen.evaluation.context import (
     EvaluationContext,
@@ -68,23 +68,23 @@ def search_train(context: EvaluationContext, features: FeatureSets, samples: Ten
     searched = torch.cat([features.samples.content, features.held_out.content[rows]])
     by_features = _nearest_by_features(context, searched, train)
     held_out = context.compared_rows[rows][own_share(context.world, size)]
-    stored = StoredImages(train)
+    stored = StoredPlanes(train)
     return NearestTrain(
         privacy.Nearest(*(values[: len(samples)] for values in by_features)),
         privacy.Nearest(*(values[len(samples) :] for values in by_features)),
         _nearest(context, privacy.nearest_by_pixels, samples[own_share(context.world, len(samples))], stored),
-        _nearest(context, privacy.nearest_by_pixels, StoredImages(context.held_out, held_out), stored),
+        _nearest(context, privacy.nearest_by_pixels, StoredPlanes(context.held_out, held_out), stored),
         rows,
         _search_parts(context, samples, stored) if context.held_out.name == "test" else None,
     )
 
 
-def _search_parts(context: EvaluationContext, samples: Tensor, train: StoredImages) -> NearestParts:
+def _search_parts(context: EvaluationContext, samples: Tensor, train: StoredPlanes) -> NearestParts:
     """Search all train images for parts of samples and of compared images: of large sets, of at least 200 of each."""
     most = max(MIN_PART_SEARCHED, MAX_PART_PAIRS // len(train))
     chosen = subsample(samples, min(len(samples), most))
     rows = subsample(torch.arange(len(context.compared_rows)), min(len(context.compared_rows), most))
-    held_out = StoredImages(context.held_out, context.compared_rows[rows][own_share(context.world, len(rows))])
+    held_out = StoredPlanes(context.held_out, context.compared_rows[rows][own_share(context.world, len(rows))])
     own = chosen[own_share(context.world, len(chosen))]
     found = [_nearest(context, privacy.nearest_by_parts, images, train) for images in (own, held_out)]
     return NearestParts(found[0], found[1], rows)
@@ -108,7 +108,7 @@ def evaluate_privacy(
 def _nearest_by_features(context: EvaluationContext, searched: Tensor, train: Split) -> privacy.Nearest:
     """Nearest train image by content features (N, 96); each process computes those of its part of the train images."""
     own = own_share(context.world, len(train))
-    blocks = split_images(StoredImages(train, torch.arange(own.start, own.stop)), _IMAGES_PER_BLOCK)
+    blocks = split_images(StoredPlanes(train, torch.arange(own.start, own.stop)), _IMAGES_PER_BLOCK)
     found = privacy.nearest_by_features(
         searched,
         (extract_features(context.extractor, part, context.params.batch_size)[:, :NUM_CONTENT] for part in blocks),
@@ -141,7 +141,7 @@ def attack_splits(context: EvaluationContext, samples: Tensor) -> dict[str, Atta
         if count == 0:
             continue
         columns = map_rows(context, len(rows), partial(_measure_reconstruction, context, split, labels_of(split), rows))
-        own = StoredImages(split, rows[own_share(context.world, len(rows))])
+        own = StoredPlanes(split, rows[own_share(context.world, len(rows))])
         distance = _nearest(context, privacy.nearest_by_pixels, own, samples).distance
         found[name] = AttackedImages(columns[:, 0], columns[:, 1:], distance, select_groups(split.patients, rows))
     return found
@@ -168,4 +168,5 @@ def _measure_reconstruction(
     images, given = StoredImages(split)[rows[numbers]], labels[rows[numbers]].to(context.device)
     real = to_floats(images.to(context.device))
     decoded = context.model.decode(context.model.encode(real, given).mean, given).float()
-    return torch.cat([(decoded - real).square().mean(dim=(1, 2, 3))[:, None].cpu(), radial_power(images)], dim=1)
+    error = (decoded - real).square().flatten(1).mean(dim=1, keepdim=True).cpu()
+    return torch.cat([error, radial_power(middle_planes(images))], dim=1)

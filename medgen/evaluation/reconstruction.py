@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import StoredImages, to_floats
+from medgen.data.images import StoredImages, middle_planes, to_floats
 from medgen.evaluation.context import (
     EvaluationContext,
     FeatureSets,
@@ -52,7 +52,7 @@ class _Sums:
     """Sums over a split's images, for metrics that need no value of each image."""
 
     def __init__(self, context: EvaluationContext) -> None:
-        num_frequencies, codebook = min(context.store.image_shape[1:]) // 2, context.model.codebook
+        num_frequencies, codebook = min(context.store.plane_shape[1:]) // 2, context.model.codebook
         self.power, self.real_power = (torch.zeros(num_frequencies, dtype=torch.float64) for _ in range(2))
         self.means, self.squares = (torch.zeros(context.model.latent_shape, dtype=torch.float64) for _ in range(2))
         self.kl = torch.zeros(1, dtype=torch.float64)
@@ -61,8 +61,8 @@ class _Sums:
 
     def add(self, originals: Tensor, latent: Latent, images: Tensor) -> None:
         """Add a batch of images (B, C, H, W) as stored, their latents and their reconstructions."""
-        self.power += radial_power(images).double().sum(dim=0)
-        self.real_power += radial_power(originals).double().sum(dim=0)
+        self.power += radial_power(middle_planes(images)).double().sum(dim=0)
+        self.real_power += radial_power(middle_planes(originals)).double().sum(dim=0)
         if latent.logvar is not None:
             means = latent.mean.double().cpu()
             self.means += means.sum(dim=0)
@@ -118,10 +118,10 @@ def refine_rows(context: EvaluationContext, rows: Tensor, decoded: Tensor) -> Te
 
 def evaluate_pca(context: EvaluationContext) -> dict[int, float]:
     """SSIM of the compared images by PCA, by number of components, that of the latent dimensions first."""
-    train = StoredImages(context.store.split("train"))
+    train, test = StoredImages(context.store.split("train")), StoredImages(context.held_out, context.compared_rows)
     limit = min(len(train) - 1, train.shape[1:].numel())
     counts = [min(n, limit) for n in (context.num_latent, *PCA_COMPONENTS)]
-    return reconstruction.pca_ssim(train, context.compared, counts)
+    return reconstruction.pca_ssim(train, test, counts)
 
 
 def refine_reconstructions(context: EvaluationContext) -> RefinedReconstructions | None:

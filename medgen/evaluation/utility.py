@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from medgen.config import Features, Project, Utility, seed_of
 from medgen.console import counting_bar, say
-from medgen.data.images import Images, StoredImages, split_images, to_floats, to_stored
+from medgen.data.images import Images, StoredPlanes, middle_planes, split_images, to_floats, to_stored
 from medgen.data.store import Store, open_store
 from medgen.errors import UserError
 from medgen.evaluation.context import MAX_HELD_OUT, labels_of
@@ -234,7 +234,7 @@ def draw_training_samples(
     with counting_bar() as progress:
         task = progress.add_task("samples", total=len(labels))
         for batch, _ in drawn:
-            images.append(to_stored(batch, store.preprocess.bits))
+            images.append(to_stored(middle_planes(batch), store.preprocess.bits))
             progress.advance(task, len(batch))
     return torch.cat(images), labels
 
@@ -273,11 +273,11 @@ def compare_training_sets(
             for fraction in fractions:
                 chosen = choose_rows(train_labels, train.patients, fraction, seed)
                 num_real.setdefault(fraction, []).append(len(chosen))
-                real = (StoredImages(train, chosen), train_labels[chosen])
+                real = (StoredPlanes(train, chosen), train_labels[chosen])
                 sets |= {(REAL, fraction): [real], (BOTH, fraction): [real, synthetic]}
             for key, sources in sets.items():
                 network = train_classifier(sources, store, features, utility.steps, seed, device)
-                answers = predict(network, StoredImages(test, rows), features.batch_size)
+                answers = predict(network, StoredPlanes(test, rows), features.batch_size)
                 found.setdefault(key, []).append(answers == test_labels[rows])
                 progress.advance(task)
     kinds = []
@@ -315,7 +315,7 @@ def train_classifier(
     device: torch.device,
 ) -> DomainExtractor:
     """A classifier trained on equal numbers of stored images (N, C, H, W) with labels (N,) from each source."""
-    sizes = ExtractorSizes(store.image_shape[0], min(store.image_shape[1:]), features.width, len(store.classes))
+    sizes = ExtractorSizes(store.plane_shape[0], min(store.plane_shape[1:]), features.width, len(store.classes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = DomainExtractor(sizes).to(device)

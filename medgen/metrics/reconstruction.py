@@ -1,7 +1,7 @@
 """Differences between reconstructions and originals, and PCA reconstructions as a baseline.
 
 Metrics are per image, and the value of a split is the mean over its images, whatever the batch sizes. Images are
-(B, C, H, W) float32 in [0, 1]; SSIM and MS-SSIM are means over channels.
+(B, C, H, W) or volumes (B, C, D, H, W), float32 in [0, 1]; SSIM and MS-SSIM are means over channels.
 """
 
 from collections.abc import Sequence
@@ -49,9 +49,9 @@ def ms_ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
     """
     import pytorch_msssim
 
-    window = ms_ssim_window(min(original.shape[-2:]))
+    window = ms_ssim_window(min(original.shape[2:]))
     if window is None:
-        raise ValueError(f"ms_ssim: expected sides of at least 97 pixels, found {tuple(original.shape[-2:])}")
+        raise ValueError(f"ms_ssim: expected sides of at least 97 pixels, found {tuple(original.shape[2:])}")
     value: Tensor = pytorch_msssim.ms_ssim(
         original.float(), reconstruction.float(), data_range=1.0, size_average=False, win_size=window
     )
@@ -68,7 +68,7 @@ def score_names(image_size: int) -> list[str]:
 
 def score_images(original: Tensor, reconstruction: Tensor) -> Tensor:
     """All metrics (B, S) of two batches (B, C, H, W), float64, in the order of `score_names`."""
-    names = score_names(min(original.shape[-2:]))
+    names = score_names(min(original.shape[2:]))
     return torch.stack([METRICS[name](original, reconstruction).double() for name in names], dim=1)
 
 

@@ -133,15 +133,16 @@ def write_preview(samples: Path, folder: Path) -> Path:
 
 def _describe_parts(artifacts: Artifacts) -> str:
     info = artifacts.info
-    channels, height, width = info.image_shape
+    channels, *sides = info.image_shape
+    size = "×".join(map(str, sides))
     if MODELS[info.model.name].target == "mask":
         return (
-            f"{info.model.name}: predicts masks of {info.preprocess.mask_classes} classes, {height}×{width} uint8. "
-            f"Input: images uint8 of any size, N × H × W × {channels}."
+            f"{info.model.name}: predicts masks of {info.preprocess.mask_classes} classes, {size} uint8. "
+            f"Input: images uint8 of any size, N × {'D × ' * (len(sides) == 3)}H × W × {channels}."
         )
     classes = ", ".join(map(escape, info.classes)) or "none"
     text = (
-        f"{info.model.name} with the prior {artifacts.prior}: generates images {height}×{width}×{channels} "
+        f"{info.model.name} with the prior {artifacts.prior}: generates images {size}×{channels} "
         f"uint{info.preprocess.bits}; "
         f"classes: {classes}. Input: n, label and seed of new images, or an image (base64) to reconstruct."
     )

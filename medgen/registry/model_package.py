@@ -118,17 +118,17 @@ def _signature(info: BundleInfo, is_generative: bool) -> "ModelSignature":
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
     from mlflow.types.schema import AnyType
 
-    channels, height, width = info.image_shape
+    channels, *sides = info.image_shape
     uint8 = np.dtype(np.uint8)
     if not is_generative:
-        inputs = Schema([TensorSpec(uint8, (-1, -1, -1, channels))])
-        return ModelSignature(inputs, Schema([TensorSpec(uint8, (-1, height, width, 1))]))
+        inputs = Schema([TensorSpec(uint8, (-1, *[-1] * len(sides), channels))])
+        return ModelSignature(inputs, Schema([TensorSpec(uint8, (-1, *sides, 1))]))
     # With `long` MLflow converts 1.5, "1" and true to 1. Columns of `long` and `boolean` may have no missing values.
     anything: Any = AnyType()  # type: ignore[no-untyped-call]
     columns = {"n": anything, "label": DataType.string, "seed": anything, "image": DataType.string, "refine": anything}
     inputs = Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
     stored = np.dtype(f"u{info.preprocess.bits // 8}")
-    return ModelSignature(inputs, Schema([TensorSpec(stored, (-1, height, width, channels))]))
+    return ModelSignature(inputs, Schema([TensorSpec(stored, (-1, *sides, channels))]))
 
 
 def _example(info: BundleInfo, is_generative: bool) -> Any:
@@ -136,7 +136,7 @@ def _example(info: BundleInfo, is_generative: bool) -> Any:
     import numpy as np
     import pandas as pd  # type: ignore[import-untyped]
 
-    channels, height, width = info.image_shape
+    channels, *sides = info.image_shape
     if not is_generative:
-        return np.zeros((1, height, width, channels), np.uint8)
+        return np.zeros((1, *sides, channels), np.uint8)
     return pd.DataFrame({"n": [2], "seed": [0]})

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from medgen.data.images import to_floats
+from medgen.data.images import middle_planes, side_by_side, to_floats
 from medgen.io import replace_folder, write_atomic
 from medgen.reports import fonts
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Pixels = npt.NDArray[np.uint8]
-Images = Tensor | npt.NDArray[Any]  # (N, 1 or 3, H, W), floats in [0, 1], uint8 or uint16
+# (N, 1 or 3, H, W), floats in [0, 1], uint8 or uint16; volumes (N, 1, D, H, W) are drawn as their middle planes
+Images = Tensor | npt.NDArray[Any]
 
 _GAP = 2  # pixels between tiles
 _CAPTION_HEIGHT = 18
@@ -51,7 +52,11 @@ _STYLE: dict[Any, Any] = {  # added to matplotlib's defaults; the user's setting
 
 
 def write_image(path: Path, image: Tensor) -> None:
-    """Write one image (1 or 3, H, W) as PNG: uint16 in 16 bits, uint8 or floats in [0, 1] in 8 bits."""
+    """Write one image (1 or 3, H, W) as PNG: uint16 in 16 bits, uint8 or floats in [0, 1] in 8 bits.
+
+    Of a volume (1, D, H, W) the three middle planes are written side by side.
+    """
+    image = flatten(image[None])[0]
     if image.is_floating_point():
         image = (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
     pixels = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
@@ -155,8 +160,12 @@ def write_stacks(
 def overlay(images: Tensor, true: Tensor, predicted: Tensor) -> Tensor:
     """Images (N, C, H, W) as stored tinted by masks of class indices (N, H, W), as floats (N, 3, H, W) in [0, 1].
 
+    Of volumes and their masks the middle planes are tinted.
+
     Blue: the prediction is a correct class other than 0; red: it misses such a class; yellow: false positive.
     """
+    images = flatten(images)
+    true, predicted = (flatten(masks[:, None])[:, 0] for masks in (true, predicted))
     result = to_floats(images).expand(-1, 3, -1, -1)
     for pixels, colour in (
         ((true > 0) & (predicted == true), (0, 114, 178)),
@@ -173,6 +182,7 @@ def differences(images: Tensor, others: Tensor) -> Tensor:
 
     White: equal; blue: darker; red: brighter; full colour at a difference of MAX_DIFFERENCE, mean over the channels.
     """
+    images, others = flatten(images), flatten(others)
     difference = ((others - images).mean(dim=1, keepdim=True) / MAX_DIFFERENCE).clamp(-1.0, 1.0)
     blue, red = (torch.tensor(colour)[:, None, None] / 255.0 for colour in ((0, 114, 178), (213, 94, 0)))
     size = difference.abs()
@@ -318,10 +328,15 @@ def write_gif(path: Path, frames: Sequence[Path], seconds_per_frame: float = 0.5
     _save(path, indexed[0], "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
 
 
+def flatten(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) unchanged, volumes (N, C, D, H, W) as their middle planes side by side (N, C, S, 3·S)."""
+    return images if images.dim() == 4 else side_by_side(middle_planes(images), images.shape[1])
+
+
 def _tiles(images: Images, scale: int | None) -> Pixels:
     """RGB tiles (N, H * scale, W * scale, 3) of images (N, C, H, W)."""
     if isinstance(images, Tensor):
-        images = images.detach().cpu()
+        images = flatten(images.detach().cpu())
         images = (images.float() if images.is_floating_point() else images).numpy()  # NumPy has no bfloat16
     array = np.asarray(images)
     if array.dtype == np.uint16:

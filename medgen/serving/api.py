@@ -73,8 +73,8 @@ class Model:
         return self._info.classes
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """C, H, W of an image."""
+    def image_shape(self) -> tuple[int, ...]:
+        """C, H, W of an image, or C, D, H, W of a volume."""
         return self._info.image_shape
 
     @property

@@ -25,7 +25,7 @@ from medgen.errors import UserError
 from medgen.inference.uncertainty import reconstruction_deviation
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.ingest.images import read_image
-from medgen.ingest.transforms import preprocess_image
+from medgen.ingest.transforms import preprocess_raw
 from medgen.metrics.reconstruction import psnr
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo, label_to_encode
@@ -399,10 +399,12 @@ def _unreadable_error(reasons: Sequence[str]) -> UserError:
 def load_image(path: Path, preprocess: Preprocess) -> Tensor:
     """The image of a file as input of a model: (1, C, H, W) in [0, 1]; the middle slice of a volume or series.
 
+    For a model of volumes, the volume (1, C, D, H, W).
+
     Raises:
         UnreadableImage: the file is not a readable image.
     """
-    pixels = preprocess_image(read_image(path, preprocess).pixels, preprocess)
+    pixels = preprocess_raw(read_image(path, preprocess), preprocess)
     return to_floats(torch.from_numpy(pixels)[None])
 
 

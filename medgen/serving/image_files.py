@@ -5,7 +5,7 @@ write_file(Path("image.nii.gz"), image)
 
 No file contains a date, a patient or the name of a source file: the same image gives the same bytes.
 
-Shapes: C channels, H W height and width.
+Shapes: C channels, H W height and width, D depth of volumes.
 """
 
 import gzip
@@ -39,11 +39,12 @@ _SLICE_AXES = {  # volume.axis -> axis of X Y Z across the slice, and the direct
 def writer(kind: str, info: BundleInfo, description: str) -> Callable[[Path, Tensor], None]:
     """Function that writes an image (C, H, W) of a model, floats in [0, 1], to a path in the format `kind`.
 
-    - png, png16: grey values of 8 or 16 bits, black to white.
+    - png, png16: grey values of 8 or 16 bits, black to white. Of a volume the three middle planes, side by side.
     - tiff: float32 intensities if the model's images have a scale, else grey values as the dataset stores them.
     - nifti: grey values as the dataset stores them, with the slope and intercept to intensities. The affine gives the
       directions in which the slices of the train volumes are shown; voxels are 1 x 1 x 1 and without a unit of length,
       because slices of different spacing are resized to one size.
+      A volume has the orientation of the train volumes.
     - dicom: a Secondary Capture object as `nifti`, colours in 8 bits.
 
     Args:
@@ -52,10 +53,12 @@ def writer(kind: str, info: BundleInfo, description: str) -> Callable[[Path, Ten
         description: what an image is, for DICOM.
 
     Raises:
-        UserError: there is no such format, or it has no colours and the model does.
+        UserError: there is no such format, or it has no colours or volumes and the model does.
     """
     if kind not in SUFFIXES:
         raise unknown_name("--format", kind, SUFFIXES)
+    if info.preprocess.has_volumes and kind not in ("nifti", "png"):
+        raise UserError(f"--format {kind}: this model generates volumes; expected nifti, or png for the middle planes")
     if kind == "nifti" and info.image_shape[0] == 3:
         raise UserError("--format nifti: this model generates colours; expected grey images. Use png, tiff or dicom")
     scale, bits = info.preprocess.scale, info.preprocess.bits
@@ -103,7 +106,11 @@ def _nifti(stored: Tensor, scale: IntensityWindow | None, slice_axis: str) -> by
     import nibabel
 
     across, directions = _SLICE_AXES[slice_axis]
-    voxels = np.expand_dims(_pixels(stored).T, across)  # the columns of an image are X or Y, its rows Y or Z
+    if stored.dim() == 4:
+        # all axes of a volume point down, to the back or to the right: W, H and D are X or Y, Y or Z, and the third
+        voxels, directions = np.moveaxis(stored[0].numpy().T, 2, across), (-1.0, -1.0, -1.0)
+    else:
+        voxels = np.expand_dims(_pixels(stored).T, across)  # the columns of an image are X or Y, its rows Y or Z
     create: Any = nibabel.Nifti1Image  # without types
     image = create(voxels, np.diag([*directions, 1.0]))
     image.header["descrip"] = f"synthetic image, medgen {__version__}"

@@ -10,7 +10,8 @@ Each row requests `n` new images, or the reconstruction of `image`: a PNG, JPEG,
 - `seed`: the same seed gives the same images; by default it is random. A reconstruction has one only with `refine`.
 - `refine`: use the version's refiner, which adds detail that the decoder omits; by default true for new images and
   false for a reconstruction.
-The result is (images, H, W, C), uint8 or with `preprocess.bits: 16` uint16.
+The result is (images, H, W, C), uint8 or with `preprocess.bits: 16` uint16; of a model of volumes, which reconstructs no
+`image`, (volumes, D, H, W, C).
 """
 
 import base64
@@ -68,6 +69,8 @@ class Generator(PythonModel):
     ) -> npt.NDArray[np.uint8 | np.uint16]:
         """Rows of n or image, label, seed and refine -> images (N, H, W, C) as the dataset stores them, in that order.
 
+        Volumes are (N, D, H, W, C).
+
         Raises:
             MlflowException: a row is invalid, or too many images are requested; the scoring server responds with 400.
                 Or the call is abandoned between two rows or batches.
@@ -88,7 +91,7 @@ class Generator(PythonModel):
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         stored = to_stored(torch.cat(images), self.info.preprocess.bits)
-        return stored.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+        return stored.movedim(1, -1).numpy()  # (N, H, W, C)
 
     def _request(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The validated values of a row; all rows are validated before any image is generated."""
@@ -100,6 +103,8 @@ class Generator(PythonModel):
         if "seed" in row and "image" in row and not refine:
             raise UserError("seed: found with image, but only a refined reconstruction is random; leave it out")
         seed = _check_integer("seed", row["seed"], 0, MAX_SEED) if "seed" in row else secrets.randbelow(2**31)
+        if "image" in row and self.info.preprocess.has_volumes:
+            raise UserError("image: found an image, but this model reconstructs volumes; use `medgen reconstruct`")
         if "image" in row:
             label_index = bundle.label_to_encode(self.model, self.info, label)
             return {"image": _decode_base64(row["image"]), "label": label_index, "seed": seed, "refine": refine}

@@ -72,6 +72,20 @@ def test_a_generated_volume_is_read_as_the_image_it_was_written_from(tmp_path: P
     assert header.get_xyzt_units()[0] == "unknown"  # no voxel size is made up
 
 
+@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
+def test_a_generated_3d_volume_is_read_as_it_was_written(tmp_path: Path, axis: str) -> None:
+    volume = Volume(axis=axis)  # type: ignore[arg-type]
+    settings = Preprocess(image_size=(16, 20, 24), bits=16, window=WINDOW, clahe_clip=0.0, volume=volume)
+    info = dataclasses.replace(INFO, preprocess=settings, image_shape=(1, 16, 20, 24))
+    sample = torch.arange(16 * 20 * 24).view(1, 16, 20, 24) / (16 * 20 * 24 - 1)
+    writer("nifti", info, "a sample")(tmp_path / "a.nii.gz", sample)
+    assert torch.allclose(load_image(tmp_path / "a.nii.gz", settings)[0], sample, atol=1e-5)
+    image: Any = nibabel.load(tmp_path / "a.nii.gz")
+    assert nibabel.aff2axcodes(image.affine) == ("L", "P", "I") and image.header["intent_name"] == b"HU"
+    with pytest.raises(UserError, match="--format dicom: this model generates volumes; expected nifti"):
+        writer("dicom", info, "a sample")
+
+
 def build(root: Path, info: BundleInfo = INFO) -> Path:
     """Folder of an untrained model without classes."""
     project = Project(root)

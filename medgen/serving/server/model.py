@@ -61,13 +61,15 @@ class ServedModel:
         if is_table:
             check_table(data, self._schema.input_names())
         try:
-            images: NDArray[Any] = self._model.predict(data)  # (N, H, W, C) uint8 or uint16
+            images: NDArray[Any] = self._model.predict(data)  # (N, H, W, C) or (N, D, H, W, C), uint8 or uint16
         except MlflowException as error:
             raise mlflow_error(error) from None
         if not as_png:
             return ImagesResponse(json.dumps({"predictions": images.tolist()}), "application/json", len(images))
         if self._schema.is_tensor_spec():  # class numbers, spread over the grey levels to make them visible
             images = images * np.uint8(255 // max(1, int(images.max())))
+        if images.ndim == 5:
+            images = images[:, images.shape[1] // 2]  # the middle slices
         return ImagesResponse(contact_sheet(images), "image/png", len(images))
 
 

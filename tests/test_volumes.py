@@ -1,0 +1,182 @@
+"""A project of NIfTI volumes passes all stages: 3-D model, planes for metrics of sets, NIfTI out."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medgen.config import (
+    Beta,
+    Data,
+    Evaluate,
+    Features,
+    Loss,
+    Model,
+    Phase,
+    Preprocess,
+    Prior,
+    Project,
+    Refiner,
+    Tracking,
+    Train,
+    Utility,
+    Weights,
+)
+from medgen.data.store import open_store
+from medgen.errors import UserError
+from medgen.evaluation import evaluate, utility
+from medgen.ingest import preprocess
+from medgen.models import bundle
+from medgen.serving import generate
+from medgen.tracking import history
+from medgen.training import extractor, prior, refiner, train
+
+SIDE = 32
+SIZES = Preprocess(image_size=(SIDE, SIDE, SIDE), clahe_clip=0.0, val_fraction=0.2, test_fraction=0.3)
+PHASE = Phase(name="train", epochs=2, learning_rate=3e-3, beta=Beta(end=0.1))
+OFF = Tracking(enabled=False)
+Draw = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, draw_volumes: Draw) -> Project:
+    """A VAE of volumes after the stages from preprocess to prior."""
+    project = Project(tmp_path_factory.mktemp("volumes"))
+    draw_volumes(project.root / "data", 60)
+    preprocess.run(project, data=Data(), preprocess=SIZES)
+    extractor.run(project, features=Features(width=4, epochs=1))
+    model = Model(name="vae", dims=3, base_channels=4, max_channels=8, latent_channels=4)
+    loss = Loss(weights=Weights(l1=1.0, ssim=0.2))
+    train.run(project, model=model, loss=loss, train=Train(batch_size=8, phases=(PHASE,)), tracking=OFF)
+    prior.run(project, prior=Prior(name="gmm", components=(1,)), tracking=OFF)
+    refiner.run(project, refiner=Refiner(), tracking=OFF)
+    return project
+
+
+def test_keys_of_volumes_are_left_out_of_dumps_at_their_defaults() -> None:
+    """Stores, models and runs of images keep their bytes and fingerprints."""
+    assert "dims" not in Model().model_dump() and "patch" not in Train().model_dump()
+    assert Model(dims=3).model_dump()["dims"] == 3
+    assert Train(patch=(8, 8)).model_dump(mode="json")["patch"] == [8, 8]
+
+
+def test_a_store_of_volumes_is_read_back(trained: Project) -> None:
+    store = open_store(trained.dataset)
+    assert store.image_shape == (1, SIDE, SIDE, SIDE) and store.classes == ("ball", "box")
+    split = store.split("train")
+    assert split.images.shape == (store.counts["train"], 1, SIDE, SIDE, SIDE)
+    volume = split.images[0, 0]
+    share = np.mean(volume > 128)  # a ball of radius 6 or a box of side 10, in voxels of 1.2 x 1.0 x 1.1 mm
+    expected = 900 * 1.2 * 1.0 * 1.1 / 24.2**3
+    assert 0.7 < share / expected < 1.4
+    with pytest.raises(UserError, match=r"model\.dims: 2, but the dataset has items of 32 x 32 x 32"):
+        train.run(trained, model=Model(name="vae"), loss=Loss(), train=Train(), tracking=OFF)
+    loss = Loss(weights=Weights(l1=1.0, perceptual=0.1))
+    with pytest.raises(UserError, match=r"loss\.weights: perceptual"):
+        train.run(trained, model=Model(name="vae", dims=3), loss=loss, train=Train(), tracking=OFF)
+    with pytest.raises(UserError, match=r"refiner\.enabled"):
+        refiner.run(trained, refiner=Refiner(enabled=True), tracking=OFF)
+
+
+def test_the_model_learns(trained: Project) -> None:
+    model, info = bundle.load_generative(trained.model)
+    assert info.model.dims == 3 and model.latent_shape == (4,)
+    first, last = history(trained.runs / info.run)
+    assert last["val/loss"] < first["val/loss"]
+    with Image.open(trained.runs / info.run / "reconstructions" / "epoch_0002.png") as image:
+        assert image.width > 3 * 96  # three planes side by side, enlarged
+
+
+def test_evaluation_and_utility_of_volumes(trained: Project) -> None:
+    settings = Utility(enabled=True, fractions=(0.5,), repetitions=2, steps=3, num_generated=16)
+    assert utility.run(trained, features=Features(width=4, batch_size=8), utility=settings) is not None
+    found = evaluate.run(trained, evaluate=Evaluate(num_generated=24, grid_images=4, save_images=True), tracking=OFF)
+    assert found is not None
+    assert {"reconstruction/ssim", "reconstruction/psnr", "reconstruction/pca_ssim", "generation/mmd_domain",
+            "generation/c2st_auc_pixels", "generation/spectrum_distance", "privacy/copy_rate_pixels",
+            "privacy/membership_auc_loss", "utility/gain_both", "latent/kl_nats"} <= found.keys()  # fmt: skip
+    assert json.loads((trained.reports / "metrics.json").read_text()) == found
+    sizes = {}
+    for name in ("samples", "reconstructions", "cases", "nearest_train"):
+        with Image.open(trained.figures / f"{name}.png") as image:
+            sizes[name] = image.size
+    with Image.open(next((trained.images / "generated").glob("*.png"))) as image:
+        assert image.size == (3 * SIDE, SIDE)
+    with Image.open(next((trained.images / "real").glob("*.png"))) as image:
+        assert image.size == (3 * SIDE, SIDE)
+    assert sizes["samples"][0] == 2 * (3 * 96 + 2) + 2  # two samples side by side, enlarged three times
+    page = (trained.reports / "index.html").read_text()
+    assert "32 × 32 × 32" in page and "volumes" in (trained.reports / "MODEL_CARD.md").read_text()
+
+
+def test_volumes_are_generated_and_reconstructed_as_nifti(trained: Project, tmp_path: Path) -> None:
+    artifacts = trained.root / "artifacts"
+    paths = generate.run(artifacts, tmp_path / "new", n=3, file_format="nifti")
+    again = generate.run(artifacts, tmp_path / "again", n=3, file_format="nifti")
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+    image = nibabel.load(paths[0])
+    assert image.shape == (SIDE, SIDE, SIDE) and nibabel.aff2axcodes(image.affine) == ("L", "P", "I")
+    assert generate.run(artifacts, tmp_path / "png", n=1)[0].suffix == ".png"
+    files = sorted((trained.root / "data" / "ball").iterdir())[:2]
+    generate.reconstruct(artifacts, tmp_path / "pairs", files=files, file_format="nifti")
+    with (tmp_path / "pairs" / "reconstructions.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == 2 and all(0 < float(row["ssim"]) <= 1 for row in rows)
+    for file, row in zip(files, rows, strict=True):
+        stem = row["image"].removesuffix(".png")
+        written = generate.load_image(tmp_path / "pairs" / f"{stem}_reconstruction.nii.gz", SIZES)
+        original = generate.load_image(file, SIZES)
+        assert written.shape == original.shape == (1, 1, SIDE, SIDE, SIDE)
+    generate.interpolate(artifacts, tmp_path / "path", ends=(files[0], files[1]), n=3)
+
+
+def test_a_unet_finds_masks_in_volumes_by_patches(tmp_path: Path, draw_volumes: Draw) -> None:
+    """Patches, windows over whole volumes, and masks aligned with their volumes."""
+    project = Project(tmp_path)
+    draw_volumes(tmp_path / "data", 40, with_masks=True)
+    preprocess.run(project, data=Data(), preprocess=SIZES)
+    store = open_store(project.dataset)
+    split = store.split("train")
+    assert split.masks is not None and split.masks.shape[1:] == (1, SIDE, SIDE, SIDE)
+    bright = (split.images[:] > 100).astype(np.uint8)
+    overlap = 2 * (bright * split.masks[:]).sum() / (bright.sum() + split.masks[:].sum())
+    assert overlap > 0.95
+    phase = PHASE.model_copy(update={"epochs": 20, "learning_rate": 1e-2})
+    train.run(
+        project,
+        model=Model(name="unet", dims=3, base_channels=4, max_channels=8),
+        loss=Loss(weights=Weights(bce=1.0, dice=1.0)),
+        train=Train(batch_size=4, patch=(16, 32, 32), phases=(phase,)),
+        tracking=OFF,
+    )
+    prior.run(project, prior=Prior(), tracking=OFF)
+    found = evaluate.run(project, evaluate=Evaluate(), tracking=OFF)
+    assert found is not None and found["segmentation/dice_foreground"] > 0.8
+    assert found["segmentation/dice_foreground"] > found["segmentation/dice_foreground_mean_mask"]
+    model, info = bundle.load(project.model)
+    assert info.patch == (16, 32, 32)
+    assert model.predict(torch.rand(1, 1, SIDE, SIDE, SIDE)).prediction.shape == (1, 1, SIDE, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("name", ["vqvae", "spatial_vae"])
+def test_priors_of_3d_latents(tmp_path: Path, draw_volumes: Draw, name: str) -> None:
+    """tokens and flow draw 3-D grids of latents, which the model decodes by windows."""
+    project = Project(tmp_path)
+    draw_volumes(tmp_path / "data", 24)
+    preprocess.run(project, data=Data(), preprocess=SIZES)
+    sizes = {"base_channels": 4, "max_channels": 8, "latent_channels": 2, "latent_size": 4, "attention_resolutions": ()}
+    model = Model(name=name, dims=3, **sizes, **({"num_embeddings": 8} if name == "vqvae" else {}))
+    settings = Train(batch_size=4, patch=(16, 16, 32), phases=(PHASE,))
+    train.run(project, model=model, loss=Loss(weights=Weights(l1=1.0)), train=settings, tracking=OFF)
+    family = "tokens" if name == "vqvae" else "flow"
+    fitted = prior.run(project, prior=Prior(name=family, channels=8, blocks=1, epochs=1), tracking=OFF)
+    refiner.run(project, refiner=Refiner(), tracking=OFF)
+    assert fitted is not None and fitted.latent_shape == (2, 4, 4, 4)
+    paths = generate.run(tmp_path / "artifacts", tmp_path / "new", n=2, file_format="nifti")
+    assert nibabel.load(paths[0]).shape == (SIDE, SIDE, SIDE)
