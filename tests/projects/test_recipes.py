@@ -32,6 +32,12 @@ TINY = [  # overrides that make every recipe small
 
 
 @pytest.fixture(scope="module")
+def volumes(tmp_path_factory, draw_volumes):
+    """Drawn NIfTI volumes."""
+    return draw_volumes(tmp_path_factory.mktemp("volumes"), 24)
+
+
+@pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Drawn X-rays with masks."""
     folder = tmp_path_factory.mktemp("images")
@@ -66,7 +72,7 @@ def test_recipe_states_description_origin_and_dataset(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_builds_its_model(name, root):
     params = load(path_of(name, root))
-    shape = (params.preprocess.channels, params.preprocess.image_size, params.preprocess.image_size)
+    shape = (params.preprocess.channels, *params.preprocess.sides)
     with torch.device("meta"):  # shapes without values
         model = build_model(params.model, shape, 10, params.preprocess.mask_classes)
         output = model(torch.rand(2, *shape), torch.zeros(2, dtype=torch.int64)).prediction
@@ -76,20 +82,22 @@ def test_recipe_builds_its_model(name, root):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe_trains(name, root, images, tmp_path):
+def test_recipe_trains(name, root, images, volumes, tmp_path):
     """Two steps of each phase, from files to a model, without the perceptual loss; then the refiner if there is one."""
     tree = load(path_of(name, root))
     size = 16 if tree.loss.weights.ssim == 0 else 32
-    side = None if tree.model.latent_size is None else size // (tree.preprocess.image_size // tree.model.latent_size)
+    whole, data = min(tree.preprocess.sides), volumes if tree.preprocess.has_volumes else images
+    side = None if tree.model.latent_size is None else size // (whole // tree.model.latent_size)
     phases = [
         part for phase in tree.train.phases
         for part in (f"train.phases.{phase.name}.epochs=1", f"train.phases.{phase.name}.schedule.period=1")
     ]  # fmt: skip
     sizes = {"latent_size": "null" if side is None else max(side, 4), "latent_channels": 4, "num_embeddings": 8}
     foreign = Model.foreign_keys(tree.model.name)
-    fitting = [f"preprocess.image_size={size}"]
+    fitting = [f"preprocess.image_size={[size] * 3 if tree.preprocess.has_volumes else size}"]
+    fitting += [f"train.patch={[size // 2] * len(tree.train.patch)}"] if tree.train.patch else []
     fitting += [f"model.{key}={value}" for key, value in sizes.items() if key not in foreign]
-    params = load(path_of(name, root), [*TINY, *fitting, *phases, f"data.path={images}", "loss.weights.perceptual=0"])
+    params = load(path_of(name, root), [*TINY, *fitting, *phases, f"data.path={data}", "loss.weights.perceptual=0"])
     project = Project(tmp_path)
     preprocess.run(project, data=params.data, preprocess=params.preprocess)
     scratch = train.run(project, model=params.model, loss=params.loss, train=params.train, tracking=params.tracking)
