@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import medgen
 from medgen.config import (
+    Augment,
     Beta,
     Data,
     Evaluate,
@@ -33,7 +35,7 @@ from medgen.errors import UserError
 from medgen.evaluation import evaluate, utility
 from medgen.ingest import preprocess
 from medgen.models import bundle
-from medgen.serving import generate
+from medgen.serving import generate, uses
 from medgen.tracking import history
 from medgen.training import extractor, prior, refiner, train
 
@@ -93,6 +95,7 @@ def test_the_model_learns(trained: Project) -> None:
         assert image.width > 3 * 96  # three planes side by side, enlarged
 
 
+@pytest.mark.slow
 def test_evaluation_and_utility_of_volumes(trained: Project) -> None:
     settings = Utility(enabled=True, fractions=(0.5,), repetitions=2, steps=3, num_generated=16)
     assert utility.run(trained, features=Features(width=4, batch_size=8), utility=settings) is not None
@@ -134,8 +137,41 @@ def test_volumes_are_generated_and_reconstructed_as_nifti(trained: Project, tmp_
         original = generate.load_image(file, SIZES)
         assert written.shape == original.shape == (1, 1, SIDE, SIDE, SIDE)
     generate.interpolate(artifacts, tmp_path / "path", ends=(files[0], files[1]), n=3)
+    with pytest.raises(UserError, match="a model of volumes"):
+        uses.anomaly(artifacts, tmp_path / "maps", files=files)
+    with pytest.raises(UserError, match="--uncertainty"):
+        generate.reconstruct(artifacts, tmp_path / "maps", files=files, uncertainty=3)
 
 
+def test_the_python_api_takes_and_returns_volumes(trained: Project) -> None:
+    model, split = medgen.load(project=trained.root), medgen.open_dataset(trained.dataset).split("test")
+    volumes = split.images[:2]
+    assert model.image_shape == (1, SIDE, SIDE, SIDE)
+    assert model.sample(2, seed=0).shape == volumes.shape == model.reconstruct(volumes).shape
+    assert model.encode(volumes[0, 0]).shape == (1, 4)
+    found = model.anomalies(volumes, label="ball")
+    assert {name: found[name].shape for name in ("l1", "error", "dissimilarity", "likelihood")} == {
+        "l1": (2,), "error": (2, SIDE, SIDE, SIDE), "dissimilarity": (2, SIDE, SIDE, SIDE),
+        "likelihood": (2, SIDE, SIDE, SIDE),
+    }  # fmt: skip
+    assert model.uncertainty(volumes, n=3).shape == volumes.shape
+    hole = np.zeros((SIDE, SIDE, SIDE), bool)
+    hole[8:24, 8:24, 8:24] = True
+    filled = model.inpaint(volumes[0], hole, label="ball")
+    assert np.array_equal(filled[0, 0][~hole], volumes[0, 0][~hole])
+    with pytest.raises(UserError, match=r"images: found shape 32 x 32; expected \(N, C, D, H, W\)"):
+        model.encode(volumes[0, 0, 0])
+    scores = medgen.evaluate(split, split, train=split)
+    assert scores["generation/c2st_auc_spectrum"] < 0.6
+
+
+def test_augmentation_of_volumes_is_refused(trained: Project) -> None:
+    settings = Train(augment=Augment(vertical_flip=True))
+    with pytest.raises(UserError, match=r"train\.augment: changes images"):
+        train.run(trained, model=Model(name="vae", dims=3), loss=Loss(), train=settings, tracking=OFF)
+
+
+@pytest.mark.slow
 def test_a_unet_finds_masks_in_volumes_by_patches(tmp_path: Path, draw_volumes: Draw) -> None:
     """Patches, windows over whole volumes, and masks aligned with their volumes."""
     project = Project(tmp_path)
@@ -164,6 +200,7 @@ def test_a_unet_finds_masks_in_volumes_by_patches(tmp_path: Path, draw_volumes: 
     assert model.predict(torch.rand(1, 1, SIDE, SIDE, SIDE)).prediction.shape == (1, 1, SIDE, SIDE, SIDE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vqvae", "spatial_vae"])
 def test_priors_of_3d_latents(tmp_path: Path, draw_volumes: Draw, name: str) -> None:
     """tokens and flow draw 3-D grids of latents, which the model decodes by windows."""

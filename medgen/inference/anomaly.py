@@ -6,7 +6,7 @@
   the others (Pinaya et al. 2022), with `flow` the positions of a latent grid, with an analytic prior the pixels whose
   change would raise the density most (the gradient of Zimmerer et al. 2019).
 
-Shapes: B batch, C channels, H W height and width, h w sides of a latent grid.
+Shapes: B batch, C channels, H W height and width, h w sides of a latent grid; of volumes D H W and d h w.
 """
 
 from typing import NamedTuple
@@ -54,10 +54,11 @@ def find_anomalies(
     with torch.no_grad():
         reconstruction = model.decode(latent.mean.detach(), labels).float()
         error = (images - reconstruction).abs().mean(dim=1, keepdim=True)
-        reach = [WINDOW // 2] * 4
+        reach = [WINDOW // 2] * 2 * len(images.shape[2:])
         padded = (F.pad(each, reach, mode="reflect") for each in (images, reconstruction))
         dissimilarity = 1.0 - ssim_map(*padded).mean(dim=1, keepdim=True)
-        likelihood = None if grid is None else F.interpolate(grid.float(), images.shape[-2:], mode="bilinear")
+        mode = "bilinear" if images.dim() == 4 else "trilinear"
+        likelihood = None if grid is None else F.interpolate(grid.float(), images.shape[2:], mode=mode)
     scores = [error.flatten(1).mean(dim=1), dissimilarity.flatten(1).mean(dim=1), nll.detach()]
     return Anomalies(
         reconstruction.cpu(),
@@ -82,5 +83,5 @@ def _density(
         analytic: AnalyticPrior = prior  # type: ignore[assignment]
         likelihood = analytic.log_likelihood(latent.mean.cpu(), labels.cpu())
         return -likelihood / latent.mean[0].numel(), None
-    grid = shares.sum(dim=1, keepdim=True) if shares.dim() == 4 else None
+    grid = shares.sum(dim=1, keepdim=True) if shares.dim() > 3 else None
     return shares.flatten(1).mean(dim=1), grid

@@ -90,12 +90,17 @@ class Tokens(NeuralPrior):
     def log_likelihood_map(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Log-probability in nats (B, h, w) of each code (B, h, w), given labels (B,) and most of the other codes.
 
+        Codes of volumes are (B, d, h, w).
+
         The positions are masked in eight groups of distant positions, and each group is predicted from the others: a
         pseudo-log-likelihood (Salazar et al. 2020) in eight passes instead of one for each position.
         """
         self.network.eval()
-        height, width = codes.shape[1:]
-        group = (3 * torch.arange(height)[:, None] + torch.arange(width)).flatten().to(codes.device) % _NUM_GROUPS
+        sides = codes.shape[1:]
+        places = torch.meshgrid(*map(torch.arange, sides), indexing="ij")
+        steps = zip(places, (5, 3, 1)[-len(sides) :], strict=True)
+        numbers = torch.stack([step * place for place, step in steps]).sum(dim=0)
+        group = numbers.flatten().to(codes.device) % _NUM_GROUPS
         flat = codes.flatten(1)
         result = torch.zeros(flat.shape, device=flat.device)
         for number in range(_NUM_GROUPS):

@@ -319,6 +319,11 @@ def reconstruct(
     """
     network, info = bundle.load_generative(model / "model", pick_device("auto"))
     device = next(network.parameters()).device
+    if uncertainty and info.preprocess.has_volumes:
+        raise UserError(
+            "--uncertainty: a model of volumes; maps are written of images. Use `medgen.load` of the Python API, whose "
+            "method `uncertainty` returns arrays"
+        )
     write, suffix = image_files.writer(file_format, info, "a reconstruction"), image_files.SUFFIXES[file_format]
     labels = [_find_label(network, info, label, file) for file in files]
 

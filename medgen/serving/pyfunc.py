@@ -10,7 +10,7 @@ Each row requests `n` new images, or the reconstruction of `image`: a PNG, JPEG,
 - `seed`: the same seed gives the same images; by default it is random. A reconstruction has one only with `refine`.
 - `refine`: use the version's refiner, which adds detail that the decoder omits; by default true for new images and
   false for a reconstruction.
-The result is (images, H, W, C), uint8 or with `preprocess.bits: 16` uint16. A model of volumes gives (volumes, D, H, W, C)
+The result is (images, H, W, C), uint8 or with `preprocess.bits: 16` uint16. A model of volumes gives (N, D, H, W, C)
 and reconstructs no `image`.
 """
 

@@ -148,7 +148,18 @@ def inpaint(
 
 
 def _load(model: Path) -> Generator:
-    return load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
+    """The model with its prior.
+
+    Raises:
+        UserError: a part is missing, or the model is of volumes, whose maps these commands cannot write.
+    """
+    loaded = load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
+    if loaded.info.preprocess.has_volumes:
+        raise UserError(
+            f"{model / 'model'}: a model of volumes; this command writes maps of images. Use `medgen.load` of the "
+            "Python API, whose methods return arrays (docs/volumes.md)"
+        )
+    return loaded
 
 
 def _optional_label(loaded: Generator, label: str | None) -> int | None:

@@ -301,5 +301,7 @@ def test_grids_of_volumes_are_drawn():
     assert torch.equal(F.embedding(nearest_codes(drawn, CODEBOOK), CODEBOOK).movedim(-1, 1), drawn)
     again = Tokens.restore(*prior.state())
     assert torch.equal(again.sample(5, None, generator()), drawn)
+    shares = prior.log_likelihood_map(codes[:2], torch.full((2,), -1))
+    assert shares.shape == (2, 2, 3, 4) and bool((shares < 0).all())
     logits = prior.network.eval()(torch.zeros(1, 24, dtype=torch.int64), torch.tensor([-1]))[0]
     assert len(torch.unique(logits, dim=0)) == 24
