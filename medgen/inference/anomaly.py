@@ -3,8 +3,9 @@
 - l1, ssim: the reconstruction differs from the image. A model that has seen healthy images only reconstructs a lesion
   badly (Baur et al. 2021; the SSIM map: Bergmann et al. 2019).
 - nll: the prior gives the image's latent a low density. With `tokens` the map has the codes that are improbable given
-  the others (Pinaya et al. 2022), with `flow` the positions of a latent grid, with an analytic prior the pixels whose
-  change would raise the density most (the gradient of Zimmerer et al. 2019).
+  the others (Pinaya et al. 2022), with `flow` the positions of a latent grid, with an analytic prior the regions whose
+  change would raise the density most (the gradient of Zimmerer et al. 2019). A gradient differs from pixel to pixel by
+  chance, so it is smoothed.
 
 Shapes: B batch, C channels, H W height and width, h w sides of a latent grid; of volumes D H W and d h w.
 """
@@ -22,6 +23,7 @@ from medgen.priors import AnalyticPrior, Prior
 from medgen.priors.flow import Flow
 from medgen.priors.tokens import Tokens
 
+SMOOTHING = 1 / 16  # of the shorter side: deviation of the Gaussian on a gradient
 SCORES = ("l1", "ssim", "nll")  # higher for images that are less like the train images
 
 
@@ -50,7 +52,7 @@ def find_anomalies(
         nll, grid = _density(prior, latent, labels, generator)
         if differentiable:
             (gradient,) = torch.autograd.grad(nll.sum(), inputs)
-            grid = gradient.abs().mean(dim=1, keepdim=True)
+            grid = _smooth(gradient.abs().mean(dim=1, keepdim=True))
     with torch.no_grad():
         reconstruction = model.decode(latent.mean.detach(), labels).float()
         error = (images - reconstruction).abs().mean(dim=1, keepdim=True)
@@ -67,6 +69,16 @@ def find_anomalies(
         None if likelihood is None else likelihood.cpu(),
         torch.stack([score.double().cpu() for score in scores], dim=1),
     )
+
+
+def _smooth(maps: Tensor) -> Tensor:
+    """Maps (B, 1, H, W) smoothed by a Gaussian."""
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    sigma = SMOOTHING * min(maps.shape[-2:])
+    size = int(8 * sigma + 1) | 1  # odd
+    smooth: Tensor = gaussian_blur(maps, [size, size], [sigma, sigma])
+    return smooth
 
 
 def _density(
