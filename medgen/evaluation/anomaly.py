@@ -1,4 +1,4 @@
-"""How well scores of anomaly separate one class of the test split, the normal one, from the others."""
+"""Separate one class of the test split, the normal one, from the others by scores of anomaly."""
 
 import torch
 from torch import Tensor
