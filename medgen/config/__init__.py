@@ -5,7 +5,7 @@ params = load(Path("params.yaml"), ["train.batch_size=16"])
 
 from medgen.config.base import Section, fingerprint, seed_of, without_credentials
 from medgen.config.compute import Compute
-from medgen.config.data import Data, IntensityWindow, Preprocess, Volume
+from medgen.config.data import Condition, Data, IntensityWindow, Preprocess, Volume
 from medgen.config.evaluation import Evaluate, LocalNetwork, Utility
 from medgen.config.model import Model
 from medgen.config.params import Params, load, replace, set_at, to_name
@@ -22,6 +22,7 @@ __all__ = [
     "Augment",
     "Beta",
     "Compute",
+    "Condition",
     "Data",
     "Elastic",
     "Evaluate",

@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from medgen.config.base import Count, Fraction, NonNegative, Section, Seed
 
 Side = Annotated[int, Field(ge=16, le=1024, multiple_of=4)]
+ConditionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 GreyLevel = Annotated[int, Field(ge=0, le=65535)]
 Percentile = Annotated[float, Field(ge=0.0, le=100.0)]
 
@@ -74,6 +75,25 @@ class IntensityWindow(Section):
         return self
 
 
+class Condition(Section):
+    """A property of images, besides their class, that generation can be conditioned on."""
+
+    # category: one of several values; multilabel: any number of findings, such as a+b or a|b; number: from low to high;
+    # mask: the mask of the image
+    kind: Literal["category", "multilabel", "number", "mask"]
+    low: Annotated[float, Field(allow_inf_nan=False)] | None = None  # number: smallest value
+    high: Annotated[float, Field(allow_inf_nan=False)] | None = None  # number: largest value
+
+    @model_validator(mode="after")
+    def _only_numbers_have_a_range(self) -> Self:
+        if self.kind != "number":
+            if self.low is not None or self.high is not None:
+                raise ValueError(f"low and high are for kind number, found kind {self.kind}; remove them")
+        elif self.low is None or self.high is None or self.low >= self.high:
+            raise ValueError(f"kind number needs low below high, found {self.low} and {self.high}")
+        return self
+
+
 class Preprocess(Section):
     """From image files to the store of uint8 or uint16 images or volumes."""
 
@@ -90,6 +110,10 @@ class Preprocess(Section):
     clahe_tiles: Annotated[int, Field(ge=1, le=256)] = 8  # CLAHE uses tiles x tiles regions
     # grey value of each class in the mask files, class 0 first, such as [0, 85, 170, 255]; None: binary masks
     mask_values: Annotated[tuple[GreyLevel, ...], Field(min_length=2, max_length=256)] | None = None
+    # properties besides the class that a prior with a network and the refiner are conditioned on, by the column of
+    # manifest.csv that has them, such as {sex: {kind: category}, age: {kind: number, low: 0, high: 100}}; a condition
+    # of kind mask is the image's mask (docs/conditions.md)
+    conditions: dict[ConditionName, Condition] = Field(default_factory=dict)
     reduced_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 if the output is that much smaller
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.2  # if the dataset has no split of its own
@@ -133,6 +157,18 @@ class Preprocess(Section):
         return {key: value for key, value in dump(self).items() if (key, value) not in _NEW_KEYS.items()}
 
     @model_validator(mode="after")
+    def _conditions_have_columns(self) -> Self:
+        reserved = {name for name, condition in self.conditions.items() if (condition.kind, name) != ("mask", "mask")}
+        if reserved := reserved & RESERVED_COLUMNS:
+            raise ValueError(f"conditions: {min(reserved)} is a column with another meaning; rename the condition")
+        masks = [name for name, condition in self.conditions.items() if condition.kind == "mask"]
+        if len(masks) > 1:
+            raise ValueError(f"conditions: found {len(masks)} of kind mask ({', '.join(masks)}), expected at most one")
+        if masks and self.has_volumes:
+            raise ValueError(f"conditions.{masks[0]}: volumes take no mask as a condition; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _clahe_leaves_no_unit(self) -> Self:
         if self.window and self.window.unit and not self.window.is_percentile and self.clahe_clip > 0:
             raise ValueError(
@@ -160,4 +196,8 @@ class Preprocess(Section):
         return self
 
 
-_NEW_KEYS = {"bits": 8, "window": None}  # their defaults
+_NEW_KEYS: dict[str, Any] = {"bits": 8, "window": None, "conditions": {}}  # their defaults
+# of manifest.csv, the user's or a store's
+RESERVED_COLUMNS = frozenset(
+    ("path", "label", "patient", "group", "split", "index", "sha256", "width", "height", "mode", "mask")
+)

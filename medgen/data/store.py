@@ -5,7 +5,8 @@ artifacts/dataset/
                       volumes are (N, C, D, H, W), and their masks (N, 1, D, H, W)
                       masks-00000.npy, … (N, 1, H, W) uint8 class numbers
   manifest.csv        row i of a split = array row i: source file, index in the file, sha256, label, patient,
-                      original size and mode; sex, age and view if the user's manifest.csv has any of them
+                      original size and mode; sex, age and view if the user's manifest.csv has any of them; the columns
+                      of `preprocess.conditions`
   rejected.csv        files and images that are not in the dataset, with reasons
   dataset.json        schema, classes, shape, counts, preprocessing, intensities, hash of every file
 artifacts/dataset.checked.json   time stamps of the files at the last check of their hashes; can be deleted
@@ -39,6 +40,7 @@ from numpy.typing import NDArray
 
 from medgen import config
 from medgen.console import say
+from medgen.data.conditions import ConditionSpace
 from medgen.errors import UserError
 from medgen.io import hash_file, parsing, swap, to_json, write_atomic
 
@@ -116,6 +118,7 @@ class Split:
     labels: NDArray[np.int64]  # (N,), -1 if unlabelled
     masks: ShardedArray | None  # (N, 1, H, W) uint8 class numbers, 0/1 if binary; see `masked_rows`
     manifest: Path
+    conditions: ConditionSpace | None = None  # of `preprocess.conditions`
 
     def __len__(self) -> int:
         return len(self.images)
@@ -125,7 +128,8 @@ class Split:
 
     def rows(self) -> Iterator[dict[str, str]]:
         """The split's rows of manifest.csv, in the order of the arrays."""
-        return (row for row in read_csv(self.manifest, COLUMNS, ATTRIBUTES) if row["split"] == self.name)
+        further = (*ATTRIBUTES, *(self.conditions.vector_fields if self.conditions else ()))
+        return (row for row in read_csv(self.manifest, COLUMNS, further) if row["split"] == self.name)
 
     @cached_property
     def masked_rows(self) -> NDArray[np.int64]:
@@ -133,6 +137,13 @@ class Split:
         if self.masks is None:
             return np.zeros(0, np.int64)
         return np.fromiter((i for i, row in enumerate(self.rows()) if row["mask"]), np.int64)
+
+    @cached_property
+    def condition_values(self) -> NDArray[np.float32]:
+        """Conditions (N, K) of the images, as `medgen.data.conditions` describes; K is 0 without any."""
+        if self.conditions is None:
+            return np.zeros((len(self), 0), np.float32)
+        return self.conditions.encode_rows(self.rows())
 
     @property
     def paths(self) -> list[str]:
@@ -162,6 +173,7 @@ class Store:
     source: str  # digest of the source files and settings
     name: str  # data.name
     preprocess: config.Preprocess  # settings that a new image needs too
+    conditions: ConditionSpace | None = None  # what generation can be conditioned on besides the class
 
     def __repr__(self) -> str:
         return (
@@ -190,6 +202,7 @@ class Store:
             labels=_open_array(folder / "labels.npy"),
             masks=_open_shards(folder, "masks"),
             manifest=self.folder / MANIFEST,
+            conditions=self.conditions,
         )
 
 
@@ -231,6 +244,7 @@ def open_store(folder: Path) -> Store:
             source=description["source"],
             name=description["name"],
             preprocess=preprocess,
+            conditions=ConditionSpace.load(description.get("conditions", [])),
         )
 
 
@@ -274,10 +288,12 @@ class StoreWriter:
         with_masks: bool,
         with_attributes: bool = False,
         bits: int = 8,
+        columns: Sequence[str] = (),
     ) -> None:
-        """`bits` of an image's grey value: 8 or 16."""
+        """`bits` of an image's grey value: 8 or 16; further `columns` of the manifest."""
         self.folder = folder
-        self._columns = COLUMNS + (ATTRIBUTES if with_attributes else ())
+        attributes = ATTRIBUTES if with_attributes else ()
+        self._columns = (*COLUMNS, *attributes, *(name for name in columns if name not in attributes))
         self.building = folder.with_name(f"{folder.name}.building")
         self.shape = image_shape
         self.shapes = {"images": image_shape} | ({"masks": (1, *image_shape[1:])} if with_masks else {})
@@ -319,6 +335,9 @@ class StoreWriter:
         classes = sorted(
             {row["label"] for split, row in zip(splits, self._read_rows(), strict=True) if split is not None} - {""}
         )
+        train_rows = (row for split, row in zip(splits, self._read_rows(), strict=True) if split == "train")
+        space = ConditionSpace.from_rows(config.Preprocess.model_validate(preprocessing), train_rows)
+        conditions = {} if space is None else {"conditions": space.dump()}
         with _csv_writer(self.building / MANIFEST, self._columns) as manifest:
             counts = {split: self._write_split(split, splits, classes, manifest) for split in SPLITS}
         shutil.rmtree(self._staging)
@@ -332,8 +351,9 @@ class StoreWriter:
         description = {
             "schema": SCHEMA,
             "name": name,
-            "fingerprint": config.fingerprint(SCHEMA, classes, self.shape, files),
+            "fingerprint": config.fingerprint(SCHEMA, classes, self.shape, files, *conditions.values()),
             "classes": classes,
+            **conditions,
             "image_shape": self.shape,
             "intensity": [0, np.iinfo(self.dtypes["images"]).max],
             **_scale(preprocessing, np.iinfo(self.dtypes["images"]).max),
@@ -426,7 +446,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     expected = {"classes", "image_shape", "counts", "fingerprint", "files", "source", "name", "preprocessing"}
     if missing := expected - description.keys():
         raise _damaged(path, f"found no {', '.join(sorted(missing))}; expected a complete description")
-    digest = config.fingerprint(SCHEMA, description["classes"], description["image_shape"], description["files"])
+    parts = (description[name] for name in ("classes", "image_shape", "files", "conditions") if name in description)
+    digest = config.fingerprint(SCHEMA, *parts)
     if digest != description["fingerprint"]:
         raise _damaged(path, f"found content of fingerprint {digest}; expected {description['fingerprint']}")
     return dict(description)
@@ -498,7 +519,7 @@ def _open_shards(folder: Path, kind: str) -> ShardedArray | None:
 
 
 def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file, which may have all of the optional columns after the others.
+    """Rows of a CSV file, which may have some of the optional columns after the others.
 
     Raises:
         UserError: the file is no CSV, or has other columns.
@@ -506,7 +527,8 @@ def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         try:
-            if tuple(reader.fieldnames or ()) not in (tuple(columns), (*columns, *optional)):
+            names = tuple(reader.fieldnames or ())
+            if names[: len(columns)] != tuple(columns) or not set(names[len(columns) :]) <= set(optional):
                 raise _damaged(path, f"found columns {reader.fieldnames}; expected {list(columns)}")
             for row in reader:
                 if None in row or None in row.values():

@@ -3,7 +3,6 @@
 Shapes: N images of a split, n images with a value.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import to_name
+from medgen.data.conditions import parse_number
 from medgen.data.store import ATTRIBUTES, Split
 from medgen.evaluation.context import EvaluationContext
 from medgen.evaluation.label_accuracy import is_correct
@@ -30,7 +30,6 @@ from medgen.reports.evaluation import FAIRNESS_TEXT, PageTable
 
 MIN_IMAGES = 20  # of a group; smaller groups, and those of fewer than 10 patients, are left out
 FIRST_AGES = (0, 18, 40, 60, 80)  # of the age groups, in years
-_AGE = re.compile(r"0*(\d+)(?:\.\d+)?([YMWD]?)", re.IGNORECASE)
 
 
 class Measure(NamedTuple):
@@ -154,14 +153,12 @@ def group_names(split: Split) -> dict[str, list[str]]:
 
 def age_group(text: str) -> str:
     """The age group of an age in years, such as 63, or as DICOM writes it, such as 063Y; other texts as they are."""
-    match = _AGE.fullmatch(text.strip())
-    if match is None:
+    try:
+        years = parse_number(text)
+    except ValueError:
         return to_name(text)
-    years = (
-        int(match[1])
-        if match[2].upper() in ("", "Y")
-        else int(match[1]) // {"M": 12, "W": 52, "D": 365}[match[2].upper()]
-    )
+    if years < 0:
+        return to_name(text)
     number = max(number for number, first in enumerate(FIRST_AGES) if years >= first)
     last = f"-{FIRST_AGES[number + 1] - 1}" if number + 1 < len(FIRST_AGES) else "-or-more"
     return f"{FIRST_AGES[number]}{last}"

@@ -4,8 +4,9 @@ scanned = scan(Path("data"), params.data, params.preprocess)
 
 Supported layouts, in any mixture: CLASS/file, SPLIT/CLASS/file (also below wrapper folders), flat folders, images/ next
 to masks/, NAME_mask or NAME@ next to NAME, files of many images, and a manifest.csv with the column path and any of
-label, patient (or group) and split. If there is a manifest, it is the list of images. Values that it leaves empty come
-from the file (a DICOM header, the labels in an NPZ file), then from the names of folders and files.
+label, patient (or group), split and the columns of `preprocess.conditions`. If there is a manifest, it is the list of
+images. Values that it leaves empty come from the file (a DICOM header, the labels in an NPZ file), then from the names
+of folders and files.
 """
 
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medgen import config
+from medgen.data.store import ATTRIBUTES
 from medgen.errors import UserError
 from medgen.ingest import images, patients
 from medgen.ingest.folders import Folder, local_files
@@ -55,7 +57,13 @@ class ScanResult:
     companions: list[str]  # files that belong to an image file: labels, or the voxels of a header
     has_patient_ids: bool = False  # manifest.csv or a file contains an identifier of a patient
     has_salt: bool = False  # the folder has a salt of its own
-    attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # path -> sex, age and view
+    # path -> sex, age, view and conditions; path and index -> conditions that a file of many images has for each
+    attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    findings: Mapping[tuple[str, int], Mapping[str, str]] = field(default_factory=dict)
+
+    def attributes_of(self, record: ImageRecord) -> Mapping[str, str]:
+        """Attributes and conditions of an image by column; those of manifest.csv take precedence."""
+        return {**self.findings.get((record.path, record.index), {}), **self.attributes.get(record.path, {})}
 
 
 def scan(
@@ -84,7 +92,8 @@ def scan(
             other_files.append((path, reason))
     files.discard(MANIFEST)
     with local_files(folder, (MANIFEST, patients.SALT_FILE)) as root:
-        rows, has_own_salt = read_manifest(root, files), patients.has_salt(root)
+        columns = (*ATTRIBUTES, *(name for name in preprocess.conditions if name not in ATTRIBUTES))
+        rows, has_own_salt = read_manifest(root, files, columns), patients.has_salt(root)
     has_salt = has_own_salt or (salt_folder is not None and patients.has_salt(salt_folder))
     other_files = [(path, reason) for path, reason in other_files if path not in (rows or ())]  # listed: use it
     inspected, not_images, companions = _inspect_files(folder, files, rows or {}, preprocess)
@@ -121,7 +130,15 @@ def scan(
                 )
             )
     attributes = {path: row.attributes for path, row in (rows or {}).items() if row.attributes}
-    return ScanResult(records, sorted(other_files), sorted(companions), has_patient_ids, has_salt, attributes)
+    findings = {
+        (path, index): {name: texts[at]}
+        for name, condition in preprocess.conditions.items()
+        for path in pairs.images
+        if condition.kind == "multilabel" and (texts := inspected[path].findings) is not None
+        for at, index in enumerate(inspected[path].indices)
+    }
+    scanned = (sorted(other_files), sorted(companions), has_patient_ids, has_salt, attributes, findings)
+    return ScanResult(records, *scanned)
 
 
 def _inspect_files(

@@ -8,7 +8,7 @@ import contextlib
 import csv
 import re
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -30,11 +30,15 @@ class ManifestRow(NamedTuple):
     label: str | None = None
     patient: str | None = None
     split: str | None = None
-    attributes: Mapping[str, str] = {}  # sex, age and view, those that are given
+    attributes: Mapping[str, str] = {}  # sex, age, view and conditions, those that are given
 
 
-def read_manifest(folder: Path, present: Container[str]) -> dict[str, ManifestRow] | None:
-    """Rows by path, or None without a manifest.csv. `present` are the files known to be inside the folder.
+def read_manifest(
+    folder: Path, present: Container[str], columns: Sequence[str] = ATTRIBUTES
+) -> dict[str, ManifestRow] | None:
+    """Rows by path, or None without a manifest.csv.
+
+    `present` are the files known to be inside the folder, `columns` the names of the attributes.
 
     Raises:
         UserError: the file is no CSV in UTF-8, lacks the column path, lists a file twice, or contains a path outside
@@ -63,7 +67,7 @@ def read_manifest(folder: Path, present: Container[str]) -> dict[str, ManifestRo
                 path = _path(folder, at, text, present)
                 if path in rows:
                     raise UserError(f"{at}: {path} is listed twice; expected each file once")
-                found = ((name, (line.get(names.get(name, "")) or "").strip()) for name in ATTRIBUTES)
+                found = ((name, (line.get(names.get(name, "")) or "").strip()) for name in columns)
                 attributes = {name: sys.intern(value) for name, value in found if value}
                 rows[path] = ManifestRow(sys.intern(label) or None, patient or None, _split(at, split), attributes)
     except OSError as error:

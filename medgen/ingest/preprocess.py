@@ -24,12 +24,14 @@ from medgen import config
 from medgen.config import Project
 from medgen.console import counting_bar, note, warn
 from medgen.data import store
+from medgen.data.conditions import MAX_VALUES, parse_number, split_findings
 from medgen.errors import UserError
 from medgen.ingest import dataset_scan, patients, splits
 from medgen.ingest.dataset_checks import ImageIndex, check_dataset, escaped, summary_lines
 from medgen.ingest.dataset_scan import ImageRecord, ScanResult
 from medgen.ingest.folders import Folder, data_folder
 from medgen.ingest.formats.raw import RawImage
+from medgen.ingest.manifest import MANIFEST
 from medgen.ingest.near_duplicates import THUMBNAIL_SIZE, thumbnail
 from medgen.ingest.reading import ReadResult, hash_sources, read_images
 from medgen.ingest.transforms import Stored, preprocess_mask, preprocess_raw
@@ -127,8 +129,12 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
         small_mask = None if mask is None else preprocess_mask(mask, raw, str(record.mask), preprocess)
         return image, small_mask, thumbnail(raw.preview)
 
+    columns = [name for name, condition in preprocess.conditions.items() if condition.kind != "mask"]
+    _check_conditions(folder, scanned, preprocess)
     with (
-        store.StoreWriter(project.dataset, shape, with_masks, bool(scanned.attributes), preprocess.bits) as writer,
+        store.StoreWriter(
+            project.dataset, shape, with_masks, bool(scanned.attributes), preprocess.bits, columns
+        ) as writer,
         ImageIndex(project.runs) as index,
         counting_bar() as progress,
     ):
@@ -139,8 +145,7 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
                 (left_out if result.left_out else unreadable).append((result.record.name, result.reason))
             else:
                 image, mask, thumb = result.value
-                attributes = scanned.attributes.get(result.record.path, {})
-                writer.add(image, mask, {**_manifest_row(result), **attributes})
+                writer.add(image, mask, {**_manifest_row(result), **scanned.attributes_of(result.record)})
                 index.add(result, thumb)
             progress.advance(task)
         _check_unreadable(project, unreadable, len(records), preprocess.max_rejected)
@@ -212,8 +217,9 @@ class _SourceDigest:
         self._hash = hashlib.sha256(config.fingerprint(store.SCHEMA, data, preprocess).encode())
         for path, reason in scanned.other_files:
             self._hash.update(json.dumps([path, reason]).encode())
-        for path, attributes in sorted(scanned.attributes.items()):
-            self._hash.update(json.dumps([path, *sorted(attributes.items())]).encode())
+        for attributes in (scanned.attributes, scanned.findings):
+            for place, values in sorted(attributes.items()):
+                self._hash.update(json.dumps([place, *sorted(values.items())]).encode())
 
     def add(self, record: ImageRecord, digest: str) -> None:
         self._hash.update(json.dumps([astuple(record), digest]).encode())
@@ -235,6 +241,46 @@ def _manifest_row(result: ReadResult[_Sample]) -> dict[str, str]:
         "mode": result.mode,
         "mask": record.mask or "",
     }
+
+
+def _check_conditions(folder: Folder, scanned: ScanResult, preprocess: config.Preprocess) -> None:
+    """Refuse a condition that no image has and a number that is none; warn about numbers out of range."""
+    for name, condition in preprocess.conditions.items():
+        key = f"preprocess.conditions.{name}"
+        if condition.kind == "mask":
+            if not any(record.mask for record in scanned.records):
+                raise UserError(f"{key}: no image in {folder} has a mask; add masks, or remove the condition")
+            continue
+        texts = {record.name: scanned.attributes_of(record).get(name, "") for record in scanned.records}
+        if not any(texts.values()):
+            raise UserError(
+                f"{key}: no image in {folder} has a value; expected a column {name} in {MANIFEST}, or remove the "
+                "condition"
+            )
+        if condition.low is None or condition.high is None:
+            split = split_findings if condition.kind == "multilabel" else lambda text: [text]
+            if (count := len({value for text in texts.values() if text for value in split(text)})) > MAX_VALUES:
+                raise UserError(
+                    f"{key}: {count} different values in column {name}; expected at most {MAX_VALUES}, since a model's "
+                    "files list them. A column of names or identifiers is no condition"
+                )
+            continue
+        outside = []
+        for image, text in texts.items():
+            try:
+                number = parse_number(text) if text else condition.low
+            except ValueError:
+                raise UserError(
+                    f"{folder}/{MANIFEST}: {image} has {text[:40]!r} in column {name}; expected a number, or nothing "
+                    "where it is unknown"
+                ) from None
+            if not condition.low <= number <= condition.high:
+                outside.append(text)
+        if outside:
+            warn(
+                f"{key}: {len(outside)} images have values outside of {condition.low:g} to {condition.high:g}, such as "
+                f"{escaped(outside[0])}, which count as unknown"
+            )
 
 
 def _check_splits(folder: Folder, assigned: Sequence[str | None], rejected: Sequence[_Rejected]) -> None:

@@ -16,6 +16,7 @@ import io
 import math
 import re
 import struct
+import sys
 import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
+from medgen.data.conditions import join_findings
 from medgen.ingest.formats.medmnist import class_names
 from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableImage, check_size, no_volume
 from medgen.ingest.formats.streams import (
@@ -197,10 +199,15 @@ def _inspect_npz(path: Path, has_volumes: bool) -> Contents:
         per_split = [_read_npz_labels(archive, split, member.shape[0]) for split, member in members]
         present = [labels for labels in per_split if labels is not None]
         names: Sequence[str] | None = None
-        if len(present) == len(per_split):
+        findings: Sequence[str] | None = None
+        if len(present) == len(per_split) and len({labels.shape[1] for labels in present}) == 1:
             labels, classes = np.concatenate(present), class_names(path.stem)
-            names = _number_labels(labels) if classes is None else _name_labels(labels, classes, path.name)
-    return Contents(range(len(splits)), names, splits, independent=True)
+            if labels.shape[1] > 1:
+                findings = _name_findings(labels, classes, path.name)
+            else:
+                labels = labels[:, 0]
+                names = _number_labels(labels) if classes is None else _name_labels(labels, classes, path.name)
+    return Contents(range(len(splits)), names, splits, independent=True, findings=findings)
 
 
 def _read_image_members(archive: zipfile.ZipFile, has_volumes: bool) -> list[tuple[str, _Member]]:
@@ -236,20 +243,22 @@ def _check_image_array(member: _Member, has_volumes: bool) -> None:
 
 
 def _read_npz_labels(archive: zipfile.ZipFile, split: str, num_images: int) -> NDArray[Any] | None:
-    """One class number per image; None if there are no labels, or several per image."""
+    """Class numbers (N, 1) of the images, or 0 and 1 for each of their L findings (N, L); None if there are none."""
     key = f"{split}_labels"
     if f"{key}.npy" not in archive.namelist():
         return None
     member = _read_member(archive, key)
     if not member.shape or member.shape[0] != num_images:
         raise UnreadableImage(f"{key} has shape {member.shape} for {num_images} images")
-    if member.shape[1:] not in ((), (1,)):
+    if len(member.shape) > 2 or 0 in member.shape[1:]:
         return None
     if member.dtype.kind not in "uib":
+        if len(member.shape) == 2 and member.shape[1] > 1:
+            return None
         raise UnreadableImage(f"{key} holds {member.dtype}; expected whole numbers")
     with archive.open(member.name) as stream:
         stream.read(member.start)
-        return member.view(read_exactly(stream, member.num_bytes)).reshape(num_images)
+        return member.view(read_exactly(stream, member.num_bytes)).reshape(num_images, -1)
 
 
 class _ChunkedReader(io.BufferedReader):
@@ -467,6 +476,18 @@ def _number_labels(labels: NDArray[Any]) -> list[str]:
     width = len(str(int(numbers[-1])))
     names = [f"{int(number):0{width}}" for number in numbers]
     return [names[place] for place in places.tolist()]
+
+
+def _name_findings(labels: NDArray[Any], names: Sequence[str] | None, source: str) -> list[str] | None:
+    """Texts of the findings of each image from 0 and 1 for each finding (N, L); None for other numbers."""
+    count = labels.shape[1]
+    if labels.min() < 0 or labels.max() > 1:
+        return None
+    if names is None:
+        names = [f"{number:0{len(str(count - 1))}}" for number in range(count)]
+    if len(names) != count:
+        raise UnreadableImage(f"labels of {count} findings; {source} names {len(names)}")
+    return [sys.intern(join_findings([names[at] for at in np.flatnonzero(row).tolist()])) for row in labels]
 
 
 def _name_labels(labels: NDArray[Any], names: Sequence[str], source: str) -> list[str]:

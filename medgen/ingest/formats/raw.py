@@ -61,6 +61,7 @@ class Contents:
     splits: Sequence[str | None] | None = None  # train, val or test per index, if the file has splits
     patient: str | None = None  # identifier exactly as in the file: hash it before use, never show it
     independent: bool = False  # every image belongs to a different patient, as in a file of thousands of digits
+    findings: Sequence[str] | None = None  # one text per index, such as mass+nodule, if images have several labels
     companions: Sequence[Path] = ()  # further files that belong to this one, such as its labels
 
 
