@@ -240,6 +240,14 @@ def generate(
     label: Annotated[
         str | None, typer.Option(help="Class name or index. Default: all classes, as often as in the train split.")
     ] = None,
+    conditions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set-condition",
+            metavar="NAME=VALUE,...",
+            help="Further conditions, such as view=AP,sex=F; of a mask the image file. Repeatable. Default: unknown.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random draws.")] = 0,
     interpolate: Annotated[
         tuple[Path, Path] | None,
@@ -265,6 +273,8 @@ def generate(
         raise typer.BadParameter("--interpolate and --traverse exclude each other; give one of them")
     if traverse and file_format != "png":
         raise typer.BadParameter("--traverse writes a PNG grid and a GIF only; leave out --format")
+    if conditions and (interpolate or traverse):
+        raise typer.BadParameter("--set-condition is for new images; leave it out with --interpolate and --traverse")
     folder = _call(registry.find_model, params, overrides, source=model)
     options: dict[str, Any] = {"label": label} | ({} if n is None else {"n": n})
     if interpolate:
@@ -272,7 +282,8 @@ def generate(
     elif traverse:
         generate.traverse(folder, out, **options)
     else:
-        generate.run(folder, out, seed=seed, refine=refine, file_format=file_format, **options)
+        condition = ",".join(conditions or ())
+        generate.run(folder, out, seed=seed, refine=refine, file_format=file_format, condition=condition, **options)
 
 
 @app.command()

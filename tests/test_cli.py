@@ -30,7 +30,7 @@ COMMANDS = {
     "evaluate": {"--model", "--params", "--set"},
     "generate": {
         *("--out", "--n", "--label", "--seed", "--interpolate", "--traverse", "--refine", "--format", "--model"),
-        *("--params", "--set"),
+        *("--set-condition", "--params", "--set"),
     },
     "reconstruct": {"--out", "--label", "--format", "--uncertainty", "--model", "--params", "--set"},
     "anomaly": {"--out", "--label", "--model", "--params", "--set"},

@@ -29,7 +29,9 @@ from medgen.metrics.local_network import LocalNetwork, load_local_network
 from medgen.metrics.spectrum import radial_power
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo
+from medgen.nn.conditions import StoredConditions
 from medgen.priors import Prior, is_conditional, load_prior
+from medgen.priors.neural import NeuralPrior
 from medgen.priors.refiner import Refiner, load_refiner
 from medgen.training.distributed import World
 
@@ -132,6 +134,20 @@ class EvaluationContext:
         if not self.conditional:
             return None
         return proportional_labels(self.prior.frequencies, self.params.num_generated)
+
+    @property
+    def sample_conditions(self) -> StoredConditions | None:
+        """Conditions of each evaluated sample; None without any."""
+        return self.conditions_of(self.sample_labels, self.params.num_generated)
+
+    def conditions_of(self, labels: Tensor | None, n: int) -> StoredConditions | None:
+        """Conditions of `n` samples with labels (n,): those of held-out images of the class in turn; None without any.
+
+        Those of train images would invite copies of the images that have exactly these conditions.
+        """
+        if not isinstance(self.prior, NeuralPrior) or self.prior.space is None:
+            return None
+        return StoredConditions(self.held_out, matching_rows(self.labels, labels, n))
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -271,6 +287,21 @@ def extract_features(extractor: DomainExtractor, images: Images, batch_size: int
 def labels_of(split: Split) -> Tensor:
     """Labels (N,) int64 of a split, in memory."""
     return torch.from_numpy(np.array(split.labels[:]))
+
+
+def matching_rows(labels: Tensor, wanted: Tensor | None, n: int) -> Tensor:
+    """Rows (n,) of images with labels (N,) that have the `wanted` labels (n,), in turn; -1 where no image has it.
+
+    Without `wanted`, all images come in turn.
+    """
+    if wanted is None:
+        return torch.arange(n) % len(labels)
+    rows = torch.full((n,), -1)
+    for label in sorted(set(wanted.tolist())):
+        own, places = (labels == label).nonzero()[:, 0], (wanted == label).nonzero()[:, 0]
+        if len(own):
+            rows[places] = own[torch.arange(len(places)) % len(own)]
+    return rows
 
 
 def proportional_labels(frequencies: Tensor, n: int) -> Tensor:

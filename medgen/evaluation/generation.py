@@ -34,6 +34,7 @@ from medgen.metrics.intervals import Groups, Interval, group_rows, interval_metr
 from medgen.metrics.mmd import MAX_BANDWIDTH_IMAGES, kid, median_distance, mmd
 from medgen.metrics.spectrum import log_power, spectrum_metrics
 from medgen.models.base import Decoder
+from medgen.nn.conditions import Conditions
 from medgen.priors import iterate_samples
 from medgen.priors.refiner import Refiner
 
@@ -55,10 +56,17 @@ class RecordingRefiner:
     decoded: list[Tensor]  # batches (B, C, H, W) as stored, on the CPU
     bits: int  # of a stored grey value
 
-    def sample(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        decoder: Decoder,
+        latents: Tensor,
+        labels: Tensor | None,
+        generator: torch.Generator,
+        conditions: Conditions | None = None,
+    ) -> Tensor:
         """See `medgen.priors.ImageRefiner`."""
         self.decoded.append(to_stored(decoder.decode(latents, labels).float().cpu(), self.bits))
-        return self.refiner.sample(decoder, latents, labels, generator)
+        return self.refiner.sample(decoder, latents, labels, generator, conditions)
 
 
 @torch.no_grad()
@@ -82,6 +90,7 @@ def draw_samples(context: EvaluationContext) -> Samples:
         RecordingRefiner(context.refiner, decoded, bits) if context.refiner else None,
         world.rank,
         world.size,
+        context.sample_conditions,
     ):
         images.append(to_stored(middle_planes(batch), bits))
     samples = world.concat(torch.cat(images))

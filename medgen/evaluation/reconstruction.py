@@ -27,6 +27,7 @@ from medgen.metrics.latent import active_units, codebook_usage, kl_nats
 from medgen.metrics.mmd import mmd, paired_mmd
 from medgen.metrics.spectrum import log_power, radial_power, spectrum_metrics
 from medgen.models.base import Latent
+from medgen.nn.conditions import read_conditions
 from medgen.nn.ssim import ssim
 from medgen.training.distributed import World
 
@@ -113,7 +114,8 @@ def refine_rows(context: EvaluationContext, rows: Tensor, decoded: Tensor) -> Te
     assert context.refiner is not None
     generator = torch.Generator().manual_seed(seed_of(context.params.seed, 4, int(rows[0])))
     levels, labels = torch.zeros(len(rows), device=context.device), context.labels[rows].to(context.device)
-    return context.refiner.refine(decoded.to(context.device), levels, labels, generator).cpu()
+    conditions = None if context.refiner.space is None else read_conditions(context.held_out, rows)
+    return context.refiner.refine(decoded.to(context.device), levels, labels, generator, conditions).cpu()
 
 
 def evaluate_pca(context: EvaluationContext) -> dict[int, float]:

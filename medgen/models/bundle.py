@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from medgen.config import Model, Preprocess, unknown_name
+from medgen.data.conditions import ConditionField, ConditionSpace
 from medgen.data.store import Store
 from medgen.errors import UserError
 from medgen.io import hash_file, parsing, read_description, read_tensors, save_artifact
@@ -39,13 +40,19 @@ class BundleInfo:
     init_from: str | None = None  # weights that the training started from, with their SHA-256
     patch: tuple[Side, ...] | None = None  # sides of the crops it was trained on; None: whole images
     schema: int = SCHEMA
+    conditions: tuple[ConditionField, ...] = ()  # of the training store
+
+    @property
+    def space(self) -> ConditionSpace | None:
+        """The conditions, as a prior takes them; None without any."""
+        return ConditionSpace(self.conditions) if self.conditions else None
 
 
 def save(folder: Path, model: ImageModel, info: BundleInfo) -> None:
     """Write the bundle atomically."""
     description = TypeAdapter(BundleInfo).dump_python(info, mode="json")
-    for name in ("init_from", "patch"):
-        if description[name] is None:
+    for name in ("init_from", "patch", "conditions"):
+        if not description[name]:
             del description[name]  # as before, so that equal models have equal bytes
     save_artifact(folder, "model", model.state_dict(), description)
 

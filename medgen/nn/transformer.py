@@ -1,6 +1,6 @@
 """Transformer that predicts masked codes of a grid (Chang et al., MaskGIT, 2022).
 
-Shapes: B batch, K codes, P = h·w positions of a grid, C channels.
+Shapes: B batch, K codes, P = h·w positions of a grid, C channels, V values of conditions, G channels of a mask.
 """
 
 import math
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen.nn.parallel import Dropout
+from medgen.nn.velocity import mlp
 
 HEAD_CHANNELS = 32
 
 
 class MaskedTransformer(nn.Module):
-    """Bidirectional transformer with norm before each layer (Xiong et al. 2020) over grids of codes, mask and class.
+    """Bidirectional transformer with norm before each layer (Xiong et al. 2020) over grids of codes, given the class.
 
     A position is embedded by its row and column, in a volume also by its slice. The embedding of the codes also gives
     the logits.
@@ -27,10 +28,20 @@ class MaskedTransformer(nn.Module):
         channels: width; a head has about 32 of them.
         blocks: number of transformer blocks.
         dropout: of embeddings and block outputs.
+        num_values: V, length of a vector of conditions besides the class; 0 for none.
+        context_channels: G, channels of a map (G, h, w) that conditions the network; 0 for none.
     """
 
     def __init__(
-        self, sides: tuple[int, ...], num_embeddings: int, num_classes: int, channels: int, blocks: int, dropout: float
+        self,
+        sides: tuple[int, ...],
+        num_embeddings: int,
+        num_classes: int,
+        channels: int,
+        blocks: int,
+        dropout: float,
+        num_values: int = 0,
+        context_channels: int = 0,
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
@@ -49,13 +60,24 @@ class MaskedTransformer(nn.Module):
         for embedding in (self.code.weight, self.label.weight, self.row, self.column, *slices):
             nn.init.normal_(embedding, std=0.2)  # the usual 0.02 learns more slowly
         nn.init.constant_(self.norm.weight, 0.1)  # keeps the first logits near 0 despite the large embeddings
+        self.values = mlp(num_values, channels) if num_values else None
+        self.context = nn.Conv2d(context_channels, channels, 3, padding=1) if context_channels else None
 
-    def forward(self, codes: Tensor, label: Tensor) -> Tensor:
-        """Codes (B, P), K if masked, and labels (B,), -1 for none -> logits (B, P, K)."""
+    def forward(
+        self, codes: Tensor, label: Tensor, values: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """Codes (B, P), K if masked, and labels (B,), -1 for none -> logits (B, P, K).
+
+        A network built with `num_values` and `context_channels` takes conditions (B, V) and a map (B, G, h, w).
+        """
         position = self.row + self.column
         if self.slice is not None:
             position = self.slice + position
         x = self.code(codes) + position.flatten(0, -2) + self.label(label + 1)[:, None]
+        if self.values is not None and values is not None:
+            x = x + self.values(values)[:, None]
+        if self.context is not None and context is not None:
+            x = x + self.context(context).flatten(2).transpose(1, 2)
         x = self.norm(self.head(self.blocks(self.dropout(x))))
         return F.linear(x, self.code.weight[: self.num_embeddings], self.bias)
 

@@ -36,6 +36,7 @@ class VelocityNetwork(nn.Module):
         has_noise_level: the map's noise level conditions the network as the time does.
         smallest_side: grids are halved until a side is this small, or `MAX_DOWNSAMPLINGS` times.
         attention_side: grids up to this side have self-attention; the smallest one always has.
+        num_values: K, length of a vector of conditions besides the class; 0 for none.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class VelocityNetwork(nn.Module):
         has_noise_level: bool = False,
         smallest_side: int = 4,
         attention_side: int = 4,
+        num_values: int = 0,
     ) -> None:
         super().__init__()
-        self.condition = ConditionEmbedding(channels, num_classes, has_noise_level)
+        self.condition = ConditionEmbedding(channels, num_classes, has_noise_level, num_values)
         condition_dim = 4 * channels
         latent_channels, *sides = latent_shape if len(latent_shape) > 1 else (*latent_shape, 1, 1)
         dims, size = len(sides), 1 if max(sides) == 1 else 3
@@ -83,14 +85,20 @@ class VelocityNetwork(nn.Module):
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]  # there is one
 
     def forward(
-        self, x: Tensor, time: Tensor, label: Tensor, context: Tensor | None = None, noise_level: Tensor | None = None
+        self,
+        x: Tensor,
+        time: Tensor,
+        label: Tensor,
+        context: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """Inputs (B, *latent_shape), times (B,) in [0, 1], labels (B,), -1 for none -> velocities (B, *latent_shape).
 
         A network built with `context_channels` and `has_noise_level` takes `context` (B, G, h, w) and its noise levels
-        (B,).
+        (B,), one with `num_values` takes conditions (B, K).
         """
-        condition = self.condition(time, label, noise_level)
+        condition = self.condition(time, label, noise_level, values)
         shape, skips = x.shape, []
         x = x.view(-1, *self.grid)
         x = self.enter(x if context is None else torch.cat([x, context], dim=1))
@@ -107,20 +115,25 @@ class VelocityNetwork(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    """Embeds time and noise level, as Fourier features (Tancik et al. 2020), and class: (B, 4·C)."""
+    """Embeds time and noise level, as Fourier features (Tancik et al. 2020), class and conditions: (B, 4·C)."""
 
-    def __init__(self, channels: int, num_classes: int, has_noise_level: bool = False) -> None:
+    def __init__(self, channels: int, num_classes: int, has_noise_level: bool = False, num_values: int = 0) -> None:
         super().__init__()
         self.num_frequencies = channels // 2
-        self.time = _mlp(channels)
+        self.time = mlp(channels, 4 * channels)
         self.label = nn.Embedding(num_classes + 1, 4 * channels)  # row 0 is "no label"
-        self.level = _mlp(channels) if has_noise_level else None
+        self.level = mlp(channels, 4 * channels) if has_noise_level else None
+        self.values = mlp(num_values, 4 * channels) if num_values else None
 
-    def forward(self, time: Tensor, label: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        """Times (B,), labels (B,) and noise levels (B,) -> (B, 4·C)."""
+    def forward(
+        self, time: Tensor, label: Tensor, noise_level: Tensor | None = None, values: Tensor | None = None
+    ) -> Tensor:
+        """Times (B,), labels (B,), noise levels (B,) and conditions (B, K) -> (B, 4·C)."""
         features = self.time(self._fourier_features(time)) + self.label(label + 1)
         if self.level is not None and noise_level is not None:
             features = features + self.level(self._fourier_features(noise_level))
+        if self.values is not None and values is not None:
+            features = features + self.values(values)
         return F.silu(features)
 
     def _fourier_features(self, value: Tensor) -> Tensor:
@@ -130,8 +143,9 @@ class ConditionEmbedding(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _mlp(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    """Two linear layers: (B, inputs) -> (B, outputs)."""
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
 
 
 class Stage(nn.Module):

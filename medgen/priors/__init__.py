@@ -7,19 +7,23 @@ Shapes: as in medgen/models/base.py; N images in a split.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medgen import config
 from medgen.config import seed_of, unknown_name
+from medgen.data.conditions import ConditionSpace, parse_request
 from medgen.errors import UserError
 from medgen.io import parsing, read_description, read_tensors, save_artifact
 from medgen.models.base import Decoder
 from medgen.models.bundle import class_index
+from medgen.nn.conditions import ConditionArray, Conditions, encode_mask
 from medgen.priors.axes import LatentArray
 from medgen.priors.flow import Flow
 from medgen.priors.gaussian import Gaussian, Normal
@@ -31,7 +35,14 @@ from medgen.priors.tokens import Tokens
 class ImageRefiner(Protocol):
     """The part of a refiner that sampling needs."""
 
-    def sample(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        decoder: Decoder,
+        latents: Tensor,
+        labels: Tensor | None,
+        generator: torch.Generator,
+        conditions: Conditions | None = None,
+    ) -> Tensor:
         """Decode and refine a prior's latents (B, *latent_shape): images (B, C, H, W) in [0, 1]."""
         ...
 
@@ -156,6 +167,45 @@ def find_label(label: str, classes: Sequence[str], prior: Prior, model: Decoder)
     return index
 
 
+def find_conditions(
+    request: str | Mapping[str, object],
+    space: ConditionSpace | None,
+    prior: Prior,
+    read_mask: Callable[[Any], NDArray[np.uint8]],
+) -> Conditions | None:
+    """Conditions of a single image to generate; None if nothing is requested.
+
+    Args:
+        request: values by name, or a text such as view=AP,sex=F; conditions that are left out are unknown.
+        space: conditions of the model's dataset; None without any.
+        prior: the prior.
+        read_mask: returns the class numbers (1, H, W) of a requested mask.
+
+    Raises:
+        UserError: a name or a value is unknown, or generation does not depend on conditions.
+    """
+    wanted = dict(parse_request(request) if isinstance(request, str) else request)
+    if not wanted:
+        return None
+    if space is None:
+        raise UserError(
+            "condition: the model was trained without conditions; leave it out, or set preprocess.conditions and run "
+            "all stages again"
+        )
+    if not isinstance(prior, NeuralPrior) or prior.space is None:
+        raise UserError(
+            f"condition: prior {prior.name!r} does not depend on conditions; leave it out, or run "
+            "`medgen prior --set prior.name=flow --set prior.conditional=true`"
+        )
+    mask = None
+    if space.mask is not None:
+        mask = Conditions.unknown(space, 1).mask
+        if space.mask.name in wanted:
+            classes = torch.from_numpy(read_mask(wanted.pop(space.mask.name)))
+            mask = encode_mask(classes[None], space.mask_channels, torch.ones(1))
+    return Conditions(torch.tensor([space.encode_request(wanted)]).view(1, space.size), mask)
+
+
 def draw_labels(prior: Prior, model: Decoder, n: int, generator: torch.Generator) -> Tensor | None:
     """Labels (n,) int64 drawn by their frequency in the train split; None if generation is unconditional."""
     if not is_conditional(prior, model):
@@ -173,12 +223,13 @@ def iterate_samples(
     refiner: ImageRefiner | None = None,
     rank: int = 0,
     world: int = 1,
+    conditions: ConditionArray | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield batches of new images (b, C, H, W) in [0, 1] and their labels (b,), on the CPU, `n` images in all.
 
     The same seed and batch size give the same images; a refiner refines those same images. Each batch has its own
     generator, so process `rank` of `world` draws only its contiguous part of the batches. Without `labels` (n,), they
-    are drawn by frequency.
+    are drawn by frequency. `conditions` of the n images are unknown if they are None.
     """
     if labels is None:
         labels = draw_labels(prior, model, n, torch.Generator().manual_seed(seed))
@@ -189,13 +240,18 @@ def iterate_samples(
         generators = [torch.Generator().manual_seed(seed_of(seed, part, number)) for part in (0, 1)]
         start = number * batch_size
         batch_labels = None if labels is None else labels[start : start + batch_size]
-        latents = prior.sample(min(batch_size, n - start), batch_labels, generators[0]).to(device)
+        own = None if conditions is None else conditions[torch.arange(start, min(start + batch_size, n))]
+        count, generator = min(batch_size, n - start), generators[0]
+        if isinstance(prior, NeuralPrior):
+            latents = prior.sample(count, batch_labels, generator, own).to(device)
+        else:
+            latents = prior.sample(count, batch_labels, generator).to(device)
         device_labels = None if batch_labels is None else batch_labels.to(device)
         with torch.no_grad():
             if refiner is None:
                 images = model.decode(latents, device_labels)
             else:
-                images = refiner.sample(model, latents, device_labels, generators[1])
+                images = refiner.sample(model, latents, device_labels, generators[1], own)
         yield images.float().cpu(), batch_labels
 
 
@@ -207,6 +263,8 @@ def sample_images(
     seed: int,
     batch_size: int = 64,
     refiner: ImageRefiner | None = None,
+    conditions: ConditionArray | None = None,
 ) -> Tensor:
     """Generate `n` images (n, C, H, W) in [0, 1] on the CPU; see `iterate_samples`."""
-    return torch.cat([images for images, _ in iterate_samples(prior, model, n, labels, seed, batch_size, refiner)])
+    batches = iterate_samples(prior, model, n, labels, seed, batch_size, refiner, conditions=conditions)
+    return torch.cat([images for images, _ in batches])

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medgen import config
-from medgen.nn.guidance import drop_labels
+from medgen.data.conditions import ConditionSpace
+from medgen.nn.conditions import Conditions, drop_conditions, grid_channels
 from medgen.nn.parallel import randn
 from medgen.nn.velocity import VelocityNetwork
 from medgen.priors.axes import LOG_TAU, LatentArray
@@ -42,9 +43,14 @@ class Flow(NeuralPrior):
     name: ClassVar[str] = "flow"
 
     def __init__(
-        self, latent_shape: tuple[int, ...], buffers: Mapping[str, Tensor], network: nn.Module, params: config.Prior
+        self,
+        latent_shape: tuple[int, ...],
+        buffers: Mapping[str, Tensor],
+        network: nn.Module,
+        params: config.Prior,
+        space: ConditionSpace | None = None,
     ) -> None:
-        super().__init__(latent_shape, buffers, network, params)
+        super().__init__(latent_shape, buffers, network, params, space)
         self.path = GaussianPath.restore(buffers)
         self.noise = buffers["noise"]  # (D,) root of the mean posterior variance; empty without one
 
@@ -57,6 +63,7 @@ class Flow(NeuralPrior):
         params: config.Prior,
         variance: Tensor | None = None,
         codebook: Tensor | None = None,
+        space: ConditionSpace | None = None,
     ) -> Self:
         """See `NeuralPrior.create`; a codebook is not used."""
         frequencies = class_frequencies(labels, num_classes)
@@ -64,31 +71,46 @@ class Flow(NeuralPrior):
         used = labels.cpu() if labels is not None and num_classes else torch.full((len(latents),), -1)
         path = GaussianPath.fit(latents, used, num_classes)
         buffers = {**vars(path), "noise": posterior_noise(variance), "frequencies": frequencies}
-        return cls.initialise(tuple(latents.shape[1:]), buffers, params)
+        return cls.initialise(tuple(latents.shape[1:]), buffers, params, space)
 
     @staticmethod
     def build_network(
-        latent_shape: tuple[int, ...], buffers: Mapping[str, Tensor], params: config.Prior
+        latent_shape: tuple[int, ...],
+        buffers: Mapping[str, Tensor],
+        params: config.Prior,
+        space: ConditionSpace | None = None,
     ) -> VelocityNetwork:
         """See `NeuralPrior.build_network`."""
         num_classes = conditioning_classes(params, buffers["frequencies"])
-        return VelocityNetwork(latent_shape, num_classes, params.channels, params.blocks, params.dropout)
+        return VelocityNetwork(
+            latent_shape,
+            num_classes,
+            params.channels,
+            params.blocks,
+            params.dropout,
+            context_channels=grid_channels(space, grid_sides(latent_shape)),
+            num_values=0 if space is None else space.size,
+        )
 
-    def velocity(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, time: Tensor, labels: Tensor, conditions: Conditions | None = None) -> Tensor:
         """Mean velocity of standardised latents (B, *latent_shape) at times (B,), given labels (B,), -1 for none."""
         scale = _path_scale(time, x)
-        difference: Tensor = self.network(x / scale, time, labels).float()
+        if conditions is not None:
+            conditions = conditions.on_grid(grid_sides(self.latent_shape))
+        difference = self._output(x / scale, time, labels, conditions)
         return self.path.velocity(x, time, labels) + difference / scale
 
-    def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, latents: Tensor, labels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> Tensor:
         """Mean squared error of the velocity over all dimensions; see `NeuralPrior.loss`."""
         noise = randn(*latents.shape, generator=generator).to(latents.device)
         time = randn(len(latents), generator=generator).sigmoid().to(latents.device)
-        labels = drop_labels(labels, self.conditional, generator)
+        labels, conditions = drop_conditions(labels, conditions, self.conditional, self.space, generator)
         self.path = self.path.to(latents.device)
         standard = self.path.standardise(latents)
         x = torch.lerp(noise, standard, expand(time, noise))
-        return F.mse_loss(self.velocity(x, time, labels), standard - noise)
+        return F.mse_loss(self.velocity(x, time, labels, conditions), standard - noise)
 
     @torch.no_grad()
     def invert(self, latents: Tensor, labels: Tensor) -> Tensor:
@@ -132,17 +154,26 @@ class Flow(NeuralPrior):
         volume = volume + 0.5 * (y[0].numel() - len(kept)) * self.path.variances[-1].log()
         return -0.5 * (y.square() + LOG_TAU) - divergence - volume / y[0].numel()
 
-    def _sample(self, labels: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+    def _sample(
+        self, labels: Tensor, conditions: Conditions | None, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
         noise = torch.randn(len(labels), *self.latent_shape, generator=generator)
         self.path = self.path.to(device)
-        parts = zip(torch.split(noise, _BATCH_SIZE), torch.split(labels, _BATCH_SIZE), strict=True)
-        latents = torch.cat([self._integrate(part.to(device), of.to(device)).cpu() for part, of in parts])
+        parts = []
+        for rows in torch.split(torch.arange(len(labels)), _BATCH_SIZE):
+            own = None
+            if conditions is not None:
+                own = conditions[rows].to(device).on_grid(grid_sides(self.latent_shape))
+            parts.append(self._integrate(noise[rows].to(device), labels[rows].to(device), own).cpu())
+        latents = torch.cat(parts)
         return add_noise(latents.flatten(1), self.noise, generator).view(latents.shape)
 
-    def _integrate(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Noise (B, *latent_shape) -> latents of labels (B,)."""
+    def _integrate(self, noise: Tensor, labels: Tensor, conditions: Conditions | None) -> Tensor:
+        """Noise (B, *latent_shape) -> latents of labels (B,) and conditions on the network's grid."""
         num_steps = self.params.sampling_steps or DEFAULT_SAMPLING_STEPS
-        y = integrate(lambda y, time: self._y_velocity(y, time, labels), noise, num_steps, self.params.solver)
+        y = integrate(
+            lambda y, time: self._y_velocity(y, time, labels, conditions), noise, num_steps, self.params.solver
+        )
         return self._from_y(y, labels)
 
     def _from_y(self, y: Tensor, labels: Tensor) -> Tensor:
@@ -160,23 +191,37 @@ class Flow(NeuralPrior):
         centre = self.params.guidance * self.path.centres[labels + 1]
         return expand(time, y) * centre + self.path.scale_axes(y, self.path.variances_at(time).sqrt())
 
-    def _y_velocity(self, y: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+    def _y_velocity(self, y: Tensor, time: Tensor, labels: Tensor, conditions: Conditions | None = None) -> Tensor:
         """dy/dt at `y` (B, *latent_shape): the network's part of the velocity, divided by the path's deviations."""
         x = self._to_x(y, time, labels)
         scale = _path_scale(time, x)
-        difference = self._guided_output(x / scale, time, labels) / scale
+        difference = self._guided_output(x / scale, time, labels, conditions) / scale
         return self.path.scale_axes(difference, self.path.variances_at(time).rsqrt())
 
-    def _guided_output(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+    def _guided_output(self, x: Tensor, time: Tensor, labels: Tensor, conditions: Conditions | None) -> Tensor:
         """Network output with guidance: unconditional + guidance · (conditional - unconditional)."""
         guidance, none = self.params.guidance, torch.full_like(labels, -1)
-        if guidance in (0.0, 1.0) or bool((labels < 0).all()):
-            output: Tensor = self.network(x, time, none if guidance == 0.0 else labels)
-            return output.float()
+        if guidance == 1.0 or (conditions is None and (guidance == 0.0 or bool((labels < 0).all()))):
+            return self._output(x, time, none if guidance == 0.0 else labels, conditions)
         twice = x.repeat(2, *[1] * (x.dim() - 1))
-        outputs = self.network(twice, time.repeat(2), torch.cat([labels, none])).float()
-        conditional, unconditional = outputs.chunk(2)
+        both = None if conditions is None else conditions.then(conditions.cleared())
+        conditional, unconditional = self._output(twice, time.repeat(2), torch.cat([labels, none]), both).chunk(2)
         return torch.lerp(unconditional, conditional, guidance)
+
+    def _output(self, x: Tensor, time: Tensor, labels: Tensor, conditions: Conditions | None) -> Tensor:
+        """Output of the network for scaled latents (B, *latent_shape) and conditions on its grid; None: unknown."""
+        if self.space is None:
+            output: Tensor = self.network(x, time, labels)
+            return output.float()
+        if conditions is None:
+            conditions = Conditions.unknown(self.space, len(x), x.device).on_grid(grid_sides(self.latent_shape))
+        output = self.network(x, time, labels, conditions.mask, values=conditions.values)
+        return output.float()
+
+
+def grid_sides(latent_shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of a latent's grid; a flat latent is a grid of one position."""
+    return (latent_shape[1], latent_shape[2]) if len(latent_shape) == 3 else (1, 1)
 
 
 def _path_scale(time: Tensor, x: Tensor) -> Tensor:

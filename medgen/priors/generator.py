@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from medgen.data.conditions import ConditionSpace
 from medgen.errors import UserError
 from medgen.models import GenerativeModel
 from medgen.models.bundle import BundleInfo, digest, load_generative
@@ -38,7 +39,14 @@ def load_generator(model: Path, prior: Path, refiner: Path, device: torch.device
             f"{prior}: latents and number of classes are {found}, expected {expected} as in {model}; run "
             "`medgen prior` again"
         )
-    return Generator(network, info, fitted, load_refiner(refiner, weights, device))
+    refines = load_refiner(refiner, weights, device)
+    for folder, part in ((prior, fitted), (refiner, refines)):
+        space: ConditionSpace | None = getattr(part, "space", None)
+        if space is not None and space != info.space:
+            raise UserError(
+                f"{folder}: made for other conditions than {model}; run `medgen prior` and `medgen refiner`"
+            )
+    return Generator(network, info, fitted, refines)
 
 
 def content_hash(model: Path, prior: Path, refiner: Path) -> str:

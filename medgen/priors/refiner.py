@@ -35,10 +35,11 @@ from torch.nn import functional as F
 
 from medgen import config
 from medgen.config import seed_of
+from medgen.data.conditions import ConditionSpace
 from medgen.errors import UserError
 from medgen.io import parsing, read_description, read_tensors, save_artifact, to_json, write_folder
 from medgen.models.base import Decoder
-from medgen.nn.guidance import drop_labels
+from medgen.nn.conditions import Conditions, drop_conditions
 from medgen.nn.parallel import randn
 from medgen.nn.velocity import VelocityNetwork
 from medgen.priors.neural import load_network
@@ -64,6 +65,7 @@ class Refiner:
         spectrum: (C, H, W // 2 + 1) mean power of the standardised residual at each frequency of `rfft2`.
         latent_scale: (*latent_shape) standard deviation of each dimension of the train split's latents.
         gain: (H, W // 2 + 1) of refined images at each frequency of `rfft2`; 1 by default.
+        space: conditions besides the class that the network takes; None for none.
     """
 
     def __init__(
@@ -76,12 +78,14 @@ class Refiner:
         spectrum: Tensor,
         latent_scale: Tensor,
         gain: Tensor | None = None,
+        space: ConditionSpace | None = None,
     ) -> None:
         self.network, self.params = network, params
         self.image_shape, self.num_classes = image_shape, num_classes
         self.residual_scale, self.spectrum, self.latent_scale = residual_scale, spectrum, latent_scale
         self.gain = torch.ones(spectrum.shape[1:]) if gain is None else gain
         self.patch = patch_size(image_shape)
+        self.space = space
 
     @classmethod
     def create(
@@ -92,12 +96,14 @@ class Refiner:
         residual_scale: Tensor,
         spectrum: Tensor,
         latent_scale: Tensor,
+        space: ConditionSpace | None = None,
     ) -> Self:
         """Return an untrained refiner; the same seed gives the same network."""
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(params.seed))
-            network = build_network(params, image_shape, num_classes)
-        return cls(network, params, image_shape, num_classes, residual_scale, spectrum, latent_scale)
+            network = build_network(params, image_shape, num_classes, space)
+        sizes = (network, params, image_shape, num_classes)
+        return cls(*sizes, residual_scale, spectrum, latent_scale, space=space)
 
     def loss(
         self,
@@ -107,6 +113,7 @@ class Refiner:
         levels: Tensor,
         labels: Tensor,
         generator: torch.Generator,
+        conditions: Conditions | None = None,
     ) -> Tensor:
         """Mean squared error of the velocity, weighted by frequency; a scalar.
 
@@ -117,15 +124,16 @@ class Refiner:
             levels: (B,) noise on those latents, in standard deviations.
             labels: (B,), -1 where unlabelled.
             generator: source of all randomness, on the CPU.
+            conditions: of the images, on their device; None without any.
         """
         residual = _filter((images - decoded) / self._scale(images), self.spectrum.rsqrt())
         noise = randn(*residual.shape, generator=generator).to(residual.device)
         # logit-normal times: those near 0 and 1 are easy (Esser et al. 2024, section 3.1)
         time = randn(len(images), generator=generator).sigmoid().to(residual.device)
-        labels = drop_labels(labels, self.num_classes > 0, generator)
+        labels, conditions = drop_conditions(labels, conditions, self.num_classes > 0, self.space, generator)
         angle = self._angle(time)
         y, target = _rotate(noise, residual, angle), _rotate(residual, -noise, angle)
-        velocity = self._velocity(network, y, time, labels, decoded, levels)
+        velocity = self._velocity(network, y, time, labels, decoded, levels, conditions)
         weight = self._relative_deviation() ** EMPHASIS
         error = _filter(velocity - target, weight / weight.square().mean().sqrt())
         return error.square().mean()
@@ -137,15 +145,37 @@ class Refiner:
         return latents + amount * self.latent_scale.to(latents.device) * noise
 
     @torch.no_grad()
-    def sample(self, decoder: Decoder, latents: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        decoder: Decoder,
+        latents: Tensor,
+        labels: Tensor | None,
+        generator: torch.Generator,
+        conditions: Conditions | None = None,
+    ) -> Tensor:
         """Decode a prior's latents with noise on them, and refine: images (B, C, H, W) in [0, 1], on their device."""
         levels = torch.full((len(latents),), self.params.sampling_noise, device=latents.device)
         noised = self.noise_latents(latents, levels, generator)
-        return self.refine(decoder.decode(noised, labels).float(), levels, labels, generator)
+        return self.refine(decoder.decode(noised, labels).float(), levels, labels, generator, conditions)
 
     @torch.no_grad()
-    def refine(self, decoded: Tensor, levels: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] sampled given decoded ones, whose latents have noise of the levels (B,)."""
+    def refine(
+        self,
+        decoded: Tensor,
+        levels: Tensor,
+        labels: Tensor | None,
+        generator: torch.Generator,
+        conditions: Conditions | None = None,
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] sampled given decoded ones, whose latents have noise of the levels (B,).
+
+        `conditions` are of the images, on any device; None if they are unknown.
+        """
+        if self.space is None:
+            conditions = None
+        elif conditions is None:
+            conditions = Conditions.unknown(self.space, len(decoded))
+        conditions = None if conditions is None else conditions.to(decoded.device)
         self.network.eval()
         if labels is None or not self.num_classes:
             labels = torch.full((len(decoded),), -1, device=decoded.device)
@@ -153,29 +183,51 @@ class Refiner:
         num_steps = self.params.sampling_steps
         for step in range(num_steps):
             start, middle, end = (y.new_full((len(y),), (step + part) / num_steps) for part in (0.0, 0.5, 1.0))
-            velocity = self._guided_velocity(y, start, labels, decoded, levels)
+            velocity = self._guided_velocity(y, start, labels, decoded, levels, conditions)
             if self.params.solver == "midpoint":
                 half = y + _filter(velocity, self._angle(middle) - self._angle(start))
-                velocity = self._guided_velocity(half, middle, labels, decoded, levels)
+                velocity = self._guided_velocity(half, middle, labels, decoded, levels, conditions)
             y = y + _filter(velocity, self._angle(end) - self._angle(start))
         residual = _filter(y, self.spectrum.sqrt())
         return _filter(decoded + self._scale(decoded) * residual, self.gain).clamp(0.0, 1.0)
 
-    def _guided_velocity(self, y: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor) -> Tensor:
+    def _guided_velocity(
+        self,
+        y: Tensor,
+        time: Tensor,
+        labels: Tensor,
+        decoded: Tensor,
+        levels: Tensor,
+        conditions: Conditions | None,
+    ) -> Tensor:
         """Velocity with guidance: unconditional + guidance · (conditional - unconditional)."""
         guidance = self.params.guidance
-        conditional = self._velocity(self.network, y, time, labels, decoded, levels)
-        if guidance == 1.0 or bool((labels < 0).all()):
+        conditional = self._velocity(self.network, y, time, labels, decoded, levels, conditions)
+        if guidance == 1.0 or (conditions is None and bool((labels < 0).all())):
             return conditional
-        unconditional = self._velocity(self.network, y, time, torch.full_like(labels, -1), decoded, levels)
+        none, nothing = torch.full_like(labels, -1), None if conditions is None else conditions.cleared()
+        unconditional = self._velocity(self.network, y, time, none, decoded, levels, nothing)
         return torch.lerp(unconditional, conditional, guidance)
 
     def _velocity(
-        self, network: nn.Module, y: Tensor, time: Tensor, labels: Tensor, decoded: Tensor, levels: Tensor
+        self,
+        network: nn.Module,
+        y: Tensor,
+        time: Tensor,
+        labels: Tensor,
+        decoded: Tensor,
+        levels: Tensor,
+        conditions: Conditions | None,
     ) -> Tensor:
         """dy/dθ at `y` (B, C, H, W) and times (B,)."""
         patches, context = (F.pixel_unshuffle(image, self.patch) for image in (y, 2.0 * decoded - 1.0))
-        return F.pixel_shuffle(network(patches, time, labels, context, levels).float(), self.patch)
+        if conditions is None:
+            return F.pixel_shuffle(network(patches, time, labels, context, levels).float(), self.patch)
+        if conditions.mask is not None:
+            mask = conditions.mask.expand(-1, -1, *decoded.shape[2:])  # an unknown one has a single position
+            context = torch.cat([context, F.pixel_unshuffle(mask, self.patch)], dim=1)
+        velocity = network(patches, time, labels, context, levels, conditions.values)
+        return F.pixel_shuffle(velocity.float(), self.patch)
 
     def _angle(self, time: Tensor) -> Tensor:
         """θ (B, C, H, W // 2 + 1) of each frequency at times (B,) in [0, 1]: from 0 to π/2."""
@@ -205,7 +257,9 @@ def _rotate(images: Tensor, others: Tensor, angle: Tensor) -> Tensor:
     return _filter(images, angle.cos()) + _filter(others, angle.sin())
 
 
-def build_network(params: config.Refiner, image_shape: tuple[int, int, int], num_classes: int) -> VelocityNetwork:
+def build_network(
+    params: config.Refiner, image_shape: tuple[int, int, int], num_classes: int, space: ConditionSpace | None = None
+) -> VelocityNetwork:
     """Build the untrained network for images (C, H, W)."""
     (channels, height, width), patch = image_shape, patch_size(image_shape)
     shape = (channels * patch**2, height // patch, width // patch)
@@ -215,10 +269,11 @@ def build_network(params: config.Refiner, image_shape: tuple[int, int, int], num
         params.channels,
         params.blocks,
         params.dropout,
-        context_channels=shape[0],
+        context_channels=shape[0] + (0 if space is None else space.mask_channels * patch**2),
         has_noise_level=True,
         smallest_side=min(8, min(shape[1:]) // 4),
         attention_side=16,  # anatomical structures are related across the whole image
+        num_values=0 if space is None else space.size,
     )
 
 
@@ -243,6 +298,8 @@ def save_refiner(folder: Path, refiner: Refiner, model: str) -> None:
         "num_classes": refiner.num_classes,
         "refiner": refiner.params.model_dump(mode="json"),
     }
+    if refiner.space is not None:
+        description["conditions"] = refiner.space.dump()
     save_artifact(folder, "refiner", {**network, **statistics}, description)
 
 
@@ -272,6 +329,8 @@ def load_refiner(folder: Path, model: str, device: torch.device | str = "cpu") -
         params = config.Refiner.model_validate(meta["refiner"])
         tensors = read_tensors(folder, "refiner", command, meta["sha256"])
         image_shape, num_classes = tuple(meta["image_shape"]), meta["num_classes"]
-        network = load_network(lambda: build_network(params, image_shape, num_classes), tensors)
-        statistics = [tensors[name] for name in STATISTICS]
-    return Refiner(network.to(device), params, image_shape, num_classes, *statistics)
+        space = ConditionSpace.load(meta.get("conditions", []))
+        network = load_network(lambda: build_network(params, image_shape, num_classes, space), tensors)
+        scale, spectrum, latent_scale, gain = (tensors[name] for name in STATISTICS)
+    sizes = (network.to(device), params, image_shape, num_classes)
+    return Refiner(*sizes, scale, spectrum, latent_scale, gain, space)

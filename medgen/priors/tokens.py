@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medgen import config
+from medgen.data.conditions import ConditionSpace
 from medgen.errors import UserError
-from medgen.nn.guidance import drop_labels
+from medgen.nn.conditions import Conditions, drop_conditions, grid_channels
 from medgen.nn.parallel import mean_over_processes, rand
 from medgen.nn.quantizer import nearest_codes
 from medgen.nn.transformer import MaskedTransformer
@@ -57,6 +58,7 @@ class Tokens(NeuralPrior):
         params: config.Prior,
         variance: Tensor | None = None,
         codebook: Tensor | None = None,
+        space: ConditionSpace | None = None,
     ) -> Self:
         """See `NeuralPrior.create`; a code has no variance."""
         if codebook is None:
@@ -66,23 +68,29 @@ class Tokens(NeuralPrior):
         codebook = codebook.detach().float().cpu()
         _check_codes(latents[spread(len(latents), _NUM_CHECKED)].float(), codebook)
         buffers = {"codebook": codebook, "frequencies": class_frequencies(labels, num_classes)}
-        return cls.initialise(tuple(latents.shape[1:]), buffers, params)
+        return cls.initialise(tuple(latents.shape[1:]), buffers, params, space)
 
     @staticmethod
     def build_network(
-        latent_shape: tuple[int, ...], buffers: Mapping[str, Tensor], params: config.Prior
+        latent_shape: tuple[int, ...],
+        buffers: Mapping[str, Tensor],
+        params: config.Prior,
+        space: ConditionSpace | None = None,
     ) -> MaskedTransformer:
         """See `NeuralPrior.build_network`."""
         num_classes = conditioning_classes(params, buffers["frequencies"])
         sizes = (latent_shape[1:], len(buffers["codebook"]), num_classes)
-        return MaskedTransformer(*sizes, params.channels, params.blocks, params.dropout)
+        num_values, context = 0 if space is None else space.size, grid_channels(space, latent_shape[1:])
+        return MaskedTransformer(*sizes, params.channels, params.blocks, params.dropout, num_values, context)
 
-    def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, latents: Tensor, labels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> Tensor:
         """Cross-entropy in nats, mean over the masked codes; see `NeuralPrior.loss`."""
         codes = nearest_codes(latents, self.codebook.to(latents.device)).flatten(1)
         masked = draw_mask(len(codes), codes.shape[1], generator).to(latents.device)
-        labels = drop_labels(labels, self.conditional, generator)
-        logits = self.network(codes.masked_fill(masked, len(self.codebook)), labels)
+        labels, conditions = drop_conditions(labels, conditions, self.conditional, self.space, generator)
+        logits = self._output(codes.masked_fill(masked, len(self.codebook)), labels, self._on_grid(conditions))
         total = F.cross_entropy(logits[masked].float(), codes[masked], reduction="sum")
         return total / mean_over_processes(masked.sum().float())
 
@@ -111,19 +119,24 @@ class Tokens(NeuralPrior):
                 result[:, masked] = chosen
         return result.view(codes.shape)
 
-    def _sample(self, labels: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+    def _sample(
+        self, labels: Tensor, conditions: Conditions | None, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
         sides = self.latent_shape[1:]
         size = max(1, _MAX_LOGITS // (math.prod(sides) * len(self.codebook)))
-        parts = [self._decode_codes(part.to(device), generator).cpu() for part in torch.split(labels, size)]
+        parts = []
+        for rows in torch.split(torch.arange(len(labels)), size):
+            own = self._on_grid(None if conditions is None else conditions[rows].to(device))
+            parts.append(self._decode_codes(labels[rows].to(device), own, generator).cpu())
         return F.embedding(torch.cat(parts).view(-1, *sides), self.codebook).movedim(-1, 1).contiguous()
 
-    def _decode_codes(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def _decode_codes(self, labels: Tensor, conditions: Conditions | None, generator: torch.Generator) -> Tensor:
         """Codes (B, P) of labels (B,), by iterative decoding from a grid of masks (section 3.2 of the paper)."""
         num_positions, mask = math.prod(self.latent_shape[1:]), len(self.codebook)
         codes = torch.full((len(labels), num_positions), mask, device=labels.device)
         num_masked = masked_after(num_positions, self.params.sampling_steps or DEFAULT_SAMPLING_STEPS)
         for step, left in enumerate(num_masked, start=1):
-            probabilities = self._logits(codes, labels).softmax(dim=-1)
+            probabilities = self._logits(codes, labels, conditions).softmax(dim=-1)
             uniform = torch.rand(2, *codes.shape, generator=generator).to(labels.device)
             masked = codes == mask
             drawn = draw_codes(probabilities, uniform[0])
@@ -135,16 +148,28 @@ class Tokens(NeuralPrior):
             codes = codes.scatter(1, least_confident, mask)
         return codes
 
-    def _logits(self, codes: Tensor, labels: Tensor) -> Tensor:
+    def _logits(self, codes: Tensor, labels: Tensor, conditions: Conditions | None = None) -> Tensor:
         """Logits (B, P, K) with guidance: unconditional + guidance · (conditional - unconditional)."""
         guidance = self.params.guidance
-        if not self.conditional or guidance == 1.0:
-            return self.network(codes, labels).float()  # type: ignore[no-any-return]
-        unconditional: Tensor = self.network(codes, torch.full_like(labels, -1)).float()
+        if guidance == 1.0 or not (self.conditional or self.space):
+            return self._output(codes, labels, conditions).float()
+        nothing = None if conditions is None else conditions.cleared()
+        unconditional = self._output(codes, torch.full_like(labels, -1), nothing).float()
         if guidance == 0.0:
             return unconditional
-        conditional: Tensor = self.network(codes, labels).float()
+        conditional = self._output(codes, labels, conditions).float()
         return unconditional + guidance * (conditional - unconditional)
+
+    def _output(self, codes: Tensor, labels: Tensor, conditions: Conditions | None) -> Tensor:
+        """Logits (B, P, K) of the network, which takes conditions on its grid; None: unknown."""
+        if self.space is None:
+            return self.network(codes, labels)  # type: ignore[no-any-return]
+        if conditions is None:
+            conditions = Conditions.unknown(self.space, len(codes), codes.device).on_grid(self.latent_shape[1:])
+        return self.network(codes, labels, conditions.values, conditions.mask)  # type: ignore[no-any-return]
+
+    def _on_grid(self, conditions: Conditions | None) -> Conditions | None:
+        return None if conditions is None else conditions.on_grid(self.latent_shape[1:])
 
 
 def draw_mask(num: int, num_positions: int, generator: torch.Generator) -> Tensor:

@@ -126,6 +126,8 @@ def _signature(info: BundleInfo, is_generative: bool) -> "ModelSignature":
     # With `long` MLflow converts 1.5, "1" and true to 1. Columns of `long` and `boolean` may have no missing values.
     anything: Any = AnyType()  # type: ignore[no-untyped-call]
     columns = {"n": anything, "label": DataType.string, "seed": anything, "image": DataType.string, "refine": anything}
+    if info.conditions:
+        columns["condition"] = DataType.string
     inputs = Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
     stored = np.dtype(f"u{info.preprocess.bits // 8}")
     return ModelSignature(inputs, Schema([TensorSpec(stored, (-1, *sides, channels))]))

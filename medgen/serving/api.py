@@ -10,7 +10,7 @@ Shapes: N images, C channels (1 grey, 3 colour), H W height and width.
 import os
 import reprlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +33,10 @@ from medgen.inference.inpainting import inpaint
 from medgen.inference.uncertainty import reconstruction_deviation
 from medgen.ingest.formats.raw import UnreadableImage
 from medgen.models.bundle import class_index, label_to_encode
-from medgen.priors import find_label, sample_images
+from medgen.priors import find_conditions, find_label, sample_images
 from medgen.priors.generator import Generator, load_generator
 from medgen.registry import find_model
-from medgen.serving.generate import BATCH_SIZE, MAX_STEPS, decode_batches, interpolate_images, load_image
+from medgen.serving.generate import BATCH_SIZE, MAX_STEPS, decode_batches, interpolate_images, load_image, load_mask
 from medgen.training.distributed import pick_device
 
 Label = str | int  # class name or index
@@ -100,8 +100,19 @@ class Model:
         except UnreadableImage as error:
             raise UserError(f"{path}: not readable as an image: {error}") from None
 
+    @property
+    def conditions(self) -> dict[str, str]:
+        """Each condition besides the class and the values that it takes; empty if there are none."""
+        space = self._info.space
+        return {} if space is None else {field.name: field.describe() for field in space.fields}
+
     def sample(
-        self, n: int = 1, label: Labels | None = None, seed: int | None = None, refine: bool = True
+        self,
+        n: int = 1,
+        label: Labels | None = None,
+        seed: int | None = None,
+        refine: bool = True,
+        condition: str | Mapping[str, Any] | None = None,
     ) -> NDArray[Any]:
         """`n` new images (n, C, H, W).
 
@@ -110,15 +121,21 @@ class Model:
             label: class of the images. None: drawn with the classes' frequencies in the train split.
             seed: the same seed gives the same images, those of `medgen generate --seed`. None: others at each call.
             refine: use the refiner, if there is one, to add detail that the decoder omits.
+            condition: further conditions of all images, such as "view=AP,sex=F" or {"age": 63, "findings":
+                ["effusion", "atelectasis"]}; those left out are unknown. A mask is a file, or class numbers (H, W).
 
         Raises:
-            UserError: an argument is out of range, the label is unknown, or generation does not depend on labels.
+            UserError: an argument is out of range, the label or a condition is unknown, or generation does not depend
+                on labels or conditions.
         """
         n = _check_integer("n", n, 1)
         seed = secrets.randbelow(2**31) if seed is None else _check_integer("seed", seed, 0)
         labels = _indices(label, n, self._find_label)
         refiner = self._refiner if refine else None
-        return self._stored(sample_images(self._prior, self._network, n, labels, seed, BATCH_SIZE, refiner))
+        one = find_conditions(condition or {}, self._info.space, self._prior, self._mask)
+        conditions = None if one is None else one.expand(n)
+        images = sample_images(self._prior, self._network, n, labels, seed, BATCH_SIZE, refiner, conditions)
+        return self._stored(images)
 
     def encode(self, images: NDArray[Any], label: Labels | None = None) -> NDArray[np.float32]:
         """Latents of images, float32 (N, *latent_shape): the means of the posterior of a variational model.
@@ -271,6 +288,19 @@ class Model:
     def _find_label(self, text: str) -> int:
         """Index of a class that generation depends on."""
         return find_label(text, self.classes, self._prior, self._network)
+
+    def _mask(self, mask: Any) -> NDArray[np.uint8]:
+        """Class numbers (1, H, W) of a mask file or an array."""
+        if isinstance(mask, str | os.PathLike):
+            return load_mask(Path(mask), self._info.preprocess)
+        array, shape = np.asarray(mask), self.image_shape[1:]
+        top = self._info.preprocess.mask_classes - 1
+        if array.shape != shape or array.dtype.kind not in "bui" or not 0 <= array.min() <= array.max() <= top:
+            raise UserError(
+                f"condition: mask: found {array.dtype} {array.shape}; expected a file, or class numbers {shape} from 0 "
+                f"to {top}"
+            )
+        return array.astype(np.uint8)[None]
 
     def _inputs(self, images: NDArray[Any], label: Labels | None) -> tuple[Tensor, Tensor | None]:
         """Checked images (N, C, H, W) in [0, 1] on the CPU, and their labels (N,) for a model that uses them."""

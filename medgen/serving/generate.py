@@ -1,6 +1,7 @@
 """Generate images with a trained model, interpolate and traverse its latents, and reconstruct image files.
 
 medgen generate --n 25 --label NORMAL --out outputs/new
+medgen generate --set-condition view=AP,sex=F,findings=effusion+atelectasis --out outputs/ap
 medgen generate --format nifti --out outputs/ct
 medgen generate --interpolate chest.png other.png --out outputs/path
 medgen generate --traverse --out outputs/axes
@@ -13,8 +14,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
@@ -24,13 +27,13 @@ from medgen.data.images import to_floats
 from medgen.errors import UserError
 from medgen.inference.uncertainty import reconstruction_deviation
 from medgen.ingest.formats.raw import UnreadableImage
-from medgen.ingest.images import read_image
-from medgen.ingest.transforms import preprocess_raw
+from medgen.ingest.images import inspect, open_file, read_image
+from medgen.ingest.transforms import preprocess_raw, resize_mask
 from medgen.metrics.reconstruction import psnr
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo, label_to_encode
 from medgen.nn.ssim import ssim
-from medgen.priors import Prior, find_label, is_conditional, iterate_samples, load_prior
+from medgen.priors import Prior, find_conditions, find_label, is_conditional, iterate_samples, load_prior
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator
 from medgen.reports.figures import heat, write_gif, write_grid
@@ -62,6 +65,7 @@ def run(
     seed: int = 0,
     refine: bool = True,
     file_format: str = "png",
+    condition: str = "",
 ) -> list[Path]:
     """Write `n` new images as files and the first hundred as grid.png; return the images' paths.
 
@@ -71,17 +75,20 @@ def run(
         label: class by name or index; None draws classes with their frequencies in the train split.
         refine: use the refiner, if there is one, to add detail that the decoder omits.
         file_format: of the images, as in `image_files.writer`.
+        condition: further conditions of all images, such as view=AP,sex=F; the value of a mask is its file.
 
     Raises:
-        UserError: model, prior or refiner is missing, they do not belong together, the label or format is unknown, or
-            `out` contains other files or cannot be written.
+        UserError: model, prior or refiner is missing, they do not belong together, the label, a condition or the format
+            is unknown, a mask is unreadable, or `out` contains other files or cannot be written.
     """
     loaded = load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
     network, info, prior = loaded.model, loaded.info, loaded.prior
     write, suffix = image_files.writer(file_format, info, "a sample"), image_files.SUFFIXES[file_format]
     drawn = dict(zip(info.classes, class_captions(info.classes), strict=True))
     labels = None if label is None else torch.full((n,), find_label(label, info.classes, prior, network))
-    batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE, loaded.refiner if refine else None)
+    one = find_conditions(condition, info.space, prior, lambda path: load_mask(Path(path), info.preprocess))
+    refiner, conditions = loaded.refiner if refine else None, None if one is None else one.expand(n)
+    batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE, refiner, conditions=conditions)
     num_batches = math.ceil(n / BATCH_SIZE)
     paths: list[Path] = []
     shown: list[Tensor] = []
@@ -411,6 +418,20 @@ def load_image(path: Path, preprocess: Preprocess) -> Tensor:
     """
     pixels = preprocess_raw(read_image(path, preprocess), preprocess)
     return to_floats(torch.from_numpy(pixels)[None])
+
+
+def load_mask(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Class numbers (1, H, W) of a mask file, resized as the masks of the train images; the middle one of a volume.
+
+    Raises:
+        UserError: the file is not readable as a mask.
+    """
+    try:
+        indices = inspect(path, preprocess).indices
+        with open_file(path, preprocess, mask=True) as file:
+            return resize_mask(file.read(indices[len(indices) // 2]).pixels, preprocess)
+    except UnreadableImage as error:
+        raise UserError(f"condition: {path}: not readable as a mask: {error}") from None
 
 
 def file_name(text: str) -> str:

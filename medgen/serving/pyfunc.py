@@ -7,6 +7,8 @@
 Each row requests `n` new images, or the reconstruction of `image`: a PNG, JPEG, BMP or TIFF file in base64.
 - `label`: class of the new images (by default drawn with the frequencies of the train split), or of the image to
   reconstruct, which a conditional model requires and others reject.
+- `condition`: further conditions of the new images, such as view=AP,sex=F,findings=effusion+atelectasis; the value of a
+  mask is its file in base64. Only versions that were trained with conditions have this column.
 - `seed`: the same seed gives the same images; by default it is random. A reconstruction has one only with `refine`.
 - `refine`: use the version's refiner, which adds detail that the decoder omits; by default true for new images and
   false for a reconstruction.
@@ -36,9 +38,10 @@ from medgen.data.images import to_floats, to_stored
 from medgen.errors import UserError
 from medgen.ingest.formats.images import decode, image_size
 from medgen.ingest.formats.raw import UnreadableImage
-from medgen.ingest.transforms import preprocess_image
+from medgen.ingest.transforms import preprocess_image, resize_mask
 from medgen.models import bundle
-from medgen.priors import find_label, iterate_samples
+from medgen.nn.conditions import Conditions
+from medgen.priors import find_conditions, find_label, iterate_samples
 from medgen.priors.generator import load_generator
 
 # Limits of one call, whose input and output are held in memory.
@@ -105,6 +108,9 @@ class Generator(PythonModel):
         seed = _check_integer("seed", row["seed"], 0, MAX_SEED) if "seed" in row else secrets.randbelow(2**31)
         if "image" in row and self.info.preprocess.has_volumes:
             raise UserError("image: found an image, but this model reconstructs volumes; use `medgen reconstruct`")
+        condition = _check_condition(row.get("condition", ""))
+        if condition and "image" in row:
+            raise UserError("condition: found with image, but it is for new images only; leave it out")
         if "image" in row:
             label_index = bundle.label_to_encode(self.model, self.info, label)
             return {"image": _decode_base64(row["image"]), "label": label_index, "seed": seed, "refine": refine}
@@ -113,6 +119,7 @@ class Generator(PythonModel):
             "label": None if label is None else find_label(label, self.info.classes, self.prior, self.model),
             "seed": seed,
             "refine": refine,
+            "conditions": find_conditions(condition, self.info.space, self.prior, self._read_mask),
         }
 
     def _refine(self, value: object) -> bool:
@@ -122,12 +129,23 @@ class Generator(PythonModel):
             raise UserError("refine: found true, but this version has no refiner; leave it out")
         return bool(value)
 
-    def _generate(self, n: int, label: int | None, seed: int, refine: bool) -> Tensor:
+    def _read_mask(self, text: str) -> npt.NDArray[np.uint8]:
+        """Class numbers (1, H, W) of a mask file in base64."""
+        content = _decode_base64(text)
+        try:
+            pixels = decode(content, self.info.preprocess, mask=True, max_pixels=MAX_PIXELS).pixels
+            return resize_mask(pixels, self.info.preprocess)
+        except UnreadableImage as error:
+            raise UserError(f"condition: not readable as a mask: {error}") from None
+
+    def _generate(
+        self, n: int, label: int | None, seed: int, refine: bool, conditions: Conditions | None = None
+    ) -> Tensor:
         labels = None if label is None else torch.full((n,), label)
+        of_all = None if conditions is None else conditions.expand(n)
+        refiner = self.refiner if refine else None
         batches = []
-        for images, _ in iterate_samples(
-            self.prior, self.model, n, labels, seed, refiner=self.refiner if refine else None
-        ):
+        for images, _ in iterate_samples(self.prior, self.model, n, labels, seed, refiner=refiner, conditions=of_all):
             self._check_abandoned()
             batches.append(images)
         return torch.cat(batches)  # (n, C, H, W) in [0, 1]
@@ -170,6 +188,12 @@ def _check_label(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > MAX_LABEL_CHARACTERS:
         raise UserError(f"label: found {reprlib.repr(value)}; expected a class by name or index")
     return str(value)
+
+
+def _check_condition(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_FILE_BYTES:
+        raise UserError(f"condition: found {reprlib.repr(value)}; expected a text such as view=AP,sex=F")
+    return value
 
 
 def _decode_base64(image: object) -> bytes:

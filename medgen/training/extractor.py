@@ -268,7 +268,14 @@ def augment(image: Tensor, generator: torch.Generator) -> Tensor:
             for one, (down, right) in zip(padded, shifts, strict=True)
         ]
     )
-    brightness, contrast = (2.0 * torch.rand(2, size, 1, 1, 1, generator=generator) - 1.0).to(image.device).unbind()
+    return change_greys(image, generator)
+
+
+def change_greys(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Change the brightness and contrast of each image (B, C, H, W) slightly, at random."""
+    brightness, contrast = (
+        (2.0 * torch.rand(2, len(image), 1, 1, 1, generator=generator) - 1.0).to(image.device).unbind()
+    )
     mean = image.mean(dim=(1, 2, 3), keepdim=True)
     changed: Tensor = mean + (image - mean) * (1.0 + MAX_CONTRAST * contrast) + MAX_BRIGHTNESS * brightness
     return changed.clamp(0.0, 1.0)

@@ -5,6 +5,7 @@ medgen prior
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from medgen import config, source
 from medgen.config import Phase, Project, Tracking, fingerprint, seed_of, unknown_name
 from medgen.console import say, warn
+from medgen.data.conditions import ConditionSpace
 from medgen.data.store import open_store
+from medgen.errors import UserError
 from medgen.io import to_json, write_folder
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo
+from medgen.nn.conditions import read_conditions
 from medgen.priors import ANALYTIC, NEURAL, PRIORS, AnalyticPrior, Prior, sample_images, save_prior
 from medgen.priors.axes import chunks
 from medgen.priors.gmm import RARE
@@ -31,6 +35,7 @@ STEPS_PER_EPOCH = 100  # of a network on latents: one pass over a small split wo
 NUM_DRAWS = 8  # for each validation latent: the loss depends on random draws
 NUM_SAMPLES = 36
 CODE = (
+    "data/conditions.py",
     "nn/*.py",
     "priors/*.py",
     "training/latents.py",
@@ -60,7 +65,13 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
             if world.is_main:
                 write_none(project, info)
             return None
-        name = prior.name or ("gmm" if model.codebook is None else "tokens")
+        space = store.conditions if prior.conditional else None
+        name = prior.name or default_prior(model, space)
+        if space is not None and name in ANALYTIC:
+            raise UserError(
+                f"preprocess.conditions: prior.name {name} takes only the class; set prior.name to one of "
+                f"{', '.join(NEURAL)}, or prior.conditional to false"
+            )
         digest, classes = bundle.digest(project.model), store.classes
         train, val = encode_dataset(store, model, digest, project.runs / info.run, world)
         if name in ANALYTIC and not world.is_main:
@@ -80,7 +91,8 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
             print_choices(fitted, classes)
         else:
             codes = None if model.codebook is None else model.codebook.cpu()
-            made = network = NEURAL[name].create(train.means, train.labels, len(classes), prior, train.variance, codes)
+            latents = (train.means, train.labels, len(classes))
+            made = network = NEURAL[name].create(*latents, prior, train.variance, codes, space)
             task = LatentTask(network, model, train, val, prior, world)
             plain = prior.model_dump(mode="json", exclude=SAMPLING) | {"name": name}
             scratch = project.runs / info.run / f"prior_{fingerprint(digest, plain, code())}"
@@ -94,6 +106,13 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
         values = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items())
         say(f"prior {name}: {values}")
         return made
+
+
+def default_prior(model: GenerativeModel, space: ConditionSpace | None) -> str:
+    """Name of the prior for `prior.name: null`: the fastest that takes the model's latents and the conditions."""
+    if model.codebook is not None:
+        return "tokens"
+    return "gmm" if space is None else "flow"
 
 
 class LatentTask(TrainingTask):
@@ -117,12 +136,12 @@ class LatentTask(TrainingTask):
         self.model = prior.network.to(world.device)
         self.train = one_phase(params, "prior", STEPS_PER_EPOCH, 0.02, ema_decay=0.999, keep="best", compile="off")
 
-    def batch(self, position: int) -> tuple[Tensor, Tensor, torch.Generator]:
-        """Latents, labels and the generator of the step's random draws."""
+    def batch(self, position: int) -> tuple[Any, ...]:
+        """Latents, labels, the generator of the step's random draws, and conditions."""
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, position, 1))
-        return *self._latents(self.data, self._rows(position)[self.world.rank :: self.world.size]), generator
+        return self._inputs(self.data, self._rows(position)[self.world.rank :: self.world.size], generator)
 
-    def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor, torch.Generator]) -> Tensor:
+    def forward(self, network: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """Loss of the prior, which its family defines."""
         return self.prior.loss(*batch)
 
@@ -134,7 +153,7 @@ class LatentTask(TrainingTask):
         for number in self.world.share(len(batches)):
             for draw in range(NUM_DRAWS):
                 generator = torch.Generator().manual_seed(seed_of(self.params.seed, 2, number, draw))
-                loss = self.prior.loss(*self._latents(data, batches[number]), generator)
+                loss = self.prior.loss(*self._inputs(data, batches[number], generator))
                 total += len(batches[number]) * float(loss)
         mean = self.world.sum_of({"loss": total})["loss"] / (NUM_DRAWS * len(data.labels))
         return {"loss": mean, "objective": mean}
@@ -151,8 +170,10 @@ class LatentTask(TrainingTask):
         files = self.data.split.paths
         return self.data.means[rows], [files[row] for row in rows.tolist()]
 
-    def _latents(self, data: Encoded, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return data.means[rows].to(self.device), data.labels[rows].to(self.device)
+    def _inputs(self, data: Encoded, rows: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
+        """Arguments of `NeuralPrior.loss` for rows (B,) of a split."""
+        conditions = None if self.prior.space is None else read_conditions(data.split, rows).to(self.device)
+        return data.means[rows].to(self.device), data.labels[rows].to(self.device), generator, conditions
 
     def _rows(self, position: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, position))

@@ -17,6 +17,7 @@ from medgen.errors import UserError
 from medgen.metrics.spectrum import radial_index, radial_power
 from medgen.models import GenerativeModel, bundle
 from medgen.models.base import Decoder
+from medgen.nn.conditions import Conditions, read_conditions
 from medgen.nn.parallel import rand, randn
 from medgen.priors import Prior, load_prior, sample_images
 from medgen.priors.axes import LatentArray, chunks
@@ -25,7 +26,7 @@ from medgen.reports.figures import write_stacks
 from medgen.tracking import REFINER_ORIGIN
 from medgen.training.distributed import World, join, pick_precision
 from medgen.training.latents import encode_dataset
-from medgen.training.loader import Loader
+from medgen.training.loader import Batch, Loader
 from medgen.training.parts import draw_losses, one_phase, record, trained
 from medgen.training.state import TrainingTask
 
@@ -37,7 +38,14 @@ MAX_GAIN = 1.25  # a larger gain would also amplify artefacts
 MIN_RADIAL_POWER = 1e-12  # of a frequency in train images and samples: blank images have none
 MIN_POWER = 1e-3  # of the standardised residual at a frequency, whose mean power is 1
 # source files that decide the trained weights
-CODE = ("nn/*.py", "models/*.py", "priors/refiner.py", "training/latents.py", "training/refiner.py")
+CODE = (
+    "data/conditions.py",
+    "nn/*.py",
+    "models/*.py",
+    "priors/refiner.py",
+    "training/latents.py",
+    "training/refiner.py",
+)
 # parameters that the trained network does not depend on
 SAMPLING = {"sampling_steps", "solver", "sampling_noise", "guidance"}
 
@@ -102,21 +110,29 @@ class RefinerTask(TrainingTask):
         world.check_batch_size("refiner", self.loader.batch_size, self.loader.num_images)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         val = store.split("val")
-        self.validation = self._loader(val if len(val.images) else split)
+        self.validation_split = val if len(val.images) else split
+        self.validation = self._loader(self.validation_split)
         self.precision = pick_precision("auto", world.device)
         num_classes = len(store.classes) if params.conditional else 0
         shape = store.plane_shape  # of an image
         flat = torch.ones(shape[0], shape[1], shape[2] // 2 + 1)
-        self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale)
+        space = store.conditions if params.conditional else None
+        if space is not None and space.mask is not None and params.horizontal_flip:
+            raise UserError(
+                f"refiner.horizontal_flip: true, but masks are a condition ({space.mask.name}) and are not mirrored; "
+                "set it to false"
+            )
+        self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale, space)
         self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(self._loader(split))
         self.model = self.refiner.network.to(world.device)
         self.train = one_phase(params, "refiner", 100, 0.01, ema_decay=params.ema_decay, keep="best")
 
     def batch(self, position: int) -> tuple[Any, ...]:
-        """Images, decoded noisy latents, noise levels, labels and the generator of the step's random draws."""
+        """Images, decoded latents, noise levels, labels, the generator of the step's random draws, and conditions."""
         batch = self.loader.batch(position)
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, position, 0, 1))
-        return batch.image, *self._decode_noised(batch.image, batch.label, generator), batch.label, generator
+        noised = self._decode_noised(batch.image, batch.label, generator)
+        return batch.image, *noised, batch.label, generator, self._conditions(self.split, batch)
 
     def forward(self, network: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """Loss of the refiner, in bf16 on devices that support it."""
@@ -130,7 +146,8 @@ class RefinerTask(TrainingTask):
         for batch in self.validation.sequential():
             generator = batch.generator(self.params.seed, 2)
             noised = self._decode_noised(batch.image, batch.label, generator)
-            loss = self.forward(self.model, (batch.image, *noised, batch.label, generator))
+            conditions = self._conditions(self.validation_split, batch)
+            loss = self.forward(self.model, (batch.image, *noised, batch.label, generator, conditions))
             total += len(batch.image) * float(loss)
         mean = self.world.sum_of({"loss": total})["loss"] / self.validation.num_images
         return {"loss": mean, "objective": mean}
@@ -143,7 +160,8 @@ class RefinerTask(TrainingTask):
             decoded = self.decoder.reconstruct(batch.image, batch.label).float()
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, 3))
         levels = torch.zeros(len(decoded), device=decoded.device)
-        refined = self.refiner.refine(decoded, levels, batch.label, generator)
+        conditions = self._conditions(self.validation_split, batch)
+        refined = self.refiner.refine(decoded, levels, batch.label, generator, conditions)
         rows = {"original": batch.image, "reconstruction": decoded, "refined": refined}
         write_stacks(path, {name: images.cpu() for name, images in rows.items()}, columns=NUM_SHOWN)
         return {"refined": path}
@@ -152,6 +170,10 @@ class RefinerTask(TrainingTask):
         """Images of the step at `position`, and their files."""
         batch, files = self.loader.batch(position), self.split.paths
         return batch.image, [files[row] for row in batch.index.tolist()]
+
+    def _conditions(self, split: Split, batch: Batch) -> Conditions | None:
+        """Conditions of a batch of a split, on its device; None without any."""
+        return None if self.refiner.space is None else read_conditions(split, batch.index).to(self.device)
 
     def _loader(self, split: Split) -> Loader:
         """This process's part of a split, in order."""

@@ -218,6 +218,7 @@ class ModelTask(TrainingTask):
             torch=torch.__version__,
             init_from=self.train.init_from,
             patch=self.train.patch,
+            conditions=() if self.store.conditions is None else self.store.conditions.fields,
         )
         bundle.save(folder, self.model, info)
 

@@ -9,7 +9,7 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 from medgen.config import Prior
-from medgen.nn.guidance import LABEL_DROPOUT
+from medgen.nn.conditions import DROPOUT
 from medgen.priors import load_prior, save_prior
 from medgen.priors.flow import Flow
 
@@ -183,7 +183,7 @@ def test_loss_equals_the_formula(conditional):
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(30, 2, 3, 3, generator=generator)
     times = torch.sigmoid(torch.randn(30, generator=generator))
-    kept = torch.rand(30, generator=generator) >= LABEL_DROPOUT
+    kept = torch.rand(30, generator=generator) >= DROPOUT
     assert 0 < kept.sum() < 30
     total = 0.0
     for latent, label, x0, t, keep in zip(latents, labels, noise, times, kept, strict=True):

@@ -45,7 +45,7 @@ def generator() -> pyfunc.Generator:
     generator.model, generator.refiner = Decoder(), None
     sample = SimpleNamespace(sample=lambda n, labels, random: torch.zeros(n, 4), frequencies=(), conditional=False)
     generator.prior = sample
-    generator.info = SimpleNamespace(classes=(), preprocess=Preprocess(image_size=SIDE, clahe_tiles=2))
+    generator.info = SimpleNamespace(classes=(), space=None, preprocess=Preprocess(image_size=SIDE, clahe_tiles=2))
     generator.max_images = 2**16
     return generator
 
