@@ -18,6 +18,14 @@ from medgen.data.store import Store, open_store
 from medgen.errors import UserError
 from medgen.evaluation import figures
 from medgen.evaluation.anomaly import evaluate_anomalies, score_anomalies
+from medgen.evaluation.conditions import (
+    Agreement,
+    condition_findings,
+    condition_metrics,
+    condition_rows,
+    condition_table,
+    evaluate_conditions,
+)
 from medgen.evaluation.context import EvaluationContext, FeatureSets, describe_images, load_context
 from medgen.evaluation.data import EvaluationData, EvaluationInfo, save_evaluation
 from medgen.evaluation.description import class_table, describe, describe_context, describe_model
@@ -102,6 +110,7 @@ class Evaluation:
     pairs: ClosestPairs
     swap: LabelSwap | None
     label_accuracy: dict[int, float]  # of the samples, by class
+    agreements: list[Agreement]  # with conditions; empty in a search
 
 
 def run(project: Project, *, evaluate: Evaluate, tracking: Tracking) -> dict[str, float] | None:
@@ -177,6 +186,7 @@ def evaluate_version(project: Project, *, folder: Path, evaluate: Evaluate) -> d
     for name, expected, found in (
         ("image shape", info.image_shape, store.image_shape),
         ("classes", info.classes, tuple(store.classes)),
+        ("conditions", info.space, store.conditions),
         ("number of mask classes", info.preprocess.mask_classes, store.preprocess.mask_classes),
     ):
         if expected != found:
@@ -226,7 +236,9 @@ def evaluate_model(context: EvaluationContext, computed: Computed) -> Evaluation
     metrics |= evaluate_anomalies(context, computed.anomalies)
     swap = swap_labels(context)
     labels = evaluate_labels(context, samples, swap)
-    return Evaluation(metrics | privacy | labels.metrics, computed, pairs, swap, labels.by_class)
+    agreements = evaluate_conditions(context, samples) if context.held_out.name == "test" else []  # trains networks
+    metrics |= privacy | labels.metrics | condition_metrics(agreements)
+    return Evaluation(metrics, computed, pairs, swap, labels.by_class, agreements)
 
 
 def image_data(context: EvaluationContext, ssim: Tensor, features: FeatureSets) -> EvaluationData:
@@ -261,6 +273,7 @@ def _report_images(
     metrics |= fairness_metrics(groups)
     metrics = write_results(project, store, info, params, metrics, data, context.hashes)
     figures.write_samples(project.figures, context)
+    figures.write_conditions(project.figures, context, computed.samples)
     figures.write_reconstructions(project.figures, context)
     figures.write_cases(project.figures, context, ssim)
     figures.write_latents(project.figures, context)
@@ -273,7 +286,7 @@ def _report_images(
         write_images(project.images / "generated", drawn)
         originals = split_images(StoredImages(context.held_out), params.batch_size)
         write_images(project.images / "real", (image for batch in originals for image in batch))
-    findings = image_findings(metrics) + fairness_findings(groups, measures)
+    findings = image_findings(metrics) + condition_findings(result.agreements) + fairness_findings(groups, measures)
     if context.conditional and context.unrecognised:
         findings.append(unrecognised_finding(context.unrecognised))
     if "inception" in params.extractors and context.inception is None:
@@ -283,9 +296,10 @@ def _report_images(
     by_class = class_table(store, context.held_out, ssim, "SSIM of reconstructions", result.label_accuracy)
     return metrics, page._replace(
         figures=report.image_figures(context.refiner is not None),
-        rows=report.image_rows(metrics, pca, context.num_latent),
+        rows=report.image_rows(metrics, pca, context.num_latent) + condition_rows(result.agreements),
         tables=[
             *by_class,
+            *condition_table(result.agreements),
             *report.refiner_tables(metrics, store.classes),
             *(utility_tables(store, utility) if utility else ()),
             *fairness_tables(groups, measures),

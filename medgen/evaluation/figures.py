@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import Images, to_floats
+from medgen.data.images import Images, StoredImages, to_floats
 from medgen.evaluation.context import EvaluationContext, proportional_labels
 from medgen.evaluation.label_accuracy import LabelSwap
 from medgen.evaluation.reconstruction import reconstruct_rows, refine_rows
@@ -19,7 +19,7 @@ from medgen.metrics.generation import subsample
 from medgen.metrics.privacy import ClosestPairs
 from medgen.priors import sample_images
 from medgen.priors.axes import PrincipalAxes
-from medgen.reports.evaluation import CASES, CLOSEST_PAIRS, LABEL_SWAPS, LATENTS, UNREFINED_SAMPLES
+from medgen.reports.evaluation import CASES, CLOSEST_PAIRS, CONDITIONS, LABEL_SWAPS, LATENTS, UNREFINED_SAMPLES
 from medgen.reports.figures import differences, overlay, write_grid, write_scatter, write_stacks
 from medgen.reports.fonts import class_captions
 
@@ -48,7 +48,14 @@ def write_samples(figures: Path, context: EvaluationContext) -> None:
     refiners = {"samples.png": context.refiner} | ({UNREFINED_SAMPLES: None} if context.refiner else {})
     for name, refiner in refiners.items():
         images = sample_images(
-            context.prior, context.model, num_images, labels, seed, context.params.batch_size, refiner
+            context.prior,
+            context.model,
+            num_images,
+            labels,
+            seed,
+            context.params.batch_size,
+            refiner,
+            context.conditions_of(labels, num_images),
         )
         write_grid(figures / name, images, columns, captions)
 
@@ -61,6 +68,25 @@ def write_reconstructions(figures: Path, context: EvaluationContext) -> None:
     if context.refiner:
         stacks["refined"] = context.to_stored(refine_rows(context, rows, decoded))
     write_stacks(figures / "reconstructions.png", stacks)
+
+
+def write_conditions(figures: Path, context: EvaluationContext, samples: Tensor) -> None:
+    """Write conditions.png: test images, their masks if these are a condition, and samples (M, C, H, W) with the same.
+
+    There is no figure for a model without conditions.
+    """
+    requested = context.sample_conditions
+    if requested is None:
+        return
+    known = (requested.rows >= 0).nonzero()[:, 0]
+    numbers = subsample(known, min(NUM_RECONSTRUCTIONS, len(known)))
+    rows, split, space = requested.rows[numbers], context.held_out, context.store.conditions
+    images = to_floats(StoredImages(split)[rows])
+    stacks = {"test image": images}
+    if space is not None and space.mask is not None and split.masks is not None:
+        masks = _greys(torch.from_numpy(split.masks[rows.numpy()][:, 0]), space.mask_channels)
+        stacks["mask"] = masks.expand(-1, images.shape[1], -1, -1)
+    write_stacks(figures / CONDITIONS, {**stacks, "sample": to_floats(samples[numbers])})
 
 
 def write_cases(figures: Path, context: EvaluationContext, ssim: Tensor) -> None:

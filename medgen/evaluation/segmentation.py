@@ -64,11 +64,11 @@ def evaluate_masks(
             f"{store.folder}: {len(train.masked_rows)} train and {count} {split} images have a "
             f"mask; expected at least one of each. Change preprocess.{split}_fraction or add masks"
         )
-    mean_mask = _mean_mask(train, num_classes, world, batch_size)
+    constant = mean_mask(train, num_classes, world, batch_size)
     scores = [torch.empty(0, 5, num_classes, dtype=torch.float64)]
     for rows in own_batches(world, count, batch_size):
         _, true, predicted = held_out.predict(rows)
-        pairs = [dice_and_iou(masks, true, num_classes) for masks in (predicted, mean_mask.expand_as(true))]
+        pairs = [dice_and_iou(masks, true, num_classes) for masks in (predicted, constant.expand_as(true))]
         has_foreground = (true > 0).flatten(1).any(dim=1)[:, None].expand(-1, num_classes).double()
         scores.append(torch.stack([*pairs[0], *pairs[1], has_foreground], dim=1))
     dice, iou, reference, _, has_foreground = world.concat(torch.cat(scores)).unbind(dim=1)  # (N, K) each
@@ -91,7 +91,7 @@ def evaluate_masks(
     return SegmentationResult(metrics, by_image, held_out)
 
 
-def _mean_mask(train: Split, num_classes: int, world: World, batch_size: int) -> Tensor:
+def mean_mask(train: Split, num_classes: int, world: World, batch_size: int) -> Tensor:
     """Most common class (H, W) of the train masks at each pixel: the best prediction without the image."""
     assert train.masks is not None
     rows, counts = train.masked_rows, torch.zeros(num_classes, *train.masks.shape[2:], dtype=torch.int64)

@@ -27,6 +27,7 @@ from medgen.data.images import Images, StoredPlanes, middle_planes, split_images
 from medgen.data.store import Store, open_store
 from medgen.errors import UserError
 from medgen.evaluation.context import MAX_HELD_OUT, labels_of
+from medgen.evaluation.fitting import fit
 from medgen.evaluation.label_accuracy import balanced_accuracy, class_mean
 from medgen.io import parsing, read_description, read_tensors, save_artifact, to_json, write_folder
 from medgen.metrics.features import DomainExtractor, ExtractorSizes
@@ -42,8 +43,6 @@ from medgen.training.extractor import augment, sampling_weights
 COMMAND = "medgen utility"
 SCHEMA = 1
 REAL, BOTH, SYNTHETIC = "real", "both", "synthetic"
-WARMUP = 0.1  # of the steps
-CLIP_NORM = 10.0
 
 
 @dataclass(frozen=True)
@@ -320,13 +319,10 @@ def train_classifier(
         torch.manual_seed(seed)
         network = DomainExtractor(sizes).to(device)
     weights = [*network.content.parameters(), *network.class_head.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=features.learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, features.learning_rate, total_steps=steps, pct_start=WARMUP, cycle_momentum=False
-    )
     chances = [sampling_weights(labels) for _, labels in sources]
     sizes_of_parts = [len(part) for part in torch.arange(features.batch_size).tensor_split(len(sources))]
-    for step in range(steps):
+
+    def loss_of(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of(seed, step))
         images, targets = [], []
         for (pixels, labels), chance, size in zip(sources, chances, sizes_of_parts, strict=True):
@@ -335,12 +331,9 @@ def train_classifier(
                 images.append(to_floats(pixels[rows]))
                 targets.append(labels[rows])
         batch = augment(torch.cat(images), generator).to(device)
-        loss = F.cross_entropy(network.logits(batch), torch.cat(targets).to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM)
-        optimizer.step()
-        schedule.step()
+        return F.cross_entropy(network.logits(batch), torch.cat(targets).to(device))
+
+    fit(weights, loss_of, steps, features.learning_rate)
     return network.eval()
 
 

@@ -17,7 +17,7 @@ from medgen.reports.model_card import ModelCard
 
 TRAINING_FIGURES = "training"  # folder in reports/ of what stage train draws
 UNREFINED_SAMPLES, CLOSEST_PAIRS, LABEL_SWAPS = "samples_decoded.png", "nearest_train.png", "wrong_labels.png"
-CASES, LATENTS, UTILITY = "cases.png", "latents.png", "utility.png"
+CASES, LATENTS, UTILITY, CONDITIONS = "cases.png", "latents.png", "utility.png", "conditions.png"
 HIGHLIGHTS = (  # key metrics at the top of the page
     "SSIM of reconstructions",
     "MMD of samples",
@@ -54,6 +54,9 @@ _UTILITY = (
     "Balanced accuracy on the test split of classifiers trained on real images, on as many with samples, and on "
     "samples alone, with 95 % intervals"
 )
+_CONDITIONS = (
+    "Test images over samples that were requested with the same conditions, and masks where they are one of them"
+)
 _CURVES = [
     FigureFile("loss.png", "Loss by epoch, linear and logarithmic", "plot", TRAINING_FIGURES),
     FigureFile("kl.png", "KL of the posterior by epoch, linear and logarithmic", "plot", TRAINING_FIGURES),
@@ -70,6 +73,7 @@ def image_figures(has_refiner: bool) -> dict[str, list[FigureFile]]:
     if has_refiner:
         samples.append(FigureFile(UNREFINED_SAMPLES, "The same samples, decoded and not refined"))
         rows = "Test images over the decoder's reconstructions, over refined reconstructions"
+    samples.append(FigureFile(CONDITIONS, _CONDITIONS, "real"))
     return {
         "Samples": samples,
         "Reconstructions": [FigureFile(CASES, _CASES, "real"), FigureFile("reconstructions.png", rows, "real")],
@@ -120,6 +124,11 @@ FAIRNESS_TEXT = (
     "Means over the test images of each group, with 95 % intervals by patient. The difference is that from the images "
     "of all other groups of the same kind; its interval holds for all rows together (Bonferroni). Groups of fewer than "
     "20 images or 10 patients are left out. Groups may differ in their classes, too."
+)
+CONDITIONS_TEXT = (
+    "Networks trained on the train split predict the conditions of samples and of held-out images, with 95 % "
+    "intervals. Samples were requested with the conditions of held-out images. Real images give the best value to "
+    "expect, the baseline is a prediction that does not depend on the image."
 )
 UTILITY_TEXT = (
     "Balanced accuracy on the test split of classifiers that were trained on real images, on samples, or on both, with "

@@ -1,5 +1,6 @@
 """Tests of the recipes: every recipe is valid and documented, builds its model, and trains."""
 
+import json
 import math
 import subprocess
 import sys
@@ -97,6 +98,9 @@ def test_recipe_trains(name, root, images, volumes, tmp_path):
     fitting = [f"preprocess.image_size={[size] * 3 if tree.preprocess.has_volumes else size}"]
     fitting += [f"train.patch={[size // 2] * len(tree.train.patch)}"] if tree.train.patch else []
     fitting += [f"model.{key}={value}" for key, value in sizes.items() if key not in foreign]
+    # drawn images have masks, and no columns
+    kept = {name: {"kind": "mask"} for name, each in tree.preprocess.conditions.items() if each.kind == "mask"}
+    fitting.append(f"preprocess.conditions={json.dumps(kept)}")
     params = load(path_of(name, root), [*TINY, *fitting, *phases, f"data.path={data}", "loss.weights.perceptual=0"])
     project = Project(tmp_path)
     preprocess.run(project, data=params.data, preprocess=params.preprocess)
