@@ -128,6 +128,7 @@ def _section(name: str, kind: Any, level: int) -> Iterator[str]:
 def _reference(values: dict[str, Any]) -> str | None:
     """Name of the section that a key holds, or holds by name or in a list; None for a plain value."""
     options = [values, values.get("items", {}), values.get("additionalProperties", {}), *values.get("anyOf", [])]
+    options += values.get("patternProperties", {}).values()
     found = next((option["$ref"] for option in options if isinstance(option, dict) and "$ref" in option), None)
     return found and found.rsplit("/", 1)[-1]
 
