@@ -111,7 +111,7 @@ def test_recipe_trains(name, root, images, volumes, tmp_path):
     assert project.model.exists()
     if params.refiner.enabled:
         tiny = params.refiner.model_copy(update={"channels": 8, "blocks": 1, "epochs": 1})
-        prior.run(project, prior=Prior(name="gaussian"), tracking=params.tracking)
+        prior.run(project, prior=Prior(name="gaussian", conditional=False), tracking=params.tracking)
         assert refiner.run(project, refiner=tiny, tracking=params.tracking) is not None
 
 
