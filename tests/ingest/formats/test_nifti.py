@@ -602,3 +602,13 @@ def test_slices_of_air_around_a_real_brain_are_left_out(shared_data: Callable[[s
                 kept.append(index)
     assert kept == list(range(kept[0], kept[-1] + 1))
     assert 125 < len(kept) < 150
+
+
+def test_a_real_head_is_upright_as_a_whole_volume(shared_data: Callable[[str], Path]) -> None:
+    """By nibabel alone: the axes point to the right, to the front and up, and all three are turned around."""
+    path = shared_data("formats") / "nifti" / "nibabel" / "someones_anatomy.nii.gz"
+    settings = Preprocess(image_size=(64, 64, 64), clahe_clip=0.0, volume=Volume(window=(0, 100)))
+    (whole,) = read_all(path, settings)
+    volume = ras(path)
+    assert whole.pixels.shape == volume.shape[::-1] and whole.spacing == pytest.approx((2.75, 2.75, 2.75))
+    assert np.abs(whole.pixels - windowed(volume[::-1, ::-1, ::-1].T, volume, (0, 100))).max() <= 1
