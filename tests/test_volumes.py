@@ -15,6 +15,7 @@ import medgen
 from medgen.config import (
     Augment,
     Beta,
+    Condition,
     Data,
     Evaluate,
     Features,
@@ -217,3 +218,28 @@ def test_priors_of_3d_latents(tmp_path: Path, draw_volumes: Draw, name: str) -> 
     assert fitted is not None and fitted.latent_shape == (2, 4, 4, 4)
     paths = generate.run(tmp_path / "artifacts", tmp_path / "new", n=2, file_format="nifti")
     assert nibabel.load(paths[0]).shape == (SIDE, SIDE, SIDE)
+
+
+@pytest.mark.slow
+def test_a_flow_draws_volumes_with_conditions(
+    tmp_path: Path, draw_volumes: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The condition is looked for in the planes of samples and of test volumes."""
+    monkeypatch.setattr("medgen.evaluation.conditions.STEPS", 5)
+    project = Project(tmp_path)
+    draw_volumes(tmp_path / "data", 60)
+    rows = ["path,patient,sex"]
+    files = sorted((tmp_path / "data").glob("*/*.nii.gz"))
+    rows += [f"{path.parent.name}/{path.name},{path.name[:9]},{'FM'[i % 2]}" for i, path in enumerate(files)]
+    (tmp_path / "data" / "manifest.csv").write_text("\n".join(rows) + "\n")
+    sizes = SIZES.model_copy(update={"conditions": {"sex": Condition(kind="category")}})
+    preprocess.run(project, data=Data(), preprocess=sizes)
+    extractor.run(project, features=Features(width=4, epochs=1))
+    model = Model(name="vae", dims=3, base_channels=4, max_channels=8, latent_channels=4)
+    settings = Train(batch_size=8, phases=(PHASE,))
+    train.run(project, model=model, loss=Loss(weights=Weights(l1=1.0)), train=settings, tracking=OFF)
+    prior.run(project, prior=Prior(name="flow", channels=8, blocks=1, epochs=1), tracking=OFF)
+    refiner.run(project, refiner=Refiner(), tracking=OFF)
+    found = evaluate.run(project, evaluate=Evaluate(num_generated=24, grid_images=4), tracking=OFF)
+    assert found is not None and 0.0 <= found["condition/sex_accuracy"] <= 1.0
+    assert (project.figures / "conditions.png").exists()

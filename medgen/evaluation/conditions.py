@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from medgen.config import Model, seed_of, to_name
 from medgen.data.conditions import ConditionField, ConditionSpace
-from medgen.data.images import Images, StoredImages, split_images, to_floats
+from medgen.data.images import Images, StoredImages, StoredPlanes, split_images, to_floats
 from medgen.data.store import Split
 from medgen.evaluation.context import EvaluationContext
 from medgen.evaluation.fitting import fit
@@ -165,7 +165,7 @@ def _show(interval: Interval) -> str:
 def train_predictor(context: EvaluationContext, space: ConditionSpace) -> DomainExtractor:
     """A network whose logits (N, sum of F) predict the train split's conditions, field after field."""
     split, device, seed = context.store.split("train"), context.device, seed_of(context.params.seed, 7)
-    images, values = StoredImages(split), torch.from_numpy(split.condition_values)
+    images, values = StoredPlanes(split), torch.from_numpy(split.condition_values)
     outputs = sum(field.size - 1 for field, _ in space.vector_fields.values())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
