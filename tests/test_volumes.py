@@ -166,9 +166,15 @@ def test_the_python_api_takes_and_returns_volumes(trained: Project) -> None:
     assert scores["generation/c2st_auc_spectrum"] < 0.6
 
 
-def test_augmentation_of_volumes_is_refused(trained: Project) -> None:
-    settings = Train(augment=Augment(vertical_flip=True))
-    with pytest.raises(UserError, match=r"train\.augment: changes images"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Train(augment=Augment(vertical_flip=True)), r"train\.augment: changes images"),
+        (Train(precision="bf16", device="cpu"), r"train\.precision: bf16; .*use auto or fp32"),
+    ],
+)
+def test_settings_that_volumes_cannot_have_are_refused(trained: Project, settings: Train, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         train.run(trained, model=Model(name="vae", dims=3), loss=Loss(), train=settings, tracking=OFF)
 
 

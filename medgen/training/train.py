@@ -147,6 +147,12 @@ class ModelTask(TrainingTask):
         self.latent_numel = int(torch.Size(latent_shape).numel())
         self.criterion = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
         self.precision = pick_precision(train.precision, world.device)
+        if self.precision == torch.bfloat16 and world.device.type == "cpu" and len(self.store.image_shape) == 4:
+            # with oneDNN some are not finite, depending on what the memory held before
+            raise UserError(
+                "train.precision: bf16; gradients of 3-D convolutions are wrong in bf16 on a CPU; use auto or fp32, or a "
+                "GPU"
+            )
 
     def batch(self, position: int) -> Batch:
         """Images, labels and, for a segmentation model, masks."""

@@ -172,6 +172,8 @@ def test_every_parameter_gets_a_finite_gradient(any_row):
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_one_step_of_training_lowers_the_loss_on_its_batch(small, precision):
     model, image_shape = small
+    if len(image_shape) == 4 and precision == torch.bfloat16:
+        pytest.skip("gradients of 3-D convolutions are wrong in bf16 on a CPU; a training refuses it")
     objective, weights = objective_of(model, image_shape)
     coarse, mode = torch.rand(4, image_shape[0], *[4] * (len(image_shape) - 1)), ("bilinear", "trilinear")
     smooth = torch.nn.functional.interpolate(coarse, size=image_shape[1:], mode=mode[len(image_shape) - 3])
