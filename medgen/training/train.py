@@ -150,8 +150,8 @@ class ModelTask(TrainingTask):
         if self.precision == torch.bfloat16 and world.device.type == "cpu" and len(self.store.image_shape) == 4:
             # with oneDNN some are not finite, depending on what the memory held before
             raise UserError(
-                "train.precision: bf16; gradients of 3-D convolutions are wrong in bf16 on a CPU; use auto or fp32, or a "
-                "GPU"
+                "train.precision: bf16; gradients of 3-D convolutions are wrong in bf16 on a CPU; use auto or fp32, or "
+                "a GPU"
             )
 
     def batch(self, position: int) -> Batch:
