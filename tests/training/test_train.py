@@ -194,7 +194,7 @@ def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_project, f
 
 
 def test_a_power_cut_loses_no_record_of_an_epoch_that_the_checkpoint_holds(tiny_project, monkeypatch):
-    """What was written after the last flush is lost; the resumed training records only later epochs."""
+    """A power cut loses all since the last flush, and the resumed training records only later epochs."""
     flushed, lost = {}, []
     fsync, save = os.fsync, checkpoint.save
 
