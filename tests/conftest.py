@@ -2,10 +2,14 @@
 
 import json
 import os
+import shlex
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,54 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+# Importing torch and MLflow takes several seconds of processor time. One process imports them, and each command of
+# medgen runs in a fork of it: the programs below stand before the real ones in PATH.
+UV = """#!/bin/sh
+# what `make` calls: the environment is ready, so `uv sync` does nothing and `uv run COMMAND` is COMMAND
+[ "$1" = run ] || exit 0
+shift
+[ "$1" = --no-sync ] && shift
+exec "$@"
+"""
+PYTHON = """#!/bin/sh
+[ "$1 $2" = "-m medgen" ] && shift 2 && exec medgen "$@"
+exec {python} "$@"
+"""
+MEDGEN = """#!{python} -IS
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [request], [0, 1, 2])
+sys.exit(ord(server.recv(1) or b"\\1"))
+"""
+SERVER = """
+import json, os, socket, sys, threading
+import mlflow, optuna
+import medgen.cli, medgen.evaluation.evaluate, medgen.registry.promotion, medgen.serving.generate, medgen.tune
+assert threading.active_count() == 1
+listener = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    connection, _ = listener.accept()
+    request, files, _, _ = socket.recv_fds(connection, 2**20, 3)
+    child = os.fork()
+    if not child:
+        break
+    for file in files:
+        os.close(file)
+    connection.send(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256]))
+    connection.close()
+listener.close()
+connection.close()
+for number, file in enumerate(files):
+    os.dup2(file, number)
+arguments, folder, environment = json.loads(request)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+sys.argv = ["medgen", *arguments]
+medgen.cli.main()
+"""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -193,6 +245,42 @@ def small_params() -> dict:
         "utility": {},
         "evaluate": {"num_generated": 24, "grid_images": 6},
     }
+
+
+@pytest.fixture(scope="session")
+def forked_medgen() -> Callable[[Path, Path], AbstractContextManager[dict[str, str]]]:
+    """Context of the environment variables with which `uv`, `python -m medgen` and `medgen` are the programs above.
+
+    Its arguments are the folder with the package and a folder for the programs.
+    """
+
+    @contextmanager
+    def serve(package: Path, folder: Path) -> Iterator[dict[str, str]]:
+        tools = folder / "tools"
+        tools.mkdir()
+        address, python = str(folder / "server"), sys.executable
+        programs = {
+            "uv": UV,
+            "python": PYTHON.format(python=shlex.quote(python)),
+            "medgen": MEDGEN.format(python=python, address=address),
+        }
+        for name, text in programs.items():
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        path = os.pathsep.join((str(tools), str(Path(python).parent), os.environ["PATH"]))
+        variables = os.environ | {"PATH": path, "PYTHONPATH": str(package), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            number = listener.fileno()
+            server = subprocess.Popen([python, "-c", SERVER, str(number)], cwd=folder, env=variables, pass_fds=[number])
+        try:
+            yield variables
+        finally:
+            server.kill()
+            server.wait()
+
+    return serve
 
 
 @pytest.fixture(scope="session")

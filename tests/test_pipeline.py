@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -106,8 +105,11 @@ def test_git_has_no_results_of_the_sample(root):
     assert not [name for name in tracked if name == "dvc.lock" or name.startswith(("reports/", "artifacts/"))]
 
 
+ENVIRONMENT: dict[str, str] = {}  # of `call`, filled by `repository`
+
+
 @pytest.fixture(scope="module")
-def repository(root, small_params, tmp_path_factory):
+def repository(root, small_params, tmp_path_factory, forked_medgen):
     """A git and DVC repository with the package, a small params file and 60 drawn images; `dvc repro` has run."""
     from medgen.datasets.sample import draw
 
@@ -119,27 +121,27 @@ def repository(root, small_params, tmp_path_factory):
     (folder / "params.yaml").write_text(json.dumps(small_params))
     draw(folder / "data", num_images=60, size=64, seed=1)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (
-        [*git, "init", "-q"],
-        ["dvc", "init", "-q"],
-        ["dvc", "config", "core.analytics", "false"],
-        ["dvc", "add", "-q", "data"],
-        [*git, "add", "."],
-        [*git, "commit", "-qm", "start"],
-        ["dvc", "repro"],
-        [*git, "add", "."],
-        [*git, "commit", "-qm", "results"],
-    ):
-        call(folder, *command)
-    return folder
+    with forked_medgen(folder, tmp_path_factory.mktemp("programs")) as variables:
+        ENVIRONMENT.update(variables)
+        for command in (
+            [*git, "init", "-q"],
+            ["dvc", "init", "-q"],
+            ["dvc", "config", "core.analytics", "false"],
+            ["dvc", "add", "-q", "data"],
+            [*git, "add", "."],
+            [*git, "commit", "-qm", "start"],
+            ["dvc", "repro"],
+            [*git, "add", "."],
+            [*git, "commit", "-qm", "results"],
+        ):
+            call(folder, *command)
+        yield folder
 
 
 def call(folder, *command):
     if command[0] == "dvc":
         command = (sys.executable, "-m", "dvc", *command[1:])
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,14 +1,9 @@
 """Every command of the README runs in a clone; the documents name what exists, and their links work."""
 
 import json
-import os
 import re
-import shlex
-import socket
 import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -17,54 +12,6 @@ ELSEWHERE = {
     "source .venv/bin/activate": "the commands are in PATH already",
     "medgen serve": "it runs until it is stopped: tests/serving/test_serve.py",
 }
-# Importing torch and MLflow takes several seconds of processor time. One process imports them, and each command of
-# medgen runs in a fork of it: the programs below stand before the real ones in PATH.
-UV = """#!/bin/sh
-# what `make` calls: the environment is ready, so `uv sync` does nothing and `uv run COMMAND` is COMMAND
-[ "$1" = run ] || exit 0
-shift
-[ "$1" = --no-sync ] && shift
-exec "$@"
-"""
-PYTHON = """#!/bin/sh
-[ "$1 $2" = "-m medgen" ] && shift 2 && exec medgen "$@"
-exec {python} "$@"
-"""
-MEDGEN = """#!{python} -IS
-import json, os, socket, sys
-server = socket.socket(socket.AF_UNIX)
-server.connect({address!r})
-request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
-socket.send_fds(server, [request], [0, 1, 2])
-sys.exit(ord(server.recv(1) or b"\\1"))
-"""
-SERVER = """
-import json, os, socket, sys, threading
-import mlflow, optuna
-import medgen.cli, medgen.evaluation.evaluate, medgen.registry.promotion, medgen.serving.generate, medgen.tune
-assert threading.active_count() == 1
-listener = socket.socket(fileno=int(sys.argv[1]))
-while True:
-    connection, _ = listener.accept()
-    request, files, _, _ = socket.recv_fds(connection, 2**20, 3)
-    child = os.fork()
-    if not child:
-        break
-    for file in files:
-        os.close(file)
-    connection.send(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256]))
-    connection.close()
-listener.close()
-connection.close()
-for number, file in enumerate(files):
-    os.dup2(file, number)
-arguments, folder, environment = json.loads(request)
-os.chdir(folder)
-os.environ.clear()
-os.environ.update(environment)
-sys.argv = ["medgen", *arguments]
-medgen.cli.main()
-"""
 
 
 def shell_commands(text):
@@ -95,30 +42,10 @@ def clone(root, small_params, tmp_path):
 
 
 @pytest.fixture
-def environment(clone, tmp_path):
-    """Environment variables with which `uv`, `python -m medgen` and `medgen` are the programs above."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    address, python = str(tmp_path / "server"), sys.executable
-    programs = {
-        "uv": UV,
-        "python": PYTHON.format(python=shlex.quote(python)),
-        "medgen": MEDGEN.format(python=python, address=address),
-    }
-    for name, text in programs.items():
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    path = os.pathsep.join((str(tools), str(Path(python).parent), os.environ["PATH"]))
-    variables = os.environ | {"PATH": path, "PYTHONPATH": str(clone), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen()
-        number = listener.fileno()
-        command = [python, "-c", SERVER, str(number)]
-        server = subprocess.Popen(command, cwd=tmp_path, env=variables, pass_fds=[number])
-    yield variables
-    server.kill()
-    server.wait()
+def environment(clone, tmp_path, forked_medgen):
+    """Environment variables with which `uv`, `python -m medgen` and `medgen` run in forks of one process."""
+    with forked_medgen(clone, tmp_path) as variables:
+        yield variables
 
 
 @pytest.mark.slow
