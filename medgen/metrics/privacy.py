@@ -49,7 +49,9 @@ _CELLS = 16  # per side
 _WINDOW = 14  # cells per side of a window, which leaves one cell of shift in each direction
 _SIDES = (32, 128)  # pixels; a copy shifted by half a pixel of 128 is still within a quarter of the limit
 _NEIGHBOURS = 50
-_CANDIDATES = 64  # minimum number of train images that are compared under every shift; otherwise an eighth of all
+_PRINCIPAL = 31  # principal components of windows that the first pass compares; a 32nd number stands for the rest
+_CANDIDATES = 512  # minimum number of train images that are compared under every shift; otherwise 1/32 of all
+_CANDIDATE_SHARE = 32
 _QUANTILE = 0.01
 _CHANCE = 0.005  # probability that a model without copies exceeds `plausible`, by each of the two distances
 _VALUES_PER_BLOCK = 1 << 22  # of a distance matrix in memory at once
@@ -231,11 +233,11 @@ def nearest_by_pixels(
 
     With a region only that part of the images is compared; the mirror image of a train image is cut in the same place.
 
-    The first pass compares all train images and their mirror images under shifts in steps of about 1/32 of the side (25
-    shifts at 64 and 128 pixels). The second compares the nearest eighth of them, at least 64, under every shift. The
-    first pass takes N·M·C·10⁴ multiplications. Train images are read in blocks of 65,536; of more, the second pass gets
-    the nearest 8,192, in equal shares of the blocks. Memory: a few times 4 million values, and two copies of a block at
-    14 x 14.
+    The first pass bounds the correlation of all train images and their mirror images from above (`_coordinates`), under
+    shifts in steps of about 1/32 of the side (25 shifts at 64 and 128 pixels). The second compares 1/32 of them, at
+    least 512, the highest bounds, under every shift. The first pass takes N·M·1600 multiplications. Train images are
+    read in blocks of 65,536; of more, the second pass gets 2,048 of each block. Memory: a few times 4 million
+    values, and two copies of a block at 14 x 14.
 
     Raises:
         ValueError: fewer than 2 train images; the distance is relative to those of other train images.
@@ -253,13 +255,14 @@ def nearest_by_pixels(
     for first in range(0, num_train, _TRAIN_IMAGES_PER_BLOCK):
         block = range(first, min(first + _TRAIN_IMAGES_PER_BLOCK, num_train))
         targets = _targets(train, block, cell, device, region)  # (2·B, D)
-        share = min(num_train, _TRAIN_IMAGES_PER_BLOCK) // 8 * len(block) // num_train
-        num_candidates = min(len(block), max(_CANDIDATES, share))
+        basis = torch.linalg.eigh(targets.T @ targets).eigenvectors[:, -_PRINCIPAL:]
+        coordinates = _coordinates(targets, basis).T  # (K+1, 2·B)
+        num_candidates = min(len(block), max(_CANDIDATES, len(block) // _CANDIDATE_SHARE))
         values_per_image = max(len(coarse) * len(targets), targets.shape[1] * (2 * num_candidates + len(shifts) ** 2))
         for rows in torch.split(torch.arange(len(images)), max(1, _VALUES_PER_BLOCK // values_per_image)):
             windows = _windows(_resized(region.cut(images[rows]).to(device), cell), cell)  # (n, D, S)
-            scores = (windows[:, :, coarse].transpose(1, 2) @ targets.T).amax(dim=1)  # (n, 2·B)
-            found = scores.view(-1, 2, len(block)).amax(dim=1).topk(num_candidates).indices  # (n, K)
+            bounds = (_coordinates(windows[:, :, coarse].transpose(1, 2), basis) @ coordinates).amax(dim=1)  # (n, 2·B)
+            found = bounds.view(-1, 2, len(block)).amax(dim=1).topk(num_candidates).indices  # (n, K)
             candidates = targets[torch.cat([found, found + len(block)], dim=1)]  # (n, 2·K, D)
             best = (candidates @ windows).amax(dim=2).view(-1, 2, num_candidates).amax(dim=1)  # (n, K)
             best, order = torch.cat([correlation[rows], best], dim=1).topk(kept)
@@ -292,6 +295,17 @@ def _targets(train: Images, block: range, cell: int, device: torch.device | str,
     plain, other = map(torch.cat, parts)
     mirrored = other.view(len(other), -1, _WINDOW, _WINDOW).flip(-1).flatten(1)
     return torch.cat([plain, mirrored])
+
+
+def _coordinates(windows: Tensor, basis: Tensor) -> Tensor:
+    """Coordinates (..., P+1) of windows (..., D), whose inner products are at least those of the windows.
+
+    P of them are along the orthonormal basis (D, P), the last is the length of the rest, since the product of two rests
+    is at most that of their lengths (Cauchy-Schwarz). Of equal windows the inner product stays 1, so no copy is missed.
+    """
+    inside = windows @ basis
+    rest = windows.square().sum(dim=-1, keepdim=True) - inside.square().sum(dim=-1, keepdim=True)
+    return torch.cat([inside, rest.clamp_min(0.0).sqrt()], dim=-1)
 
 
 def _windows(images: Tensor, cell: int) -> Tensor:

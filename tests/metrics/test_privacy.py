@@ -119,11 +119,22 @@ def test_the_first_pass_of_the_search_misses_no_copies(monkeypatch: pytest.Monke
     """A shift of one pixel is farthest from the shifts of the first pass."""
     train = draw_images(600, seed=0)
     images = torch.cat([shifted(train[:100], 1, 1), NEW[:50]])
+    monkeypatch.setattr(privacy, "_CANDIDATES", 100)
     found = privacy.nearest_by_pixels(images, train)
     monkeypatch.setattr(privacy, "_CANDIDATES", len(train))
     exhaustive = privacy.nearest_by_pixels(images, train)
     assert found.row[:100].equal(exhaustive.row[:100])
     assert torch.allclose(found.distance, exhaustive.distance, rtol=0.03, atol=1e-5)
+
+
+def test_the_first_pass_bounds_correlations_from_above() -> None:
+    windows = F.normalize(torch.randn(60, 196, generator=torch.Generator().manual_seed(0)), dim=1)
+    basis = torch.linalg.eigh(windows.T @ windows).eigenvectors[:, -31:]
+    coordinates = privacy._coordinates(windows, basis)
+    assert coordinates.shape == (60, 32)
+    bounds = coordinates @ coordinates.T
+    assert (bounds >= windows @ windows.T - 1e-6).all()
+    torch.testing.assert_close(bounds.diagonal(), torch.ones(60))
 
 
 def slow_distance(image: Tensor, train: Tensor) -> tuple[float, int]:
