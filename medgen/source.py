@@ -69,7 +69,7 @@ def stage_hashes(module: str, package: Path = PACKAGE) -> Mapping[str, str]:
 def imported_files(module: str, package: Path = PACKAGE) -> set[Path]:
     """Files of medgen, relative to its folder, that a module imports, directly or through others; itself included."""
     found: set[Path] = set()
-    names = [module]
+    seen, names = {module}, [module]
     while names:
         top, *parts = names.pop().split(".")
         for length in range(1, len(parts) + 1) if top == "medgen" else ():  # a package's __init__ runs first
@@ -77,7 +77,9 @@ def imported_files(module: str, package: Path = PACKAGE) -> set[Path]:
             for path in (place.with_suffix(".py"), place / "__init__.py"):
                 if path.is_file() and (relative := path.relative_to(package)) not in found:
                     found.add(relative)
-                    names += _imported_names(path.read_text(encoding="utf-8"))
+                    more = set(_imported_names(path.read_text(encoding="utf-8"))) - seen
+                    seen |= more
+                    names += more
     return found
 
 

@@ -46,8 +46,12 @@ sys.exit(ord(server.recv(1) or b"\\1"))
 """
 SERVER = """
 import json, os, socket, sys, threading
-import mlflow, optuna
+import alembic.command, matplotlib.backends.backend_agg, mlflow.store.tracking.sqlalchemy_store, optuna
+import torch._dynamo, torchmetrics.functional.image
 import medgen.cli, medgen.evaluation.evaluate, medgen.registry.promotion, medgen.serving.generate, medgen.tune
+from medgen.source import STAGES, stage_hashes
+for module in STAGES.values():
+    stage_hashes(module)  # which parses all files once
 assert threading.active_count() == 1
 listener = socket.socket(fileno=int(sys.argv[1]))
 while True:

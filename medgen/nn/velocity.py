@@ -121,7 +121,10 @@ class ConditionEmbedding(nn.Module):
         super().__init__()
         self.num_frequencies = channels // 2
         self.time = mlp(channels, 4 * channels)
-        self.label = nn.Embedding(num_classes + 1, 4 * channels)  # row 0 is "no label"
+        weight = torch.empty(num_classes + 1, 4 * channels)  # row 0 is "no label"
+        if not weight.is_meta:  # else (load_network) this would import torch's compiler, for over a second
+            nn.init.normal_(weight)
+        self.label = nn.Embedding.from_pretrained(weight, freeze=False)
         self.level = mlp(channels, 4 * channels) if has_noise_level else None
         self.values = mlp(num_values, 4 * channels) if num_values else None
 

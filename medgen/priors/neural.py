@@ -168,10 +168,9 @@ def load_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) 
     Raises:
         KeyError, RuntimeError: weights are missing or have other shapes.
     """
-    with torch.device("meta"):  # saves the time of random weights that would be overwritten
+    with torch.device("meta"):  # no memory and no time for random weights
         network = build()
-    network = network.to_empty(device="cpu")
-    network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
+    network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()}, assign=True)
     return network.eval()
 
 
