@@ -124,7 +124,7 @@ class ConditionEmbedding(nn.Module):
         weight = torch.empty(num_classes + 1, 4 * channels)  # row 0 is "no label"
         if not weight.is_meta:  # else (load_network) this would import torch's compiler, for over a second
             nn.init.normal_(weight)
-        self.label = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.label = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
         self.level = mlp(channels, 4 * channels) if has_noise_level else None
         self.values = mlp(num_values, 4 * channels) if num_values else None
 
