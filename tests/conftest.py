@@ -164,6 +164,61 @@ def draw_volumes() -> Callable[..., Path]:
     return draw
 
 
+@pytest.fixture(scope="session")
+def write_series() -> Callable[..., list[Path]]:
+    """Function that writes voxels (A, B, C) with a NIfTI affine as a DICOM series, with pydicom alone.
+
+    File names and instance numbers do not follow the slices. `change` gets each slice's number and dataset before it is
+    written; None instead of a dataset leaves the file out.
+    """
+    import numpy as np
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
+
+    def write(
+        folder: Path,
+        voxels: Any,
+        affine: Any,
+        series: str = "1.2.826.0.1.7",
+        patient: str = "QZ-7391155",
+        intercept: int = -1024,
+        change: Callable[[int, Any], Any] = lambda number, dataset: dataset,
+    ) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM's axes point to the left and to the back
+        sizes = np.linalg.norm(lps[:3, :3], axis=0)
+        order = np.random.default_rng(0).permutation(voxels.shape[2])
+        paths = []
+        for number, place in enumerate(order.tolist()):
+            meta = FileMetaDataset()
+            meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+            meta.MediaStorageSOPInstanceUID = UID(f"{series}.{place + 1}")
+            dataset = Dataset()
+            dataset.file_meta = meta
+            dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+            dataset.PatientID, dataset.PatientName, dataset.PatientBirthDate = patient, "Quokka^Zebedee", "19010203"
+            dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.826.0.1", series
+            dataset.InstanceNumber = voxels.shape[2] - number
+            dataset.ImagePositionPatient = [float(f"{value:.6f}") for value in (lps @ [0, 0, place, 1])[:3]]
+            directions = (lps[:3, :2] / sizes[:2]).T.ravel()
+            dataset.ImageOrientationPatient = [float(f"{value:.8f}") for value in directions]
+            dataset.PixelSpacing = [float(f"{value:.8f}") for value in (sizes[1], sizes[0])]  # between rows, columns
+            dataset.SliceThickness = float(f"{sizes[2]:.8f}")
+            dataset.Rows, dataset.Columns = voxels.shape[1], voxels.shape[0]
+            dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+            dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
+            dataset.RescaleSlope, dataset.RescaleIntercept = 1, intercept
+            dataset.WindowCenter, dataset.WindowWidth = 100 + number, 50  # of this slice, which a volume does not use
+            dataset.PixelData = (voxels[:, :, place].T - intercept).astype("<i2").tobytes()
+            dataset["PixelData"].VR = "OW"
+            if (changed := change(place, dataset)) is not None:
+                paths.append(folder / f"IM{number:04}")
+                changed.save_as(paths[-1], enforce_file_format=True)
+        return paths
+
+    return write
+
+
 @pytest.fixture
 def tiny_project(tiny_store: Path, tmp_path: Path):
     """A fresh project folder with the tiny store in it."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from medgen.config.base import Count, Fraction, NonNegative, Section, Seed
+from medgen.config.base import Count, Fraction, NonNegative, Positive, Section, Seed
 
 Side = Annotated[int, Field(ge=16, le=1024, multiple_of=4)]
 ConditionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
@@ -101,6 +101,9 @@ class Preprocess(Section):
     image_size: Side | tuple[Side, Side] | tuple[Side, Side, Side] = 64
     channels: Literal[1, 3] = 1  # greyscale or RGB
     volume: Volume = Volume()
+    # mm between voxels along [depth, height, width] of stored volumes, for NIfTI output: it changes no voxel. None: the
+    # median of the train files; give it for files without one, such as MedMNIST3D
+    voxel_size: tuple[Positive, Positive, Positive] | None = None
     bits: Literal[8, 16] = 8  # of a stored grey value
     # intensities that become black and white; None: the window that a DICOM file names, volume.window for volumes, all
     # values of the type for other files. Intensities can be mapped back only without CLAHE (clahe_clip: 0)
@@ -180,6 +183,8 @@ class Preprocess(Section):
     @model_validator(mode="after")
     def _volumes_are_grey(self) -> Self:
         if not self.has_volumes:
+            if self.voxel_size is not None:
+                raise ValueError("voxel_size is of volumes, and image_size has not three sides; remove it")
             return self
         if self.clahe_clip > 0 or self.channels == 3:
             raise ValueError(
@@ -196,7 +201,7 @@ class Preprocess(Section):
         return self
 
 
-_NEW_KEYS: dict[str, Any] = {"bits": 8, "window": None, "conditions": {}}  # their defaults
+_NEW_KEYS: dict[str, Any] = {"bits": 8, "window": None, "conditions": {}, "voxel_size": None}  # their defaults
 # of manifest.csv, the user's or a store's
 RESERVED_COLUMNS = frozenset(
     ("path", "label", "patient", "group", "split", "index", "sha256", "width", "height", "mode", "mask")

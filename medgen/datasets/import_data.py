@@ -189,7 +189,7 @@ def _as_folder(project: Project, source: Path) -> Iterator[Path]:
 
 def _copy(source: Path, listing: ScanResult, folder: Path) -> None:
     """Copy the files: DVC makes the files it tracks read-only, and a hard link would pass that on to the originals."""
-    names = {name for record in listing.records for name in (record.path, record.mask) if name is not None}
+    names = {name for record in listing.records for name in (*record.files, record.mask) if name is not None}
     names |= {*listing.companions, MANIFEST}
     try:
         with replace_folder(folder) as building:
@@ -216,7 +216,7 @@ def _add_salt(source: Path, listing: ScanResult, folder: Path, building: Path) -
     if patients.has_salt(folder):
         shutil.copyfile(folder / patients.SALT_FILE, building / patients.SALT_FILE)
     elif listing.has_patient_ids or any(
-        images.file_kind(source / record.path) == "dicom" for record in listing.records
+        images.file_kind(source / record.files[0]) == "dicom" for record in listing.records
     ):
         patients.write_salt(building)
 

@@ -107,12 +107,11 @@ def _check_folder(scratch: Path, folder: Folder, data: config.Data, preprocess: 
             "Mean grey value of the images, from 0 (black) to 255 (white)": histogram(index.mean_greys, (0, 256)),
         }
     masks = {record.mask for record in scanned.records if record.mask}
-    images_per_file = Counter(record.path for record in records)
-    num_image_files = len(masks | images_per_file.keys())
+    num_image_files = len(masks | {name for record in records for name in record.files})
     return Audit(
         folder=folder.resolve().name if isinstance(folder, Path) else folder.name,
         num_files=num_image_files + len(scanned.companions) + len(scanned.other_files),
-        kinds=_count_kinds(folder, images_per_file),
+        kinds=_count_kinds(folder, records),
         num_masks=len(masks),
         results=results,
         unreadable=unreadable,
@@ -123,14 +122,15 @@ def _check_folder(scratch: Path, folder: Folder, data: config.Data, preprocess: 
     )
 
 
-def _count_kinds(folder: Folder, images_per_file: Counter[str]) -> dict[str, dict[str, int]]:
+def _count_kinds(folder: Folder, records: Sequence[ImageRecord]) -> dict[str, dict[str, int]]:
     kinds: dict[str, dict[str, int]] = {}
-    for path, num_images in images_per_file.items():
-        name = path.rpartition("/")[2]
-        found = images.file_kind(folder / path) if isinstance(folder, Path) else images.kind_of_name(name)
+    num_images = Counter(record.path for record in records)
+    for path, files in {record.path: record.files for record in records}.items():
+        name = files[0].rpartition("/")[2]
+        found = images.file_kind(folder / files[0]) if isinstance(folder, Path) else images.kind_of_name(name)
         kind = kinds.setdefault(found or "unknown", {"files": 0, "images": 0})
-        kind["files"] += 1
-        kind["images"] += num_images
+        kind["files"] += len(files)
+        kind["images"] += num_images[path]
     return dict(sorted(kinds.items()))
 
 

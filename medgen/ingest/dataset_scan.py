@@ -3,14 +3,14 @@
 scanned = scan(Path("data"), params.data, params.preprocess)
 
 Supported layouts, in any mixture: CLASS/file, SPLIT/CLASS/file (also below wrapper folders), flat folders, images/ next
-to masks/, NAME_mask or NAME@ next to NAME, files of many images, and a manifest.csv with the column path and any of
-label, patient (or group), split and the columns of `preprocess.conditions`. If there is a manifest, it is the list of
-images. Values that it leaves empty come from the file (a DICOM header, the labels in an NPZ file), then from the names
-of folders and files.
+to masks/, NAME_mask or NAME@ next to NAME, files of many images, DICOM series (with `preprocess.has_volumes`), and a
+manifest.csv with the column path and any of label, patient (or group), split and the columns of
+`preprocess.conditions`. If there is a manifest, it is the list of images. Values that it leaves empty come from the
+file (a DICOM header, the labels in an NPZ file), then from the names of folders and files.
 """
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,9 @@ from medgen.data.store import ATTRIBUTES
 from medgen.errors import UserError
 from medgen.ingest import images, patients
 from medgen.ingest.folders import Folder, local_files
-from medgen.ingest.formats.raw import Contents, UnreadableImage
+from medgen.ingest.formats.raw import Contents, SeriesKey, UnreadableImage
 from medgen.ingest.list_files import list_files, list_names
-from medgen.ingest.manifest import MANIFEST, ManifestRow, read_manifest
+from medgen.ingest.manifest import MANIFEST, SPLIT_ALIASES, ManifestRow, read_manifest
 from medgen.ingest.masks import MaskPairs, folder_of
 from medgen.ingest.path_labels import PathLabeler, PathLabels
 
@@ -41,6 +41,12 @@ class ImageRecord:
     index: int = 0  # position of the image in its file; the mask has the same index in the mask file
     patient_known: bool = field(default=True, compare=False)  # False: nothing names the patient
     group: str = field(default="", compare=False)  # the patient for the split, independent of the salt; never written
+    slices: tuple[str, ...] = ()  # files of a DICOM series, which is one volume
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of the files with the image."""
+        return self.slices or (self.path,)
 
     @property
     def name(self) -> str:
@@ -96,7 +102,7 @@ def scan(
         rows, has_own_salt = read_manifest(root, files, columns), patients.has_salt(root)
     has_salt = has_own_salt or (salt_folder is not None and patients.has_salt(salt_folder))
     other_files = [(path, reason) for path, reason in other_files if path not in (rows or ())]  # listed: use it
-    inspected, not_images, companions = _inspect_files(folder, files, rows or {}, preprocess)
+    inspected, not_images, companions, series = _inspect_files(folder, files, rows or {}, preprocess)
     pairs = MaskPairs(list(inspected), rows)
     other_files += [*not_images.items(), *pairs.other_files]
     if not pairs.images:
@@ -107,6 +113,12 @@ def scan(
     with local_files(folder, (patients.SALT_FILE,)) as root:
         salted = root if has_own_salt or salt_folder is None else salt_folder
         patient_ids = _PatientIds(salted, data, has_patient_ids)
+    masks = {path: mask for path in pairs.images if (mask := pairs.mask_of(path)) is not None}
+    if of_series := sorted(path for path, mask in masks.items() if mask in series):
+        raise UserError(
+            f"{folder}: {masks[of_series[0]]}, the mask of {of_series[0]}, is a DICOM series; expected a volume in one "
+            "file: convert the masks to NIfTI"
+        )
     labeler = PathLabeler(pairs.images, {folder_of(path) for path in files})
     records: list[ImageRecord] = []
     for path in sorted(pairs.images):
@@ -114,7 +126,6 @@ def scan(
         identifier = patient_ids.find(path, contents, row, labels)
         is_known = identifier is not None
         names_all = identifier is not None or not contents.independent  # else each image has its own patient
-        mask = pairs.mask_of(path)
         for at, index in enumerate(contents.indices):
             name = identifier or path if names_all else f"{path}#{index}"
             records.append(
@@ -124,9 +135,10 @@ def scan(
                     patient=patient_ids.pseudonym(name),
                     group=patient_ids.group(name),
                     split=row.split or _item(contents.splits, at) or labels.split,
-                    mask=mask,
+                    mask=masks.get(path),
                     index=index,
                     patient_known=is_known,
+                    slices=series.get(path, ()),
                 )
             )
     attributes = {path: row.attributes for path, row in (rows or {}).items() if row.attributes}
@@ -143,8 +155,8 @@ def scan(
 
 def _inspect_files(
     folder: Folder, files: Collection[str], listed: Collection[str], preprocess: config.Preprocess
-) -> tuple[dict[str, Contents], dict[str, str], set[str]]:
-    """Contents of image and mask files, reasons for other files, and companions.
+) -> tuple[dict[str, Contents], dict[str, str], set[str], dict[str, tuple[str, ...]]]:
+    """Contents of image and mask files, reasons for other files, companions, and the files of each DICOM series.
 
     A file listed in the manifest counts as an image; reading it later reports any error.
     """
@@ -152,6 +164,7 @@ def _inspect_files(
     other_files: dict[str, str] = {}
     companions: set[str] = set()
     unreadable: set[str] = set()
+    slices: dict[str, SeriesKey] = {}
     for path in sorted({*files, *listed}):
         if path in companions:
             continue
@@ -165,6 +178,9 @@ def _inspect_files(
             if kind in (None, "raster"):
                 continue
             try:
+                if kind == "dicom" and preprocess.has_volumes:
+                    slices[path] = images.series_key(root / path)
+                    continue
                 contents = images.inspect(root / path, preprocess)
             except UnreadableImage:
                 unreadable.add(path)  # keep one record: reading it reports the reason
@@ -179,7 +195,34 @@ def _inspect_files(
     for path in companions & (other_files.keys() | unreadable):
         other_files.pop(path, None)
         found.pop(path, None)
-    return found, other_files, companions - found.keys()
+    series = _join_series(slices, listed)
+    for path, of_series in series.items():
+        for name in of_series:
+            del found[name]
+            if name in listed and name != path:
+                other_files[name] = f"a slice of {path}, which is one volume"
+        found[path] = Contents((0,), patient=next((slices[name].patient for name in of_series), None))
+    return found, other_files, companions - found.keys(), series
+
+
+def _join_series(slices: Mapping[str, SeriesKey], listed: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The files of each series in a folder by the volume's path.
+
+    A series alone in its folder has the path of the folder, so that the folder's name is the volume's and no class. Of
+    others it is the first file by name. A file that the manifest lists takes precedence.
+    """
+    by_folder: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(slices):
+        by_folder[folder_of(path)][slices[path].uid].append(path)
+    paths = {}
+    for folder, groups in by_folder.items():
+        for files in groups.values():
+            is_alone = (
+                len(groups) == 1 and len(files) > 1 and _file_name(folder[:-1]).lower() not in ("", *SPLIT_ALIASES)
+            )
+            own = folder[:-1] if is_alone else files[0]
+            paths[own if own in listed else next((name for name in files if name in listed), own)] = tuple(files)
+    return paths
 
 
 def with_companions(path: str) -> list[str]:

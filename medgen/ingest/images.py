@@ -9,12 +9,19 @@ raw.py there) and its entries here.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medgen.config import Preprocess
 from medgen.ingest.formats.images import SUFFIXES
-from medgen.ingest.formats.raw import Contents, ImageFile, RawImage, UnreadableImage, no_volume
+from medgen.ingest.formats.raw import (
+    Contents,
+    ImageFile,
+    RawImage,
+    SeriesKey,
+    UnreadableImage,
+    no_volume,
+)
 from medgen.ingest.formats.signatures import NUM_BYTES, TEXT, describe_start, kind_of_start
 
 _KINDS = {
@@ -102,8 +109,15 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
     return inspect_format(path, preprocess)
 
 
+def series_key(path: Path) -> SeriesKey:
+    """Series and patient of a DICOM file; errors as `formats.series.read_key`."""
+    from medgen.ingest.formats import series
+
+    return series.read_key(path)
+
+
 def source_files(path: Path, preprocess: Preprocess) -> tuple[Path, ...]:
-    """The files that contain the images: the file itself and, for an Analyze or NIfTI header, its voxels."""
+    """The files that contain the images of one file: itself and, for an Analyze or NIfTI header, its voxels."""
     if path.suffix.lower() != ".hdr":
         return (path,)
     try:
@@ -112,12 +126,18 @@ def source_files(path: Path, preprocess: Preprocess) -> tuple[Path, ...]:
         return (path,)
 
 
-def open_file(path: Path, preprocess: Preprocess, mask: bool = False) -> ImageFile:
+def open_file(path: Path, preprocess: Preprocess, mask: bool = False, slices: Sequence[Path] = ()) -> ImageFile:
     """Open a file for reading. With `mask`, its images are masks: no windowing, rescaling or colour.
+
+    `slices` are the files of a DICOM series, if they are known.
 
     Raises:
         UnreadableImage: the file is no image file, or is damaged.
     """
+    if slices:
+        from medgen.ingest.formats import series
+
+        return series.SeriesFile(path, preprocess, mask, slices)
     _, reader = _format_of(path, preprocess)
     return reader(path, preprocess, mask)
 
@@ -139,9 +159,13 @@ def _format_of(
     path: Path, preprocess: Preprocess
 ) -> tuple[Callable[[Path, Preprocess], Contents], Callable[..., ImageFile]]:
     """The function `inspect` and the reader class of a file's format."""
-    match file_kind(path):
-        case "raster" | "dicom" if preprocess.has_volumes:
+    match "dicom" if preprocess.has_volumes and path.is_dir() else file_kind(path):
+        case "raster" if preprocess.has_volumes:
             raise no_volume("a flat image")
+        case "dicom" if preprocess.has_volumes:
+            from medgen.ingest.formats import series
+
+            return series.inspect, series.SeriesFile
         case "raster":
             from medgen.ingest.formats import images
 

@@ -30,17 +30,17 @@ from medgen.ingest import dataset_scan, patients, splits
 from medgen.ingest.dataset_checks import ImageIndex, check_dataset, escaped, summary_lines
 from medgen.ingest.dataset_scan import ImageRecord, ScanResult
 from medgen.ingest.folders import Folder, data_folder
-from medgen.ingest.formats.raw import RawImage
+from medgen.ingest.formats.raw import Affine, RawImage
 from medgen.ingest.manifest import MANIFEST
 from medgen.ingest.near_duplicates import THUMBNAIL_SIZE, thumbnail
 from medgen.ingest.reading import ReadResult, hash_sources, read_images
-from medgen.ingest.transforms import Stored, preprocess_mask, preprocess_raw
+from medgen.ingest.transforms import Stored, preprocess_mask, preprocess_raw, resized_affine, voxel_size
 
 _Rejected = tuple[str, str]  # name of an image or path of a file, and the reason
 
 
-# image or volume, mask of class numbers, thumbnail
-_Sample = tuple[Stored, NDArray[np.uint8] | None, NDArray[np.uint8]]
+# image or volume, mask of class numbers, thumbnail, place of a volume
+_Sample = tuple[Stored, NDArray[np.uint8] | None, NDArray[np.uint8], Affine | None]
 
 
 def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -> store.Store:
@@ -123,11 +123,12 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
     unreadable: list[_Rejected] = []
     left_out: list[_Rejected] = []
     source = _SourceDigest(data, scanned, preprocess)
+    voxel_sizes: list[tuple[float, float, float] | None] = []
 
     def transform(record: ImageRecord, raw: RawImage, mask: RawImage | None) -> _Sample:
         image = preprocess_raw(raw, preprocess)
         small_mask = None if mask is None else preprocess_mask(mask, raw, str(record.mask), preprocess)
-        return image, small_mask, thumbnail(raw.preview)
+        return image, small_mask, thumbnail(raw.preview), resized_affine(raw, preprocess)
 
     columns = [name for name, condition in preprocess.conditions.items() if condition.kind != "mask"]
     _check_conditions(folder, scanned, preprocess)
@@ -144,7 +145,8 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
             if result.value is None:
                 (left_out if result.left_out else unreadable).append((result.record.name, result.reason))
             else:
-                image, mask, thumb = result.value
+                image, mask, thumb, affine = result.value
+                voxel_sizes.append(None if affine is None else voxel_size(affine))
                 writer.add(image, mask, {**_manifest_row(result), **scanned.attributes_of(result.record)})
                 index.add(result, thumb)
             progress.advance(task)
@@ -153,6 +155,10 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
         rejected = [*unreadable, *left_out, *dropped]
         _check_splits(folder, assigned, rejected)
         rejected = sorted([*rejected, *scanned.other_files])
+        of_train = [size for size, split in zip(voxel_sizes, assigned, strict=True) if size and split == "train"]
+        if of_train and preprocess.voxel_size is None:
+            depth, height, width = np.median(of_train, axis=0).round(4).tolist()
+            preprocess = preprocess.model_copy(update={"voxel_size": (depth, height, width)})
         return writer.commit(assigned, rejected, preprocess.model_dump(mode="json"), source.digest(), data.name)
 
 
@@ -222,7 +228,8 @@ class _SourceDigest:
                 self._hash.update(json.dumps([place, *sorted(values.items())]).encode())
 
     def add(self, record: ImageRecord, digest: str) -> None:
-        self._hash.update(json.dumps([astuple(record), digest]).encode())
+        *values, _ = astuple(record)  # the digest covers the slices of a series
+        self._hash.update(json.dumps([values, digest]).encode())
 
     def digest(self) -> str:
         return self._hash.hexdigest()[:12]

@@ -192,12 +192,14 @@ class _SharedFile:
             root = stack.enter_context(_source_files(self._folder, self._record))
             self.source = _hash_files(root, self._record, self._preprocess)
             path = root / self._record.path
-            _check_file(path)
+            for name in self._record.files:
+                _check_file(root / name)
             mask_path = None if self._record.mask is None else root / self._record.mask
             if mask_path is not None:
                 _check_file(mask_path)
-            self.hashes_pixels = self.hashes_pixels or len(source_files(path, self._preprocess)) > 1
-            image = stack.enter_context(open_file(path, self._preprocess))
+            self.hashes_pixels = self.hashes_pixels or len(_image_files(root, self._record, self._preprocess)) > 1
+            slices = [root / name for name in self._record.slices]
+            image = stack.enter_context(open_file(path, self._preprocess, slices=slices))
             mask: ImageFile | None = None
             try:
                 if mask_path is not None:
@@ -251,8 +253,13 @@ def _hash_pixels(raw: RawImage) -> str:
 
 def _source_files(folder: Folder, record: ImageRecord) -> AbstractContextManager[Path]:
     """The local folder of the files of a record."""
-    paths = [record.path] if record.mask is None else [record.path, record.mask]
+    paths = record.files if record.mask is None else (*record.files, record.mask)
     return local_files(folder, (name for path in paths for name in with_companions(path)))
+
+
+def _image_files(root: Path, record: ImageRecord, preprocess: Preprocess) -> Sequence[Path]:
+    """The files that contain the image."""
+    return [root / name for name in record.slices] or source_files(root / record.path, preprocess)
 
 
 def _hash_source(folder: Folder, record: ImageRecord, preprocess: Preprocess) -> str:
@@ -264,11 +271,10 @@ def _hash_files(folder: Path, record: ImageRecord, preprocess: Preprocess) -> st
     """Joined hashes of the image's and the mask's files, up to the first that cannot be read."""
     digest = ""
     with suppress(UnreadableImage, OSError):
-        for name in (record.path, record.mask):
-            if name is not None:
-                for file in source_files(folder / name, preprocess):
-                    _check_file(file)
-                    digest += hash_file(file)
+        masks = () if record.mask is None else source_files(folder / record.mask, preprocess)
+        for file in (*_image_files(folder, record, preprocess), *masks):
+            _check_file(file)
+            digest += hash_file(file)
     return digest
 
 

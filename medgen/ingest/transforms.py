@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgen.config import Preprocess
-from medgen.ingest.formats.raw import Pixels, RawImage, UnreadableImage
+from medgen.ingest.formats.raw import Affine, Pixels, RawImage, UnreadableImage
 
 Stored = NDArray[np.uint8] | NDArray[np.uint16]
 Spacing = tuple[float, float, float] | None  # of a volume's voxels; None for an image
@@ -56,6 +56,24 @@ def preprocess_raw(raw: RawImage, preprocess: Preprocess) -> Stored:
         pixels = pixels.astype(np.uint16) * np.uint16(257)  # 65535 / 255
     volume: Stored = _to_bits(_resize(pixels, preprocess, raw.spacing), preprocess.bits)[None]
     return volume
+
+
+def resized_affine(raw: RawImage, preprocess: Preprocess) -> Affine | None:
+    """Affine of the volume that `preprocess_raw` makes, from indices of D, H and W to mm; None if the file has none."""
+    if raw.affine is None:
+        return None
+    inner, starts = _fit(raw.pixels.shape, raw.spacing, preprocess)
+    ratios = np.divide(raw.pixels.shape, inner)
+    to_raw = np.diag([*ratios, 1.0])
+    to_raw[:3, 3] = ratios * (0.5 - np.array(starts)) - 0.5  # resizing keeps the outer borders of the outer voxels
+    affine: Affine = raw.affine @ to_raw
+    return affine
+
+
+def voxel_size(affine: Affine) -> tuple[float, float, float]:
+    """Lengths in mm of a voxel's sides, along the axes of the indices."""
+    depth, height, width = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    return depth, height, width
 
 
 def _to_bits(pixels: Any, bits: int) -> Any:
@@ -145,21 +163,25 @@ def _equalise(pixels: Any, clip: float, tiles: int) -> Any:
 def _resize(pixels: Any, preprocess: Preprocess, spacing: Spacing = None) -> Any:
     """Pixels (h, w), (h, w, 3) or, with a spacing, (d, h, w), resized to `preprocess.sides` by `preprocess.fit`."""
     sides = preprocess.sides
-    if spacing is None:
-        extents, further = pixels.shape[:2], pixels.shape[2:]
-    else:
-        extents, further = [side * size for side, size in zip(pixels.shape, spacing, strict=True)], ()
-    inner = sides
-    if preprocess.fit == "pad":
-        scale = min(side / extent for side, extent in zip(sides, extents, strict=True))
-        inner = tuple(max(1, round(extent * scale)) for extent in extents)
+    shape, further = (pixels.shape[:2], pixels.shape[2:]) if spacing is None else (pixels.shape, ())
+    inner, starts = _fit(shape, spacing, preprocess)
     resized = _resize_plane(pixels, *inner) if spacing is None else _resize_volume(pixels, inner)
     if inner == sides:
         return resized
     padded = np.zeros((*sides, *further), pixels.dtype)
-    starts = [(side - length) // 2 for side, length in zip(sides, inner, strict=True)]
     padded[tuple(slice(start, start + length) for start, length in zip(starts, inner, strict=True))] = resized
     return padded
+
+
+def _fit(shape: tuple[int, ...], spacing: Spacing, preprocess: Preprocess) -> tuple[tuple[int, ...], list[int]]:
+    """Sides that an image of `shape` is resized to within `preprocess.sides`, and where it starts there."""
+    sides = preprocess.sides
+    extents = shape if spacing is None else [side * size for side, size in zip(shape, spacing, strict=True)]
+    inner = sides
+    if preprocess.fit == "pad":
+        scale = min(side / extent for side, extent in zip(sides, extents, strict=True))
+        inner = tuple(max(1, round(extent * scale)) for extent in extents)
+    return inner, [(side - length) // 2 for side, length in zip(sides, inner, strict=True)]
 
 
 def _resize_volume(pixels: Any, sides: tuple[int, ...]) -> Any:

@@ -3,7 +3,7 @@
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +129,25 @@ def test_a_dataset_is_preprocessed_from_a_bucket_as_from_a_folder(
     s3._file_system().pipe(f"{url}/A/person0_1.png", (images / "B" / "person1_1.png").read_bytes())
     changed = preprocess.run(Project(tmp_path / "project1"), data=Data(path=url), preprocess=SETTINGS)
     assert changed.source != stores[1].source
+
+
+def test_a_dicom_series_in_a_bucket_is_one_volume(
+    bucket: str, tmp_path: Path, write_series: Callable[..., object]
+) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        voxels = generator.integers(0, 200, (16, 16, 6))
+        write_series(tmp_path / "scans" / f"ct{number}", voxels, np.eye(4), f"1.{number}", f"P{number}")
+    (tmp_path / "scans" / ".salt").write_text("0" * 64 + "\n")
+    url = upload(tmp_path / "scans", f"{bucket}/scans")
+    settings = Preprocess(image_size=(16, 16, 16), clahe_clip=0.0, test_fraction=0.0, val_fraction=0.0)
+    stores = []
+    for name, path in (("local", str(tmp_path / "scans")), ("remote", url)):
+        project = Project(tmp_path / name)
+        project.root.mkdir()
+        stores.append(preprocess.run(project, data=Data(path=path), preprocess=settings))
+    local, remote = (content(store.folder / "train") for store in stores)
+    assert local == remote and stores[0].counts["train"] == 4
 
 
 def test_patients_of_a_bucket_are_hashed_with_its_salt_or_the_projects(bucket: str, tmp_path: Path) -> None:

@@ -202,6 +202,17 @@ def test_companion_files_are_copied(tmp_path: Path) -> None:
     assert {record.label for record in records(tmp_path / "project" / "data")} == {"3", "7"}
 
 
+def test_slices_of_a_series_are_copied(tmp_path: Path, write_series: Callable[..., list[Path]]) -> None:
+    source = tmp_path / "scans"
+    write_series(source / "A" / "ct1", np.zeros((8, 8, 5), np.int16), np.eye(4))
+    (source / "A" / "ct1" / "notes.txt").write_text("text")
+    preprocess = config.Preprocess(image_size=(16, 16, 16), clahe_clip=0.0)
+    assert import_folder(Project(tmp_path / "project"), DATA, preprocess, source) == 1
+    copied = files(tmp_path / "project" / "data")
+    assert copied.pop(".salt") and sorted(copied) == [f"A/ct1/IM{number:04}" for number in range(5)]
+    assert [record.path for record in scan(tmp_path / "project" / "data", DATA, preprocess).records] == ["A/ct1"]
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar", "gztar"])
 def test_archive_is_imported_like_its_folder(tmp_path: Path, kind: str) -> None:
     source = make(tmp_path / "source", "train/A/1.png", "test/B/2.png")

@@ -10,6 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -271,6 +273,79 @@ def test_a_manifest_row_applies_to_all_images_of_a_file(tmp_path: Path, contents
 def test_an_unreadable_file_is_one_record(tmp_path: Path, contents: dict[str, Contents | str]) -> None:
     contents["cut.dcm"] = "damaged"
     assert records_of(make(tmp_path, "cut.dcm")) == [ImageRecord("cut.dcm", None, "cut.dcm", None, None)]
+
+
+# DICOM series
+
+VOXELS = np.random.default_rng(0).integers(0, 200, (8, 8, 5))
+VOLUMES = Preprocess(image_size=(16, 16, 16), clahe_clip=0.0)
+
+
+def scan_volumes(folder: Path, **data: Any) -> ScanResult:
+    return dataset_scan.scan(folder, Data(**{"keep_patient_ids": True, **data}), VOLUMES)
+
+
+def test_a_series_is_one_record(tmp_path: Path, write_series: Callable[..., list[Path]]) -> None:
+    """With the folder's path if it is alone there, else with that of its first file; classes are the folders above."""
+    for name, series, patient in (("train/A/ct1", "1.1", "P1"), ("test/B/ct2", "1.2", "P2"), ("test/B", "1.3", "P3")):
+        write_series(tmp_path / name, VOXELS, np.eye(4), series=series, patient=patient)
+    for number in range(5):
+        (tmp_path / "test" / "B" / f"IM{number:04}").rename(tmp_path / "test" / "B" / f"JM{number:04}")
+    write_series(tmp_path / "test" / "B", VOXELS, np.eye(4), series="1.4", patient="P4")
+    (tmp_path / "train" / "A" / "ct1" / "notes.txt").write_text("text")
+    write_series(tmp_path / "val", VOXELS, np.eye(4), series="1.5", patient="P5")
+    scanned = scan_volumes(tmp_path)
+    assert [(each.path, each.label, each.patient, each.split) for each in scanned.records] == [
+        ("test/B/IM0000", "B", "P4", "test"), ("test/B/JM0000", "B", "P3", "test"),
+        ("test/B/ct2", "B", "P2", "test"), ("train/A/ct1", "A", "P1", "train"), ("val/IM0000", None, "P5", "val"),
+    ]  # fmt: skip
+    assert scanned.records[1].files == tuple(f"test/B/JM{number:04}" for number in range(5))
+    assert scanned.records[3].slices == tuple(f"train/A/ct1/IM{number:04}" for number in range(5))
+    assert scanned.other_files == [("train/A/ct1/notes.txt", "a text file")] and scanned.has_patient_ids
+    hidden = scan_volumes(tmp_path, keep_patient_ids=False)
+    assert all(len(record.patient) == 16 for record in hidden.records) and "P1" not in repr(hidden)
+
+
+def test_a_manifest_lists_a_series_by_its_folder_or_one_of_its_files(
+    tmp_path: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    for number, name in enumerate("abcd"):
+        write_series(tmp_path / name, VOXELS, np.eye(4), series=f"1.{number}")
+    rows = "path,label,split\na,X,train\nb/IM0003,Y,test\nb/IM0004,Z,test\nd/absent,X,train\n"
+    (tmp_path / "manifest.csv").write_text(rows)
+    scanned = scan_volumes(tmp_path)
+    assert [(each.path, each.label, each.split, len(each.files)) for each in scanned.records] == [
+        ("a", "X", "train", 5), ("b/IM0003", "Y", "test", 5), ("d/absent", "X", "train", 1),
+    ]  # fmt: skip
+    assert scanned.other_files == [
+        ("b/IM0004", "a slice of b/IM0003, which is one volume"),
+        ("c", "not listed in manifest.csv"),
+        ("d", "not listed in manifest.csv"),
+    ]
+
+
+def test_a_series_has_the_mask_of_its_name(tmp_path: Path, write_series: Callable[..., list[Path]]) -> None:
+    for name in ("images/ct1", "images/ct2"):
+        write_series(tmp_path / name, VOXELS, np.eye(4), series=f"1.{name[-1]}")
+    (tmp_path / "masks").mkdir()
+    nibabel.save(nibabel.Nifti1Image((VOXELS > 100).astype(np.uint8), np.eye(4)), tmp_path / "masks" / "ct2.nii.gz")
+    records = scan_volumes(tmp_path).records
+    assert [(each.path, each.mask) for each in records] == [
+        ("images/ct1", None),
+        ("images/ct2", "masks/ct2.nii.gz"),
+    ]
+    write_series(tmp_path / "masks" / "ct1", VOXELS > 100, np.eye(4), series="2.1")
+    with pytest.raises(UserError, match=r"masks/ct1, the mask of images/ct1, is a DICOM series; .*NIfTI"):
+        scan_volumes(tmp_path)
+
+
+def test_a_damaged_slice_stays_with_its_series(tmp_path: Path, write_series: Callable[..., list[Path]]) -> None:
+    """So that the volume is not read without it. A file that names no series is an image of its own."""
+    paths = write_series(tmp_path / "ct", VOXELS, np.eye(4))
+    paths[2].write_bytes(paths[2].read_bytes()[:-20])
+    paths[3].with_name("x.dcm").write_bytes(b"not DICOM")
+    records = scan_volumes(tmp_path).records
+    assert [(each.path, len(each.files)) for each in records] == [("ct", 5), ("ct/x.dcm", 1)]
 
 
 def test_a_volume_without_selected_slices_is_listed(tmp_path: Path, contents: dict[str, Contents | str]) -> None:

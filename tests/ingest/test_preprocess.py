@@ -1,6 +1,7 @@
 """preprocess converts a folder to the dataset store, with the same bytes for any number of threads."""
 
 import gzip
+import json
 import os
 import shutil
 import struct
@@ -19,7 +20,7 @@ from medgen import config
 from medgen.config import Project
 from medgen.data import store
 from medgen.errors import UserError
-from medgen.ingest import reading
+from medgen.ingest import audit, reading
 from medgen.ingest.patients import find_salt, pseudonymize
 from medgen.ingest.preprocess import run
 from medgen.io import hash_file
@@ -419,6 +420,56 @@ def test_images_of_one_file_are_stored_in_order(tmp_path: Path, monkeypatch: pyt
     assert (test.images[:, 0] == images[60:]).all()
     assert [row["index"] for row in test.rows()] == [str(index) for index in range(60, 80)]
     assert [row["label"] for row in test.rows()] == [str(index % 3) for index in range(20)]
+
+
+def test_dicom_series_and_nifti_of_the_same_voxels_are_equal_volumes(
+    tmp_path: Path, write_series: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From files to the store and the audit; no name, date or identifier of a patient is written."""
+    random = np.random.default_rng(0)
+    affine = np.diag([-0.8, -0.8, 2.0, 1.0])
+    for number in range(6):
+        voxels = random.integers(-900, 900, (20, 18, 12))
+        voxels[4:14, 4:10, 3 : 5 + number] += 600
+        if number < 4:
+            write_series(tmp_path / "data" / f"ct{number}", voxels, affine, f"1.{number}", f"QZ-73911{number}")
+        if number in (3, 4, 5):
+            path = tmp_path / "data" / ("nifti3.nii.gz" if number == 3 else f"other{number}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image(voxels.astype(np.int16), affine), path)
+    write_series(tmp_path / "data" / "gap", voxels, affine, "1.9", change=lambda at, each: each if at != 5 else None)
+    write_series(tmp_path / "data" / "scout", voxels[:, :, :2], affine, "1.8")
+    settings = config.Preprocess(image_size=(16, 16, 16), clahe_clip=0.0, bits=16, max_rejected=0.2)
+    project = Project(tmp_path)
+    dataset = run(project, data=config.Data(), preprocess=settings)
+    splits = [dataset.split(name) for name in store.SPLITS]
+    volumes = {
+        row["path"]: volume for split in splits for row, volume in zip(split.rows(), split.images[:], strict=True)
+    }
+    assert sorted(volumes) == ["ct0", "ct1", "ct2", "ct3", "nifti3.nii.gz", "other4.nii.gz", "other5.nii.gz"]
+    assert np.abs(volumes["ct3"].astype(int) - volumes["nifti3.nii.gz"]).max() <= 1
+    rows = {row["path"]: row for split in splits for row in split.rows()}
+    assert rows["ct3"]["split"] == rows["nifti3.nii.gz"]["split"]  # one image: near-duplicates stay together
+    assert (rows["ct3"]["mode"], rows["ct3"]["width"], rows["ct3"]["height"]) == ("MONOCHROME2;16", "20", "18")
+    assert len({rows[f"ct{number}"]["patient"] for number in range(4)}) == 4
+    assert rejected_files(dataset) == {
+        "gap": rejected_files(dataset)["gap"],
+        "scout": "a DICOM series of 2 slices; expected at least 4 in a volume",
+    }
+    assert rejected_files(dataset)["gap"].startswith("slices are missing: 4 mm between IM00")
+    assert dataset.preprocess.voxel_size == (1.5, 1.44, 1.4545)  # 24, 14.4 and 16 mm by 16, 10 and 11 voxels
+    before = content(project.dataset)
+    run(project, data=config.Data(), preprocess=settings)
+    assert content(project.dataset) == before and "unchanged" in capsys.readouterr().err
+    audit.run(project, data=config.Data(), preprocess=settings)
+    found = json.loads((project.reports / "audit.json").read_text())
+    assert found["kinds"] == {"dicom": {"files": 61, "images": 6}, "volume": {"files": 3, "images": 3}}
+    assert found["num_files"] == 64 and [entry["path"] for entry in found["left_out"]] == ["scout"]
+    folders = [path for path in tmp_path.iterdir() if path.name != "data"]
+    text = b"".join(b"".join(content(folder).values()) for folder in folders) + "".join(capsys.readouterr()).encode()
+    assert not any(secret in text for secret in (b"Quokka", b"QZ-7391", b"19010203", b"1.2.826"))
+    changed = project.root / "data" / "ct0" / "IM0002"
+    changed.write_bytes(changed.read_bytes()[:-2] + b"\1\2")
+    assert run(project, data=config.Data(), preprocess=settings).source != dataset.source
 
 
 def test_files_that_are_not_images_are_listed_and_not_counted_as_unreadable(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from medgen.ingest.formats.raw import (
 )
 from medgen.ingest.formats.signatures import EMPTY, NUM_BYTES, describe_start
 from medgen.ingest.formats.streams import CHUNK
-from medgen.ingest.formats.voi_lut import LookupTable, StoredPixels, VoiTransform, Window, apply_voi
+from medgen.ingest.formats.voi_lut import LookupTable, StoredPixels, VoiTransform, Window, apply_voi, to_intensities
 from medgen.ingest.formats.windowing import apply_window
 
 T = TypeVar("T")
@@ -74,6 +74,8 @@ _KEYWORDS = [
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", f"{_PALETTE[0]}Descriptor"),
+    *("SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
+    *("SliceThickness", "SpacingBetweenSlices"),
     *(f"{kind}{table}Data" for kind in ("", "Segmented") for table in _PALETTE),
 ]
 # Names of SOP classes that have pixels: an object of such a class without pixels is damaged.
@@ -91,8 +93,55 @@ def inspect(path: Path, preprocess: Preprocess) -> Contents:
         UnreadableImage: the file is damaged or cut short, or its pixel format is not supported.
         LeftOutImage: the file is whole and has no images, such as a report, a treatment plan or a DICOMDIR.
     """
-    header = _call_safely(lambda: _read_header(path))
+    header = read_header(path)
     return Contents(range(header.num_frames), patient=header.patient)
+
+
+def read_header(path: Path) -> "Header":
+    """The header of a file with pixels; errors as `inspect`."""
+    return _call_safely(lambda: _read_header(path))
+
+
+def read_series_uid(path: Path) -> str:
+    """SeriesInstanceUID, also of a file whose pixels are damaged; "" if it cannot be read. It must not be shown."""
+    import pydicom
+
+    def read() -> str:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if _inflate(file, size) is not None:
+                return ""
+            file.seek(0)
+            bounded: Any = _BoundedReader(file, size)
+            tags: list[Any] = ["SeriesInstanceUID"]
+            return _get_text(pydicom.dcmread(bounded, stop_before_pixels=True, force=True, specific_tags=tags), tags[0])
+
+    try:
+        return _call_safely(read)
+    except UnreadableImage:
+        return ""
+
+
+def read_values(
+    header: "Header", index: int, limits: IntensityWindow | None, mask: bool = False
+) -> NDArray[np.float32]:
+    """Intensities (H, W) of a grey frame, such as Hounsfield units, NaN where it is padding; negated if low is white.
+
+    With `mask` the values as they are stored.
+
+    Raises:
+        UnreadableImage: the frame is damaged, or low is white and `limits` is a window in the file's unit.
+    """
+
+    def read() -> NDArray[np.float32]:
+        stored = _read_frame(header, index)
+        if mask:
+            return stored.codes.astype(np.float32)  # type: ignore[no-any-return]
+        transform = _read_voi_transform(header, index, limits)
+        values = to_intensities(stored, transform)
+        return -values if transform.is_inverted else values
+
+    return _call_safely(read)
 
 
 class DicomFile(ImageFile):
@@ -104,7 +153,7 @@ class DicomFile(ImageFile):
     """
 
     def __init__(self, path: Path, preprocess: Preprocess, mask: bool = False) -> None:
-        self._header = _call_safely(lambda: _read_header(path))
+        self._header = read_header(path)
         self.num_images = self._header.num_frames
         self._keeps_colour = preprocess.channels == 3
         self._window = preprocess.window
@@ -171,7 +220,9 @@ def _silence_pydicom() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class Header:
+    """Checked attributes of a file with pixels."""
+
     path: Path
     content: bytes | None  # of a deflated file
     dataset: Any
@@ -181,6 +232,7 @@ class _Header:
     offset: int  # of its value in the file
     fragments: Sequence[Sequence[tuple[int, int]]]  # offset and length of the fragments of each compressed frame
     patient: str | None  # patient ID, or else study UID
+    series: str  # UID
     num_frames: int
     rows: int
     columns: int
@@ -193,6 +245,7 @@ class _Header:
     is_signed: bool
 
     def open(self) -> BinaryIO:
+        """The bytes of the file, inflated."""
         return self.path.open("rb") if self.content is None else io.BytesIO(self.content)
 
 
@@ -216,7 +269,7 @@ class _BoundedReader:
         return self._left < 0
 
 
-def _read_header(path: Path) -> _Header:
+def _read_header(path: Path) -> Header:
     import pydicom
 
     with path.open("rb") as plain:
@@ -314,7 +367,7 @@ def _uid_name(uid: Any) -> str | None:
     return entry[0] if entry else None
 
 
-def _check_header(dataset: Any, **known: Any) -> _Header:
+def _check_header(dataset: Any, **known: Any) -> Header:
     """Check the attributes of the image pixel module (PS3.3 C.7.6.3)."""
     rows, columns = _get_int(dataset, "Rows"), _get_int(dataset, "Columns")
     samples, floats = _get_int(dataset, "SamplesPerPixel", 1), known["keyword"] != "PixelData"
@@ -333,9 +386,10 @@ def _check_header(dataset: Any, **known: Any) -> _Header:
         raise UnreadableImage(f"no decoder for {photometric} colours")
     if samples != _SAMPLES.get(photometric):
         raise UnreadableImage(f"damaged: {samples} samples per pixel, which does not fit the colour space")
-    return _Header(
+    return Header(
         dataset=dataset,
         patient=_get_text(dataset, "PatientID") or _get_text(dataset, "StudyInstanceUID") or None,
+        series=_get_text(dataset, "SeriesInstanceUID"),
         num_frames=num_frames,
         rows=rows,
         columns=columns,
@@ -372,12 +426,12 @@ def _first_value(value: Any) -> Any:
     return value[0] if len(value) else None
 
 
-def _num_native_bytes(header: _Header) -> int:
+def _num_native_bytes(header: Header) -> int:
     bits = header.num_frames * header.rows * header.columns * header.samples * header.bits_allocated
     return -(-bits // 8) * (2 if header.photometric == "YBR_FULL_422" else 3) // 3
 
 
-def _find_fragments(header: _Header, file: BinaryIO, size: int) -> Sequence[Sequence[tuple[int, int]]]:
+def _find_fragments(header: Header, file: BinaryIO, size: int) -> Sequence[Sequence[tuple[int, int]]]:
     """Fragments of each compressed frame (PS3.5 A.4), found by their lengths without reading their content."""
     items: list[tuple[int, int]] = []  # offset and length of the offset table, then of each fragment
     file.seek(header.offset)
@@ -416,7 +470,7 @@ def _find_fragments(header: _Header, file: BinaryIO, size: int) -> Sequence[Sequ
 # ---- the pixels of a frame
 
 
-def _read_frame(header: _Header, index: int) -> StoredPixels:
+def _read_frame(header: Header, index: int) -> StoredPixels:
     if not header.fragments:
         return _read_native(header, index)
     fragments = header.fragments[index]
@@ -435,7 +489,7 @@ def _read_frame(header: _Header, index: int) -> StoredPixels:
     return _call_safely(lambda: _decode(header, bytes(data)), "damaged: the compressed data cannot be decoded")
 
 
-def _read_native(header: _Header, index: int) -> StoredPixels:
+def _read_native(header: Header, index: int) -> StoredPixels:
     from pydicom.pixels.decoders.base import get_decoder
 
     options: dict[str, Any] = {
@@ -458,7 +512,7 @@ def _read_native(header: _Header, index: int) -> StoredPixels:
     return _extract_bits(header, pixels.astype(pixels.dtype.newbyteorder("="), copy=False))
 
 
-def _extract_bits(header: _Header, words: Any) -> StoredPixels:
+def _extract_bits(header: Header, words: Any) -> StoredPixels:
     """Words as allocated -> the bits that hold the value (PS3.5 8.1.1)."""
     if words.dtype.kind == "u" and header.bits_allocated > 1:
         shift = header.high_bit + 1 - header.bits_stored
@@ -469,7 +523,7 @@ def _extract_bits(header: _Header, words: Any) -> StoredPixels:
     return StoredPixels(words, header.bits_stored, header.is_signed, header.photometric in _YCC)
 
 
-def _decode_rle(header: _Header, data: bytes) -> Any:
+def _decode_rle(header: Header, data: bytes) -> Any:
     """RLE Lossless (PS3.5 Annex G) -> (H, W) or (H, W, 3); a segment holds one byte of one sample of all pixels."""
     num_bytes, num_pixels = header.bits_allocated // 8, header.rows * header.columns
     num_segments = header.samples * num_bytes
@@ -489,7 +543,7 @@ def _decode_rle(header: _Header, data: bytes) -> Any:
     return native[0] if header.samples == 1 else native.transpose(1, 2, 0)
 
 
-def _decode(header: _Header, data: bytes) -> StoredPixels:
+def _decode(header: Header, data: bytes) -> StoredPixels:
     """Decode JPEG, JPEG-LS or JPEG 2000. The bit depth of the data counts, which may differ from the header's."""
     import imagecodecs
 
@@ -519,9 +573,10 @@ def _decode(header: _Header, data: bytes) -> StoredPixels:
 # ---- modality and VOI transformation
 
 
-def _read_voi_transform(header: _Header, index: int, limits: IntensityWindow | None) -> VoiTransform:
+def _read_voi_transform(header: Header, index: int, limits: IntensityWindow | None) -> VoiTransform:
     """Transformation of a frame; `limits`, the window of the settings, replaces that of the file."""
-    groups = [*_functional_groups(header, index), header.dataset]  # attributes of a frame come before the dataset's
+    keywords = ("FrameVOILUTSequence", "PixelValueTransformationSequence")
+    groups = [*functional_groups(header, index, keywords), header.dataset]  # a frame's come before the dataset's
     window = next((group for group in groups if _get_float(group, "WindowCenter") is not None), header.dataset)
     rescale = next((group for group in groups if _get_float(group, "RescaleSlope") is not None), header.dataset)
     shape = str(header.dataset.get("PresentationLUTShape") or "").strip().upper()
@@ -542,13 +597,13 @@ def _read_voi_transform(header: _Header, index: int, limits: IntensityWindow | N
     )
 
 
-def _functional_groups(header: _Header, index: int) -> list[Any]:
-    """Items with the transformations of an enhanced object (PS3.3 C.7.6.16): this frame's first, then the shared."""
+def functional_groups(header: Header, index: int, keywords: Sequence[str]) -> list[Any]:
+    """Items of these sequences of an enhanced object (PS3.3 C.7.6.16): this frame's first, then the shared."""
     frames = header.dataset.get("PerFrameFunctionalGroupsSequence") or []
     shared = header.dataset.get("SharedFunctionalGroupsSequence") or []
     found: list[Any] = []
     for group in (*frames[index : index + 1], *shared[:1]):
-        for keyword in ("FrameVOILUTSequence", "PixelValueTransformationSequence"):
+        for keyword in keywords:
             found.extend((group.get(keyword) or [])[:1])
     return found
 
@@ -570,7 +625,7 @@ def _read_window(dataset: Any) -> Window | None:
     return Window(centre, width, function)
 
 
-def _read_voi_lut(header: _Header, dataset: Any) -> LookupTable | None:
+def _read_voi_lut(header: Header, dataset: Any) -> LookupTable | None:
     """A VOI LUT scaled so that its lowest and highest entry are 0 and 1: the stated bit depth is often wrong."""
     table = _read_lut(header, dataset.get("VOILUTSequence"))
     if table is None:
@@ -579,7 +634,7 @@ def _read_voi_lut(header: _Header, dataset: Any) -> LookupTable | None:
     return LookupTable(table.first, (table.entries - low) / (high - low)) if high > low else None
 
 
-def _read_lut(header: _Header, sequence: Any) -> LookupTable | None:
+def _read_lut(header: Header, sequence: Any) -> LookupTable | None:
     if not sequence:
         return None
     descriptor, data = sequence[0].get("LUTDescriptor"), sequence[0].get("LUTData")
@@ -589,7 +644,7 @@ def _read_lut(header: _Header, sequence: Any) -> LookupTable | None:
     return LookupTable(_first_mapped(header, descriptor), entries) if len(entries) else None
 
 
-def _entries(header: _Header, data: Any, count: int) -> Any:
+def _entries(header: Header, data: Any, count: int) -> Any:
     """Entries (count,) of 8 or 16 bits; pydicom returns numbers or bytes, depending on the VR."""
     if not isinstance(data, bytes):
         return np.asarray(data if hasattr(data, "__len__") else [data], np.int64)[:count] & 0xFFFF
@@ -598,13 +653,13 @@ def _entries(header: _Header, data: Any, count: int) -> Any:
     return np.frombuffer(data, f"{order}u2" if deep else np.uint8, count=min(count, len(data) // (2 if deep else 1)))
 
 
-def _first_mapped(header: _Header, descriptor: Any) -> int:
+def _first_mapped(header: Header, descriptor: Any) -> int:
     """Stored value of a table's first entry."""
     first = int(descriptor[1])
     return first - 65536 if header.is_signed and first > 32767 else first
 
 
-def _read_padding(header: _Header) -> tuple[float, float] | None:
+def _read_padding(header: Header) -> tuple[float, float] | None:
     """Smallest and largest stored value that is padding (PS3.3 C.7.5.1.1.2), in the type of the pixels."""
     value = _get_float(header.dataset, "PixelPaddingValue")
     if value is None:
@@ -636,7 +691,7 @@ def _to_rgb(stored: StoredPixels) -> Any:
     return cv2.cvtColor(np.ascontiguousarray(pixels[..., [0, 2, 1]]), cv2.COLOR_YCrCb2RGB)  # PS3.3 C.7.6.3.1.2
 
 
-def _read_palette(header: _Header) -> tuple[Any, int]:
+def _read_palette(header: Header) -> tuple[Any, int]:
     """Palette (N, 3) of uint8 or uint16, and the stored value of its first entry (PS3.3 C.7.6.3.1.5)."""
     if header.bits_stored > 16:
         raise UnreadableImage(f"a palette for values of {header.bits_stored} bits; expected at most 16")

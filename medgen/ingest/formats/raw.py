@@ -12,12 +12,13 @@ Shapes: H W height and width of an image, D depth of a volume.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+Affine = NDArray[np.float64]  # (4, 4) from indices of voxels to mm towards the patient's Right, Anterior and Superior
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; the largest detectors have a fifth of that
 MIN_SIDE = 4  # pixels; smaller images carry no content, and a small file could claim a million of them
@@ -40,6 +41,7 @@ class RawImage:
     size: tuple[int, int]  # width, height as stored in the file
     mode: str  # pixel type in the format's own terms: Pillow's mode such as "RGB" or "I;16", or DICOM's or NIfTI's
     spacing: tuple[float, float, float] | None = None  # of the voxels along D, H and W, in any unit; None: not a volume
+    affine: Affine | None = None  # from indices of D, H and W to mm; None: not a volume, or not in the file
 
     @property
     def preview(self) -> Pixels:
@@ -63,6 +65,13 @@ class Contents:
     independent: bool = False  # every image belongs to a different patient, as in a file of thousands of digits
     findings: Sequence[str] | None = None  # one text per index, such as mass+nodule, if images have several labels
     companions: Sequence[Path] = ()  # further files that belong to this one, such as its labels
+
+
+class SeriesKey(NamedTuple):
+    """The series and the patient of a DICOM file, exactly as in the file: never show them."""
+
+    uid: str  # "" without a SeriesInstanceUID
+    patient: str | None
 
 
 class ImageFile(Protocol):
@@ -92,7 +101,8 @@ class ImageFile(Protocol):
 def no_volume(kind: str) -> UnreadableImage:
     """The error for a file of flat images where volumes are asked for."""
     return UnreadableImage(
-        f"{kind}: preprocess.image_size has three sides, which needs volumes (NIfTI, MGZ, Analyze or MedMNIST3D)"
+        f"{kind}: preprocess.image_size has three sides, which needs volumes (NIfTI, MGZ, Analyze, DICOM series or "
+        "MedMNIST3D)"
     )
 
 

@@ -85,16 +85,25 @@ def copy_to_mmap(stream: IO[bytes], num_bytes: int) -> Any:
     Raises:
         UnreadableImage: the stream ends earlier, or the temporary folder has too little space.
     """
+    check_temporary_space(num_bytes)
+    with tempfile.TemporaryFile() as file:
+        file.writelines(_chunks(stream, num_bytes))
+        file.flush()
+        return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+
+
+def check_temporary_space(num_bytes: int) -> None:
+    """Check that the temporary folder has space for a file of `num_bytes`.
+
+    Raises:
+        UnreadableImage: it has too little.
+    """
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if num_bytes > free:
         raise UnreadableImage(
             f"inflated it takes {num_bytes >> 20} MiB, and the temporary folder has {free >> 20} MiB free; "
             "set TMPDIR to a larger folder"
         )
-    with tempfile.TemporaryFile() as file:
-        file.writelines(_chunks(stream, num_bytes))
-        file.flush()
-        return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
 
 
 class LoadOnce(Generic[T]):

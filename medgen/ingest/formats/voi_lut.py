@@ -142,6 +142,18 @@ def apply_voi(stored: StoredPixels, transform: VoiTransform) -> NDArray[np.uint1
     return np.reshape(grey, stored.codes.shape)
 
 
+def to_intensities(stored: StoredPixels, transform: VoiTransform) -> NDArray[np.float32]:
+    """Stored grey values (H, W) -> modality values such as Hounsfield units (H, W), NaN where they are padding."""
+    flat = stored.codes.reshape(-1)
+    values = np.empty(flat.shape, np.float32)
+    with np.errstate(all="ignore"):
+        for block in stored.blocks():
+            block_values = stored.to_values(flat[block])
+            valid = transform.is_valid(block_values)
+            values[block] = np.where(valid, transform.to_modality(np.where(valid, block_values, 0)), np.nan)
+    return values.reshape(stored.codes.shape)
+
+
 def _find_limits(stored: StoredPixels, flat: Any, transform: VoiTransform) -> tuple[float, float]:
     """Modality values that become black and white where there is no VOI LUT and no window of the file."""
     if transform.window is not None:

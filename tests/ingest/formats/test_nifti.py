@@ -277,7 +277,7 @@ def test_a_large_volume_is_mapped_from_disk(tmp_path: Path, monkeypatch: pytest.
         with VolumeFile(path, settings_of(frame=frame)) as file:
             expected = [file.read(index).pixels for index in (3, 50, 70)]
         with monkeypatch.context() as patch:
-            patch.setattr(nifti, "_MAX_VOXELS_IN_MEMORY", 1 << 19)
+            patch.setattr(nifti, "MAX_VOXELS_IN_MEMORY", 1 << 19)
             tracemalloc.start()
             opened = [VolumeFile(path, settings_of(frame=frame)) for _ in range(4)]
             for file in opened:
