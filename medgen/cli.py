@@ -58,7 +58,18 @@ FileFormat = Annotated[
     ),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Folder to write images to.")]
-ImageFiles = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files.")]
+DefaultFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="Format of the images: png, png16, tiff, nifti or dicom. Default: png, or nifti for a model of volumes.",
+    ),
+]
+ImageFiles = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE...", help="Image files; for a model of volumes also folders of DICOM series."),
+]
 DatasetName = Annotated[str, typer.Argument(help="Name from `medgen data list`.")]
 WeightsName = Annotated[str, typer.Argument(help="Name from `medgen weights list`.")]
 RecipeName = Annotated[str, typer.Argument(help="Name from `medgen recipe list`.")]
@@ -348,7 +359,7 @@ def counterfactual(
     out: OutFolder,
     to: Annotated[str, typer.Option(metavar="NAME", help="Class name or index that the images are changed to.")],
     label: Annotated[str | None, typer.Option(help="Class name or index of all files. Default: folder names.")] = None,
-    file_format: FileFormat = "png",
+    file_format: DefaultFormat = None,
     model: ModelLocation = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,
@@ -363,7 +374,7 @@ def counterfactual(
 
 @app.command()
 def inpaint(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Image file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Image file, or a folder of a DICOM series.")],
     mask: Annotated[
         Path, typer.Option(metavar="FILE", help="Image file of the same size: black where pixels are kept, else white.")
     ],
@@ -372,7 +383,7 @@ def inpaint(
         str | None,
         typer.Option(help="Class name or index of the file, for a model or prior that uses labels."),
     ] = None,
-    file_format: FileFormat = "png",
+    file_format: DefaultFormat = None,
     model: ModelLocation = None,
     params: ParamsFile = PARAMS,
     overrides: Overrides = None,

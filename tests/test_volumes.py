@@ -1,6 +1,7 @@
 """A project of NIfTI volumes passes all stages: 3-D model, planes for metrics of sets, NIfTI out."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,9 @@ from medgen.data.store import open_store
 from medgen.errors import UserError
 from medgen.evaluation import evaluate, utility
 from medgen.ingest import preprocess
-from medgen.models import bundle
+from medgen.models import build_model, bundle
+from medgen.priors import ANALYTIC, save_prior
+from medgen.priors.refiner import save_disabled
 from medgen.serving import generate, uses
 from medgen.tracking import history
 from medgen.training import extractor, prior, refiner, train
@@ -126,6 +129,9 @@ def test_volumes_are_generated_and_reconstructed_as_nifti(trained: Project, tmp_
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
     image = nibabel.load(paths[0])
     assert image.shape == (SIDE, SIDE, SIDE) and nibabel.aff2axcodes(image.affine) == ("L", "P", "I")
+    # 24, 24.2 and 24 mm along X, Y, Z are 31.7, 32 and 31.7 voxels of the grid
+    np.testing.assert_allclose(image.header.get_zooms(), (24 / 32, 24 / 32, 24.2 / 32), atol=1e-4)
+    assert image.header.get_xyzt_units()[0] == "mm"
     assert generate.run(artifacts, tmp_path / "png", n=1)[0].suffix == ".png"
     files = sorted((trained.root / "data" / "ball").iterdir())[:2]
     generate.reconstruct(artifacts, tmp_path / "pairs", files=files, file_format="nifti")
@@ -138,10 +144,89 @@ def test_volumes_are_generated_and_reconstructed_as_nifti(trained: Project, tmp_
         original = generate.load_image(file, SIZES)
         assert written.shape == original.shape == (1, 1, SIDE, SIDE, SIDE)
     generate.interpolate(artifacts, tmp_path / "path", ends=(files[0], files[1]), n=3)
-    with pytest.raises(UserError, match="a model of volumes"):
-        uses.anomaly(artifacts, tmp_path / "maps", files=files)
-    with pytest.raises(UserError, match="--uncertainty"):
-        generate.reconstruct(artifacts, tmp_path / "maps", files=files, uncertainty=3)
+
+
+def centre(path: Path) -> np.ndarray:
+    """Centre of mass in mm of what is much brighter than the noise, by nibabel."""
+    image = nibabel.load(path)
+    voxels = image.get_fdata()
+    bright = np.clip(voxels - np.quantile(voxels, 0.98) / 2, 0, None)
+    indices = [(bright * places).sum() / bright.sum() for places in np.indices(voxels.shape)]
+    return np.asarray(image.affine @ [*indices, 1])[:3]
+
+
+@pytest.fixture
+def oblique(trained: Project, tmp_path: Path, write_series: Callable[..., list[Path]]) -> tuple[Path, Path]:
+    """A volume that is turned in the patient, as a NIfTI file and as a folder of DICOM slices."""
+    image = nibabel.load(sorted((trained.root / "data" / "ball").iterdir())[0])
+    affine = np.array([[1.1, -0.3, 0.1, -7], [0.3, 0.9, 0, 20], [-0.1, 0.05, 1.1, 3], [0, 0, 0, 1]])
+    axes, sizes = np.linalg.qr(affine[:3, :3])
+    affine[:3, :3] = axes @ np.diag(np.diag(sizes))  # perpendicular
+    voxels = np.asarray(image.dataobj)
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "scan.nii.gz")
+    write_series(tmp_path / "ct1", voxels, affine, intercept=0)
+    return tmp_path / "scan.nii.gz", tmp_path / "ct1"
+
+
+def test_maps_of_volumes_are_nifti_in_the_place_of_the_file(
+    trained: Project, tmp_path: Path, oblique: tuple[Path, Path]
+) -> None:
+    artifacts, (file, _) = trained.root / "artifacts", oblique
+    rows = uses.anomaly(artifacts, tmp_path / "maps", files=oblique, label="ball")
+    assert [row["image"] for row in rows] == ["scan.png", "ct1.png"]
+    assert {**rows[0], "file": "", "image": ""} == {**rows[1], "file": "", "image": ""}  # the series is the same volume
+    model = medgen.load(project=trained.root, device="cpu")
+    found = model.anomalies(model.read(file), label="ball")
+    for name, key in (("error", "error"), ("ssim", "dissimilarity"), ("likelihood", "likelihood")):
+        image = nibabel.load(tmp_path / "maps" / f"scan_{name}.nii.gz")
+        assert image.get_data_dtype() == np.float32 and image.header.get_xyzt_units()[0] == "mm"
+        # slices from the head on, rows from the front, columns from the right, as the model sees them
+        np.testing.assert_allclose(image.get_fdata().T, found[key][0], atol=1e-6)
+        other = nibabel.load(tmp_path / "maps" / f"ct1_{name}.nii.gz")
+        np.testing.assert_allclose(other.affine, image.affine, atol=1e-3)
+    with Image.open(tmp_path / "maps" / "scan.png") as figure:
+        assert figure.width > 4 * 3 * SIDE  # three planes of the volume, its reconstruction and the maps
+    (row,) = generate.reconstruct(artifacts, tmp_path / "pairs", files=[file], uncertainty=3)
+    image = nibabel.load(tmp_path / "pairs" / "scan_uncertainty.nii.gz")
+    np.testing.assert_allclose(image.get_fdata().T, model.uncertainty(model.read(file), n=3)[0, 0], atol=1e-6)
+    assert float(row["uncertainty"]) == pytest.approx(image.get_fdata().mean(), abs=1e-4)
+
+
+def test_a_hole_in_a_volume_is_filled_in_place(trained: Project, tmp_path: Path, oblique: tuple[Path, Path]) -> None:
+    """The result lies over the original in a viewer: a bright body has the same place in the patient in both."""
+    artifacts, (file, series) = trained.root / "artifacts", oblique
+    original = nibabel.load(file)
+    hole = np.zeros(original.shape, np.uint8)
+    hole[:5, :5, :5] = 1
+    nibabel.save(nibabel.Nifti1Image(hole, original.affine), tmp_path / "hole.nii.gz")
+    (row,) = uses.inpaint(artifacts, tmp_path / "one", file=file, mask=tmp_path / "hole.nii.gz")
+    extents = np.multiply(original.header.get_zooms(), original.shape)  # mm
+    assert float(row["hole"]) == pytest.approx(hole.mean() * np.prod(extents) / max(extents) ** 3, rel=0.15)
+    written = tmp_path / "one" / "scan_inpainted.nii.gz"
+    assert np.linalg.norm(centre(written) - centre(file)) < 0.3
+    np.testing.assert_allclose(nibabel.load(written).header.get_zooms(), max(extents) / SIDE, rtol=0.03)
+    uses.inpaint(artifacts, tmp_path / "two", file=series, mask=tmp_path / "hole.nii.gz")
+    same = nibabel.load(tmp_path / "two" / "ct1_inpainted.nii.gz")
+    np.testing.assert_array_equal(same.get_fdata(), nibabel.load(written).get_fdata())
+    uses.inpaint(artifacts, tmp_path / "three", file=file, mask=tmp_path / "hole.nii.gz", file_format="png")
+    with Image.open(tmp_path / "three" / "scan_inpainted.png") as planes:
+        assert planes.size == (3 * SIDE, SIDE)
+
+
+def test_a_counterfactual_of_a_volume_is_nifti(trained: Project, tmp_path: Path, oblique: tuple[Path, Path]) -> None:
+    sizes, project = Model(name="cvae", dims=3, base_channels=4, max_channels=8, latent_channels=4), Project(tmp_path)
+    info = dataclasses.replace(bundle.load_info(trained.model), model=sizes)
+    torch.manual_seed(0)
+    bundle.save(project.model, build_model(sizes, info.image_shape, 2), info)
+    fitted = ANALYTIC["gmm"].fit(torch.randn(32, 4), torch.arange(32) % 2, 2, Prior(components=(1,)))
+    save_prior(project.prior, fitted, bundle.digest(project.model))
+    save_disabled(project.refiner, bundle.digest(project.model))
+    (row,) = uses.counterfactual(project.model.parent, tmp_path / "out", files=oblique[:1], to="box", label="ball")
+    assert (row["label"], row["to"]) == ("ball", "box")
+    model = medgen.load(project.model.parent, device="cpu")
+    expected = model.counterfactual(model.read(oblique[0]), label="ball", to="box")
+    image = nibabel.load(tmp_path / "out" / "scan_counterfactual.nii.gz")
+    np.testing.assert_array_equal(image.get_fdata().T, expected[0, 0])
 
 
 def test_the_python_api_takes_and_returns_volumes(trained: Project) -> None:

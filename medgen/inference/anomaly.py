@@ -75,9 +75,11 @@ def _smooth(maps: Tensor) -> Tensor:
     """Maps (B, 1, H, W) smoothed by a Gaussian."""
     from torchvision.transforms.v2.functional import gaussian_blur
 
-    sigma = SMOOTHING * min(maps.shape[-2:])
+    sigma = SMOOTHING * min(maps.shape[2:])
     size = int(8 * sigma + 1) | 1  # odd
     smooth: Tensor = gaussian_blur(maps, [size, size], [sigma, sigma])
+    if maps.dim() == 5:
+        smooth = gaussian_blur(smooth.transpose(2, 4), [size, 1], [sigma, sigma]).transpose(2, 4)
     return smooth
 
 

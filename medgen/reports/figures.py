@@ -177,6 +177,11 @@ def overlay(images: Tensor, true: Tensor, predicted: Tensor) -> Tensor:
     return result
 
 
+def to_colours(images: Tensor) -> Tensor:
+    """Images (N, 1 or 3, H, W) as (N, 3, H, W); volumes as their middle planes."""
+    return flatten(images).expand(-1, 3, -1, -1)
+
+
 def differences(images: Tensor, others: Tensor) -> Tensor:
     """Colours (N, 3, H, W) of `others` minus `images`, both (N, C, H, W) in [0, 1], in [0, 1].
 
@@ -191,7 +196,7 @@ def differences(images: Tensor, others: Tensor) -> Tensor:
 
 def heat(values: Tensor, most: float = MAX_DIFFERENCE) -> Tensor:
     """Colours (N, 3, H, W) in [0, 1] of values (N, 1, H, W): from black at 0 over red and yellow to white at `most`."""
-    share = 3.0 * (values / max(most, 1e-12)).clamp(0.0, 1.0)
+    share = 3.0 * (flatten(values) / max(most, 1e-12)).clamp(0.0, 1.0)
     return torch.cat([(share - start).clamp(0.0, 1.0) for start in (0.0, 1.0, 2.0)], dim=1)
 
 

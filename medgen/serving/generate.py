@@ -26,9 +26,10 @@ from medgen.console import OUT, say
 from medgen.data.images import to_floats
 from medgen.errors import UserError
 from medgen.inference.uncertainty import reconstruction_deviation
-from medgen.ingest.formats.raw import UnreadableImage
+from medgen.ingest.formats.raw import Affine, UnreadableImage
 from medgen.ingest.images import inspect, open_file, read_image
-from medgen.ingest.transforms import preprocess_raw, resize_mask
+from medgen.ingest.masks import stem
+from medgen.ingest.transforms import preprocess_raw, resize_mask, resized_affine
 from medgen.metrics.reconstruction import psnr
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo, label_to_encode
@@ -36,7 +37,7 @@ from medgen.nn.ssim import ssim
 from medgen.priors import Prior, find_conditions, find_label, is_conditional, iterate_samples, load_prior
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator
-from medgen.reports.figures import heat, write_gif, write_grid
+from medgen.reports.figures import heat, to_colours, write_gif, write_grid
 from medgen.reports.fonts import class_captions
 from medgen.serving import image_files
 from medgen.serving.output import new_files
@@ -54,6 +55,7 @@ MIN_PAIR_SIDE = 192  # pixels of each image of a pair, so that its caption fits
 
 NewPath = Callable[[str], Path]  # path of a new file from the end of its name, such as _map.tif
 Row = dict[str, str]  # values of a file by column
+Write = Callable[[int, Tensor, Affine | None, NewPath], Row]  # arguments as in `write_results`
 
 
 def run(
@@ -312,8 +314,8 @@ def reconstruct(
     A `file_format` other than png adds a file NAME_reconstruction of that format (`image_files.writer`).
 
     With `uncertainty` N, the PNG file also shows the standard deviation of N draws from the posterior of a variational
-    model (`inference.uncertainty`), NAME_uncertainty.tif has it as float32 in grey values from 0 to 1, and the column
-    uncertainty its mean.
+    model (`inference.uncertainty`), NAME_uncertainty.tif, or .nii.gz of a volume, has it as float32 in grey values from
+    0 to 1, and the column uncertainty its mean.
 
     The image gets the preprocessing of the training; PSNR (dB) and SSIM compare the reconstruction with the
     preprocessed image. A conditional model gets `label`. Without one it gets each file's own class, which is the name
@@ -326,15 +328,10 @@ def reconstruct(
     """
     network, info = bundle.load_generative(model / "model", pick_device("auto"))
     device = next(network.parameters()).device
-    if uncertainty and info.preprocess.has_volumes:
-        raise UserError(
-            "--uncertainty: a model of volumes; maps are written of images. Use `medgen.load` of the Python API, whose "
-            "method `uncertainty` returns arrays"
-        )
     write, suffix = image_files.writer(file_format, info, "a reconstruction"), image_files.SUFFIXES[file_format]
     labels = [_find_label(network, info, label, file) for file in files]
 
-    def write_file(number: int, original: Tensor, new_path: NewPath) -> Row:
+    def write_file(number: int, original: Tensor, affine: Affine | None, new_path: NewPath) -> Row:
         index = labels[number]
         image_label = None if index is None else torch.tensor([index], device=device)
         with torch.no_grad():
@@ -346,24 +343,23 @@ def reconstruct(
             generator = torch.Generator().manual_seed(0)  # each file has the draws that it would have alone
             deviation = reconstruction_deviation(network, original.to(device), image_label, uncertainty, generator)
             scores["uncertainty"] = f"{float(deviation.mean()):.4f}"
-            shown = [*(image.expand(-1, 3, -1, -1) for image in shown), heat(deviation.mean(dim=1, keepdim=True))]
+            shown = [*map(to_colours, shown), heat(deviation.mean(dim=1, keepdim=True))]
             captions.append(f"deviation, mean {scores['uncertainty']}")
-            image_files.write_map(new_path("_uncertainty.tif"), deviation[0])
+            image_files.write_map(new_path(f"_uncertainty{image_files.map_suffix(info)}"), deviation[0], info, affine)
         write_grid(png, torch.cat(shown), columns=len(shown), captions=captions, scale=grid_scale(original))
         if file_format != "png":
-            write(new_path(f"_reconstruction{suffix}"), result[0])
+            write(new_path(f"_reconstruction{suffix}"), result[0], affine)
         return scores
 
     return write_results(out, files, info.preprocess, "reconstructions", write_file)
 
 
-def write_results(
-    out: Path, files: Sequence[Path], preprocess: Preprocess, table: str, write: Callable[[int, Tensor, NewPath], Row]
-) -> list[Row]:
-    """Call `write` with the number and the image (1, C, H, W) of each file; write TABLE.csv and return its rows.
+def write_results(out: Path, files: Sequence[Path], preprocess: Preprocess, table: str, write: Write) -> list[Row]:
+    """Call `write` for each file; write TABLE.csv and return its rows.
 
-    `write` writes NAME.png, whose path the third argument gives for ".png", and other files of that name, and returns
-    the image's scores by column. The columns file and image are added.
+    The arguments of `write` are the file's number, its image (1, C, H, W), the place of a volume, and a function from
+    the end of a name to a path. It writes NAME.png, whose path that function gives for ".png", and other files of that
+    name, and returns the image's scores by column. The columns file and image are added.
 
     Raises:
         UserError: `out` contains other files or cannot be written, or files are unreadable. All readable files are
@@ -375,18 +371,20 @@ def write_results(
     with new_files(out) as folder:
         for number, file in enumerate(files):
             try:
-                image = load_image(file, preprocess)
+                image, affine = load_placed(file, preprocess)
             except UnreadableImage as error:
                 unreadable.append(f"{file}: {error}")
                 continue
             paths: dict[str, Path] = {}
 
-            def new_path(end: str, stem: str = file_name(file.stem), paths: dict[str, Path] = paths) -> Path:
+            name = file.resolve().name if file.is_dir() else stem(file.name)
+
+            def new_path(end: str, stem: str = file_name(name), paths: dict[str, Path] = paths) -> Path:
                 body, dot, suffix = end.partition(".")
                 paths[end] = folder / f"{_unused_name(stem + body, taken)}{dot}{suffix}"
                 return paths[end]
 
-            scores = write(number, image, new_path)
+            scores = write(number, image, affine, new_path)
             name = paths[".png"].name
             values = ", ".join(f"{column} {value}" for column, value in scores.items())
             say(f"{file}: {values} -> {out / name}")
@@ -416,8 +414,14 @@ def load_image(path: Path, preprocess: Preprocess) -> Tensor:
     Raises:
         UnreadableImage: the file is not a readable image.
     """
-    pixels = preprocess_raw(read_image(path, preprocess), preprocess)
-    return to_floats(torch.from_numpy(pixels)[None])
+    return load_placed(path, preprocess)[0]
+
+
+def load_placed(path: Path, preprocess: Preprocess) -> tuple[Tensor, Affine | None]:
+    """As `load_image`, with the affine of a volume from indices of D, H and W to mm; None if its file has none."""
+    raw = read_image(path, preprocess)
+    pixels = preprocess_raw(raw, preprocess)
+    return to_floats(torch.from_numpy(pixels)[None]), resized_affine(raw, preprocess)
 
 
 def load_mask(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:

@@ -12,18 +12,18 @@ import gzip
 import hashlib
 import io
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen import __version__
-from medgen.config import IntensityWindow, unknown_name
+from medgen.config import IntensityWindow, Preprocess, unknown_name
 from medgen.data.images import maximum, to_stored
 from medgen.errors import UserError
+from medgen.ingest.formats.raw import Affine
 from medgen.io import write_atomic
 from medgen.models.bundle import BundleInfo
 from medgen.reports.figures import encode_deep, write_image
@@ -36,15 +36,27 @@ _SLICE_AXES = {  # volume.axis -> axis of X Y Z across the slice, and the direct
 }
 
 
-def writer(kind: str, info: BundleInfo, description: str) -> Callable[[Path, Tensor], None]:
-    """Function that writes an image (C, H, W) of a model, floats in [0, 1], to a path in the format `kind`.
+class WriteImage(Protocol):
+    """Function that writes an image (C, H, W) or volume (C, D, H, W), floats in [0, 1], to a path."""
+
+    def __call__(self, path: Path, image: Tensor, affine: Affine | None = None) -> None:
+        """`affine` is the place of a volume from indices of D, H and W; None: of a new volume."""
+
+
+def default_format(info: BundleInfo) -> str:
+    """The format that shows all of an image: png, or nifti of a volume."""
+    return "nifti" if info.preprocess.has_volumes else "png"
+
+
+def writer(kind: str, info: BundleInfo, description: str) -> WriteImage:
+    """Function that writes images of a model in the format `kind`.
 
     - png, png16: grey values of 8 or 16 bits, black to white. Of a volume the three middle planes, side by side.
     - tiff: float32 intensities if the model's images have a scale, else grey values as the dataset stores them.
     - nifti: grey values as the dataset stores them, with the slope and intercept to intensities. The affine gives the
-      directions in which the slices of the train volumes are shown; voxels are 1 x 1 x 1 and without a unit of length,
-      because slices of different spacing are resized to one size.
-      A volume has the orientation of the train volumes.
+      directions in which the slices of the train volumes are shown; pixels are 1 x 1 x 1 and without a unit of length,
+      because slices of different spacing are resized to one size. A volume has the directions and the voxel size of
+      the train volumes (`preprocess.voxel_size`) in mm, or the place in the patient that it is given.
     - dicom: a Secondary Capture object as `nifti`, colours in 8 bits.
 
     Args:
@@ -63,7 +75,7 @@ def writer(kind: str, info: BundleInfo, description: str) -> Callable[[Path, Ten
         raise UserError("--format nifti: this model generates colours; expected grey images. Use png, tiff or dicom")
     scale, bits = info.preprocess.scale, info.preprocess.bits
 
-    def write(path: Path, image: Tensor) -> None:
+    def write(path: Path, image: Tensor, affine: Affine | None = None) -> None:
         match kind:
             case "png":
                 write_image(path, image)
@@ -73,7 +85,13 @@ def writer(kind: str, info: BundleInfo, description: str) -> Callable[[Path, Ten
                 values = _intensities(image, scale) if scale else _pixels(to_stored(image, bits))
                 write_atomic(path, encode_deep(".tif", values))
             case "nifti":
-                write_atomic(path, _nifti(to_stored(image, bits), scale, info.preprocess.volume.axis))
+                stored = to_stored(image, bits)
+                file = _nifti(_pixels(stored), info.preprocess, affine)
+                file.header["descrip"] = f"synthetic image, medgen {__version__}"
+                if scale is not None:
+                    file.header.set_slope_inter(_slope(stored, scale), scale.low)
+                    file.header["intent_name"] = scale.unit
+                write_atomic(path, gzip.compress(file.to_bytes(), mtime=0))
             case "dicom":
                 stored = to_stored(image, 8 if len(image) == 3 else bits)
                 write_atomic(path, _dicom(stored, scale, info, description))
@@ -81,13 +99,24 @@ def writer(kind: str, info: BundleInfo, description: str) -> Callable[[Path, Ten
     return write
 
 
-def write_map(path: Path, values: Tensor) -> None:
-    """Write values (C, H, W) of pixels as a TIFF file of float32, unscaled."""
-    write_atomic(path, encode_deep(".tif", _pixels(values.float())))
+def map_suffix(info: BundleInfo) -> str:
+    """End of the name of a file that `write_map` writes."""
+    return SUFFIXES["nifti" if info.preprocess.has_volumes else "tiff"]
+
+
+def write_map(path: Path, values: Tensor, info: BundleInfo, affine: Affine | None) -> None:
+    """Write values (C, H, W) of pixels as a TIFF file of float32, or (1, D, H, W) of voxels as NIfTI, unscaled."""
+    pixels = _pixels(values.float())
+    if not info.preprocess.has_volumes:
+        write_atomic(path, encode_deep(".tif", pixels))
+        return
+    file = _nifti(pixels, info.preprocess, affine)
+    file.header["descrip"] = f"map of a model, medgen {__version__}"
+    write_atomic(path, gzip.compress(file.to_bytes(), mtime=0))
 
 
 def _pixels(image: Tensor) -> NDArray[Any]:
-    """Image (C, H, W) as (H, W), or (H, W, 3) with colours."""
+    """Image (C, H, W) as (H, W), or (H, W, 3) with colours; volume (1, D, H, W) as (D, H, W)."""
     pixels: NDArray[Any] = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
     return np.ascontiguousarray(pixels)
 
@@ -102,22 +131,26 @@ def _slope(stored: Tensor, scale: IntensityWindow) -> float:
     return (scale.high - scale.low) / maximum(stored)
 
 
-def _nifti(stored: Tensor, scale: IntensityWindow | None, slice_axis: str) -> bytes:
+def _nifti(values: NDArray[Any], preprocess: Preprocess, affine: Affine | None) -> Any:
+    """NIfTI image of a slice (H, W) or a volume (D, H, W), as a reader of the train files sees them upright."""
     import nibabel
 
-    across, directions = _SLICE_AXES[slice_axis]
-    if stored.dim() == 4:
-        # all axes of a volume point down, to the back or to the right: W, H and D are X or Y, Y or Z, and the third
-        voxels, directions = np.moveaxis(stored[0].numpy().T, 2, across), (-1.0, -1.0, -1.0)
-    else:
-        voxels = np.expand_dims(_pixels(stored).T, across)  # the columns of an image are X or Y, its rows Y or Z
     create: Any = nibabel.Nifti1Image  # without types
-    image = create(voxels, np.diag([*directions, 1.0]))
-    image.header["descrip"] = f"synthetic image, medgen {__version__}"
-    if scale is not None:
-        image.header.set_slope_inter(_slope(stored, scale), scale.low)
-        image.header["intent_name"] = scale.unit
-    return gzip.compress(image.to_bytes(), mtime=0)
+    across, directions = _SLICE_AXES[preprocess.volume.axis]
+    if values.ndim == 2:
+        voxels = np.expand_dims(values.T, across)  # the columns of an image are X or Y, its rows Y or Z
+        return create(voxels, np.diag([*directions, 1.0]))
+    order = [2, 1]  # of D H W along X Y Z
+    order.insert(across, 0)
+    if affine is None:  # all axes of a volume point down, to the back or to the right
+        depth_height_width = preprocess.voxel_size or (1.0, 1.0, 1.0)
+        in_patient = np.diag([*(-depth_height_width[axis] for axis in order), 1.0])
+    else:
+        in_patient = affine[:, [*order, 3]]
+    image = create(values.transpose(order), in_patient)
+    if affine is not None or preprocess.voxel_size is not None:
+        image.header.set_xyzt_units("mm")
+    return image
 
 
 def _dicom(stored: Tensor, scale: IntensityWindow | None, info: BundleInfo, description: str) -> bytes:

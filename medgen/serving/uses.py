@@ -17,13 +17,13 @@ from medgen.inference.anomaly import SCORES, find_anomalies
 from medgen.inference.counterfactual import change_label, check_counterfactual
 from medgen.inference.inpainting import check_inpainting
 from medgen.inference.inpainting import inpaint as fill_hole
-from medgen.ingest.formats.raw import UnreadableImage
+from medgen.ingest.formats.raw import Affine, UnreadableImage
 from medgen.ingest.images import inspect, open_file, read_image
 from medgen.ingest.transforms import preprocess_mask
 from medgen.models.bundle import class_index
 from medgen.priors import find_label
 from medgen.priors.generator import Generator, load_generator
-from medgen.reports.figures import differences, heat, write_grid
+from medgen.reports.figures import differences, flatten, heat, to_colours, write_grid
 from medgen.serving import image_files
 from medgen.serving.generate import NewPath, Row, folder_label, grid_scale, write_results
 from medgen.training.distributed import pick_device
@@ -36,7 +36,8 @@ def anomaly(model: Path, out: Path, *, files: Sequence[Path], label: str | None 
     """Write maps of each image's differences from the train images, and anomalies.csv; return its rows.
 
     NAME.png shows the image, its reconstruction and the maps; NAME_error.tif, NAME_ssim.tif and, if the prior has a
-    map, NAME_likelihood.tif have them as float32. The scores are described in `inference.anomaly`.
+    map, NAME_likelihood.tif have them as float32, in NIfTI (.nii.gz) for volumes. The scores are described in
+    `inference.anomaly`.
 
     Raises:
         UserError: a part of the model is missing, the label is missing or unknown, or neither model nor prior uses
@@ -45,34 +46,35 @@ def anomaly(model: Path, out: Path, *, files: Sequence[Path], label: str | None 
     loaded = _load(model)
     index = _optional_label(loaded, label)
 
-    def write_file(number: int, image: Tensor, new_path: NewPath) -> Row:
+    def write_file(number: int, image: Tensor, affine: Affine | None, new_path: NewPath) -> Row:
         device = next(loaded.model.parameters()).device
         labels = None if index is None else torch.tensor([index], device=device)
         generator = torch.Generator().manual_seed(0)  # each file has the draws that it would have alone
         found = find_anomalies(loaded.model, loaded.prior, image.to(device), labels, generator)
         row = {name: f"{value:.4f}" for name, value in zip(SCORES, found.scores[0].tolist(), strict=True)}
         shown = {
-            "original": image.expand(-1, 3, -1, -1),
-            "reconstruction": found.reconstruction.expand(-1, 3, -1, -1),
+            "original": to_colours(image),
+            "reconstruction": to_colours(found.reconstruction),
             f"error, mean {row['l1']}": differences(image, found.reconstruction),
             f"1 - SSIM, mean {row['ssim']}": heat(found.dissimilarity, MAX_DISSIMILARITY),
         }
         maps = {"error": found.error, "ssim": found.dissimilarity}
         if found.likelihood is not None:
-            most = float(found.likelihood.quantile(SHOWN_LIKELIHOOD))
+            most = float(flatten(found.likelihood).quantile(SHOWN_LIKELIHOOD))
             shown[f"likelihood, nll {row['nll']}"] = heat(found.likelihood, most)
             maps["likelihood"] = found.likelihood
         captions, scale = list(shown), grid_scale(image)
         write_grid(new_path(".png"), torch.cat(list(shown.values())), len(shown), captions, scale)
         for name, values in maps.items():
-            image_files.write_map(new_path(f"_{name}.tif"), values[0])
+            path = new_path(f"_{name}{image_files.map_suffix(loaded.info)}")
+            image_files.write_map(path, values[0], loaded.info, affine)
         return row
 
     return write_results(out, files, loaded.info.preprocess, "anomalies", write_file)
 
 
 def counterfactual(
-    model: Path, out: Path, *, files: Sequence[Path], to: str, label: str | None = None, file_format: str = "png"
+    model: Path, out: Path, *, files: Sequence[Path], to: str, label: str | None = None, file_format: str | None = None
 ) -> list[Row]:
     """Write each image as one of class `to`, and counterfactuals.csv; return its rows.
 
@@ -85,7 +87,7 @@ def counterfactual(
         files: the images.
         to: class to change to, by name or index.
         label: class of all files, by name or index. None: the name of a folder that contains the file.
-        file_format: of NAME_counterfactual, as in `image_files.writer`.
+        file_format: of NAME_counterfactual, as in `image_files.writer`. None: png, or nifti of volumes.
 
     Raises:
         UserError: a part of the model is missing, neither model nor prior can change a label, or a label is missing or
@@ -96,31 +98,32 @@ def counterfactual(
     target = find_label(to, loaded.info.classes, loaded.prior, loaded.model)
     own = [class_index(label or folder_label(loaded.info, file), loaded.info.classes) for file in files]
     names = loaded.info.classes
-    write, suffix = image_files.writer(file_format, loaded.info, "a counterfactual"), image_files.SUFFIXES[file_format]
+    kind = file_format or image_files.default_format(loaded.info)
+    write, suffix = image_files.writer(kind, loaded.info, "a counterfactual"), image_files.SUFFIXES[kind]
 
-    def write_file(number: int, image: Tensor, new_path: NewPath) -> Row:
+    def write_file(number: int, image: Tensor, affine: Affine | None, new_path: NewPath) -> Row:
         device = next(loaded.model.parameters()).device
         labels, others = (torch.tensor([index], device=device) for index in (own[number], target))
         with torch.no_grad():
             rebuilt = loaded.model.reconstruct(image.to(device), labels).float().cpu()
         changed = change_label(loaded.model, loaded.prior, image.to(device), labels, others).cpu()
         size = float((changed - rebuilt).abs().mean())
-        shown = [*(each.expand(-1, 3, -1, -1) for each in (image, rebuilt, changed)), differences(rebuilt, changed)]
+        shown = [*map(to_colours, (image, rebuilt, changed)), differences(rebuilt, changed)]
         captions = [f"original, {names[own[number]]}", "reconstruction", f"as {names[target]}", "difference"]
         write_grid(new_path(".png"), torch.cat(shown), len(shown), captions, grid_scale(image))
-        write(new_path(f"_counterfactual{suffix}"), changed[0])
+        write(new_path(f"_counterfactual{suffix}"), changed[0], affine)
         return {"label": names[own[number]], "to": names[target], "change": f"{size:.4f}"}
 
     return write_results(out, files, loaded.info.preprocess, "counterfactuals", write_file)
 
 
 def inpaint(
-    model: Path, out: Path, *, file: Path, mask: Path, label: str | None = None, file_format: str = "png"
+    model: Path, out: Path, *, file: Path, mask: Path, label: str | None = None, file_format: str | None = None
 ) -> list[Row]:
     """Write the image with the part under `mask` filled, and inpainted.csv; return its row.
 
     NAME.png shows the image, the hole and the result; NAME_inpainted has the result alone, whose other pixels are
-    those of the preprocessed image.
+    those of the preprocessed image, in `file_format`: by default png, or nifti of a volume.
 
     Raises:
         UserError: a part of the model is missing, the model has a codebook, the mask is unreadable, of another shape,
@@ -130,18 +133,16 @@ def inpaint(
     check_inpainting(loaded.model)
     index = _optional_label(loaded, label)
     hole = _load_mask(mask, file, loaded.info.preprocess)
-    write, suffix = (
-        image_files.writer(file_format, loaded.info, "an inpainted image"),
-        image_files.SUFFIXES[file_format],
-    )
+    kind = file_format or image_files.default_format(loaded.info)
+    write, suffix = image_files.writer(kind, loaded.info, "an inpainted image"), image_files.SUFFIXES[kind]
 
-    def write_file(number: int, image: Tensor, new_path: NewPath) -> Row:
+    def write_file(number: int, image: Tensor, affine: Affine | None, new_path: NewPath) -> Row:
         device = next(loaded.model.parameters()).device
         labels = None if index is None else torch.tensor([index], device=device)
         filled = fill_hole(loaded.model, loaded.prior, image.to(device), hole.to(device), labels).cpu()
         shown = torch.cat([image, torch.where(hole, 0.5, image), filled])
         write_grid(new_path(".png"), shown, 3, ["original", "hole", "filled"], grid_scale(image))
-        write(new_path(f"_inpainted{suffix}"), filled[0])
+        write(new_path(f"_inpainted{suffix}"), filled[0], affine)
         return {"hole": f"{float(hole.float().mean()):.4f}"}
 
     return write_results(out, [file], loaded.info.preprocess, "inpainted", write_file)
@@ -151,15 +152,9 @@ def _load(model: Path) -> Generator:
     """The model with its prior.
 
     Raises:
-        UserError: a part is missing, or the model is of volumes, whose maps these commands cannot write.
+        UserError: a part is missing.
     """
-    loaded = load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
-    if loaded.info.preprocess.has_volumes:
-        raise UserError(
-            f"{model / 'model'}: a model of volumes; this command writes maps of images. Use `medgen.load` of the "
-            "Python API, whose methods return arrays (docs/volumes.md)"
-        )
-    return loaded
+    return load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
 
 
 def _optional_label(loaded: Generator, label: str | None) -> int | None:
@@ -175,7 +170,7 @@ def _optional_label(loaded: Generator, label: str | None) -> int | None:
 
 
 def _load_mask(mask: Path, file: Path, preprocess: Preprocess) -> Tensor:
-    """The hole (1, 1, H, W), bool, that a mask file of an image file describes."""
+    """The hole (1, 1, H, W) or (1, 1, D, H, W), bool, that a mask file of an image file describes."""
     binary = preprocess.model_copy(update={"mask_values": None})
     try:
         image = read_image(file, preprocess)

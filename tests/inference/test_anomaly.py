@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from medgen.config import Model, Prior
-from medgen.inference.anomaly import SCORES, find_anomalies
+from medgen.inference.anomaly import SCORES, SMOOTHING, _smooth, find_anomalies
 from medgen.models import GenerativeModel, build_model
 from medgen.priors.flow import Flow
 from medgen.priors.tokens import Tokens
@@ -103,3 +103,12 @@ def test_networks_as_priors_give_a_score_and_a_map_of_a_grid(
         assert found.likelihood.std() > 0
     again = find(model, prior, linear.test[:2])
     assert again.scores.equal(found.scores)
+
+
+@pytest.mark.parametrize("sides", [(32, 48), (48, 32, 32)])
+def test_gradients_are_smoothed_along_all_sides(sides: tuple[int, ...]) -> None:
+    values = torch.rand(2, 1, *sides, generator=torch.Generator().manual_seed(0))
+    found = _smooth(values)
+    for each, smooth in zip(values, found, strict=True):
+        expected = gaussian_filter(each[0].double().numpy(), 32 * SMOOTHING, mode="mirror", truncate=4.0)
+        np.testing.assert_allclose(smooth[0], expected, atol=1e-5)
