@@ -185,7 +185,8 @@ def test_maps_of_volumes_are_nifti_in_the_place_of_the_file(
         other = nibabel.load(tmp_path / "maps" / f"ct1_{name}.nii.gz")
         np.testing.assert_allclose(other.affine, image.affine, atol=1e-3)
     with Image.open(tmp_path / "maps" / "scan.png") as figure:
-        assert figure.width > 4 * 3 * SIDE  # three planes of the volume, its reconstruction and the maps
+        width, height = figure.size  # the volume, its reconstruction and the maps; of each three planes side by side
+        assert 3 * 192 <= width < 3 * 200 and 5 * 192 <= height < 5 * 220
     (row,) = generate.reconstruct(artifacts, tmp_path / "pairs", files=[file], uncertainty=3)
     image = nibabel.load(tmp_path / "pairs" / "scan_uncertainty.nii.gz")
     np.testing.assert_allclose(image.get_fdata().T, model.uncertainty(model.read(file), n=3)[0, 0], atol=1e-6)

@@ -37,7 +37,7 @@ from medgen.nn.ssim import ssim
 from medgen.priors import Prior, find_conditions, find_label, is_conditional, iterate_samples, load_prior
 from medgen.priors.axes import PrincipalAxes
 from medgen.priors.generator import load_generator
-from medgen.reports.figures import heat, to_colours, write_gif, write_grid
+from medgen.reports.figures import flatten, heat, to_colours, write_gif, write_grid
 from medgen.reports.fonts import class_captions
 from medgen.serving import image_files
 from medgen.serving.output import new_files
@@ -346,7 +346,7 @@ def reconstruct(
             shown = [*map(to_colours, shown), heat(deviation.mean(dim=1, keepdim=True))]
             captions.append(f"deviation, mean {scores['uncertainty']}")
             image_files.write_map(new_path(f"_uncertainty{image_files.map_suffix(info)}"), deviation[0], info, affine)
-        write_grid(png, torch.cat(shown), columns=len(shown), captions=captions, scale=grid_scale(original))
+        write_panels(png, shown, captions, info.preprocess.has_volumes)
         if file_format != "png":
             write(new_path(f"_reconstruction{suffix}"), result[0], affine)
         return scores
@@ -397,9 +397,12 @@ def write_results(out: Path, files: Sequence[Path], preprocess: Preprocess, tabl
     return rows
 
 
-def grid_scale(image: Tensor) -> int:
-    """Factor by which images of this size (1, C, H, W) are enlarged in a grid, so that their captions fit."""
-    return math.ceil(MIN_PAIR_SIDE / image.shape[-1])
+def write_panels(path: Path, shown: Sequence[Tensor], captions: Sequence[str], volumes: bool) -> None:
+    """Write images (1, C, H, W) of one file, with captions; those of `volumes`, three planes wide, below each other."""
+    panels = torch.cat([flatten(image) for image in shown])
+    num_planes, columns = (3, 1) if volumes else (1, len(panels))
+    scale = math.ceil(MIN_PAIR_SIDE * num_planes / panels.shape[-1])
+    write_grid(path, panels, columns, captions, scale)
 
 
 def _unreadable_error(reasons: Sequence[str]) -> UserError:

@@ -23,9 +23,9 @@ from medgen.ingest.transforms import preprocess_mask
 from medgen.models.bundle import class_index
 from medgen.priors import find_label
 from medgen.priors.generator import Generator, load_generator
-from medgen.reports.figures import differences, flatten, heat, to_colours, write_grid
+from medgen.reports.figures import differences, flatten, heat, to_colours
 from medgen.serving import image_files
-from medgen.serving.generate import NewPath, Row, folder_label, grid_scale, write_results
+from medgen.serving.generate import NewPath, Row, folder_label, write_panels, write_results
 from medgen.training.distributed import pick_device
 
 MAX_DISSIMILARITY = 1.0  # of 1 - SSIM that the heat map distinguishes
@@ -63,8 +63,7 @@ def anomaly(model: Path, out: Path, *, files: Sequence[Path], label: str | None 
             most = float(flatten(found.likelihood).quantile(SHOWN_LIKELIHOOD))
             shown[f"likelihood, nll {row['nll']}"] = heat(found.likelihood, most)
             maps["likelihood"] = found.likelihood
-        captions, scale = list(shown), grid_scale(image)
-        write_grid(new_path(".png"), torch.cat(list(shown.values())), len(shown), captions, scale)
+        write_panels(new_path(".png"), list(shown.values()), list(shown), loaded.info.preprocess.has_volumes)
         for name, values in maps.items():
             path = new_path(f"_{name}{image_files.map_suffix(loaded.info)}")
             image_files.write_map(path, values[0], loaded.info, affine)
@@ -110,7 +109,7 @@ def counterfactual(
         size = float((changed - rebuilt).abs().mean())
         shown = [*map(to_colours, (image, rebuilt, changed)), differences(rebuilt, changed)]
         captions = [f"original, {names[own[number]]}", "reconstruction", f"as {names[target]}", "difference"]
-        write_grid(new_path(".png"), torch.cat(shown), len(shown), captions, grid_scale(image))
+        write_panels(new_path(".png"), shown, captions, loaded.info.preprocess.has_volumes)
         write(new_path(f"_counterfactual{suffix}"), changed[0], affine)
         return {"label": names[own[number]], "to": names[target], "change": f"{size:.4f}"}
 
@@ -140,8 +139,8 @@ def inpaint(
         device = next(loaded.model.parameters()).device
         labels = None if index is None else torch.tensor([index], device=device)
         filled = fill_hole(loaded.model, loaded.prior, image.to(device), hole.to(device), labels).cpu()
-        shown = torch.cat([image, torch.where(hole, 0.5, image), filled])
-        write_grid(new_path(".png"), shown, 3, ["original", "hole", "filled"], grid_scale(image))
+        shown, captions = [image, torch.where(hole, 0.5, image), filled], ["original", "hole", "filled"]
+        write_panels(new_path(".png"), shown, captions, loaded.info.preprocess.has_volumes)
         write(new_path(f"_inpainted{suffix}"), filled[0], affine)
         return {"hole": f"{float(hole.float().mean()):.4f}"}
 

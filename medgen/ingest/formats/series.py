@@ -129,11 +129,12 @@ def _join(files: Sequence[Path], preprocess: Preprocess) -> tuple[VolumeHeader, 
     """Header of a series, and its slices in order along the normal of their plane."""
     headers = []
     for file in files:
-        with unreadable_errors(f"{file.name}: "):
+        with unreadable_errors(f"{file.name}: " if len(files) > 1 else ""):
             headers.append(read_header(file))
     num_slices = sum(header.num_frames for header in headers)
     if num_slices < MIN_SIDE:
-        raise LeftOutImage(f"a DICOM series of {num_slices} slices; expected at least {MIN_SIDE} in a volume")
+        found = "1 slice" if num_slices == 1 else f"{num_slices} slices"
+        raise LeftOutImage(f"a DICOM series of {found}; expected at least {MIN_SIDE} in a volume")
     if num_slices > MAX_SLICES:
         raise UnreadableImage(f"a DICOM series of {num_slices} slices; expected at most {MAX_SLICES}")
     slices: list[_Slice] = []
