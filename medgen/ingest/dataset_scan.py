@@ -56,7 +56,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """The files of a folder. Each is a record, a mask, in one of the other lists, or manifest.csv or .salt."""
+    """The files of a folder. Each is of a record, a mask, in one of the other lists, or manifest.csv or .salt."""
 
     records: list[ImageRecord]  # sorted by path and index
     other_files: list[tuple[str, str]]  # path, and the reason why it is neither an image nor a mask
@@ -201,7 +201,8 @@ def _inspect_files(
             del found[name]
             if name in listed and name != path:
                 other_files[name] = f"a slice of {path}, which is one volume"
-        found[path] = Contents((0,), patient=next((slices[name].patient for name in of_series), None))
+        patients_named = (slices[name].patient for name in of_series)
+        found[path] = Contents((0,), patient=next(filter(None, patients_named), None))
     return found, other_files, companions - found.keys(), series
 
 

@@ -283,6 +283,8 @@ def _check_file(path: Path) -> None:
         size = path.stat().st_size
     except OSError as error:
         raise UnreadableImage(error.strerror or type(error).__name__) from None
+    if path.is_dir():
+        raise UnreadableImage("a folder; expected a file, or for volumes a folder of one DICOM series")
     if not path.is_file():
         raise UnreadableImage("not a regular file")
     if size > _MAX_FILE_BYTES:

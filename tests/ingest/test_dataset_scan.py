@@ -342,10 +342,12 @@ def test_a_series_has_the_mask_of_its_name(tmp_path: Path, write_series: Callabl
 def test_a_damaged_slice_stays_with_its_series(tmp_path: Path, write_series: Callable[..., list[Path]]) -> None:
     """So that the volume is not read without it. A file that names no series is an image of its own."""
     paths = write_series(tmp_path / "ct", VOXELS, np.eye(4))
-    paths[2].write_bytes(paths[2].read_bytes()[:-20])
+    paths[0].write_bytes(paths[0].read_bytes()[:-20])
     paths[3].with_name("x.dcm").write_bytes(b"not DICOM")
     records = scan_volumes(tmp_path).records
-    assert [(each.path, len(each.files)) for each in records] == [("ct", 5), ("ct/x.dcm", 1)]
+    assert [(each.path, len(each.files), each.patient) for each in records] == [
+        ("ct", 5, "QZ-7391155"), ("ct/x.dcm", 1, "ct/x.dcm"),
+    ]  # fmt: skip
 
 
 def test_a_volume_without_selected_slices_is_listed(tmp_path: Path, contents: dict[str, Contents | str]) -> None:

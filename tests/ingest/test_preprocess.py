@@ -147,9 +147,12 @@ def test_too_many_unreadable_files_stop_the_run(tmp_path: Path) -> None:
 def test_a_listed_file_that_is_missing_is_rejected(tmp_path: Path) -> None:
     make(tmp_path / "data")
     paths = sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.*"))
-    (tmp_path / "data" / "manifest.csv").write_text("\n".join(["path", *paths, "A/absent.png"]))
+    (tmp_path / "data" / "manifest.csv").write_text("\n".join(["path", *paths, "A/absent.png", "B"]))
     dataset = run(Project(tmp_path), data=config.Data(), preprocess=SMALL)
-    assert rejected_files(dataset) == {"A/absent.png": "No such file or directory"}
+    assert rejected_files(dataset) == {
+        "A/absent.png": "No such file or directory",
+        "B": "a folder; expected a file, or for volumes a folder of one DICOM series",
+    }
 
 
 def test_an_unchanged_dataset_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,8 @@ def _join(files: Sequence[Path], preprocess: Preprocess) -> tuple[VolumeHeader, 
         text = " x ".join(map(str, shape))
         raise UnreadableImage(f"{text} voxels; expected at most {MAX_VOXELS} in a volume")
     _check_equal(slices)
-    slices, affine = _order(slices)
+    with np.errstate(all="ignore"):  # damaged positions overflow
+        slices, affine = _order(slices)
     mode = f"{first.header.photometric};{first.header.bits_stored}"
     volume = VolumeHeader(shape, mode, 1.0, 0.0, affine)
     volume.check(preprocess.volume)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
@@ -23,6 +26,7 @@ from medgen.ingest.images import inspect, read_image
 Write = Callable[..., list[Path]]
 SECRETS = ("Quokka", "Zebedee", "7391155", "19010203", "1.2.826")
 WINDOW = IntensityWindow(low=-1000, high=400, unit="HU")
+SLICES: list[bytes] = []  # files of a series
 SETTINGS = Preprocess(image_size=(16, 16, 16), clahe_clip=0.0, bits=16, window=WINDOW)
 SHAPE = (11, 9, 7)
 VOXELS = np.random.default_rng(0).permutation(np.arange(-1100, 1100))[: 11 * 9 * 7].reshape(SHAPE)
@@ -50,6 +54,11 @@ AFFINES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def slices(tmp_path_factory: pytest.TempPathFactory, write_series: Write) -> None:
+    SLICES[:] = [path.read_bytes() for path in write_series(tmp_path_factory.mktemp("ct"), VOXELS, AFFINES["axial"])]
+
+
 def read(path: Path, preprocess: Preprocess = SETTINGS) -> RawImage:
     with SeriesFile(path, preprocess) as file:
         return file.read(0)
@@ -61,8 +70,8 @@ def test_a_series_is_the_volume_that_nibabel_reads_from_nifti(
     tmp_path: Path, write_series: Write, name: str, axis: str
 ) -> None:
     write_series(tmp_path / "ct", VOXELS, AFFINES[name])
-    settings = SETTINGS.model_copy(update={"volume": Volume(axis=axis)})  # type: ignore[arg-type]
-    found = read(tmp_path / "ct", settings)
+    preprocess = SETTINGS.model_copy(update={"volume": Volume(axis=axis)})  # type: ignore[arg-type]
+    found = read(tmp_path / "ct", preprocess)
     image: Any = nibabel.as_closest_canonical(nibabel.Nifti1Image(VOXELS.astype(np.int16), AFFINES[name]))
     across = {"sagittal": 0, "coronal": 1, "axial": 2}[axis]
     expected = np.moveaxis(image.get_fdata()[::-1, ::-1, ::-1], across, 2).T  # slices, rows, columns; all turned round
@@ -83,10 +92,10 @@ def test_series_and_nifti_have_the_same_contrast(
     """The window of a slice's header is not used: it would differ from slice to slice."""
     write_series(tmp_path / "ct", VOXELS, AFFINES["oblique"])
     nibabel.save(nibabel.Nifti1Image(VOXELS.astype(np.int16), AFFINES["oblique"]), tmp_path / "ct.nii")
-    settings = SETTINGS.model_copy(update={"window": window})
-    with VolumeFile(tmp_path / "ct.nii", settings) as file:
+    preprocess = SETTINGS.model_copy(update={"window": window})
+    with VolumeFile(tmp_path / "ct.nii", preprocess) as file:
         expected = file.read(0)
-    found = read(tmp_path / "ct", settings)
+    found = read(tmp_path / "ct", preprocess)
     assert np.abs(found.pixels.astype(int) - expected.pixels).max() <= 1
     assert found.affine is not None and expected.affine is not None
     np.testing.assert_allclose(found.affine, expected.affine, atol=1e-3)
@@ -278,6 +287,23 @@ def test_a_folder_or_one_of_its_files_names_the_series(tmp_path: Path, write_ser
         read_image(folder, Preprocess())  # of a model of images
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 6), st.integers(128, 900), st.binary(min_size=1, max_size=6))
+def test_any_damage_gives_a_volume_or_one_message(place: int, start: int, damage: bytes) -> None:
+    """Bytes of one slice are overwritten, most of them in the header."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, content in enumerate(SLICES):
+            if number == place:
+                content = content[:start] + damage + content[start + len(damage) :]
+            Path(folder, f"{number}.dcm").write_bytes(content)
+        message = ""
+        try:
+            read(Path(folder, "0.dcm" if place else "1.dcm"))
+        except UnreadableImage as error:
+            message = str(error)
+        assert not re.search("|".join(SECRETS), message)
+
+
 def test_a_real_volume_is_the_same_as_nifti_and_as_a_series(
     tmp_path: Path, write_series: Write, shared_data: Callable[[str], Path]
 ) -> None:
@@ -288,8 +314,8 @@ def test_a_real_volume_is_the_same_as_nifti_and_as_a_series(
     affine = turned((12, -8, 5), (1.0, 1.0, 1.0), "--+")
     write_series(tmp_path / "mr", voxels, affine, intercept=0)
     nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "mr.nii.gz")
-    settings = SETTINGS.model_copy(update={"window": None})
-    expected, found = read_image(tmp_path / "mr.nii.gz", settings), read_image(tmp_path / "mr", settings)
+    preprocess = SETTINGS.model_copy(update={"window": None})
+    expected, found = read_image(tmp_path / "mr.nii.gz", preprocess), read_image(tmp_path / "mr", preprocess)
     np.testing.assert_array_equal(found.pixels, expected.pixels)
     assert found.affine is not None and expected.affine is not None
     np.testing.assert_allclose(found.affine, expected.affine, atol=1e-3)
