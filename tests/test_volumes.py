@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 import medgen
 from medgen.config import (
@@ -67,6 +68,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, draw_volumes: Draw) -> Pro
 
 def test_keys_of_volumes_are_left_out_of_dumps_at_their_defaults() -> None:
     """Stores, models and runs of images keep their bytes and fingerprints."""
+    assert "voxel_size" not in SIZES.model_dump()
+    with pytest.raises(ValidationError, match="voxel_size is of volumes"):
+        Preprocess(voxel_size=(1.0, 1.0, 1.0))
     assert "dims" not in Model().model_dump() and "patch" not in Train().model_dump()
     assert Model(dims=3).model_dump()["dims"] == 3
     assert Train(patch=(8, 8)).model_dump(mode="json")["patch"] == [8, 8]
@@ -193,7 +197,9 @@ def test_maps_of_volumes_are_nifti_in_the_place_of_the_file(
     assert float(row["uncertainty"]) == pytest.approx(image.get_fdata().mean(), abs=1e-4)
 
 
-def test_a_hole_in_a_volume_is_filled_in_place(trained: Project, tmp_path: Path, oblique: tuple[Path, Path]) -> None:
+def test_a_hole_in_a_volume_is_filled_in_place(
+    trained: Project, tmp_path: Path, oblique: tuple[Path, Path], write_series: Callable[..., list[Path]]
+) -> None:
     """The result lies over the original in a viewer: a bright body has the same place in the patient in both."""
     artifacts, (file, series) = trained.root / "artifacts", oblique
     original = nibabel.load(file)
@@ -206,7 +212,8 @@ def test_a_hole_in_a_volume_is_filled_in_place(trained: Project, tmp_path: Path,
     written = tmp_path / "one" / "scan_inpainted.nii.gz"
     assert np.linalg.norm(centre(written) - centre(file)) < 0.3
     np.testing.assert_allclose(nibabel.load(written).header.get_zooms(), max(extents) / SIDE, rtol=0.03)
-    uses.inpaint(artifacts, tmp_path / "two", file=series, mask=tmp_path / "hole.nii.gz")
+    write_series(tmp_path / "hole", hole, original.affine, intercept=0)
+    uses.inpaint(artifacts, tmp_path / "two", file=series, mask=tmp_path / "hole")
     same = nibabel.load(tmp_path / "two" / "ct1_inpainted.nii.gz")
     np.testing.assert_array_equal(same.get_fdata(), nibabel.load(written).get_fdata())
     uses.inpaint(artifacts, tmp_path / "three", file=file, mask=tmp_path / "hole.nii.gz", file_format="png")

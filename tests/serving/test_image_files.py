@@ -82,6 +82,19 @@ def test_a_generated_3d_volume_is_read_as_it_was_written(tmp_path: Path, axis: s
     assert torch.allclose(load_image(tmp_path / "a.nii.gz", settings)[0], sample, atol=1e-5)
     image: Any = nibabel.load(tmp_path / "a.nii.gz")
     assert nibabel.aff2axcodes(image.affine) == ("L", "P", "I") and image.header["intent_name"] == b"HU"
+    assert image.header.get_zooms() == (1, 1, 1) and image.header.get_xyzt_units()[0] == "unknown"
+    sized = dataclasses.replace(info, preprocess=settings.model_copy(update={"voxel_size": (2.0, 3.0, 4.0)}))
+    writer("nifti", sized, "a sample")(tmp_path / "b.nii.gz", sample)
+    with_size: Any = nibabel.load(tmp_path / "b.nii.gz")
+    # slices lie 2 mm apart, rows 3 and columns 4
+    assert with_size.header.get_zooms() == {"axial": (4, 3, 2), "coronal": (4, 2, 3), "sagittal": (2, 4, 3)}[axis]
+    assert with_size.header.get_xyzt_units()[0] == "mm"
+    np.testing.assert_array_equal(with_size.get_fdata(), image.get_fdata())
+    place = np.array([[0, -0.5, 2, 7], [1, 0.2, 0, 8], [0, 0.9, 0.1, 9], [0, 0, 0, 1]])  # of D, H and W
+    writer("nifti", sized, "a sample")(tmp_path / "c.nii.gz", sample, place)
+    placed: Any = nibabel.load(tmp_path / "c.nii.gz")
+    at = np.argwhere(placed.get_fdata() == placed.get_fdata().max())[0]  # the last voxel: 15, 19, 23
+    np.testing.assert_allclose(placed.affine @ [*at, 1], place @ [15, 19, 23, 1], atol=1e-5)
     with pytest.raises(UserError, match="--format dicom: this model generates volumes; expected nifti"):
         writer("dicom", info, "a sample")
 
