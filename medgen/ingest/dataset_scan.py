@@ -123,6 +123,8 @@ def scan(
     records: list[ImageRecord] = []
     for path in sorted(pairs.images):
         contents, row, labels = inspected[path], (rows or {}).get(path, ManifestRow()), labeler.labels_of(path)
+        if path in series and labels.label == contents.patient:
+            labels = labels._replace(label=None)  # a download sorted by patient
         identifier = patient_ids.find(path, contents, row, labels)
         is_known = identifier is not None
         names_all = identifier is not None or not contents.independent  # else each image has its own patient

@@ -90,7 +90,8 @@ class Model:
     def read(self, path: str | Path) -> NDArray[Any]:
         """The image of a file, preprocessed as the train images were: (1, C, H, W).
 
-        All formats of docs/data.md are read; a volume or series gives its middle slice.
+        All formats of docs/data.md are read; a volume or series gives its middle slice. A model of volumes gets the
+        whole volume (1, C, D, H, W), of a file or of a folder with the slices of a DICOM series.
 
         Raises:
             UserError: the file is not a readable image.

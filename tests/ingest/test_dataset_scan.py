@@ -324,6 +324,17 @@ def test_a_manifest_lists_a_series_by_its_folder_or_one_of_its_files(
     ]
 
 
+def test_a_folder_with_the_name_of_the_patient_is_no_class(
+    tmp_path: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    for number in range(3):
+        write_series(tmp_path / f"P{number}" / "study" / "ct", VOXELS, np.eye(4), f"1.{number}", f"P{number}")
+    write_series(tmp_path / "B" / "P4" / "ct", VOXELS, np.eye(4), "1.4", "P4")
+    assert [(each.path, each.label, each.patient) for each in scan_volumes(tmp_path).records] == [
+        ("B/P4/ct", "B", "P4"), *((f"P{number}/study/ct", None, f"P{number}") for number in range(3)),
+    ]  # fmt: skip
+
+
 def test_a_series_has_the_mask_of_its_name(tmp_path: Path, write_series: Callable[..., list[Path]]) -> None:
     for name in ("images/ct1", "images/ct2"):
         write_series(tmp_path / name, VOXELS, np.eye(4), series=f"1.{name[-1]}")
