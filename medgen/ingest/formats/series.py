@@ -98,9 +98,9 @@ class SeriesFile(OrientedVolume):
         """`path` is a folder of one series, or a file of it; `files` are all its files, if they are known.
 
         Raises:
-            LeftOutImage: there are too few slices for a volume.
-            UnreadableImage: a slice is damaged, slices are missing, two have one position, or their sizes, directions
-                or spacings differ.
+            LeftOutImage: there are too few slices for a volume, or they have several directions, as localizers do.
+            UnreadableImage: a slice is damaged, slices are missing, two have one position, or their sizes or spacings
+                differ.
         """
         header, slices = _join(files or find_files(path), preprocess)
         super().__init__(header, partial(_load, header.shape, slices, preprocess, mask), preprocess, mask)
@@ -196,17 +196,17 @@ def _unit_vectors(directions: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _check_equal(slices: Sequence[_Slice]) -> None:
-    """Refuse slices of several sizes, directions or pixel spacings in one series, as of localizers among axial ones."""
+    """Refuse slices of several directions, sizes, colour spaces or pixel spacings in one series."""
     first = slices[0]
     for other in slices[1:]:
         names = f"{first.name} and {other.name}"
+        if np.abs(other.directions - first.directions).max() > _MAX_ANGLE:
+            raise LeftOutImage(f"slices of different orientations in one series, as of a localizer ({names})")
         if (other.header.columns, other.header.rows) != (first.header.columns, first.header.rows):
             sizes = (f"{each.header.columns} x {each.header.rows}" for each in (first, other))
             raise UnreadableImage(f"slices of different sizes in one series: {' and '.join(sizes)} ({names})")
         if (other.header.samples, other.header.photometric) != (first.header.samples, first.header.photometric):
             raise UnreadableImage(f"slices of different colour spaces in one series ({names})")
-        if np.abs(other.directions - first.directions).max() > _MAX_ANGLE:
-            raise UnreadableImage(f"slices of different orientations in one series ({names})")
         if not np.allclose(other.pixel_size, first.pixel_size, rtol=_MAX_SIZE_RATIO):
             sizes = (f"{each.pixel_size[0]:.4g} x {each.pixel_size[1]:.4g} mm" for each in (first, other))
             raise UnreadableImage(f"slices of different pixel sizes in one series: {' and '.join(sizes)} ({names})")
@@ -216,6 +216,7 @@ def _order(slices: Sequence[_Slice]) -> tuple[list[_Slice], Affine]:
     """Slices in order along the normal, and the affine from columns, rows and slices."""
     directions, pixel_size = slices[0].directions, slices[0].pixel_size
     normal = np.cross(*directions)
+    normal /= np.linalg.norm(normal)
     missing = sum(each.position is None for each in slices)
     if missing == len(slices):
         ordered, spacing = _order_by_number(slices)
@@ -282,7 +283,7 @@ def _load(shape: tuple[int, int, int], slices: Sequence[_Slice], preprocess: Pre
         voxels = np.empty(shape, np.float32, order="F")
     else:
         check_temporary_space(4 * math.prod(shape))
-        with tempfile.TemporaryFile() as file:
+        with unreadable_errors(), tempfile.TemporaryFile() as file:
             voxels = np.memmap(file, np.float32, "w+", shape=shape, order="F")
     for place, each in enumerate(slices):
         with unreadable_errors(f"{each.name}: "):
