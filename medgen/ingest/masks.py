@@ -15,6 +15,7 @@ _MASK_WORDS = frozenset({"seg", "mask", "masks"})  # slices_seg_train, if slices
 _MASK_NAME = re.compile(r"(.+?)(?:[_-](?:mask|f?seg|segmentation)(?:_\d+)?|@)", re.IGNORECASE)
 # A file with such a name is a mask even if its image is missing.
 _CERTAIN_MASK_NAME = re.compile(r".+_(?:mask|f?seg|segmentation)", re.IGNORECASE)
+_UID = re.compile(r"\d+(\.\d+){3,}")  # as a name of files and folders
 _IMAGE_NAME_OF_MASK = ((re.compile(r"seg_(.+)"), r"case_\1"),)  # OASIS slices
 
 UNPAIRED_MASK = "a mask without its image"
@@ -115,8 +116,10 @@ def folder_of(path: str) -> str:
 
 
 def stem(path: str) -> str:
-    """A file's name without its suffix; also without .nii or the like before .gz."""
+    """A file's name without its suffix; also without .nii or the like before .gz. A DICOM UID has no suffix."""
     name = path[path.rfind("/") + 1 :]
+    if _UID.fullmatch(name):
+        return name
     name = name[:-3] if name.lower().endswith(".gz") else name
     return name.rpartition(".")[0] or name
 

@@ -336,15 +336,17 @@ def test_a_folder_with_the_name_of_the_patient_is_no_class(
 
 
 def test_a_series_has_the_mask_of_its_name(tmp_path: Path, write_series: Callable[..., list[Path]]) -> None:
-    for name in ("images/ct1", "images/ct2"):
-        write_series(tmp_path / name, VOXELS, np.eye(4), series=f"1.{name[-1]}")
+    uid = "1.2.840.113619.2.5"  # many folders have the name of the series
+    for name in ("ct1", "ct2", f"{uid}.1", f"{uid}.2"):
+        write_series(tmp_path / "images" / name, VOXELS, np.eye(4), series=f"1.{name[-1]}")
     (tmp_path / "masks").mkdir()
-    nibabel.save(nibabel.Nifti1Image((VOXELS > 100).astype(np.uint8), np.eye(4)), tmp_path / "masks" / "ct2.nii.gz")
-    records = scan_volumes(tmp_path).records
-    assert [(each.path, each.mask) for each in records] == [
-        ("images/ct1", None),
-        ("images/ct2", "masks/ct2.nii.gz"),
-    ]
+    for name in ("ct2", f"{uid}.2"):
+        mask = nibabel.Nifti1Image((VOXELS > 100).astype(np.uint8), np.eye(4))
+        nibabel.save(mask, tmp_path / "masks" / f"{name}.nii.gz")
+    assert {each.path: each.mask for each in scan_volumes(tmp_path).records} == {
+        "images/ct1": None, "images/ct2": "masks/ct2.nii.gz",
+        f"images/{uid}.1": None, f"images/{uid}.2": f"masks/{uid}.2.nii.gz",
+    }  # fmt: skip
     write_series(tmp_path / "masks" / "ct1", VOXELS > 100, np.eye(4), series="2.1")
     with pytest.raises(UserError, match=r"masks/ct1, the mask of images/ct1, is a DICOM series; .*NIfTI"):
         scan_volumes(tmp_path)
