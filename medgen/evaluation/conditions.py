@@ -17,28 +17,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medgen.config import Model, seed_of, to_name
+from medgen.config import seed_of, to_name
 from medgen.data.conditions import ConditionField, ConditionSpace
-from medgen.data.images import Images, StoredImages, StoredPlanes, split_images, to_floats
+from medgen.data.images import Images, StoredPlanes, split_images, to_floats
 from medgen.data.store import Split
 from medgen.evaluation.context import EvaluationContext
 from medgen.evaluation.fitting import fit
 from medgen.evaluation.label_accuracy import balanced_accuracy
 from medgen.evaluation.segmentation import mean_mask
+from medgen.evaluation.segmenter import MaskedImages, StoredMasks, score_masks, train_segmenter
 from medgen.metrics.c2st import auc_interval
 from medgen.metrics.features import DomainExtractor
 from medgen.metrics.intervals import Groups, Interval, interval_metrics, mean_interval, select_groups
-from medgen.metrics.segmentation import class_indices, dice_and_iou
-from medgen.models.unet import UNet
+from medgen.metrics.segmentation import foreground_scores
 from medgen.nn.conditions import StoredConditions
 from medgen.reports.evaluation import CONDITIONS_TEXT, PageTable, Row
 from medgen.training.distributed import World
-from medgen.training.extractor import augment, change_greys
+from medgen.training.extractor import augment
 
 STEPS, MASK_STEPS = 1000, 600  # of the trainings
-BATCH_SIZE, MASK_BATCH_SIZE = 32, 16
+BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
-MASK_CHANNELS = 16  # of the U-Net at full size
 ERROR = "mean absolute error"
 MEAN_AREA = "mean AUC of findings"
 BALANCED = "balanced accuracy"
@@ -320,57 +319,24 @@ def _compare_masks(
     train = context.store.split("train")
     if split.masks is None or not len(numbers) or not len(real) or not len(train.masked_rows):
         return []
-    network = train_segmenter(context, num_classes)
-    scores = []  # dice and iou (N, 2) of samples and of real images, mean over classes but the background
-    constant_mask = mean_mask(train, num_classes, World(0, 1, context.device), context.params.batch_size)
-    baseline = []
-    for images, at, rows in ((samples, numbers, requested.rows[numbers]), (StoredImages(split), real, real)):
-        own = []
-        for part in torch.split(torch.arange(len(at)), context.params.batch_size):
-            true = torch.from_numpy(split.masks[rows[part].numpy()][:, 0])
-            with torch.no_grad():
-                predicted = network.predict(to_floats(images[at[part]].to(context.device))).prediction
-            own.append(_foreground(class_indices(predicted).cpu(), true, num_classes))
-            if images is not samples:
-                baseline.append(_foreground(constant_mask.expand_as(true), true, num_classes))
-        scores.append(torch.cat(own))
+    shown = MaskedImages(samples[numbers], StoredMasks(split, requested.rows[numbers]))
+    compared, learned = (
+        MaskedImages.stored(split, real),
+        MaskedImages.stored(train, torch.from_numpy(train.masked_rows)),
+    )
+    seed, batch_size = seed_of(context.params.seed, 8), context.params.batch_size
+    network = train_segmenter([learned], context.store, MASK_STEPS, seed, context.device)
+    scores = [score_masks(network, each, batch_size) for each in (shown, compared)]
+    constant_mask = mean_mask(train, num_classes, World(0, 1, context.device), batch_size)
+    batches = (compared.masks[rows] for rows in torch.split(torch.arange(len(real)), batch_size))
+    baseline = torch.cat([foreground_scores(constant_mask.expand_as(true), true, num_classes) for true in batches])
     groups: tuple[Groups, Groups] = (None, select_groups(context.patients, real))
     found = []
     for number, measure in enumerate(("Dice", "IoU")):
         samples_interval, real_interval = (
             mean_interval(score[:, number], group) for score, group in zip(scores, groups, strict=True)
         )
-        constant = float(torch.cat(baseline)[:, number].mean())
+        constant = float(baseline[:, number].mean())
         intervals, counts = (samples_interval, real_interval), (len(numbers), len(real))
         found.append(Agreement(f"{field.name}_{measure.lower()}", field.name, measure, intervals, constant, counts))
     return found
-
-
-def _foreground(predicted: Tensor, true: Tensor, num_classes: int) -> Tensor:
-    """Dice and IoU (B, 2) of masks (B, H, W), mean over the classes of an image but the background."""
-    scores = torch.stack(dice_and_iou(predicted, true, num_classes), dim=2)[:, 1:]
-    return scores.nanmean(dim=1).nan_to_num(1.0)  # 1 for an empty mask that is predicted empty
-
-
-def train_segmenter(context: EvaluationContext, num_classes: int) -> UNet:
-    """A U-Net that predicts the masks of the train split."""
-    split, device, seed = context.store.split("train"), context.device, seed_of(context.params.seed, 8)
-    images, masked = StoredImages(split), torch.from_numpy(split.masked_rows)
-    assert split.masks is not None
-    masks = split.masks
-    params = Model(name="unet", base_channels=MASK_CHANNELS)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = UNet(params, context.store.image_shape, 0, num_classes).to(device)
-
-    def loss_of(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(seed, step))
-        rows = masked[torch.randint(len(masked), (MASK_BATCH_SIZE,), generator=generator)]
-        target = torch.from_numpy(masks[rows.numpy()][:, 0]).to(device).long()
-        predicted = network(change_greys(to_floats(images[rows]), generator).to(device)).prediction
-        if num_classes == 2:
-            return F.binary_cross_entropy(predicted[:, 0], target.float())
-        return F.nll_loss(predicted.clamp_min(1e-7).log(), target)
-
-    fit(list(network.parameters()), loss_of, MASK_STEPS, LEARNING_RATE)
-    return network.eval()

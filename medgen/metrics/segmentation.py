@@ -30,6 +30,15 @@ def dice_and_iou(predicted: Tensor, true: Tensor, num_classes: int) -> tuple[Ten
     return 2.0 * overlap / total, overlap / (total - overlap)  # 0 / 0 is NaN
 
 
+def foreground_scores(predicted: Tensor, true: Tensor, num_classes: int) -> Tensor:
+    """Dice and IoU (B, 2) of each image, mean over its classes but the background, from class indices (B, H, W).
+
+    1 for an empty mask that is predicted empty.
+    """
+    scores = torch.stack(dice_and_iou(predicted, true, num_classes), dim=2)[:, 1:]
+    return scores.nanmean(dim=1).nan_to_num(1.0)
+
+
 def class_means(scores: Tensor) -> Tensor:
     """Mean scores (K,) over the images that have the class, from scores (N, K); NaN if no image has it."""
     return torch.nanmean(scores, dim=0)

@@ -15,6 +15,7 @@ from medgen.metrics.segmentation import (
     count_classes,
     dice_and_iou,
     foreground_mean,
+    foreground_scores,
     update_old_keys,
 )
 
@@ -40,6 +41,19 @@ def test_the_foreground_mean_agrees_with_torchmetrics(num_classes: int) -> None:
         options = {"average": None} if reference is dice_score else {"per_class": True}
         each = reference(predicted, true, num_classes, include_background=False, input_format="index", **options)
         assert foreground_mean(found) == pytest.approx(float(each.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_scores_of_an_image_are_means_over_its_classes_but_the_background(num_classes: int) -> None:
+    generator = torch.Generator().manual_seed(num_classes)
+    true, predicted = (torch.randint(num_classes, (3, 9, 11), generator=generator) for _ in range(2))
+    true[0], predicted[0] = 0, 0  # an empty mask that is predicted empty
+    true[1][true[1] == 2], predicted[1][predicted[1] == 2] = 0, 0  # neither mask of this image has class 2
+    expected = [[1.0, 1.0]]
+    for a, b in zip(true[1:].flatten(1).numpy(), predicted[1:].flatten(1).numpy(), strict=True):
+        labels = sorted({*a, *b} - {0})
+        expected.append([score(a, b, labels=labels, average="macro") for score in (f1_score, jaccard_score)])
+    np.testing.assert_allclose(foreground_scores(predicted, true, num_classes), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
