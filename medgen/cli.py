@@ -213,7 +213,7 @@ def refiner(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
 
 @app.command()
 def utility(params: ParamsFile = PARAMS, overrides: Overrides = None) -> None:
-    """Train classifiers on real images and on samples, and compare them on the test split (stage 6)."""
+    """Train classifiers and U-Nets on real images and on samples, and compare them on the test split (stage 6)."""
     from medgen.evaluation import utility
 
     _call(utility.run, params, overrides)

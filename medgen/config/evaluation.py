@@ -19,14 +19,14 @@ class LocalNetwork(Section):
 
 
 class Utility(Section):
-    """Test whether samples help to train a classifier (docs/measures.md), which trains as `features` says."""
+    """Test whether samples help to train a classifier, or a U-Net where masks are a condition (docs/measures.md)."""
 
     enabled: bool = False
-    # shares of the train images of each class that classifiers are trained on, besides all of them
+    # shares of the train images of each class, or of those with a mask, that networks are trained on, besides all
     fractions: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.1, 0.3)
     repetitions: Annotated[int, Field(ge=2, le=100)] = 5  # trainings on each set of images, each with another seed
     steps: Count = 500  # number of steps of each training, whatever the number of images
-    num_generated: Count = 2000  # samples to train on, equally many of each class
+    num_generated: Count = 2000  # samples to train on, equally many of each class, or for each mask of the train split
     seed: Seed = 0
 
 

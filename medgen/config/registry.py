@@ -31,7 +31,8 @@ class Gates(Section):
     copy_rate_ceiling: Annotated[float, Field(ge=0.0, le=1.0)] | None = (
         None  # largest privacy/copy_rate; None: privacy/copy_rate_plausible
     )
-    utility_floor: Annotated[float, Field(gt=-1.0, lt=1.0)] | None = None  # least utility/gain_both; None: no gate
+    # least utility/gain_both and utility/gain_dice_both, of those that are measured; None: no gate
+    utility_floor: Annotated[float, Field(gt=-1.0, lt=1.0)] | None = None
     dice_floor: Fraction = 0.6  # least segmentation/dice_foreground
     dice_margin: NonNegative = 0.01  # and at most this much below the champion's on the same images
 

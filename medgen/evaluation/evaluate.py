@@ -4,6 +4,7 @@ medgen evaluate
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,8 @@ from medgen.evaluation.reconstruction import (
 )
 from medgen.evaluation.results import record_results, write_results
 from medgen.evaluation.segmentation import SegmentationResult, evaluate_masks, mask_data
-from medgen.evaluation.utility import UtilityResult, load_utility, utility_metrics, utility_tables, write_figure
+from medgen.evaluation.training_sets import UtilityResult, utility_metrics, utility_tables, write_figures
+from medgen.evaluation.utility import load_utility
 from medgen.io import write_atomic
 from medgen.metrics.comparison import ImageSet
 from medgen.metrics.generation import subsample
@@ -256,16 +258,15 @@ def image_data(context: EvaluationContext, ssim: Tensor, features: FeatureSets) 
 
 
 def _report_images(
-    project: Project, context: EvaluationContext, computed: Computed, utility: UtilityResult | None
+    project: Project, context: EvaluationContext, computed: Computed, utility: Sequence[UtilityResult]
 ) -> tuple[dict[str, float], report.Page]:
     """Compute the metrics of a generative model and write its results and figures; the metrics and the report page."""
     store, info, params = context.store, context.info, context.params
     result, pca = evaluate_model(context, computed), evaluate_pca(context)
     metrics = result.metrics | {"reconstruction/pca_ssim": next(iter(pca.values()))} | _counts(store, params)
     metrics |= evaluate_reference(context, computed.samples, computed.features)
-    if utility:
-        metrics |= utility_metrics(store, utility)
-        write_figure(project.figures / report.UTILITY, store, utility)
+    metrics |= utility_metrics(store, utility)
+    write_figures(project.figures, store, utility)
     ssim = computed.reconstructions.ssim
     data = image_data(context, ssim, computed.features)
     measures = collect_measures(context, ssim, utility)
@@ -301,7 +302,7 @@ def _report_images(
             *by_class,
             *condition_table(result.agreements),
             *report.refiner_tables(metrics, store.classes),
-            *(utility_tables(store, utility) if utility else ()),
+            *utility_tables(store, utility),
             *fairness_tables(groups, measures),
         ],
     )

@@ -14,7 +14,7 @@ from medgen.data.conditions import parse_number
 from medgen.data.store import ATTRIBUTES, Split
 from medgen.evaluation.context import EvaluationContext
 from medgen.evaluation.label_accuracy import is_correct
-from medgen.evaluation.utility import BOTH, REAL, SYNTHETIC, UtilityResult
+from medgen.evaluation.training_sets import BOTH, REAL, SYNTHETIC, UtilityResult
 from medgen.metrics.c2st import MIN_GROUPS
 from medgen.metrics.intervals import (
     NORMAL_QUANTILE,
@@ -69,7 +69,7 @@ class _Values(NamedTuple):
         return count >= MIN_IMAGES and len(group_rows(count, self.patients)) >= MIN_GROUPS
 
 
-def collect_measures(context: EvaluationContext, ssim: Tensor, utility: UtilityResult | None) -> dict[str, Measure]:
+def collect_measures(context: EvaluationContext, ssim: Tensor, utility: Sequence[UtilityResult]) -> dict[str, Measure]:
     """The measures that have a value of each test image, by the end of their metrics' names."""
     measures = {"ssim": Measure("SSIM of reconstructions", torch.arange(len(ssim)), ssim)}
     recognised = [i for i, name in enumerate(context.store.classes) if name not in context.unrecognised]
@@ -80,10 +80,12 @@ def collect_measures(context: EvaluationContext, ssim: Tensor, utility: UtilityR
         title = "the domain classifier's accuracy on real images"
         measures["label_accuracy_real"] = Measure(title, context.compared_rows[known], correct[known])
     titles = {REAL: "real images", BOTH: "real images and samples", SYNTHETIC: "samples"}
-    for kind, title in titles.items() if utility else ():
-        assert utility is not None
-        answers = utility[kind].double().mean(dim=0)
-        measures[f"utility_accuracy_{kind}"] = Measure(f"accuracy, trained on {title}", utility.rows, answers)
+    for result in utility:
+        measure = result.task.measure
+        for kind, title in titles.items():
+            scores = result[kind].double().mean(dim=0)
+            name = f"utility_{measure.lower()}_{kind}"
+            measures[name] = Measure(f"{measure}, trained on {title}", result.rows, scores)
     return measures
 
 

@@ -286,19 +286,33 @@ def _labels(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _utility(metrics: Mapping[str, float]) -> list[str]:
-    if "utility/gain_both" not in metrics:
-        return []
-    gain, low, high = (100 * metrics[f"utility/gain_both{suffix}"] for suffix in ("", "_ci_low", "_ci_high"))
-    values = (
-        f"balanced accuracy of a classifier {metrics['utility/accuracy_real']:.1%} on all train images, "
-        f"{metrics['utility/accuracy_both']:.1%} with samples ({gain:+.1f} points, {low:+.1f} to {high:+.1f}), "
-        f"{metrics['utility/accuracy_synthetic']:.1%} on samples alone"
-    )
+    findings = []
+    if "utility/gain_both" in metrics:
+        real, both, synthetic = (f"{metrics[f'utility/accuracy_{kind}']:.1%}" for kind in ("real", "both", "synthetic"))
+        gain, low, high = (100 * metrics[f"utility/gain_both{end}"] for end in ("", "_ci_low", "_ci_high"))
+        values = (
+            f"balanced accuracy of a classifier {real} on all train images, {both} with samples ({gain:+.1f} points, "
+            f"{low:+.1f} to {high:+.1f}), {synthetic} on samples alone"
+        )
+        findings.append(_effect("a classifier", values, low, high))
+    if "utility/gain_dice_both" in metrics:
+        real, both, synthetic = (f"{metrics[f'utility/dice_{kind}']:.3f}" for kind in ("real", "both", "synthetic"))
+        gain, low, high = (metrics[f"utility/gain_dice_both{end}"] for end in ("", "_ci_low", "_ci_high"))
+        values = (
+            f"Dice of a U-Net {real} on all train images, {both} with samples ({gain:+.3f}, {low:+.3f} to "
+            f"{high:+.3f}), {synthetic} on samples alone"
+        )
+        findings.append(_effect("a U-Net", values, low, high))
+    return findings
+
+
+def _effect(network: str, values: str, low: float, high: float) -> str:
+    """A sentence about the effect of samples on a training, whose gain has the interval from `low` to `high`."""
     if low > 0:
-        return [f"Samples help to train a classifier: {values}."]
+        return f"Samples help to train {network}: {values}."
     if high < 0:
-        return [f"Samples harm the training of a classifier: {values}. Do not add them to train images."]
-    return [f"No effect of samples on the training of a classifier was found: {values}."]
+        return f"Samples harm the training of {network}: {values}. Do not add them to train images."
+    return f"No effect of samples on the training of {network} was found: {values}."
 
 
 def _significantly_below(metrics: Mapping[str, float], name: str, reference: str) -> bool:

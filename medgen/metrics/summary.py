@@ -16,6 +16,7 @@ SUMMARY = (
     "generation/recall",
     "generation/label_accuracy",
     "utility/gain_both",
+    "utility/gain_dice_both",
     "privacy/copy_rate",
     "latent/kl_nats",
 )

@@ -12,7 +12,7 @@ from medgen.registry.versions import EVALUATED_ON, EVALUATED_WITH, PARAMS_TAG, V
 SSIM, DICE, MMD = "reconstruction/ssim", "segmentation/dice_foreground", "generation/mmd_domain"
 COPIES, HELD_OUT_LIMIT, NUM_GENERATED = "privacy/copy_rate", "privacy/held_out_limit", "run/num_generated"
 COPIES_BY_CHANCE, NEAREST = "privacy/copy_rate_plausible", "privacy/nearest_over_limit"
-UTILITY = "utility/gain_both"
+UTILITY = ("utility/gain_both", "utility/gain_dice_both")  # of classifiers and of U-Nets
 TRAINED_ON, DATASET_NAME = "dataset.fingerprint", "dataset.name"  # tags
 HASH_LENGTH = 7  # characters of a hash in tables
 NO_VALUE = "–"
@@ -71,7 +71,10 @@ def check_gates(
     if not is_segmentation:
         found += _copy_gates(candidate, champion, gates.copy_rate_ceiling)
     if not is_segmentation and (least := gates.utility_floor) is not None:
-        found.append(_metric_gate(UTILITY, candidate, champion, f"≥ {least:g}", lambda value: value >= least))
+        measured = [key for key in UTILITY if key in candidate.metrics] or UTILITY[:1]
+        found += [
+            _metric_gate(key, candidate, champion, f"≥ {least:g}", lambda value: value >= least) for key in measured
+        ]
     return found
 
 

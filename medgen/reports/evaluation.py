@@ -17,7 +17,8 @@ from medgen.reports.model_card import ModelCard
 
 TRAINING_FIGURES = "training"  # folder in reports/ of what stage train draws
 UNREFINED_SAMPLES, CLOSEST_PAIRS, LABEL_SWAPS = "samples_decoded.png", "nearest_train.png", "wrong_labels.png"
-CASES, LATENTS, UTILITY, CONDITIONS = "cases.png", "latents.png", "utility.png", "conditions.png"
+CASES, LATENTS, CONDITIONS = "cases.png", "latents.png", "conditions.png"
+UTILITY, UTILITY_MASKS = "utility.png", "utility_masks.png"
 HIGHLIGHTS = (  # key metrics at the top of the page
     "SSIM of reconstructions",
     "MMD of samples",
@@ -54,6 +55,10 @@ _UTILITY = (
     "Balanced accuracy on the test split of classifiers trained on real images, on as many with samples, and on "
     "samples alone, with 95 % intervals"
 )
+_UTILITY_MASKS = (
+    "Dice on the test split of U-Nets trained on real images with their masks, on as many with samples and the masks "
+    "that these were requested with, and on samples alone, with 95 % intervals"
+)
 _CONDITIONS = (
     "Test images over samples that were requested with the same conditions, and masks where they are one of them"
 )
@@ -82,7 +87,10 @@ def image_figures(has_refiner: bool) -> dict[str, list[FigureFile]]:
             FigureFile(LABEL_SWAPS, "Test images over their decoding with a wrong label", "real"),
         ],
         "Similarity to train images": [FigureFile(CLOSEST_PAIRS, _CLOSEST, "real")],
-        "Use of samples for training": [FigureFile(UTILITY, _UTILITY, "plot")],
+        "Use of samples for training": [
+            FigureFile(UTILITY, _UTILITY, "plot"),
+            FigureFile(UTILITY_MASKS, _UTILITY_MASKS, "plot"),
+        ],
         "Training curves": [
             *_CURVES,
             FigureFile("progress.gif", "Samples by epoch", "generated", TRAINING_FIGURES),
@@ -130,11 +138,16 @@ CONDITIONS_TEXT = (
     "intervals. Samples were requested with the conditions of held-out images. Real images give the best value to "
     "expect, the baseline is a prediction that does not depend on the image."
 )
-UTILITY_TEXT = (
-    "Balanced accuracy on the test split of classifiers that were trained on real images, on samples, or on both, with "
-    "the same number of steps. The gain is the difference from the same real images alone. The intervals cover other "
-    "test patients and other seeds of the classifiers. The generative model has seen all train images: a row with a "
-    "part of them shows what samples add where those images are not available."
+_UTILITY_TEXT = (
+    "{} on the test split of {} that were trained on real images, on samples, or on both, with the same number of "
+    "steps. The gain is the difference from the same real images alone. The intervals cover other test patients and "
+    "other seeds of the {}. The generative model has seen all train images: a row with a part of them shows what "
+    "samples add where those images are not available."
+)
+UTILITY_TEXT = _UTILITY_TEXT.format("Balanced accuracy", "classifiers", "classifiers")
+UTILITY_MASKS_TEXT = (
+    _UTILITY_TEXT.format("Mean Dice", "U-Nets", "U-Nets")
+    + " Samples were requested with the masks of train images, and have these masks in the training."
 )
 
 

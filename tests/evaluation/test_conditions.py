@@ -15,12 +15,25 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 import medgen
-from medgen.config import Data, Evaluate, Features, Loss, Model, Preprocess, Prior, Project, Refiner, Tracking, Train
+from medgen.config import (
+    Data,
+    Evaluate,
+    Features,
+    Loss,
+    Model,
+    Preprocess,
+    Prior,
+    Project,
+    Refiner,
+    Tracking,
+    Train,
+    Utility,
+)
 from medgen.data.images import StoredImages
 from medgen.data.store import StoreWriter, open_store
 from medgen.datasets.sample import draw
 from medgen.errors import UserError
-from medgen.evaluation import conditions, context, evaluate
+from medgen.evaluation import conditions, context, evaluate, utility
 from medgen.ingest import preprocess
 from medgen.metrics.features import ExtractorSizes
 from medgen.models import bundle
@@ -73,11 +86,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="module")
 def metrics(project: Project) -> dict[str, float]:
+    few = Utility(enabled=True, fractions=(0.2,), repetitions=2, steps=2, num_generated=12)
+    used = utility.run(project, features=Features(width=4, batch_size=8), utility=few)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conditions, "STEPS", 5)
         patch.setattr(conditions, "MASK_STEPS", 5)
         found = evaluate.run(project, evaluate=Evaluate(num_generated=40, grid_images=6), tracking=OFF)
-    assert found is not None
+    assert found is not None and used is not None
+    assert used == pytest.approx({key: value for key, value in found.items() if key.startswith("utility/")}, rel=1e-5)
     return found
 
 
@@ -109,6 +125,18 @@ def test_agreement_with_each_condition_is_measured(project: Project, metrics: di
     page = (project.reports / "index.html").read_text()
     assert "Agreement with conditions" in page and "findings: pneumonia" in page
     assert (project.figures / "conditions.png").stat().st_size > 0
+
+
+def test_samples_train_classifiers_and_u_nets(project: Project, metrics: dict[str, float]) -> None:
+    names = ("accuracy_{}", "gain_{}", "dice_{}", "gain_dice_{}")
+    keys = {name.format(kind) for name in names for kind in ("both", "both_20", "synthetic")}
+    keys |= {f"{measure}_{kind}" for measure in ("accuracy", "dice") for kind in ("real", "real_20")}
+    expected = {f"utility/{key}{end}" for key in keys for end in ("", "_ci_low", "_ci_high")}
+    assert {key for key in metrics if key.startswith("utility/")} == expected
+    page = (project.reports / "index.html").read_text()
+    assert "Use of samples for training of a U-Net" in page
+    assert all((project.figures / name).stat().st_size for name in ("utility.png", "utility_masks.png"))
+    assert "utility/gain_dice_both" in json.loads((project.reports / "summary.json").read_text())
 
 
 def test_samples_get_the_conditions_of_held_out_images_of_their_class() -> None:

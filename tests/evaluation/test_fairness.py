@@ -1,6 +1,8 @@
 """Measures by sex, age and view: taken from manifest.csv, with intervals by patient, without small groups."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,23 @@ from PIL import Image
 from medgen import config
 from medgen.config import Project
 from medgen.data.store import ATTRIBUTES, COLUMNS, StoreWriter, read_csv
-from medgen.evaluation.fairness import Measure, age_group, compare_groups, fairness_findings, fairness_metrics
+from medgen.evaluation.fairness import (
+    Measure,
+    age_group,
+    collect_measures,
+    compare_groups,
+    fairness_findings,
+    fairness_metrics,
+)
+from medgen.evaluation.training_sets import (
+    BOTH,
+    CLASSIFICATION,
+    REAL,
+    SEGMENTATION,
+    SYNTHETIC,
+    TrainingSet,
+    UtilityResult,
+)
 from medgen.ingest import preprocess
 
 
@@ -92,3 +110,25 @@ def test_a_worse_group_is_found_small_groups_are_left_out_and_equal_groups_are_n
 )
 def test_ages_are_grouped(text: str, group: str) -> None:
     assert age_group(text) == group
+
+
+def test_accuracy_and_dice_of_networks_trained_on_samples_are_measures() -> None:
+    sets = tuple(TrainingSet(kind, 100.0, 1, 1) for kind in (REAL, BOTH, SYNTHETIC))
+    rows, generator = torch.tensor([0, 2, 3]), torch.Generator().manual_seed(0)
+    dice, correct = torch.rand(3, 2, 3, generator=generator), torch.rand(3, 2, 3, generator=generator) > 0.5
+    results = [
+        UtilityResult(CLASSIFICATION, sets, rows, correct, (0, 1)),
+        UtilityResult(SEGMENTATION, sets, rows, dice),
+    ]
+    context: Any = SimpleNamespace(
+        store=SimpleNamespace(classes=()), unrecognised=(), labels=torch.zeros(4), compared_rows=torch.arange(4)
+    )
+    found = collect_measures(context, torch.rand(4, generator=generator), results)
+    names = [f"utility_{name}_{kind}" for name in ("accuracy", "dice") for kind in ("real", "both", "synthetic")]
+    assert list(found) == ["ssim", *names]
+    assert found["utility_dice_both"].title == "Dice, trained on real images and samples"
+    assert found["utility_accuracy_real"].title == "accuracy, trained on real images"
+    for name, scores in (("accuracy", correct), ("dice", dice)):
+        measure = found[f"utility_{name}_both"]
+        assert measure.rows.tolist() == rows.tolist()
+        np.testing.assert_allclose(measure.values, scores[1].numpy().mean(axis=0), rtol=1e-6)

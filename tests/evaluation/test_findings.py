@@ -105,6 +105,35 @@ def test_blur_of_refined_samples_is_compared_with_refined_reconstructions(refine
     assert f"refined reconstructions {refined:.0%}" in text and words in text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "start"),
+    [
+        (0.001, 0.02, "Samples help to train"),
+        (-0.02, -0.001, "Samples harm the training of"),
+        (-0.01, 0.01, "No effect of samples on the training of"),
+    ],
+)
+def test_the_use_of_samples_is_a_finding(low: float, high: float, start: str) -> None:
+    gain = (low + high) / 2
+    for name, key, network, values in (
+        (
+            "accuracy",
+            "gain",
+            "a classifier",
+            f"90.0% on all train images, 91.0% with samples ({100 * gain:+.1f} points",
+        ),
+        ("dice", "gain_dice", "a U-Net", f"0.900 on all train images, 0.910 with samples ({gain:+.3f}, {low:+.3f} to"),
+    ):
+        metrics = {
+            f"utility/{name}_{kind}": value for kind, value in (("real", 0.9), ("both", 0.91), ("synthetic", 0.8))
+        }
+        ends = {"": gain, "_ci_low": low, "_ci_high": high}
+        metrics |= {f"utility/{key}_both{end}": value for end, value in ends.items()}
+        found = [text for text in image_findings(GOOD | metrics) if network in text]
+        assert len(found) == 1 and found[0].startswith(f"{start} {network}") and values in found[0]
+        assert ("Do not add them" in found[0]) == (high < 0)
+
+
 def test_too_few_patients_for_a_classifier_test_are_a_finding() -> None:
     few = {key: value for key, value in GOOD.items() if "c2st" not in key}
     assert any("Too few images for a classifier test" in text for text in image_findings(few))

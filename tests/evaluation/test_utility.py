@@ -12,7 +12,17 @@ from medgen.config import Evaluate, Features, Prior, Project, Tracking, Utility
 from medgen.data.store import StoreWriter, open_store
 from medgen.errors import UserError
 from medgen.evaluation import evaluate, utility
-from medgen.evaluation.utility import BOTH, REAL, TrainingSet, UtilityResult, choose_rows
+from medgen.evaluation.training_sets import (
+    BOTH,
+    CLASSIFICATION,
+    REAL,
+    SEGMENTATION,
+    TrainingSet,
+    UtilityResult,
+    UtilityTask,
+    utility_metrics,
+)
+from medgen.evaluation.utility import choose_rows
 from medgen.io import hash_file
 from medgen.models import bundle
 from medgen.priors import ANALYTIC, save_prior
@@ -52,9 +62,9 @@ def test_useful_samples_train_a_classifier_and_swapped_labels_ruin_it(blobs: Pat
     labels = torch.arange(30) % 2
     params = SMALL.model_copy(update={"steps": 30, "fractions": ()})
     for name, given in (("useful", labels), ("swapped", 1 - labels)):
-        result = utility.compare_training_sets(store, draw_blobs(labels, seed=1), given, FEATURES, params, CPU)
+        result = utility.compare_classifiers(store, draw_blobs(labels, seed=1), given, FEATURES, params, CPU)
         assert [each.key for each in result.sets] == ["synthetic", "real", "both"]
-        metrics = utility.utility_metrics(store, result)
+        metrics = utility_metrics(store, [result])
         assert metrics["utility/accuracy_real"] > 0.9
         accuracy, gain = metrics["utility/accuracy_synthetic"], metrics["utility/gain_synthetic"]
         assert gain == pytest.approx(accuracy - metrics["utility/accuracy_real"])
@@ -74,7 +84,7 @@ def test_all_sets_have_the_same_number_of_steps_and_classes_come_evenly(
 
     monkeypatch.setattr(utility.F, "cross_entropy", watched)
     labels = (torch.arange(30) % 5 == 0).long()
-    result = utility.compare_training_sets(open_store(blobs), draw_blobs(labels, 1), labels, FEATURES, SMALL, CPU)
+    result = utility.compare_classifiers(open_store(blobs), draw_blobs(labels, 1), labels, FEATURES, SMALL, CPU)
     assert [each.key for each in result.sets] == ["synthetic", "real_20", "both_20", "real", "both"]
     assert [each.num_real for each in result.sets] == [0, 8, 8, 40, 40], "20 %: two patients with four images each"
     assert len(seen) == SMALL.repetitions * 5 * SMALL.steps and {len(batch) for batch in seen} == {8}
@@ -96,19 +106,27 @@ def test_subsets_are_nested_and_consist_of_whole_patients() -> None:
         assert sum(patients.count(name) for name in chosen) == len(rows)
 
 
-def test_intervals_cover_the_gain_over_other_patients_and_trainings() -> None:
-    """Simulated answers: each patient has its own difficulty, each training its own skill."""
+@pytest.mark.parametrize("task", [CLASSIFICATION, SEGMENTATION], ids=["accuracy", "Dice"])
+def test_intervals_cover_the_gain_over_other_patients_and_trainings(task: UtilityTask) -> None:
+    """Simulated scores: each patient has its own difficulty, each training its own skill."""
     generator = torch.Generator().manual_seed(0)
     sets = tuple(TrainingSet(kind, 100.0, 1, 1) for kind in (REAL, BOTH))
     labels, groups, covered = torch.arange(80) % 2, [row // 2 for row in range(80)], 0
+    classes = (0, 1) if task is CLASSIFICATION else ()
     for _ in range(100):
         difficulty = torch.randn(40, generator=generator).repeat_interleave(2)
         skill = 0.3 * torch.randn(2, 5, 1, generator=generator)
         noise = torch.randn(2, 5, 80, generator=generator)
-        result = UtilityResult((0, 1), sets, torch.arange(80), difficulty + skill + noise > -1.0)
-        gain = result.intervals(labels, groups)["gain_both"]
+        logits = difficulty + skill + noise + 1.0
+        scores = logits > 0.0 if task is CLASSIFICATION else torch.sigmoid(logits)
+        result = UtilityResult(task, sets, torch.arange(80), scores, classes)
+        found = result.intervals(labels, groups)
+        gain = found[f"{task.gain}_both"]
         covered += gain.low <= 0.0 <= gain.high
     assert 90 <= covered <= 99
+    if task is SEGMENTATION:
+        assert found["dice_both"].value == pytest.approx(float(scores[1].mean()))
+        assert gain.value == pytest.approx(float(scores[1].mean() - scores[0].mean()), abs=1e-6)
 
 
 def test_the_stage_is_reproducible_and_its_metrics_are_evaluated(tiny_project: Project, trained: Trained) -> None:
@@ -116,7 +134,7 @@ def test_the_stage_is_reproducible_and_its_metrics_are_evaluated(tiny_project: P
     params, off = Evaluate(num_generated=20, batch_size=7, grid_images=6), Tracking(enabled=False)
     assert utility.run(project, features=FEATURES, utility=Utility()) is None
     dataset = open_store(project.dataset).fingerprint
-    assert utility.load_utility(project, dataset) is None
+    assert utility.load_utility(project, dataset) == []
     found, digests = [], []
     for _ in range(2):
         torch.rand(3)

@@ -95,6 +95,13 @@ LIMITS: dict[str, tuple[dict[str, str | None], set[str], Gates]] = {
     ),
     "samples that harm a classifier": ({"utility/gain_both": "-0.03"}, {"gain_both"}, Gates(utility_floor=-0.02)),
     "samples that help": ({"utility/gain_both": "0.01"}, set(), Gates(utility_floor=0.0)),
+    "samples that harm a U-Net": (
+        {"utility/gain_dice_both": "-0.03"}, {"gain_dice_both"}, Gates(utility_floor=-0.02)
+    ),
+    "samples that help a U-Net, without labels": ({"utility/gain_dice_both": "0.01"}, set(), Gates(utility_floor=0.0)),
+    "samples that help a classifier and harm a U-Net": (
+        {"utility/gain_both": "0.01", "utility/gain_dice_both": "-0.03"}, {"gain_dice_both"}, Gates(utility_floor=0.0)
+    ),
     "use of samples not measured": ({}, {"gain_both"}, Gates(utility_floor=0.0)),
     "samples that harm, without this gate": ({"utility/gain_both": "-0.03"}, set(), Gates()),
     "uncommitted changes": ({"git.dirty": "true"}, {"git commit"}, Gates()),
