@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from torch import Tensor
 
-from medgen.config import Features, Preprocess, Project, Utility
+from medgen.config import Features, Preprocess, Project, Utility, seed_of
 from medgen.data.images import StoredImages, to_floats
 from medgen.data.store import Store, StoreWriter, open_store
 from medgen.errors import UserError
@@ -33,11 +34,17 @@ def draw(mask: Tensor, generator: torch.Generator) -> Tensor:
     return (0.2 + 0.5 * mask + 0.2 * torch.rand(mask.shape, generator=generator)).clamp(0.0, 1.0)
 
 
-def write_store(folder: Path, masks: str = "train and test", labels: str = "", conditions: bool = True) -> Store:
-    """A store of discs at random places, two images a patient, each of the next class of `labels`."""
+def write_store(
+    folder: Path, masks: str = "train and test", labels: str = "", conditions: bool = True, num_classes: int = 2
+) -> Store:
+    """A store of discs at random places, two images a patient, each of the next class of `labels`.
+
+    Masks of three classes have class 2 in the lower half of an image.
+    """
     grid, random, generator = np.mgrid[:SIDE, :SIDE], np.random.default_rng(0), torch.Generator().manual_seed(0)
     kinds = {"mask": {"kind": "mask"}} if conditions else {}
-    settings = Preprocess(image_size=SIDE, conditions=kinds).model_dump(mode="json")
+    values = None if num_classes == 2 else (0, 100, 200)
+    settings = Preprocess(image_size=SIDE, conditions=kinds, mask_values=values).model_dump(mode="json")
     splits = ["train"] * NUM_TRAIN + ["test"] * NUM_TEST
     with StoreWriter(folder, (1, SIDE, SIDE), with_masks=bool(masks)) as writer:
         for number, split in enumerate(splits):
@@ -49,7 +56,9 @@ def write_store(folder: Path, masks: str = "train and test", labels: str = "", c
                 row["mask"] = f"{number}.png"
             if labels:
                 row["label"] = labels[number % len(labels)]
-            writer.add(image.byte().numpy(), mask[None].astype(np.uint8) if masks else None, row)
+            classes = mask[None].astype(np.uint8)
+            classes[:, SIDE // 2 :] *= num_classes - 1
+            writer.add(image.byte().numpy(), classes if masks else None, row)
         writer.commit(splits, [], settings, "0" * 12)
     return open_store(folder)
 
@@ -120,6 +129,27 @@ def test_useful_pairs_train_a_u_net_and_masks_of_other_images_ruin_it(discs: Sto
         assert dice > 0.85 if useful else metrics["utility/gain_dice_synthetic_ci_high"] < -0.3
 
 
+@pytest.mark.slow
+def test_masks_of_three_classes_are_compared_with_scikit_learn(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "dataset", num_classes=3)
+    train, test = (store.split(name) for name in ("train", "test"))
+    rows = torch.from_numpy(train.masked_rows)
+    params = SMALL.model_copy(update={"steps": 60, "fractions": ()})
+    result = utility.compare_segmenters(store, MaskedImages.stored(train, rows), FEATURES, params, CPU)
+    seed = seed_of(params.seed, 2, 0)
+    network = segmenter.train_segmenter([MaskedImages.stored(train, rows)], store, params.steps, seed, CPU)
+    assert test.masks is not None
+    expected = []
+    for row in test.masked_rows:
+        with torch.no_grad():
+            found = network(to_floats(torch.from_numpy(test.images[[row]]))).prediction.argmax(dim=1)
+        true, predicted = test.masks[row].ravel(), found.numpy().ravel()
+        labels = sorted({*true, *predicted} - {0})
+        expected.append(f1_score(true, predicted, labels=labels, average="macro"))
+    np.testing.assert_allclose(result["real"][0], expected, atol=1e-6)
+    assert np.mean(expected) > 0.1, "masks are found"
+
+
 def test_the_stage_needs_no_labels_and_is_reproducible(
     discs: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +178,14 @@ def test_the_stage_needs_no_labels_and_is_reproducible(
     assert "sets" not in description and len(description["mask_sets"]) == 5
     with pytest.raises(UserError, match="run `medgen utility` again"):
         utility.load_utility(project, "other")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utility, "score_masks", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        utility.run(project, features=FEATURES, utility=SMALL)
+    assert [hash_file(path) for path in sorted(project.utility.iterdir())] == digests[0], "the earlier result is kept"
 
 
 @pytest.mark.parametrize(
