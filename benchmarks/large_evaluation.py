@@ -24,7 +24,7 @@ from medgen.models import build_model, bundle
 from medgen.priors import ANALYTIC, save_prior
 from medgen.priors.refiner import save_disabled
 
-NUM_DIFFERENT = 1000  # images, which the store repeats
+NUM_DIFFERENT = 1000  # images, which the store repeats, shifted by another number of pixels each time
 SPLITS = ["train"] * 8 + ["val", "test"]
 PARTS = (
     "evaluate_reconstructions", "draw_samples", "describe_sets", "search_train", "evaluate_model", "evaluate_pca",
@@ -38,7 +38,8 @@ def make_project(project: Project, count: int, size: int) -> None:
     images = generator.integers(256, size=(min(count, NUM_DIFFERENT), *shape), dtype=np.uint8)
     with StoreWriter(project.dataset, shape, with_masks=False) as writer:
         for number in range(count):
-            writer.add(images[number % len(images)], None, {"path": f"{number}.png", "patient": str(number)})
+            image = np.roll(images[number % len(images)], divmod(number // len(images), size), axis=(1, 2))
+            writer.add(image, None, {"path": f"{number}.png", "patient": str(number)})
         splits = [SPLITS[number % len(SPLITS)] for number in range(count)]
         writer.commit(splits, [], Preprocess().model_dump(mode="json"), "benchmark")
     fingerprint, sizes = open_store(project.dataset).fingerprint, Model(name="vae", base_channels=8, latent_size=16)
@@ -109,7 +110,7 @@ def main() -> None:
     finally:
         meter.stop.set()
         watcher.join()
-    print(json.dumps({"seconds": meter.seconds, "mib": meter.mib}))
+        print(json.dumps({"seconds": meter.seconds, "mib": meter.mib}))
 
 
 if __name__ == "__main__":

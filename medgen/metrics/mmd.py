@@ -96,8 +96,12 @@ def mmd_difference(first: Discrepancy, second: Discrepancy, real_groups: Groups 
 
 
 def median_distance(features: Tensor) -> float:
-    """Median Euclidean distance between the features (N, D) of two images; of train images, the bandwidth of `mmd`."""
-    return float(F.pdist(subsample(features, min(len(features), MAX_BANDWIDTH_IMAGES)).double()).median())
+    """Median Euclidean distance between the features (N, D) of two images; of train images, the bandwidth of `mmd`.
+
+    The mean where more than half of the distances are 0, and 1 where all are, as a bandwidth cannot be 0.
+    """
+    distances = F.pdist(subsample(features, min(len(features), MAX_BANDWIDTH_IMAGES)).double())
+    return float(distances.median()) or float(distances.mean()) or 1.0
 
 
 def gaussian(bandwidth: float) -> Kernel:

@@ -128,6 +128,14 @@ def test_bandwidth_is_the_median_distance(size: int) -> None:
     assert mmd.median_distance(features) == pytest.approx(float(distances.median()), rel=0.02)
 
 
+@pytest.mark.parametrize(("other", "bandwidth"), [((0.0, 0.0), 1.0), ((6.0, 8.0), 9 * 10.0 / 45)])
+def test_a_set_of_mostly_equal_images_has_a_bandwidth_too(other: tuple[float, float], bandwidth: float) -> None:
+    features = torch.zeros(10, 2)
+    features[0] = torch.tensor(other)
+    assert mmd.median_distance(features) == pytest.approx(bandwidth)
+    assert np.isfinite(mmd.mmd(features, features, bandwidth).interval.value)
+
+
 def test_kid_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = kid(normal(20), normal(30, seed=1))
     monkeypatch.setattr(mmd, "_ROWS_PER_BLOCK", 7)
