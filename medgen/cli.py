@@ -256,7 +256,7 @@ def generate(
         typer.Option(
             "--set-condition",
             metavar="NAME=VALUE,...",
-            help="Further conditions, such as view=AP,sex=F; of a mask the image file. Repeatable. Default: unknown.",
+            help="Further conditions, such as view=AP,sex=F; of a mask or image a file. Repeatable. Default: none.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random draws.")] = 0,

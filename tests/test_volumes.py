@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from medgen.config import (
 )
 from medgen.data.store import open_store
 from medgen.errors import UserError
-from medgen.evaluation import evaluate, utility
+from medgen.evaluation import conditions, evaluate, utility
 from medgen.ingest import preprocess
 from medgen.models import build_model, bundle
 from medgen.priors import ANALYTIC, save_prior
@@ -298,6 +299,47 @@ def test_a_unet_finds_masks_in_volumes_by_patches(tmp_path: Path, draw_volumes: 
     model, info = bundle.load(project.model)
     assert info.patch == (16, 32, 32)
     assert model.predict(torch.rand(1, 1, SIDE, SIDE, SIDE)).prediction.shape == (1, 1, SIDE, SIDE, SIDE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vqvae", "spatial_vae", "vae"])
+def test_masks_and_volumes_are_conditions_of_volumes(
+    tmp_path: Path, draw_volumes: Draw, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """From files to a request, and the agreement by planes; a flat latent is refused with what to do."""
+    project = Project(tmp_path)
+    draw_volumes(tmp_path / "data", 40, with_masks=True)
+    shutil.copytree(tmp_path / "data" / "images", tmp_path / "data" / "contrast")
+    kinds = {"mask": Condition(kind="mask"), "contrast": Condition(kind="image", folder="contrast")}
+    preprocess.run(project, data=Data(), preprocess=SIZES.model_copy(update={"conditions": kinds}))
+    split = open_store(project.dataset).split("train")
+    assert split.paired is not None and (split.paired[:] == split.images[:]).all(), "copies, read as the volumes are"
+    extractor.run(project, features=Features(width=4, epochs=1))
+    sizes = {"vae": {}, "spatial_vae": {"latent_size": 8}, "vqvae": {"latent_size": 8, "num_embeddings": 16}}
+    model = Model(name=name, dims=3, base_channels=4, max_channels=8, attention_resolutions=(), **sizes[name])  # type: ignore[arg-type]
+    train.run(project, model=model, loss=Loss(), train=Train(batch_size=8, phases=(PHASE,)), tracking=OFF)
+    monkeypatch.setattr(prior, "STEPS_PER_EPOCH", 10)
+    params = Prior(channels=8, blocks=1, epochs=1, batch_size=8, sampling_steps=2)
+    if name == "vae":
+        with pytest.raises(UserError, match="mask, contrast of volumes need a latent with a grid"):
+            prior.run(project, prior=params, tracking=OFF)
+        return
+    assert prior.run(project, prior=params, tracking=OFF) is not None
+    refiner.run(project, refiner=Refiner(), tracking=OFF)
+    file = next((tmp_path / "data" / "masks").iterdir())
+    texts = ["", f"mask={file}", f"contrast={tmp_path / 'data' / 'contrast' / file.name}"]
+    drawn = [
+        generate.run(tmp_path / "artifacts", tmp_path / str(n), n=1, condition=text)[0] for n, text in enumerate(texts)
+    ]
+    assert len({path.read_bytes() for path in drawn}) == 3
+    if name == "vqvae":
+        return
+    monkeypatch.setattr(conditions, "MAP_STEPS", 40)
+    found = evaluate.run(project, evaluate=Evaluate(num_generated=24, grid_images=4), tracking=OFF)
+    assert found is not None
+    assert found["condition/mask_dice_real"] > found["condition/mask_dice_baseline"] > 0
+    assert found["condition/contrast_correlation_real"] > 0.9, "the same volume"
+    assert (project.figures / "conditions.png").exists()
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from medgen.config.base import Count, Fraction, NonNegative, Positive, Section, Seed
+from medgen.config.base import Count, Fraction, NonNegative, Positive, Section, Seed, without_defaults
 
 Side = Annotated[int, Field(ge=16, le=1024, multiple_of=4)]
 ConditionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,63}$")]
 GreyLevel = Annotated[int, Field(ge=0, le=65535)]
 Percentile = Annotated[float, Field(ge=0.0, le=100.0)]
 
@@ -79,10 +80,16 @@ class Condition(Section):
     """A property of images, besides their class, that generation can be conditioned on."""
 
     # category: one of several values; multilabel: any number of findings, such as a+b or a|b; number: from low to high;
-    # mask: the mask of the image
-    kind: Literal["category", "multilabel", "number", "mask"]
+    # mask: the mask of the image; image: a paired image, such as another contrast
+    kind: Literal["category", "multilabel", "number", "mask", "image"]
     low: Annotated[float, Field(allow_inf_nan=False)] | None = None  # number: smallest value
     high: Annotated[float, Field(allow_inf_nan=False)] | None = None  # number: largest value
+    folder: FolderName | None = None  # image: name of the folder beside images/ that has the paired images
+
+    @model_serializer(mode="wrap")
+    def _without_new_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the folder where there is none: stores and models of other conditions keep their bytes."""
+        return without_defaults(self, dump(self), "folder")
 
     @model_validator(mode="after")
     def _only_numbers_have_a_range(self) -> Self:
@@ -91,6 +98,12 @@ class Condition(Section):
                 raise ValueError(f"low and high are for kind number, found kind {self.kind}; remove them")
         elif self.low is None or self.high is None or self.low >= self.high:
             raise ValueError(f"kind number needs low below high, found {self.low} and {self.high}")
+        return self
+
+    @model_validator(mode="after")
+    def _only_images_have_a_folder(self) -> Self:
+        if (self.kind == "image") != (self.folder is not None):
+            raise ValueError(f"kind image needs a folder, and no other kind has one; found {self.kind}, {self.folder}")
         return self
 
 
@@ -113,9 +126,9 @@ class Preprocess(Section):
     clahe_tiles: Annotated[int, Field(ge=1, le=256)] = 8  # CLAHE uses tiles x tiles regions
     # grey value of each class in the mask files, class 0 first, such as [0, 85, 170, 255]; None: binary masks
     mask_values: Annotated[tuple[GreyLevel, ...], Field(min_length=2, max_length=256)] | None = None
-    # properties besides the class that a prior with a network and the refiner are conditioned on, by the column of
-    # manifest.csv that has them, such as {sex: {kind: category}, age: {kind: number, low: 0, high: 100}}; a condition
-    # of kind mask is the image's mask (docs/conditions.md)
+    # properties besides the class that a prior with a network, the refiner and a cvae are conditioned on, by the column
+    # of manifest.csv that has them, such as {sex: {kind: category}, age: {kind: number, low: 0, high: 100}}; a
+    # condition of kind mask is the image's mask, one of kind image a file in its folder (docs/conditions.md)
     conditions: dict[ConditionName, Condition] = Field(default_factory=dict)
     reduced_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 if the output is that much smaller
     val_fraction: Fraction = 0.1
@@ -130,6 +143,11 @@ class Preprocess(Section):
     def mask_classes(self) -> int:
         """Number of classes in a mask, 2 for binary masks."""
         return 2 if self.mask_values is None else len(self.mask_values)
+
+    @property
+    def paired_folders(self) -> dict[str, str]:
+        """Folder of each condition of kind image, by its name."""
+        return {name: condition.folder for name, condition in self.conditions.items() if condition.folder is not None}
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -161,14 +179,15 @@ class Preprocess(Section):
 
     @model_validator(mode="after")
     def _conditions_have_columns(self) -> Self:
+        images = set(self.paired_folders)
         reserved = {name for name, condition in self.conditions.items() if (condition.kind, name) != ("mask", "mask")}
-        if reserved := reserved & RESERVED_COLUMNS:
+        if reserved := reserved & RESERVED_COLUMNS | images & ATTRIBUTE_COLUMNS:
             raise ValueError(f"conditions: {min(reserved)} is a column with another meaning; rename the condition")
         masks = [name for name, condition in self.conditions.items() if condition.kind == "mask"]
         if len(masks) > 1:
             raise ValueError(f"conditions: found {len(masks)} of kind mask ({', '.join(masks)}), expected at most one")
-        if masks and self.has_volumes:
-            raise ValueError(f"conditions.{masks[0]}: volumes take no mask as a condition; remove it")
+        if len({folder.lower() for folder in self.paired_folders.values()}) < len(images):
+            raise ValueError(f"conditions: {', '.join(sorted(images))} need different folders")
         return self
 
     @model_validator(mode="after")
@@ -206,3 +225,4 @@ _NEW_KEYS: dict[str, Any] = {"bits": 8, "window": None, "conditions": {}, "voxel
 RESERVED_COLUMNS = frozenset(
     ("path", "label", "patient", "group", "split", "index", "sha256", "width", "height", "mode", "mask")
 )
+ATTRIBUTE_COLUMNS = frozenset(("sex", "age", "view"))  # of a patient or image, which a file name cannot replace

@@ -25,7 +25,7 @@ class Model(FamilySection):
     logvar_bound: Positive = 10.0  # log-variance is bound * tanh(x / bound)
     num_embeddings: Width = 512  # vqvae: size of the codebook
     codebook: Literal["ema", "gradient", "cosine"] = "ema"  # vqvae: how codes are updated; cosine: nearest by angle
-    label_channels: Width = 32  # cvae: dimensions of the label embedding
+    label_channels: Width = 32  # cvae: dimensions of the embedding of label and conditions
     down: Literal["maxpool", "strided"] = "maxpool"  # autoencoder, unet
     up: Literal["transposed", "upsample"] = "transposed"  # autoencoder, unet
 

@@ -1,9 +1,9 @@
-"""Conditions of images besides their class, as numbers for networks: findings, categories, numbers, and a mask.
+"""Conditions of images besides their class, as numbers for networks: findings, categories, numbers, mask and images.
 
 Each condition of `preprocess.conditions` has a range of positions in a vector: first 1 if it is known and 0 if not,
 then its values: 1 for the category or for each finding that the image has and 0 for the others, or a number from 0
-(`low`) to 1 (`high`). All values of an unknown condition are 0. A mask is not part of the vector; `mask_channels`
-describes it.
+(`low`) to 1 (`high`). All values of an unknown condition are 0. A mask and paired images are not part of the vector:
+they are maps, and `map_fields` gives their channels.
 
 space = store.conditions
 vector = space.encode({"sex": "F", "age": "63", "findings": "effusion+atelectasis"})
@@ -39,16 +39,17 @@ class ConditionField:
     """One condition, with the values that the train split has."""
 
     name: str
-    kind: Literal["category", "multilabel", "number", "mask"]
+    kind: Literal["category", "multilabel", "number", "mask", "image"]
     values: tuple[str, ...] = ()  # categories or findings, sorted
     low: float = 0.0  # of a number
     high: float = 1.0
-    channels: Annotated[int, Field(ge=0, le=256)] = 0  # of a mask: known, then one for each class but the background
+    # of a map: known, then one for each class of a mask but the background, or the grey values of a paired image
+    channels: Annotated[int, Field(ge=0, le=256)] = 0
 
     @property
     def size(self) -> int:
-        """Length of the condition's range in the vector; 0 for a mask."""
-        return {"mask": 0, "number": 2}.get(self.kind, 1 + len(self.values))
+        """Length of the condition's range in the vector; 0 for a map."""
+        return {"mask": 0, "image": 0, "number": 2}.get(self.kind, 1 + len(self.values))
 
     def describe(self) -> str:
         """Short description of the values that the condition takes."""
@@ -57,6 +58,8 @@ class ConditionField:
                 return f"a number from {self.low:g} to {self.high:g}"
             case "mask":
                 return f"a mask of {self.channels} classes"
+            case "image":
+                return "an image"
             case "multilabel":
                 return f"any of {', '.join(self.values)}, joined by +; or {NO_FINDING}"
         return f"one of {', '.join(self.values)}"
@@ -130,7 +133,7 @@ class ConditionSpace:
                     found[name].add(text)
         fields = []
         for name, condition in preprocess.conditions.items():
-            channels = preprocess.mask_classes if condition.kind == "mask" else 0
+            channels = {"mask": preprocess.mask_classes, "image": 2}.get(condition.kind, 0)
             low, high = (
                 (0.0, 1.0) if condition.low is None or condition.high is None else (condition.low, condition.high)
             )
@@ -159,19 +162,24 @@ class ConditionSpace:
         return next((field for field in self.fields if field.kind == "mask"), None)
 
     @property
-    def mask_channels(self) -> int:
-        """Channels of the mask as networks get it; 0 without one."""
-        return 0 if self.mask is None else self.mask.channels
+    def images(self) -> tuple[ConditionField, ...]:
+        """The conditions of kind image, in the order of the channels of a store's paired images."""
+        return tuple(field for field in self.fields if field.kind == "image")
+
+    @property
+    def map_channels(self) -> int:
+        """Channels of all maps as networks get them; 0 without any."""
+        return sum(field.channels for field in self.fields)
+
+    @property
+    def map_fields(self) -> dict[str, tuple[ConditionField, slice]]:
+        """Name of the mask and of each paired image to its description and its channels."""
+        return _ranges((field, field.channels) for field in self.fields)
 
     @property
     def vector_fields(self) -> dict[str, tuple[ConditionField, slice]]:
-        """Name of each condition but the mask to its description and its range in the vector."""
-        ranges, start = {}, 0
-        for field in self.fields:
-            if field.kind != "mask":
-                ranges[field.name] = (field, slice(start, start + field.size))
-                start += field.size
-        return ranges
+        """Name of each condition but maps to its description and its range in the vector."""
+        return _ranges((field, field.size) for field in self.fields)
 
     def encode(self, row: Mapping[str, str]) -> list[float]:
         """Vector (K,) of a row of a store's manifest.csv."""
@@ -200,6 +208,16 @@ class ConditionSpace:
             field, place = fields[name]
             vector[place] = field.encode_request(value)
         return vector
+
+
+def _ranges(sizes: Iterable[tuple[ConditionField, int]]) -> dict[str, tuple[ConditionField, slice]]:
+    """Consecutive ranges of the conditions whose size is not 0, by name."""
+    ranges, start = {}, 0
+    for field, size in sizes:
+        if size:
+            ranges[field.name] = (field, slice(start, start + size))
+            start += size
+    return ranges
 
 
 def parse_request(text: str) -> dict[str, str]:

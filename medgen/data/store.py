@@ -4,17 +4,18 @@ artifacts/dataset/
   train/ val/ test/   images-00000.npy, images-00001.npy, … (N, C, H, W) uint8 or uint16 · labels.npy (N,) int64;
                       volumes are (N, C, D, H, W), and their masks (N, 1, D, H, W)
                       masks-00000.npy, … (N, 1, H, W) uint8 class numbers
+                      paired-00000.npy, … (N, P, H, W) uint8, images of the conditions of kind image
   manifest.csv        row i of a split = array row i: source file, index in the file, sha256, label, patient,
                       original size and mode; sex, age and view if the user's manifest.csv has any of them; the columns
-                      of `preprocess.conditions`
+                      of `preprocess.conditions`, of kind image the paired file
   rejected.csv        files and images that are not in the dataset, with reasons
   dataset.json        schema, classes, shape, counts, preprocessing, intensities, hash of every file
 artifacts/dataset.checked.json   time stamps of the files at the last check of their hashes; can be deleted
 
-Images and masks are in shards of at most SHARD_BYTES, or of one image. All shards but the last have the same number of
-rows.
+Images, masks and paired images are in shards of at most SHARD_BYTES, or of one image. All shards but the last have the
+same number of rows.
 
-Shapes: N images of a split, C channels (1 grey, 3 colour), H W height and width.
+Shapes: N images of a split, C channels (1 grey, 3 colour), P conditions of kind image, H W height and width.
 """
 
 import csv
@@ -40,7 +41,7 @@ from numpy.typing import NDArray
 
 from medgen import config
 from medgen.console import say
-from medgen.data.conditions import ConditionSpace
+from medgen.data.conditions import ConditionField, ConditionSpace
 from medgen.errors import UserError
 from medgen.io import hash_file, parsing, swap, to_json, write_atomic
 
@@ -119,6 +120,7 @@ class Split:
     masks: ShardedArray | None  # (N, 1, H, W) uint8 class numbers, 0/1 if binary; see `masked_rows`
     manifest: Path
     conditions: ConditionSpace | None = None  # of `preprocess.conditions`
+    paired: ShardedArray | None = None  # (N, P, H, W) uint8 images of the conditions of kind image; see `has_map`
 
     def __len__(self) -> int:
         return len(self.images)
@@ -128,8 +130,8 @@ class Split:
 
     def rows(self) -> Iterator[dict[str, str]]:
         """The split's rows of manifest.csv, in the order of the arrays."""
-        further = (*ATTRIBUTES, *(self.conditions.vector_fields if self.conditions else ()))
-        return (row for row in read_csv(self.manifest, COLUMNS, further) if row["split"] == self.name)
+        names = [field.name for field in self.conditions.fields] if self.conditions else []
+        return (row for row in read_csv(self.manifest, COLUMNS, (*ATTRIBUTES, *names)) if row["split"] == self.name)
 
     @cached_property
     def masked_rows(self) -> NDArray[np.int64]:
@@ -144,6 +146,30 @@ class Split:
         if self.conditions is None:
             return np.zeros((len(self), 0), np.float32)
         return self.conditions.encode_rows(self.rows())
+
+    def has_map(self, name: str) -> NDArray[np.bool_]:
+        """True (N,) for each image that has the mask or paired image which is the condition `name`."""
+        return self._has_maps[name]
+
+    def read_map(self, field: ConditionField, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Class numbers of masks or grey values of paired images (B, 1, H, W) of rows (B,); 0 where there is none."""
+        stored, channel = self.masks, 0
+        if field.kind == "image":
+            assert self.conditions is not None
+            stored, channel = self.paired, self.conditions.images.index(field)
+        if stored is None:
+            return np.zeros((len(rows), 1, *self.images.shape[2:]), np.uint8)
+        return stored[rows, channel : channel + 1]
+
+    @cached_property
+    def _has_maps(self) -> dict[str, NDArray[np.bool_]]:
+        fields = self.conditions.map_fields.values() if self.conditions else ()
+        columns = {field.name: "mask" if field.kind == "mask" else field.name for field, _ in fields}
+        found: dict[str, list[bool]] = {name: [] for name in columns}
+        for row in self.rows() if columns else ():
+            for name, column in columns.items():
+                found[name].append(bool(row[column]))
+        return {name: np.array(has, np.bool_) for name, has in found.items()}
 
     @property
     def paths(self) -> list[str]:
@@ -203,6 +229,7 @@ class Store:
             masks=_open_shards(folder, "masks"),
             manifest=self.folder / MANIFEST,
             conditions=self.conditions,
+            paired=_open_shards(folder, "paired"),
         )
 
 
@@ -289,15 +316,17 @@ class StoreWriter:
         with_attributes: bool = False,
         bits: int = 8,
         columns: Sequence[str] = (),
+        num_paired: int = 0,
     ) -> None:
-        """`bits` of an image's grey value: 8 or 16; further `columns` of the manifest."""
+        """`bits` of an image's grey value: 8 or 16; further `columns` of the manifest; P paired images of each."""
         self.folder = folder
         attributes = ATTRIBUTES if with_attributes else ()
         self._columns = (*COLUMNS, *attributes, *(name for name in columns if name not in attributes))
         self.building = folder.with_name(f"{folder.name}.building")
         self.shape = image_shape
-        self.shapes = {"images": image_shape} | ({"masks": (1, *image_shape[1:])} if with_masks else {})
-        self.dtypes = {"images": np.dtype(f"u{bits // 8}"), "masks": np.dtype(np.uint8)}
+        channels = {"masks": int(with_masks), "paired": num_paired}
+        self.shapes = {"images": image_shape} | {kind: (n, *image_shape[1:]) for kind, n in channels.items() if n}
+        self.dtypes = {"images": np.dtype(f"u{bits // 8}"), "masks": np.dtype(np.uint8), "paired": np.dtype(np.uint8)}
         self._staging = self.building / "staging"
         self._open_files = ExitStack()
 
@@ -313,13 +342,23 @@ class StoreWriter:
         self._open_files.close()
         shutil.rmtree(self.building, ignore_errors=True)  # does not exist after commit
 
-    def add(self, image: NDArray[Any], mask: NDArray[np.uint8] | None, row: Mapping[str, str]) -> None:
-        """Append an image or volume, a mask of class numbers in one channel, and the manifest row without its split."""
-        items = {"images": image, "masks": np.zeros((1, *self.shape[1:]), np.uint8) if mask is None else mask}
+    def add(
+        self,
+        image: NDArray[Any],
+        mask: NDArray[np.uint8] | None,
+        row: Mapping[str, str],
+        paired: NDArray[np.uint8] | None = None,
+    ) -> None:
+        """Append an image or volume, its manifest row without the split, a mask and paired images.
+
+        `mask` (1, H, W) has class numbers, `paired` is (P, H, W); None: zeros.
+        """
+        given = {"images": image, "masks": mask, "paired": paired}
         for kind, shape in self.shapes.items():
-            if items[kind].shape != shape or items[kind].dtype != self.dtypes[kind]:
-                raise ValueError(f"expected {self.dtypes[kind]} {shape}, found {items[kind].dtype} {items[kind].shape}")
-            self._arrays[kind].write(np.ascontiguousarray(items[kind]).data)
+            item: NDArray[Any] = np.zeros(shape, np.uint8) if given[kind] is None else np.asarray(given[kind])
+            if item.shape != shape or item.dtype != self.dtypes[kind]:
+                raise ValueError(f"expected {self.dtypes[kind]} {shape}, found {item.dtype} {item.shape}")
+            self._arrays[kind].write(np.ascontiguousarray(item).data)
         self._rows.writerow(row)
 
     def commit(
@@ -513,7 +552,7 @@ def _open_array(path: Path) -> NDArray[Any]:
 
 
 def _open_shards(folder: Path, kind: str) -> ShardedArray | None:
-    """The images or masks of a split; None if it has none."""
+    """The images, masks or paired images of a split; None if it has none."""
     paths = sorted(folder.glob(f"{kind}-*.npy"))
     return ShardedArray([_open_array(path) for path in paths]) if paths else None
 

@@ -1,11 +1,12 @@
 """Evaluate whether samples have the conditions that they were requested with.
 
 Networks trained on the train split predict the conditions of an image: the class network of the domain extractor all
-categories, findings and numbers, and a U-Net the mask. They are applied to samples, whose requested conditions are
-those of held-out images, and to the held-out images themselves. The real images are the reference, the best value to
-expect; the baseline is a prediction that does not depend on the image.
+categories, findings and numbers, and a U-Net each map: the mask, or a paired image. They are applied to samples, whose
+requested conditions are those of held-out images, and to the held-out images themselves. The real images are the
+reference, the best value to expect; the baseline is a prediction that does not depend on the image.
 
-Shapes: N images, C channels, H W height and width, K values of conditions, F findings or categories.
+Shapes: N images, C channels, H W height and width, K values of conditions, F findings or categories, P planes of an
+image: 1, or of a volume 3 (`medgen.data.images.middle_planes`).
 """
 
 import math
@@ -19,28 +20,30 @@ from torch.nn import functional as F
 
 from medgen.config import seed_of, to_name
 from medgen.data.conditions import ConditionField, ConditionSpace
-from medgen.data.images import Images, StoredPlanes, split_images, to_floats
+from medgen.data.images import Images, StoredPlanes, middle_planes, split_images, to_floats
 from medgen.data.store import Split
 from medgen.evaluation.context import EvaluationContext
 from medgen.evaluation.fitting import fit
 from medgen.evaluation.label_accuracy import balanced_accuracy
-from medgen.evaluation.segmentation import mean_mask
-from medgen.evaluation.segmenter import MaskedImages, StoredMasks, score_masks, train_segmenter
+from medgen.evaluation.segmenter import BATCH_SIZE as MAP_BATCH_SIZE
+from medgen.evaluation.segmenter import train_unet
 from medgen.metrics.c2st import auc_interval
 from medgen.metrics.features import DomainExtractor
 from medgen.metrics.intervals import Groups, Interval, interval_metrics, mean_interval, select_groups
-from medgen.metrics.segmentation import foreground_scores
+from medgen.metrics.segmentation import class_indices, count_classes, foreground_scores
+from medgen.models.unet import UNet
 from medgen.nn.conditions import StoredConditions
+from medgen.nn.ssim import ssim
 from medgen.reports.evaluation import CONDITIONS_TEXT, PageTable, Row
-from medgen.training.distributed import World
 from medgen.training.extractor import augment
 
-STEPS, MASK_STEPS = 1000, 600  # of the trainings
+STEPS, MAP_STEPS = 1000, 600  # of the trainings
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 ERROR = "mean absolute error"
 MEAN_AREA = "mean AUC of findings"
 BALANCED = "balanced accuracy"
+MAP_MEASURES = {"mask": ("Dice", "IoU"), "image": ("correlation", "SSIM")}
 SHORT = {ERROR: "error", MEAN_AREA: "AUC", BALANCED: "accuracy"}
 MIN_IMAGES = 5  # with and without a finding, or of a category
 CENTRE, SPREAD = 0.5, 0.25  # of a number in its range, which the network predicts in units of the spread
@@ -95,8 +98,8 @@ def evaluate_conditions(context: EvaluationContext, samples: Tensor) -> list[Agr
             own = [score[:, start : start + size] for score in scores]
             found += _compare(field, place, sets, own, context.store.split("train"))
             start += size
-    if space.mask is not None:
-        found += _compare_masks(context, space.mask, requested, samples)
+    for map_field, _ in space.map_fields.values():
+        found += _compare_maps(context, map_field, requested, samples)
     return found
 
 
@@ -222,7 +225,7 @@ def predict(network: DomainExtractor, images: Images, batch_size: int) -> Tensor
 
 
 def _values(conditions: StoredConditions) -> Tensor:
-    """Values (N, K) without the masks."""
+    """Values (N, K) without the maps."""
     rows, values = conditions.rows, torch.from_numpy(conditions.split.condition_values)
     return values[rows.clamp(min=0)] * (rows >= 0)[:, None]
 
@@ -308,35 +311,94 @@ def _mean_of(intervals: Sequence[Interval]) -> Interval:
     return Interval(*(sum(values) / len(values) for values in zip(*intervals, strict=True)))
 
 
-def _compare_masks(
+def _compare_maps(
     context: EvaluationContext, field: ConditionField, requested: StoredConditions, samples: Tensor
 ) -> list[Agreement]:
-    """Dice and IoU of the masks that a U-Net finds in samples and real images, with the requested and the true ones."""
-    split, num_classes = context.held_out, field.channels
-    with_mask = torch.from_numpy(split.masked_rows)
-    numbers = torch.isin(requested.rows, with_mask).nonzero()[:, 0]
-    real = context.compared_rows[torch.isin(context.compared_rows, with_mask)]
-    train = context.store.split("train")
-    if split.masks is None or not len(numbers) or not len(real) or not len(train.masked_rows):
+    """Agreement of the map that a U-Net predicts from samples and real images with the requested and the true one.
+
+    Dice and IoU of a mask, correlation and SSIM of a paired image.
+    """
+    split, train, batch_size = context.held_out, context.store.split("train"), context.params.batch_size
+    has_map = torch.from_numpy(split.has_map(field.name))
+    numbers = ((requested.rows >= 0) & has_map[requested.rows.clamp(min=0)]).nonzero()[:, 0]
+    real = context.compared_rows[has_map[context.compared_rows]]
+    if not len(numbers) or not len(real) or not train.has_map(field.name).any():
         return []
-    shown = MaskedImages(samples[numbers], StoredMasks(split, requested.rows[numbers]))
-    compared, learned = (
-        MaskedImages.stored(split, real),
-        MaskedImages.stored(train, torch.from_numpy(train.masked_rows)),
-    )
-    seed, batch_size = seed_of(context.params.seed, 8), context.params.batch_size
-    network = train_segmenter([learned], context.store, MASK_STEPS, seed, context.device)
-    scores = [score_masks(network, each, batch_size) for each in (shown, compared)]
-    constant_mask = mean_mask(train, num_classes, World(0, 1, context.device), batch_size)
-    batches = (compared.masks[rows] for rows in torch.split(torch.arange(len(real)), batch_size))
-    baseline = torch.cat([foreground_scores(constant_mask.expand_as(true), true, num_classes) for true in batches])
+    network, constant = train_map_network(context, field), _constant_map(train, field, batch_size)
+    scores = []  # (N, 2) of samples and of real images
+    baseline = []
+    for images, at, rows in ((samples, numbers, requested.rows[numbers]), (StoredPlanes(split), real, real)):
+        own = []
+        for part in torch.split(torch.arange(len(at)), batch_size):
+            true = _read_planes(split, field, rows[part])
+            inputs = to_floats(images[at[part]].to(context.device))
+            with torch.no_grad():
+                predicted = network.predict(_single_planes(inputs, true.shape[1])).prediction.cpu()
+            found = class_indices(predicted) if field.kind == "mask" else predicted[:, 0]
+            own.append(_map_scores(field, found.view_as(true), true))
+            if images is not samples:
+                baseline.append(_map_scores(field, constant.expand_as(true), true))
+        scores.append(torch.cat(own))
     groups: tuple[Groups, Groups] = (None, select_groups(context.patients, real))
-    found = []
-    for number, measure in enumerate(("Dice", "IoU")):
+    agreements = []
+    for number, measure in enumerate(MAP_MEASURES[field.kind]):
         samples_interval, real_interval = (
             mean_interval(score[:, number], group) for score, group in zip(scores, groups, strict=True)
         )
-        constant = float(baseline[:, number].mean())
+        value = float(torch.cat(baseline)[:, number].mean())
         intervals, counts = (samples_interval, real_interval), (len(numbers), len(real))
-        found.append(Agreement(f"{field.name}_{measure.lower()}", field.name, measure, intervals, constant, counts))
-    return found
+        key = f"{field.name}_{measure.lower()}"
+        agreements.append(Agreement(key, field.name, measure, intervals, value, counts))
+    return agreements
+
+
+def _read_planes(split: Split, field: ConditionField, rows: Tensor) -> Tensor:
+    """Class numbers of masks, or grey values in [0, 1] of paired images, of rows (B,) of a split: (B, P, H, W)."""
+    stored = middle_planes(torch.from_numpy(split.read_map(field, rows.numpy())))
+    return stored if field.kind == "mask" else to_floats(stored)
+
+
+def _single_planes(images: Tensor, num_planes: int) -> Tensor:
+    """Images (B, P·C, H, W) with each plane as an image of its own, (B·P, C, H, W)."""
+    return images.reshape(num_planes * len(images), -1, *images.shape[2:])
+
+
+def _constant_map(train: Split, field: ConditionField, batch_size: int) -> Tensor:
+    """Most common class of the train masks, or mean of the train images, at each pixel (P, H, W)."""
+    rows = torch.from_numpy(train.has_map(field.name)).nonzero()[:, 0]
+    total = torch.zeros(())
+    for part in torch.split(rows, batch_size):
+        planes = _read_planes(train, field, part)
+        total = total + (count_classes(planes, field.channels) if field.kind == "mask" else planes.sum(dim=0))
+    return total.argmax(dim=0) if field.kind == "mask" else total / len(rows)
+
+
+def _map_scores(field: ConditionField, predicted: Tensor, true: Tensor) -> Tensor:
+    """Scores (B, 2) of predicted maps (B, P, H, W), mean over planes: those of `MAP_MEASURES`."""
+    flat, true_flat = predicted.flatten(0, 1), true.flatten(0, 1)
+    if field.kind == "mask":
+        scores = foreground_scores(flat, true_flat, field.channels)
+    else:
+        scores = torch.stack([correlation(flat, true_flat), ssim(true_flat[:, None], flat[:, None])], dim=1)
+    return scores.double().view(len(true), -1, 2).mean(dim=1)
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson correlation (B,) of the pixels of images (B, H, W); 0 for an image without contrast."""
+    a, b = (images.double().flatten(1) - images.double().flatten(1).mean(1, keepdim=True) for images in (first, second))
+    result: Tensor = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-12)
+    return result
+
+
+def train_map_network(context: EvaluationContext, field: ConditionField) -> UNet:
+    """A U-Net that predicts the train split's masks or paired images, plane by plane."""
+    split, seed = context.store.split("train"), seed_of(context.params.seed, 8)
+    images, with_map = StoredPlanes(split), torch.from_numpy(split.has_map(field.name)).nonzero()[:, 0]
+    shape = (context.store.image_shape[0], *images.shape[2:])
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = with_map[torch.randint(len(with_map), (MAP_BATCH_SIZE,), generator=generator)]
+        planes = _read_planes(split, field, rows)
+        return _single_planes(to_floats(images[rows]), planes.shape[1]), planes.flatten(0, 1)
+
+    return train_unet(draw, shape, field.channels, MAP_STEPS, seed, context.device)

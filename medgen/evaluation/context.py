@@ -30,8 +30,7 @@ from medgen.metrics.spectrum import radial_power
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo
 from medgen.nn.conditions import StoredConditions
-from medgen.priors import Prior, is_conditional, load_prior
-from medgen.priors.neural import NeuralPrior
+from medgen.priors import Prior, is_conditional, load_prior, takes_conditions
 from medgen.priors.refiner import Refiner, load_refiner
 from medgen.training.distributed import World
 
@@ -145,7 +144,7 @@ class EvaluationContext:
 
         Those of train images would invite copies of the images that have exactly these conditions.
         """
-        if not isinstance(self.prior, NeuralPrior) or self.prior.space is None:
+        if not takes_conditions(self.prior, self.model):
             return None
         return StoredConditions(self.held_out, matching_rows(self.labels, labels, n))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import Images, StoredImages, to_floats
+from medgen.data.images import Images, StoredPlanes, middle_planes, to_floats
 from medgen.evaluation.context import EvaluationContext, proportional_labels
 from medgen.evaluation.label_accuracy import LabelSwap
 from medgen.evaluation.reconstruction import reconstruct_rows, refine_rows
@@ -71,7 +71,7 @@ def write_reconstructions(figures: Path, context: EvaluationContext) -> None:
 
 
 def write_conditions(figures: Path, context: EvaluationContext, samples: Tensor) -> None:
-    """Write conditions.png: test images, their masks if these are a condition, and samples (M, C, H, W) with the same.
+    """Write conditions.png: test images, their maps if these are conditions, and drawn samples with the same.
 
     There is no figure for a model without conditions.
     """
@@ -81,12 +81,14 @@ def write_conditions(figures: Path, context: EvaluationContext, samples: Tensor)
     known = (requested.rows >= 0).nonzero()[:, 0]
     numbers = subsample(known, min(NUM_RECONSTRUCTIONS, len(known)))
     rows, split, space = requested.rows[numbers], context.held_out, context.store.conditions
-    images = to_floats(StoredImages(split)[rows])
+    images = to_floats(StoredPlanes(split)[rows])
     stacks = {"test image": images}
-    if space is not None and space.mask is not None and split.masks is not None:
-        masks = _greys(torch.from_numpy(split.masks[rows.numpy()][:, 0]), space.mask_channels)
-        stacks["mask"] = masks.expand(-1, images.shape[1], -1, -1)
-    write_stacks(figures / CONDITIONS, {**stacks, "sample": to_floats(samples[numbers])})
+    for field, _ in space.map_fields.values() if space else ():
+        stored = middle_planes(torch.from_numpy(split.read_map(field, rows.numpy())))  # (N, P, H, W)
+        maps = _greys(stored, field.channels)[:, 0] if field.kind == "mask" else to_floats(stored)
+        stacks[field.name] = maps.repeat_interleave(images.shape[1] // maps.shape[1], dim=1)
+    drawn = {name: context.to_drawn(planes) for name, planes in stacks.items()}
+    write_stacks(figures / CONDITIONS, {**drawn, "sample": to_floats(samples[numbers])})
 
 
 def write_cases(figures: Path, context: EvaluationContext, ssim: Tensor) -> None:

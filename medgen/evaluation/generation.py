@@ -65,7 +65,7 @@ class RecordingRefiner:
         conditions: Conditions | None = None,
     ) -> Tensor:
         """See `medgen.priors.ImageRefiner`."""
-        self.decoded.append(to_stored(decoder.decode(latents, labels).float().cpu(), self.bits))
+        self.decoded.append(to_stored(decoder.decode(latents, labels, conditions).float().cpu(), self.bits))
         return self.refiner.sample(decoder, latents, labels, generator, conditions)
 
 

@@ -21,6 +21,7 @@ from medgen.metrics.features import DomainExtractor
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_indices, interval_metrics, select_groups
 from medgen.models import GenerativeModel
+from medgen.nn.conditions import read_conditions
 
 MAX_SWAPPED = 1000
 
@@ -97,8 +98,9 @@ def decode_with_wrong_labels(
     device = next(model.parameters()).device
     decoded = []
     for part in torch.split(torch.arange(len(rows)), batch_size):
-        latent = model.encode(to_floats(original[part].to(device)), true[part].to(device)).mean
-        decoded.append(model.decode(latent, given[part].to(device)).float().cpu())
+        conditions = None if model.space is None else read_conditions(test, rows[part])
+        latent = model.encode(to_floats(original[part].to(device)), true[part].to(device), conditions).mean
+        decoded.append(model.decode(latent, given[part].to(device), conditions).float().cpu())
     return LabelSwap(original, torch.cat(decoded), true, given, rows)
 
 

@@ -26,6 +26,7 @@ from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import interval_metrics, select_groups
 from medgen.metrics.membership import ATTACKS, AttackedImages, attack, can_be_attacked
 from medgen.metrics.spectrum import radial_power
+from medgen.nn.conditions import read_conditions
 
 NUM_CLOSEST = 10  # pairs in nearest_train.png
 MAX_PAIRS, MIN_SEARCHED = 10**9, 2000  # held-out images by train images; held-out images searched at least
@@ -167,6 +168,8 @@ def _measure_reconstruction(
     """Squared error of the reconstruction and radial power (n, 1 + R) of some of the split's rows."""
     images, given = StoredImages(split)[rows[numbers]], labels[rows[numbers]].to(context.device)
     real = to_floats(images.to(context.device))
-    decoded = context.model.decode(context.model.encode(real, given).mean, given).float()
+    conditions = None if context.model.space is None else read_conditions(split, rows[numbers])
+    latent = context.model.encode(real, given, conditions).mean
+    decoded = context.model.decode(latent, given, conditions).float()
     error = (decoded - real).square().flatten(1).mean(dim=1, keepdim=True).cpu()
     return torch.cat([error, radial_power(middle_planes(images))], dim=1)

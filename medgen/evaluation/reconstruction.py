@@ -105,8 +105,9 @@ def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
 def reconstruct_rows(context: EvaluationContext, rows: Tensor) -> tuple[Tensor, Latent, Tensor]:
     """Held-out images (B, C, H, W) as stored, their latents, and their reconstructions, floats on the CPU."""
     originals, labels = StoredImages(context.held_out)[rows], context.labels[rows].to(context.device)
-    latent = context.model.encode(to_floats(originals.to(context.device)), labels)
-    return originals, latent, context.model.decode(latent.mean, labels).float().cpu()
+    conditions = None if context.model.space is None else read_conditions(context.held_out, rows)
+    latent = context.model.encode(to_floats(originals.to(context.device)), labels, conditions)
+    return originals, latent, context.model.decode(latent.mean, labels, conditions).float().cpu()
 
 
 def refine_rows(context: EvaluationContext, rows: Tensor, decoded: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ It measures samples that were requested with a mask: their agreement with it, an
 Shapes: N images, C channels, H W height and width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,24 +51,44 @@ class MaskedImages(NamedTuple):
 
 def train_segmenter(sources: Sequence[MaskedImages], store: Store, steps: int, seed: int, device: torch.device) -> UNet:
     """A U-Net trained to predict masks from their images, with equally many of each source in a batch."""
-    num_classes = store.preprocess.mask_classes
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = UNet(Model(name="unet", base_channels=CHANNELS), store.image_shape, 0, num_classes).to(device)
     sizes = [len(part) for part in torch.arange(BATCH_SIZE).tensor_split(len(sources))]
 
-    def loss_of(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(seed, step))
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         images, masks = [], []
         for source, size in zip(sources, sizes, strict=True):
             rows = torch.randint(len(source.images), (size,), generator=generator)
             images.append(to_floats(source.images[rows]))
             masks.append(source.masks[rows])
-        target = torch.cat(masks).to(device).long()
-        predicted = network(change_greys(torch.cat(images), generator).to(device)).prediction
+        return torch.cat(images), torch.cat(masks)
+
+    return train_unet(draw, store.image_shape, store.preprocess.mask_classes, steps, seed, device)
+
+
+def train_unet(
+    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    steps: int,
+    seed: int,
+    device: torch.device,
+) -> UNet:
+    """A U-Net trained on batches of images (B, C, H, W) in [0, 1] and maps (B, H, W) that `draw` gives.
+
+    Maps are class numbers of masks of `num_classes`, or floats in [0, 1], of which `num_classes` is 2.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = UNet(Model(name="unet", base_channels=CHANNELS), image_shape, 0, num_classes).to(device)
+
+    def loss_of(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of(seed, step))
+        images, maps = draw(generator)
+        predicted, target = network(change_greys(images, generator).to(device)).prediction, maps.to(device)
+        if target.is_floating_point():
+            return F.mse_loss(predicted[:, 0], target)
         if num_classes == 2:
             return F.binary_cross_entropy(predicted[:, 0], target.float())
-        return F.nll_loss(predicted.clamp_min(1e-7).log(), target)
+        return F.nll_loss(predicted.clamp_min(1e-7).log(), target.long())
 
     fit(list(network.parameters()), loss_of, steps, LEARNING_RATE)
     return network.eval()

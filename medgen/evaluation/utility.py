@@ -158,12 +158,14 @@ def missing_for_classifiers(store: Store, generator: Generator, utility: Utility
 
 def missing_for_segmenters(store: Store, generator: Generator) -> str | None:
     """The reason why samples cannot train a U-Net; None if they can."""
-    space = getattr(generator.prior, "space", None)
+    space = generator.model.space or getattr(generator.prior, "space", None)
     if space is None or space.mask is None:
         return (
             "masks do not change what the model generates (expected masks in the data, one of preprocess.conditions "
             "of kind mask, and prior.conditional: true)"
         )
+    if store.preprocess.has_volumes:
+        return "the dataset has volumes (expected images)"
     counts = [len(store.split(name).masked_rows) for name in ("train", "test")]
     if not all(counts):
         return f"{counts[0]} train and {counts[1]} test images have a mask (expected at least one of each)"

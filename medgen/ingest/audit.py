@@ -27,7 +27,7 @@ from medgen.ingest.folders import Folder, data_folder
 from medgen.ingest.formats.raw import RawImage
 from medgen.ingest.near_duplicates import thumbnail
 from medgen.ingest.reading import read_images
-from medgen.ingest.transforms import preprocess_mask
+from medgen.ingest.transforms import preprocess_mask, preprocess_paired
 from medgen.io import to_json, write_atomic
 
 _PAGE_IMAGE_SIZE = 160  # longer side in pixels
@@ -86,9 +86,12 @@ def _check_folder(scratch: Path, folder: Folder, data: config.Data, preprocess: 
     scanned = dataset_scan.scan(folder, data, preprocess)
     records = [replace(record, split=record.split if data.splits == "given" else None) for record in scanned.records]
 
-    def transform(record: ImageRecord, raw: RawImage, mask: RawImage | None) -> NDArray[np.uint8]:
+    def transform(
+        record: ImageRecord, raw: RawImage, mask: RawImage | None, paired: Sequence[RawImage | None]
+    ) -> NDArray[np.uint8]:
         if mask is not None:
             preprocess_mask(mask, raw, str(record.mask), preprocess)  # raises UnreadableImage if it is invalid
+        preprocess_paired(paired, raw, record.paired, preprocess)
         return thumbnail(raw.preview)
 
     unreadable: list[tuple[str, str]] = []
@@ -107,7 +110,8 @@ def _check_folder(scratch: Path, folder: Folder, data: config.Data, preprocess: 
             "Mean grey value of the images, from 0 (black) to 255 (white)": histogram(index.mean_greys, (0, 256)),
         }
     masks = {record.mask for record in scanned.records if record.mask}
-    num_image_files = len(masks | {name for record in records for name in record.files})
+    paired = {path for record in records for path in record.paired if path}
+    num_image_files = len(masks | paired | {name for record in records for name in record.files})
     return Audit(
         folder=folder.resolve().name if isinstance(folder, Path) else folder.name,
         num_files=num_image_files + len(scanned.companions) + len(scanned.other_files),
@@ -136,7 +140,7 @@ def _count_kinds(folder: Folder, records: Sequence[ImageRecord]) -> dict[str, di
 
 def _jpegs(folder: Folder, records: Sequence[ImageRecord], preprocess: config.Preprocess) -> dict[str, bytes]:
     """Small JPEG files by image name, without those whose file has been removed since the checks."""
-    results = read_images(folder, records, preprocess, lambda _record, raw, _mask: _small_jpeg(raw))
+    results = read_images(folder, records, preprocess, lambda _record, raw, _mask, _paired: _small_jpeg(raw))
     return {result.record.name: result.value for result in results if result.value is not None}
 
 

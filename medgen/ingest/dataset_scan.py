@@ -3,8 +3,9 @@
 scanned = scan(Path("data"), params.data, params.preprocess)
 
 Supported layouts, in any mixture: CLASS/file, SPLIT/CLASS/file (also below wrapper folders), flat folders, images/ next
-to masks/, NAME_mask or NAME@ next to NAME, files of many images, DICOM series (with `preprocess.has_volumes`), and a
-manifest.csv with the column path and any of label, patient (or group), split and the columns of
+to masks/ and to the folders that `preprocess.conditions` names, NAME_mask or NAME@ next to NAME, files of many images,
+DICOM series (with `preprocess.has_volumes`), and a manifest.csv with the column path and any of label, patient (or
+group), split and the columns of
 `preprocess.conditions`. If there is a manifest, it is the list of images. Values that it leaves empty come from the
 file (a DICOM header, the labels in an NPZ file), then from the names of folders and files.
 """
@@ -23,7 +24,7 @@ from medgen.ingest.folders import Folder, local_files
 from medgen.ingest.formats.raw import Contents, SeriesKey, UnreadableImage
 from medgen.ingest.list_files import list_files, list_names
 from medgen.ingest.manifest import MANIFEST, SPLIT_ALIASES, ManifestRow, read_manifest
-from medgen.ingest.masks import MaskPairs, folder_of
+from medgen.ingest.masks import MaskPairs, folder_of, in_folder, pair_images
 from medgen.ingest.path_labels import PathLabeler, PathLabels
 
 _SINGLE_IMAGE = Contents((0,))
@@ -41,6 +42,7 @@ class ImageRecord:
     index: int = 0  # position of the image in its file; the mask has the same index in the mask file
     patient_known: bool = field(default=True, compare=False)  # False: nothing names the patient
     group: str = field(default="", compare=False)  # the patient for the split, independent of the salt; never written
+    paired: tuple[str | None, ...] = ()  # path of the file of each condition of kind image
     slices: tuple[str, ...] = ()  # files of a DICOM series, which is one volume
 
     @property
@@ -98,15 +100,23 @@ def scan(
             other_files.append((path, reason))
     files.discard(MANIFEST)
     with local_files(folder, (MANIFEST, patients.SALT_FILE)) as root:
-        columns = (*ATTRIBUTES, *(name for name in preprocess.conditions if name not in ATTRIBUTES))
+        not_columns = {*ATTRIBUTES, *preprocess.paired_folders}
+        columns = (*ATTRIBUTES, *(name for name in preprocess.conditions if name not in not_columns))
         rows, has_own_salt = read_manifest(root, files, columns), patients.has_salt(root)
     has_salt = has_own_salt or (salt_folder is not None and patients.has_salt(salt_folder))
     other_files = [(path, reason) for path, reason in other_files if path not in (rows or ())]  # listed: use it
     inspected, not_images, companions, series = _inspect_files(folder, files, rows or {}, preprocess)
-    pairs = MaskPairs(list(inspected), rows)
+    folders = preprocess.paired_folders.values()
+    beside = {
+        name: [path for path in inspected if path not in (rows or ()) and in_folder(path, name)] for name in folders
+    }
+    others_of_images = {path for paths in beside.values() for path in paths}
+    pairs = MaskPairs([path for path in inspected if path not in others_of_images], rows)
     other_files += [*not_images.items(), *pairs.other_files]
     if not pairs.images:
         raise _no_images(folder, other_files)
+    paired = [pair_images(pairs.images, paths, name) for name, paths in beside.items()]
+    other_files += [item for _, reasons in paired for item in reasons.items()]
 
     has_patient_ids = any(row.patient for row in (rows or {}).values())
     has_patient_ids = has_patient_ids or any(contents.patient for contents in inspected.values())
@@ -118,6 +128,12 @@ def scan(
         raise UserError(
             f"{folder}: {masks[of_series[0]]}, the mask of {of_series[0]}, is a DICOM series; expected a volume in one "
             "file: convert the masks to NIfTI"
+        )
+    paired_series = sorted(file for files, _ in paired for file in files.values() if file in series)
+    if paired_series:
+        raise UserError(
+            f"{folder}: {paired_series[0]}, a condition of an image, is a DICOM series; expected a volume in one file: "
+            "convert these series to NIfTI"
         )
     labeler = PathLabeler(pairs.images, {folder_of(path) for path in files})
     records: list[ImageRecord] = []
@@ -140,6 +156,7 @@ def scan(
                     mask=masks.get(path),
                     index=index,
                     patient_known=is_known,
+                    paired=tuple(files.get(path) for files, _ in paired),
                     slices=series.get(path, ()),
                 )
             )

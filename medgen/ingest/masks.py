@@ -1,4 +1,4 @@
-"""Pair images with their masks by folder and file name.
+"""Pair images with their masks and other paired images by folder and file name.
 
 images/a.jpg with masks/a.png, A/a.png with A/a_mask.png or A/a@.png, slices_train/case_1.png with
 slices_seg_train/seg_1.png, images/a.jpg with annotations/trimaps/a.png, scan.nii with scan_seg.nii.gz.
@@ -108,6 +108,32 @@ class MaskPairs:
         if self._folders.holds_masks(path):
             stems += [name, *(p.sub(image, name) for p, image in _IMAGE_NAME_OF_MASK if p.fullmatch(name))]
         return [(folder, each) for each in stems]
+
+
+def in_folder(path: str, folder: str) -> bool:
+    """True if a file is in a folder of this name, or below one."""
+    return any(normalize_name(part) == normalize_name(folder) for part in path.split("/")[:-1])
+
+
+def pair_images(images: Iterable[str], paired: Iterable[str], folder: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Image files to their paired files below folders of a name, and the reasons for the paired files that are left.
+
+    A file belongs to the image of the same name, in the same folder but for `folder`, images/ and the like:
+    edges/NORMAL/a.png or NORMAL/edges/a.png to images/NORMAL/a.jpg.
+    """
+
+    def key(path: str) -> tuple[tuple[str, ...], str]:
+        folders = label_folders(folder_of(path))
+        return tuple(part for part in folders if normalize_name(part) != normalize_name(folder)), stem(path)
+
+    others: dict[str, str] = {}
+    found: dict[tuple[tuple[str, ...], str], str] = {}
+    for path in sorted(paired):
+        if (first := found.setdefault(key(path), path)) != path:
+            others[path] = f"a second file in {folder} of the image that has {first}"
+    pairs = {image: found[own] for image in images if (own := key(image)) in found}
+    used = set(pairs.values())
+    return pairs, others | {path: f"in {folder}, without its image" for path in found.values() if path not in used}
 
 
 def folder_of(path: str) -> str:

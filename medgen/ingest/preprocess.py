@@ -34,13 +34,20 @@ from medgen.ingest.formats.raw import Affine, RawImage
 from medgen.ingest.manifest import MANIFEST
 from medgen.ingest.near_duplicates import THUMBNAIL_SIZE, thumbnail
 from medgen.ingest.reading import ReadResult, hash_sources, read_images
-from medgen.ingest.transforms import Stored, preprocess_mask, preprocess_raw, resized_affine, voxel_size
+from medgen.ingest.transforms import (
+    Stored,
+    preprocess_mask,
+    preprocess_paired,
+    preprocess_raw,
+    resized_affine,
+    voxel_size,
+)
 
 _Rejected = tuple[str, str]  # name of an image or path of a file, and the reason
 
 
-# image or volume, mask of class numbers, thumbnail, place of a volume
-_Sample = tuple[Stored, NDArray[np.uint8] | None, NDArray[np.uint8], Affine | None]
+# image or volume, mask of class numbers, paired images, thumbnail, place of a volume
+_Sample = tuple[Stored, NDArray[np.uint8] | None, NDArray[np.uint8] | None, NDArray[np.uint8], Affine | None]
 
 
 def run(project: Project, *, data: config.Data, preprocess: config.Preprocess) -> store.Store:
@@ -125,16 +132,20 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
     source = _SourceDigest(data, scanned, preprocess)
     voxel_sizes: list[tuple[float, float, float] | None] = []
 
-    def transform(record: ImageRecord, raw: RawImage, mask: RawImage | None) -> _Sample:
+    def transform(
+        record: ImageRecord, raw: RawImage, mask: RawImage | None, paired: Sequence[RawImage | None]
+    ) -> _Sample:
         image = preprocess_raw(raw, preprocess)
         small_mask = None if mask is None else preprocess_mask(mask, raw, str(record.mask), preprocess)
-        return image, small_mask, thumbnail(raw.preview), resized_affine(raw, preprocess)
+        others = preprocess_paired(paired, raw, record.paired, preprocess)
+        return image, small_mask, others, thumbnail(raw.preview), resized_affine(raw, preprocess)
 
     columns = [name for name, condition in preprocess.conditions.items() if condition.kind != "mask"]
+    num_paired = len(preprocess.paired_folders)
     _check_conditions(folder, scanned, preprocess)
     with (
         store.StoreWriter(
-            project.dataset, shape, with_masks, bool(scanned.attributes), preprocess.bits, columns
+            project.dataset, shape, with_masks, bool(scanned.attributes), preprocess.bits, columns, num_paired
         ) as writer,
         ImageIndex(project.runs) as index,
         counting_bar() as progress,
@@ -145,9 +156,12 @@ def _build(project: Project, data: config.Data, scanned: ScanResult, preprocess:
             if result.value is None:
                 (left_out if result.left_out else unreadable).append((result.record.name, result.reason))
             else:
-                image, mask, thumb, affine = result.value
+                image, mask, paired, thumb, affine = result.value
                 voxel_sizes.append(None if affine is None else voxel_size(affine))
-                writer.add(image, mask, {**_manifest_row(result), **scanned.attributes_of(result.record)})
+                row = {**_manifest_row(result), **scanned.attributes_of(result.record)}
+                for name, path in zip(preprocess.paired_folders, result.record.paired, strict=True):
+                    row[name] = path or ""
+                writer.add(image, mask, row, paired)
                 index.add(result, thumb)
             progress.advance(task)
         _check_unreadable(project, unreadable, len(records), preprocess.max_rejected)
@@ -228,7 +242,8 @@ class _SourceDigest:
                 self._hash.update(json.dumps([place, *sorted(values.items())]).encode())
 
     def add(self, record: ImageRecord, digest: str) -> None:
-        *values, _ = astuple(record)  # the digest covers the slices of a series
+        *values, paired, _ = astuple(record)  # the digest covers the slices of a series
+        values += [paired] if paired else []  # as in versions without paired images
         self._hash.update(json.dumps([values, digest]).encode())
 
     def digest(self) -> str:
@@ -257,6 +272,14 @@ def _check_conditions(folder: Folder, scanned: ScanResult, preprocess: config.Pr
         if condition.kind == "mask":
             if not any(record.mask for record in scanned.records):
                 raise UserError(f"{key}: no image in {folder} has a mask; add masks, or remove the condition")
+            continue
+        if condition.folder is not None:
+            at = list(preprocess.paired_folders).index(name)
+            if not any(record.paired[at] for record in scanned.records):
+                raise UserError(
+                    f"{key}: no image in {folder} has a file of its name in a folder {condition.folder}; expected "
+                    f"images/a.png with {condition.folder}/a.png. Add the files, or remove the condition"
+                )
             continue
         texts = {record.name: scanned.attributes_of(record).get(name, "") for record in scanned.records}
         if not any(texts.values()):

@@ -32,6 +32,7 @@ from medgen.ingest.folders import Folder, local_files
 from medgen.ingest.formats.raw import ImageFile, LeftOutImage, RawImage, UnreadableImage
 from medgen.ingest.formats.streams import LoadOnce
 from medgen.ingest.images import open_file, source_files
+from medgen.ingest.transforms import paired_settings
 from medgen.io import hash_file
 from medgen.machine import num_cores
 
@@ -44,7 +45,8 @@ _MAX_PART_BYTES = 64 << 20  # results of one file that a worker of a cluster sen
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Transform = Callable[[ImageRecord, RawImage, RawImage | None], T]  # record, image, mask
+# record, image, mask, paired images
+Transform = Callable[[ImageRecord, RawImage, RawImage | None, Sequence[RawImage | None]], T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class ReadResult(Generic[T]):
 def read_images(
     folder: Folder, records: Sequence[ImageRecord], preprocess: Preprocess, transform: Transform[T]
 ) -> Iterator[ReadResult[T]]:
-    """Read each record's image and mask and apply `transform`, which may raise UnreadableImage.
+    """Read each record's image, mask and paired images and apply `transform`, which may raise UnreadableImage.
 
     Raises:
         UserError: with `preprocess.scheduler`, as in `map_on_cluster`; the folder's bucket cannot be read.
@@ -98,7 +100,8 @@ def hash_sources(folder: Folder, records: Sequence[ImageRecord], preprocess: Pre
 def _read_on_cluster(
     scheduler: str, folder: Folder, records: Sequence[ImageRecord], preprocess: Preprocess, transform: Transform[T]
 ) -> Iterator[ReadResult[T]]:
-    image_bytes = (preprocess.channels * preprocess.bits // 8 + 1) * math.prod(preprocess.sides)  # with its mask
+    others = 1 + len(preprocess.paired_folders)  # channels of its mask and paired images
+    image_bytes = (preprocess.channels * preprocess.bits // 8 + others) * math.prod(preprocess.sides)
     most = min(1024, max(_BATCH_SIZE, _MAX_PART_BYTES // image_bytes))
     parts = (
         FilePart(of_file[0].path, of_file[start : start + most], len(of_file))
@@ -166,7 +169,7 @@ def _by_file(records: Sequence[ImageRecord]) -> Iterator[Sequence[ImageRecord]]:
 
 
 class _SharedFile:
-    """An image file and its mask file, shared by several batches: opened by the first, closed after the last."""
+    """An image file, its mask and paired files, shared by several batches: opened by the first, closed by the last."""
 
     def __init__(
         self, folder: Folder, record: ImageRecord, preprocess: Preprocess, num_images: int, num_batches: int
@@ -187,29 +190,34 @@ class _SharedFile:
             if self._batches_left == 0:
                 self._stack.close()
 
-    def _open(self) -> tuple[ImageFile, ImageFile | None]:
+    def _open(self) -> tuple[ImageFile, ImageFile | None, list[ImageFile | None]]:
+        record = self._record
         with ExitStack() as stack:
-            root = stack.enter_context(_source_files(self._folder, self._record))
-            self.source = _hash_files(root, self._record, self._preprocess)
-            path = root / self._record.path
-            for name in self._record.files:
+            root = stack.enter_context(_source_files(self._folder, record))
+            self.source = _hash_files(root, record, self._preprocess)
+            path = root / record.path
+            for name in _files(record):
                 _check_file(root / name)
-            mask_path = None if self._record.mask is None else root / self._record.mask
-            if mask_path is not None:
-                _check_file(mask_path)
-            self.hashes_pixels = self.hashes_pixels or len(_image_files(root, self._record, self._preprocess)) > 1
-            slices = [root / name for name in self._record.slices]
+            self.hashes_pixels = self.hashes_pixels or len(_image_files(root, record, self._preprocess)) > 1
+            slices = [root / name for name in record.slices]
             image = stack.enter_context(open_file(path, self._preprocess, slices=slices))
-            mask: ImageFile | None = None
-            try:
-                if mask_path is not None:
-                    mask = stack.enter_context(open_file(mask_path, self._preprocess, mask=True))
-                    if mask.num_images != image.num_images:
-                        raise UnreadableImage(f"{mask.num_images} slices, and the image has {image.num_images}")
-            except UnreadableImage as error:
-                raise type(error)(f"mask {self._record.mask}: {error}") from None
+
+            def open_other(name: str | None, mask: bool) -> ImageFile | None:
+                if name is None:
+                    return None
+                settings = self._preprocess if mask else paired_settings(self._preprocess)
+                try:
+                    file = stack.enter_context(open_file(root / name, settings, mask=mask))
+                    if file.num_images != image.num_images:
+                        raise UnreadableImage(f"{file.num_images} slices, and the image has {image.num_images}")
+                except UnreadableImage as error:
+                    raise type(error)(f"{'mask ' if mask else ''}{name}: {error}") from None
+                return file
+
+            mask_file = open_other(record.mask, mask=True)
+            paired = [open_other(name, mask=False) for name in record.paired]
             self._stack = stack.pop_all()
-        return image, mask
+        return image, mask_file, paired
 
 
 def _batches(
@@ -231,18 +239,30 @@ def _read_batch(file: _SharedFile, batch: Sequence[ImageRecord], transform: Tran
 
 def _read_one(file: _SharedFile, record: ImageRecord, transform: Transform[T]) -> ReadResult[T]:
     try:
-        image_file, mask_file = file.open()
+        image_file, mask_file, paired_files = file.open()
         raw = image_file.read(record.index)
-        try:
-            mask = None if mask_file is None else mask_file.read(record.index)
-        except UnreadableImage as error:
-            raise UnreadableImage(f"mask {record.mask}: {error}") from None
-        value = transform(record, raw, mask)
+        mask = _read_other(mask_file, record.index, f"mask {record.mask}")
+        others = zip(paired_files, record.paired, strict=True)
+        paired = [_read_other(other, record.index, str(name)) for other, name in others]
+        value = transform(record, raw, mask, paired)
     except UnreadableImage as error:
         reason = " ".join(str(error).split())
         return ReadResult(record, "", file.source, (0, 0), "", None, reason, isinstance(error, LeftOutImage))
     sha256 = _hash_pixels(raw) if file.hashes_pixels else file.source[:64]
     return ReadResult(record, sha256, file.source, raw.size, raw.mode, value)
+
+
+def _read_other(file: ImageFile | None, index: int, name: str) -> RawImage | None:
+    """A mask or paired image; None without its file."""
+    try:
+        return None if file is None else file.read(index)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{name}: {error}") from None
+
+
+def _files(record: ImageRecord) -> list[str]:
+    """Paths of the image, its mask and its paired images."""
+    return [path for path in (*record.files, record.mask, *record.paired) if path is not None]
 
 
 def _hash_pixels(raw: RawImage) -> str:
@@ -253,8 +273,7 @@ def _hash_pixels(raw: RawImage) -> str:
 
 def _source_files(folder: Folder, record: ImageRecord) -> AbstractContextManager[Path]:
     """The local folder of the files of a record."""
-    paths = record.files if record.mask is None else (*record.files, record.mask)
-    return local_files(folder, (name for path in paths for name in with_companions(path)))
+    return local_files(folder, (name for path in _files(record) for name in with_companions(path)))
 
 
 def _image_files(root: Path, record: ImageRecord, preprocess: Preprocess) -> Sequence[Path]:
@@ -268,11 +287,12 @@ def _hash_source(folder: Folder, record: ImageRecord, preprocess: Preprocess) ->
 
 
 def _hash_files(folder: Path, record: ImageRecord, preprocess: Preprocess) -> str:
-    """Joined hashes of the image's and the mask's files, up to the first that cannot be read."""
+    """Joined hashes of the files of the image, its mask and paired images, up to the first that cannot be read."""
     digest = ""
     with suppress(UnreadableImage, OSError):
-        masks = () if record.mask is None else source_files(folder / record.mask, preprocess)
-        for file in (*_image_files(folder, record, preprocess), *masks):
+        others = [name for name in (record.mask, *record.paired) if name is not None]
+        of_others = (file for name in others for file in source_files(folder / name, preprocess))
+        for file in itertools.chain(_image_files(folder, record, preprocess), of_others):
             _check_file(file)
             digest += hash_file(file)
     return digest

@@ -6,6 +6,7 @@ volume = preprocess_raw(raw, preprocess)             # or (1, D, H, W) of a volu
 Shapes: C channels, D H W depth, height and width of the result, d h w of the original.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -88,18 +89,50 @@ def preprocess_mask(mask: RawImage, image: RawImage, name: str, preprocess: Prep
     Raises:
         UnreadableImage: the aspect ratios differ, or the values are wrong; the message contains `name`.
     """
-    height, *others = _extents(mask)
-    image_height, *image_others = _extents(image)
-    ratios = [own / height / (side / image_height) for own, side in zip(others, image_others, strict=True)]
-    if any(abs(ratio - 1) > _ASPECT_TOLERANCE for ratio in ratios):
-        raise UnreadableImage(
-            f"mask {name} is {mask.pixels.shape[-1]} x {mask.pixels.shape[-2]}, the image {image.size[0]} x "
-            f"{image.size[1]}"
-        )
+    _check_aspect(mask, image, f"mask {name}")
     try:
         return resize_mask(mask.pixels, preprocess, mask.spacing)
     except UnreadableImage as error:
         raise UnreadableImage(f"{name}: {error}") from None
+
+
+def preprocess_paired(
+    paired: Sequence[RawImage | None], image: RawImage, names: Sequence[str | None], preprocess: Preprocess
+) -> NDArray[np.uint8] | None:
+    """The P paired images of `image` as `resize_paired` gives them, (P, H, W), 0 where there is none; None without any.
+
+    Raises:
+        UnreadableImage: an aspect ratio differs from the image's; the message contains the file's name.
+    """
+    if not paired:
+        return None
+    result = np.zeros((len(paired), *preprocess.sides), np.uint8)
+    for number, (other, name) in enumerate(zip(paired, names, strict=True)):
+        if other is not None:
+            _check_aspect(other, image, str(name))
+            result[number] = resize_paired(other, preprocess)[0]
+    return result
+
+
+def resize_paired(paired: RawImage, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """A paired image (1, H, W) or volume (1, D, H, W) with the geometry of the image."""
+    return preprocess_raw(paired, paired_settings(preprocess)).astype(np.uint8, copy=False)
+
+
+def paired_settings(preprocess: Preprocess) -> Preprocess:
+    """Settings with which paired images are read: grey, 8 bits, without CLAHE, and no slice is too empty."""
+    volume = preprocess.volume.model_copy(update={"min_foreground": 0.0})
+    return preprocess.model_copy(update={"channels": 1, "bits": 8, "clahe_clip": 0.0, "volume": volume})
+
+
+def _check_aspect(other: RawImage, image: RawImage, name: str) -> None:
+    """Refuse a mask or paired image with another aspect ratio than its image."""
+    height, *others = _extents(other)
+    image_height, *image_others = _extents(image)
+    ratios = [own / height / (side / image_height) for own, side in zip(others, image_others, strict=True)]
+    if any(abs(ratio - 1) > _ASPECT_TOLERANCE for ratio in ratios):
+        sides = other.pixels.shape[:2] if other.spacing is None else other.pixels.shape[1:]
+        raise UnreadableImage(f"{name} is {sides[1]} x {sides[0]}, the image {image.size[0]} x {image.size[1]}")
 
 
 def _extents(raw: RawImage) -> list[float]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from medgen.config import Model, unknown_name
+from medgen.data.conditions import ConditionSpace
 from medgen.errors import UserError
 from medgen.models.autoencoder import Autoencoder
 from medgen.models.autoencoder_kl import AutoencoderKL
@@ -25,8 +26,16 @@ MODELS: dict[str, type[ImageModel]] = {
 }
 
 
-def build_model(params: Model, image_shape: tuple[int, ...], num_classes: int, mask_classes: int = 2) -> ImageModel:
+def build_model(
+    params: Model,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    mask_classes: int = 2,
+    space: ConditionSpace | None = None,
+) -> ImageModel:
     """Build the model `params.name` for images (C, H, W) or volumes (C, D, H, W), and masks of `mask_classes`.
+
+    Only a `cvae` takes the conditions of `space`.
 
     Raises:
         UserError: the name is unknown, or a size does not fit the images.
@@ -42,4 +51,6 @@ def build_model(params: Model, image_shape: tuple[int, ...], num_classes: int, m
     family: Any = MODELS[params.name]  # the abstract ImageModel declares no constructor
     if family.target == "mask":
         return family(params, image_shape, num_classes, mask_classes)  # type: ignore[no-any-return]
+    if family is ConditionalVAE:
+        return ConditionalVAE(params, image_shape, num_classes, space)
     return family(params, image_shape, num_classes)  # type: ignore[no-any-return]

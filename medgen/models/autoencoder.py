@@ -13,6 +13,7 @@ from medgen.models.base import GenerativeModel, Latent
 from medgen.models.grids import stage_sizes
 from medgen.models.residual import spatial_latent
 from medgen.nn.blocks import DoubleConv, conv, downsample, upsample
+from medgen.nn.conditions import Conditions
 
 
 class Stage(nn.Module):
@@ -52,11 +53,11 @@ class Autoencoder(GenerativeModel):
             decoder += [upsample(before, after, params.up, dims), Stage(after, after, dims)]
         self.decoder = nn.Sequential(*decoder, conv(dims, channels[0], image_shape[0], 1))
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Latent:
         """Images (B, C, H, W) -> (B, Z, h, w)."""
         latent = self.encoder(image).float()
         return Latent(value=latent, mean=latent)
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Tensor:
         """Latents (B, Z, h, w) -> images (B, C, H, W) in [0, 1]."""
         return torch.sigmoid(self.decoder(latent).float())

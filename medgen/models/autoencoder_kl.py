@@ -14,6 +14,7 @@ from medgen.config import Model
 from medgen.models.base import GenerativeModel, Latent, gaussian_latent
 from medgen.models.grids import stage_sizes
 from medgen.models.residual import spatial_latent
+from medgen.nn.conditions import Conditions
 
 LOGVAR_RANGE = (-30.0, 20.0)  # of the published models
 
@@ -44,12 +45,12 @@ class AutoencoderKL(GenerativeModel):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Latent:
         """Images (B, C, H, W) -> a Gaussian over (B, Z, h, w)."""
         mean, logvar = self.quant_conv(self.encoder(2.0 * image - 1.0)).chunk(2, dim=1)
         return gaussian_latent(mean, logvar.float().clamp(*LOGVAR_RANGE), self.training)
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Tensor:
         """Latents (B, Z, h, w) -> images (B, C, H, W) in [0, 1]."""
         image: Tensor = (self.decoder(self.post_quant_conv(latent)).float() + 1.0) / 2.0
         clamped = image.clamp(0.0, 1.0)

@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from medgen.data.conditions import ConditionSpace
+from medgen.nn.conditions import Conditions
 from medgen.nn.parallel import randn_like
 
 
@@ -41,8 +43,9 @@ class Decoder(Protocol):
     """The part of a model that a prior needs to make images."""
 
     conditional: bool  # True if `decode` uses the label
+    space: ConditionSpace | None  # conditions that `decode` uses; None: it ignores them
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Tensor:
         """Latents (B, Z, h, w) or (B, D) -> images (B, C, H, W) in [0, 1]."""
         ...
 
@@ -54,22 +57,25 @@ class ImageModel(nn.Module, ABC):
     encoder_parts: tuple[str, ...] = ("encoder",)  # attributes with the modules that `train.freeze: encoder` freezes
 
     @abstractmethod
-    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def forward(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """One pass for the objective."""
 
     @abstractmethod
-    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def predict(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """One pass without randomness, for evaluation."""
 
 
 class GenerativeModel(ImageModel):
     """A model of images (B, C, H, W) in [0, 1] with latents of `latent_shape`.
 
+    `conditions` are of the images, on any device; None if they are unknown. Only models with a `space` use them.
+
     A new model implements `encode` and `decode` and sets `latent_shape`.
     """
 
     latent_shape: tuple[int, ...]
     conditional = False  # True if encode and decode use the label
+    space: ConditionSpace | None = None  # conditions that encode and decode use; None: they ignore them
 
     @property
     def codebook(self) -> Tensor | None:
@@ -77,26 +83,26 @@ class GenerativeModel(ImageModel):
         return None
 
     @abstractmethod
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Latent:
         """Images (B, C, H, W), labels (B,) -> latents; in training mode `value` is a posterior draw."""
 
     @abstractmethod
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Tensor:
         """Latents (B, *latent_shape) -> images (B, C, H, W) in [0, 1]."""
 
-    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def forward(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """One pass for the objective."""
-        latent = self.encode(image, label)
-        return ModelOutput(prediction=self.decode(latent.value, label), latent=latent)
+        latent = self.encode(image, label, conditions)
+        return ModelOutput(prediction=self.decode(latent.value, label, conditions), latent=latent)
 
-    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def predict(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """One pass without randomness: the posterior mean, decoded."""
-        latent = self.encode(image, label)
-        return ModelOutput(prediction=self.decode(latent.mean, label), latent=latent)
+        latent = self.encode(image, label, conditions)
+        return ModelOutput(prediction=self.decode(latent.mean, label, conditions), latent=latent)
 
-    def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+    def reconstruct(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Tensor:
         """Images (B, C, H, W), encoded to the posterior mean and decoded without randomness."""
-        return self.predict(image, label).prediction
+        return self.predict(image, label, conditions).prediction
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """`n` images decoded from N(0, I) latents; fitted priors give better ones (see medgen/priors)."""

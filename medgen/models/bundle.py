@@ -115,15 +115,21 @@ def load_trained(folder: Path) -> tuple[ImageModel, BundleInfo]:
     info, weights = _read(folder)
     tensors = read_tensors(folder, "model", COMMAND, weights)
 
-    def build() -> ImageModel:
-        return build_model(info.model, info.image_shape, len(info.classes), info.preprocess.mask_classes)
+    def build(space: ConditionSpace | None) -> ImageModel:
+        return build_model(info.model, info.image_shape, len(info.classes), info.preprocess.mask_classes, space)
+
+    def fits(space: ConditionSpace | None) -> bool:
+        with torch.device("meta"):  # compare the sizes before any memory is allocated for them
+            sizes = {name: tensor.shape for name, tensor in build(space).state_dict().items()}
+        return sizes == {name: tensor.shape for name, tensor in tensors.items()}
 
     with parsing(folder / DESCRIPTION, COMMAND):
-        with torch.device("meta"):  # compare the sizes before any memory is allocated for them
-            sizes = {name: tensor.shape for name, tensor in build().state_dict().items()}
-        if sizes != {name: tensor.shape for name, tensor in tensors.items()}:
+        space = info.space
+        if not fits(space) and info.classes:
+            space = None  # a cvae of earlier versions takes the class only
+        if not fits(space):
             raise ValueError(f"{WEIGHTS} is of a model of other sizes")
-        model = build()
+        model = build(space)
         model.load_state_dict(tensors)
     return model, info
 

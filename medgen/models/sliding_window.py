@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from medgen.errors import UserError
 from medgen.models.base import GenerativeModel, ImageModel, Latent, ModelOutput
 from medgen.models.unet import UNet
+from medgen.nn.conditions import Conditions
 from medgen.nn.quantizer import nearest_codes
 
 _SIGMA = 1 / 8  # of the weights, as a share of the window's side
@@ -128,7 +129,7 @@ class WindowedModel(GenerativeModel):
         """The model's codebook."""
         return self.model.codebook
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Latent:
         """Images (B, C, H, W) -> latents without a draw; codes are those nearest to the mean of overlapping windows."""
         is_variational = False
 
@@ -148,7 +149,7 @@ class WindowedModel(GenerativeModel):
         nearest = F.embedding(codes, self.codebook).movedim(-1, 1)
         return Latent(value=nearest, mean=nearest, codes=codes)
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Tensor:
         """Latents (B, Z, h, w) -> images (B, C, H, W) in [0, 1]."""
         return self.windows.apply(lambda window: self.model.decode(window, label), latent, 1, self.windows.stride)
 
@@ -162,12 +163,12 @@ class WindowedSegmenter(ImageModel):
         super().__init__()
         self.model, self.windows = model, windows
 
-    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def forward(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """Images (B, C, H, W) -> probabilities (B, K, H, W)."""
         stride = self.windows.stride
         found = self.windows.apply(lambda window: self.model.predict(window, label).prediction, image, stride, stride)
         return ModelOutput(prediction=found, latent=None)
 
-    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def predict(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """Same as `forward`."""
         return self(image, label)  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from torch import Tensor
 from medgen.config import Model
 from medgen.models.base import GenerativeModel, Latent, gaussian_latent, soft_bound
 from medgen.models.residual import residual_decoder, residual_encoder, spatial_latent
+from medgen.nn.conditions import Conditions
 
 
 class SpatialVAE(GenerativeModel):
@@ -23,11 +24,11 @@ class SpatialVAE(GenerativeModel):
         self.encoder = residual_encoder(params, image_shape, 2 * self.latent_shape[0])
         self.decoder = residual_decoder(params, image_shape, self.latent_shape[0])
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Latent:
         """Images (B, C, H, W) -> a Gaussian over (B, Z, h, w)."""
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return gaussian_latent(mean, soft_bound(logvar, self.logvar_bound), self.training)
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Tensor:
         """Latents (B, Z, h, w) -> images (B, C, H, W) in [0, 1]."""
         return torch.sigmoid(self.decoder(latent).float())

@@ -12,6 +12,7 @@ from medgen.config import Model
 from medgen.errors import UserError
 from medgen.models.base import ImageModel, ModelOutput
 from medgen.nn.blocks import DoubleConv, conv, downsample, upsample
+from medgen.nn.conditions import Conditions
 
 NUM_STAGES = 4  # downsamplings (Ronneberger et al.); fewer if the image side has fewer factors of two
 
@@ -37,8 +38,8 @@ class UNet(ImageModel):
         self.ups = nn.ModuleList(DoubleConv(2 * width, width, dims) for width in channels[:-1])
         self.last = conv(dims, channels[0], 1 if mask_classes == 2 else mask_classes, 1)
 
-    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
-        """Images (B, C, H, W) -> probabilities (B, K, H, W), float32; the label is not used."""
+    def forward(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
+        """Images (B, C, H, W) -> probabilities (B, K, H, W), float32; label and conditions are not used."""
         skips = [self.first(image)]
         for down, stage in zip(self.halves, self.downs, strict=True):
             skips.append(stage(down(skips[-1])))
@@ -49,6 +50,6 @@ class UNet(ImageModel):
         probabilities = torch.sigmoid(logits) if self.mask_classes == 2 else torch.softmax(logits, dim=1)
         return ModelOutput(prediction=probabilities, latent=None)
 
-    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def predict(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """Same as `forward`, which has no randomness."""
         return self(image, label)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from torch import Tensor
 from medgen.config import Model
 from medgen.models.base import GenerativeModel, Latent, ModelOutput
 from medgen.models.residual import residual_decoder, residual_encoder, spatial_latent
+from medgen.nn.conditions import Conditions
 from medgen.nn.quantizer import Quantizer
 
 DEFAULT_CHANNELS = 64  # Z if model.latent_channels is null (van den Oord et al.)
@@ -35,7 +36,7 @@ class VQVAE(GenerativeModel):
         """The codes (K, Z), as latents hold them."""
         return self.quantizer.project(self.quantizer.codebook).detach()
 
-    def forward(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def forward(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """One pass for the objective, with the terms `commitment` and, if codes learn by gradient, `codebook`."""
         vectors = self._encode_vectors(image)
         if self.quantizer.training:  # a frozen encoder keeps its codes
@@ -47,19 +48,19 @@ class VQVAE(GenerativeModel):
         latent = Latent(value=value, mean=nearest, codes=codes)
         return ModelOutput(self._decode_vectors(value), latent, self._terms(vectors, nearest))
 
-    def predict(self, image: Tensor, label: Tensor | None = None) -> ModelOutput:
+    def predict(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> ModelOutput:
         """One pass with the terms of `forward`, which leaves the codebook as it is."""
         vectors = self._encode_vectors(image)
         codes, nearest = self.quantizer(vectors)
         latent = Latent(value=nearest, mean=nearest, codes=codes)
         return ModelOutput(self._decode_vectors(nearest), latent, self._terms(vectors, nearest))
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Latent:
         """Images (B, C, H, W) -> codes (B, Z, h, w) and their indices (B, h, w)."""
         codes, nearest = self.quantizer(self._encode_vectors(image))
         return Latent(value=nearest, mean=nearest, codes=codes)
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Conditions | None = None) -> Tensor:
         """Latents (B, Z, h, w), replaced by their nearest codes -> images (B, C, H, W) in [0, 1]."""
         return self._decode_vectors(self.quantizer(latent.float())[1])
 

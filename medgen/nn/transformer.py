@@ -1,6 +1,6 @@
 """Transformer that predicts masked codes of a grid (Chang et al., MaskGIT, 2022).
 
-Shapes: B batch, K codes, P = h·w positions of a grid, C channels, V values of conditions, G channels of a mask.
+Shapes: B batch, K codes, P = h·w positions of a grid, C channels, V values of conditions, G channels of maps.
 """
 
 import math
@@ -29,7 +29,7 @@ class MaskedTransformer(nn.Module):
         blocks: number of transformer blocks.
         dropout: of embeddings and block outputs.
         num_values: V, length of a vector of conditions besides the class; 0 for none.
-        context_channels: G, channels of a map (G, h, w) that conditions the network; 0 for none.
+        context_channels: G, channels of a map (G, h, w) or (G, d, h, w) that conditions the network; 0 for none.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class MaskedTransformer(nn.Module):
         if self.values is not None and values is not None:
             x = x + self.values(values)[:, None]
         if self.context is not None and context is not None:
-            x = x + self.context(context).flatten(2).transpose(1, 2)
+            planes = context if self.slice is None else context.transpose(1, 2).flatten(0, 1)  # slices of a volume
+            x = x + self.context(planes).flatten(2).transpose(1, 2).reshape(x.shape)
         x = self.norm(self.head(self.blocks(self.dropout(x))))
         return F.linear(x, self.code.weight[: self.num_embeddings], self.bias)
 

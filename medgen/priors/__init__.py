@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from medgen import config
 from medgen.config import seed_of, unknown_name
-from medgen.data.conditions import ConditionSpace, parse_request
+from medgen.data.conditions import ConditionField, ConditionSpace, parse_request
 from medgen.errors import UserError
 from medgen.io import parsing, read_description, read_tensors, save_artifact
 from medgen.models.base import Decoder
 from medgen.models.bundle import class_index
-from medgen.nn.conditions import ConditionArray, Conditions, encode_mask
+from medgen.nn.conditions import ConditionArray, Conditions, encode_map
 from medgen.priors.axes import LatentArray
 from medgen.priors.flow import Flow
 from medgen.priors.gaussian import Gaussian, Normal
@@ -148,6 +148,11 @@ def is_conditional(prior: Prior, model: Decoder) -> bool:
     return len(prior.frequencies) > 0 and (prior.conditional or model.conditional)
 
 
+def takes_conditions(prior: Prior, model: Decoder) -> bool:
+    """True if generated images depend on conditions besides the label."""
+    return model.space is not None or (isinstance(prior, NeuralPrior) and prior.space is not None)
+
+
 def find_label(label: str, classes: Sequence[str], prior: Prior, model: Decoder) -> int:
     """Index of the class, given by its name or index, to generate images of.
 
@@ -171,15 +176,16 @@ def find_conditions(
     request: str | Mapping[str, object],
     space: ConditionSpace | None,
     prior: Prior,
-    read_mask: Callable[[Any], NDArray[np.uint8]],
+    model: Decoder,
+    read_map: Callable[[ConditionField, Any], NDArray[np.uint8]],
 ) -> Conditions | None:
     """Conditions of a single image to generate; None if nothing is requested.
 
     Args:
         request: values by name, or a text such as view=AP,sex=F; conditions that are left out are unknown.
         space: conditions of the model's dataset; None without any.
-        prior: the prior.
-        read_mask: returns the class numbers (1, H, W) of a requested mask.
+        prior, model: the prior and the model.
+        read_map: returns the class numbers of a requested mask, or the grey values of a requested image, (1, H, W).
 
     Raises:
         UserError: a name or a value is unknown, or generation does not depend on conditions.
@@ -192,18 +198,23 @@ def find_conditions(
             "condition: the model was trained without conditions; leave it out, or set preprocess.conditions and run "
             "all stages again"
         )
-    if not isinstance(prior, NeuralPrior) or prior.space is None:
+    if not takes_conditions(prior, model):
         raise UserError(
-            f"condition: prior {prior.name!r} does not depend on conditions; leave it out, or run "
+            f"condition: neither prior {prior.name!r} nor the model depends on conditions; leave it out, or run "
             "`medgen prior --set prior.name=flow --set prior.conditional=true`"
         )
-    mask = None
-    if space.mask is not None:
-        mask = Conditions.unknown(space, 1).mask
-        if space.mask.name in wanted:
-            classes = torch.from_numpy(read_mask(wanted.pop(space.mask.name)))
-            mask = encode_mask(classes[None], space.mask_channels, torch.ones(1))
-    return Conditions(torch.tensor([space.encode_request(wanted)]).view(1, space.size), mask)
+    stored = {
+        name: torch.from_numpy(read_map(field, wanted.pop(name)))[None]
+        for name, (field, _) in space.map_fields.items()
+        if name in wanted
+    }
+    maps = Conditions.unknown(space, 1).maps
+    if maps is not None and stored:
+        maps = maps.new_zeros(1, space.map_channels, *next(iter(stored.values())).shape[2:])
+        for name, values in stored.items():
+            field, place = space.map_fields[name]
+            maps[:, place] = encode_map(field, values, torch.ones(1))
+    return Conditions(torch.tensor([space.encode_request(wanted)]).view(1, space.size), maps)
 
 
 def draw_labels(prior: Prior, model: Decoder, n: int, generator: torch.Generator) -> Tensor | None:
@@ -249,7 +260,7 @@ def iterate_samples(
         device_labels = None if batch_labels is None else batch_labels.to(device)
         with torch.no_grad():
             if refiner is None:
-                images = model.decode(latents, device_labels)
+                images = model.decode(latents, device_labels, own)
             else:
                 images = refiner.sample(model, latents, device_labels, generators[1], own)
         yield images.float().cpu(), batch_labels

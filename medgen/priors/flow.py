@@ -215,13 +215,13 @@ class Flow(NeuralPrior):
             return output.float()
         if conditions is None:
             conditions = Conditions.unknown(self.space, len(x), x.device).on_grid(grid_sides(self.latent_shape))
-        output = self.network(x, time, labels, conditions.mask, values=conditions.values)
+        output = self.network(x, time, labels, conditions.maps, values=conditions.values)
         return output.float()
 
 
-def grid_sides(latent_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of a latent's grid; a flat latent is a grid of one position."""
-    return (latent_shape[1], latent_shape[2]) if len(latent_shape) == 3 else (1, 1)
+def grid_sides(latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sides of a latent's grid; a flat latent is a grid (1, 1) of one position."""
+    return latent_shape[1:] or (1, 1)
 
 
 def _path_scale(time: Tensor, x: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ class Refiner:
         """Decode a prior's latents with noise on them, and refine: images (B, C, H, W) in [0, 1], on their device."""
         levels = torch.full((len(latents),), self.params.sampling_noise, device=latents.device)
         noised = self.noise_latents(latents, levels, generator)
-        return self.refine(decoder.decode(noised, labels).float(), levels, labels, generator, conditions)
+        decoded = decoder.decode(noised, labels, conditions).float()
+        return self.refine(decoded, levels, labels, generator, conditions)
 
     @torch.no_grad()
     def refine(
@@ -223,9 +224,8 @@ class Refiner:
         patches, context = (F.pixel_unshuffle(image, self.patch) for image in (y, 2.0 * decoded - 1.0))
         if conditions is None:
             return F.pixel_shuffle(network(patches, time, labels, context, levels).float(), self.patch)
-        if conditions.mask is not None:
-            mask = conditions.mask.expand(-1, -1, *decoded.shape[2:])  # an unknown one has a single position
-            context = torch.cat([context, F.pixel_unshuffle(mask, self.patch)], dim=1)
+        if (maps := conditions.on_image(decoded.shape[2:])) is not None:
+            context = torch.cat([context, F.pixel_unshuffle(maps, self.patch)], dim=1)
         velocity = network(patches, time, labels, context, levels, conditions.values)
         return F.pixel_shuffle(velocity.float(), self.patch)
 
@@ -269,7 +269,7 @@ def build_network(
         params.channels,
         params.blocks,
         params.dropout,
-        context_channels=shape[0] + (0 if space is None else space.mask_channels * patch**2),
+        context_channels=shape[0] + (0 if space is None else space.map_channels * patch**2),
         has_noise_level=True,
         smallest_side=min(8, min(shape[1:]) // 4),
         attention_side=16,  # anatomical structures are related across the whole image

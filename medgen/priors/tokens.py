@@ -166,7 +166,7 @@ class Tokens(NeuralPrior):
             return self.network(codes, labels)  # type: ignore[no-any-return]
         if conditions is None:
             conditions = Conditions.unknown(self.space, len(codes), codes.device).on_grid(self.latent_shape[1:])
-        return self.network(codes, labels, conditions.values, conditions.mask)  # type: ignore[no-any-return]
+        return self.network(codes, labels, conditions.values, conditions.maps)  # type: ignore[no-any-return]
 
     def _on_grid(self, conditions: Conditions | None) -> Conditions | None:
         return None if conditions is None else conditions.on_grid(self.latent_shape[1:])

@@ -60,7 +60,7 @@ _UTILITY_MASKS = (
     "that these were requested with, and on samples alone, with 95 % intervals"
 )
 _CONDITIONS = (
-    "Test images over samples that were requested with the same conditions, and masks where they are one of them"
+    "Test images over samples that were requested with the same conditions, with the masks and paired images among them"
 )
 _CURVES = [
     FigureFile("loss.png", "Loss by epoch, linear and logarithmic", "plot", TRAINING_FIGURES),

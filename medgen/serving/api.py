@@ -22,6 +22,7 @@ from torch import Tensor
 from medgen import config
 from medgen.config import IntensityWindow, Project, Tracking, seed_of
 from medgen.data.arrays import check_images
+from medgen.data.conditions import ConditionField
 from medgen.data.images import to_floats, to_stored
 from medgen.data.s3 import is_s3
 from medgen.data.store import Store, open_store
@@ -36,7 +37,7 @@ from medgen.models.bundle import class_index, label_to_encode
 from medgen.priors import find_conditions, find_label, sample_images
 from medgen.priors.generator import Generator, load_generator
 from medgen.registry import find_model
-from medgen.serving.generate import BATCH_SIZE, MAX_STEPS, decode_batches, interpolate_images, load_image, load_mask
+from medgen.serving.generate import BATCH_SIZE, MAX_STEPS, decode_batches, interpolate_images, load_image, load_map
 from medgen.training.distributed import pick_device
 
 Label = str | int  # class name or index
@@ -123,7 +124,8 @@ class Model:
             seed: the same seed gives the same images, those of `medgen generate --seed`. None: others at each call.
             refine: use the refiner, if there is one, to add detail that the decoder omits.
             condition: further conditions of all images, such as "view=AP,sex=F" or {"age": 63, "findings":
-                ["effusion", "atelectasis"]}; those left out are unknown. A mask is a file, or class numbers (H, W).
+                ["effusion", "atelectasis"]}; those left out are unknown. A mask is a file, or class numbers (H, W);
+                an image is a file, or grey values (H, W) from 0 to 255.
 
         Raises:
             UserError: an argument is out of range, the label or a condition is unknown, or generation does not depend
@@ -133,7 +135,8 @@ class Model:
         seed = secrets.randbelow(2**31) if seed is None else _check_integer("seed", seed, 0)
         labels = _indices(label, n, self._find_label)
         refiner = self._refiner if refine else None
-        one = find_conditions(condition or {}, self._info.space, self._prior, self._mask)
+        model = (self._prior, self._network)
+        one = find_conditions(condition or {}, self._info.space, *model, self._read_map)
         conditions = None if one is None else one.expand(n)
         images = sample_images(self._prior, self._network, n, labels, seed, BATCH_SIZE, refiner, conditions)
         return self._stored(images)
@@ -290,16 +293,16 @@ class Model:
         """Index of a class that generation depends on."""
         return find_label(text, self.classes, self._prior, self._network)
 
-    def _mask(self, mask: Any) -> NDArray[np.uint8]:
-        """Class numbers (1, H, W) of a mask file or an array."""
-        if isinstance(mask, str | os.PathLike):
-            return load_mask(Path(mask), self._info.preprocess)
-        array, shape = np.asarray(mask), self.image_shape[1:]
-        top = self._info.preprocess.mask_classes - 1
+    def _read_map(self, field: ConditionField, value: Any) -> NDArray[np.uint8]:
+        """Class numbers of a mask or grey values of a paired image (1, H, W), from a file or an array."""
+        if isinstance(value, str | os.PathLike):
+            return load_map(field, Path(value), self._info.preprocess)
+        array, shape = np.asarray(value), self.image_shape[1:]
+        what, top = ("grey values", 255) if field.kind == "image" else ("class numbers", field.channels - 1)
         if array.shape != shape or array.dtype.kind not in "bui" or not 0 <= array.min() <= array.max() <= top:
             raise UserError(
-                f"condition: mask: found {array.dtype} {array.shape}; expected a file, or class numbers {shape} from 0 "
-                f"to {top}"
+                f"condition: {field.name}: found {array.dtype} {array.shape}; expected a file, or {what} {shape} from "
+                f"0 to {top}"
             )
         return array.astype(np.uint8)[None]
 

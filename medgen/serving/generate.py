@@ -23,13 +23,14 @@ from torch import Tensor
 
 from medgen.config import Preprocess
 from medgen.console import OUT, say
+from medgen.data.conditions import ConditionField
 from medgen.data.images import to_floats
 from medgen.errors import UserError
 from medgen.inference.uncertainty import reconstruction_deviation
 from medgen.ingest.formats.raw import Affine, UnreadableImage
 from medgen.ingest.images import inspect, open_file, read_image
 from medgen.ingest.masks import stem
-from medgen.ingest.transforms import preprocess_raw, resize_mask, resized_affine
+from medgen.ingest.transforms import paired_settings, preprocess_raw, resize_mask, resize_paired, resized_affine
 from medgen.metrics.reconstruction import psnr
 from medgen.models import GenerativeModel, bundle
 from medgen.models.bundle import BundleInfo, label_to_encode
@@ -77,18 +78,20 @@ def run(
         label: class by name or index; None draws classes with their frequencies in the train split.
         refine: use the refiner, if there is one, to add detail that the decoder omits.
         file_format: of the images, as in `image_files.writer`.
-        condition: further conditions of all images, such as view=AP,sex=F; the value of a mask is its file.
+        condition: further conditions of all images, such as view=AP,sex=F; the value of a mask or image is its file.
 
     Raises:
         UserError: model, prior or refiner is missing, they do not belong together, the label, a condition or the format
-            is unknown, a mask is unreadable, or `out` contains other files or cannot be written.
+            is unknown, a file is unreadable, or `out` contains other files or cannot be written.
     """
     loaded = load_generator(model / "model", model / "prior", model / "refiner", pick_device("auto"))
     network, info, prior = loaded.model, loaded.info, loaded.prior
     write, suffix = image_files.writer(file_format, info, "a sample"), image_files.SUFFIXES[file_format]
     drawn = dict(zip(info.classes, class_captions(info.classes), strict=True))
     labels = None if label is None else torch.full((n,), find_label(label, info.classes, prior, network))
-    one = find_conditions(condition, info.space, prior, lambda path: load_mask(Path(path), info.preprocess))
+    one = find_conditions(
+        condition, info.space, prior, network, lambda field, path: load_map(field, Path(path), info.preprocess)
+    )
     refiner, conditions = loaded.refiner if refine else None, None if one is None else one.expand(n)
     batches = iterate_samples(prior, network, n, labels, seed, BATCH_SIZE, refiner, conditions=conditions)
     num_batches = math.ceil(n / BATCH_SIZE)
@@ -427,18 +430,23 @@ def load_placed(path: Path, preprocess: Preprocess) -> tuple[Tensor, Affine | No
     return to_floats(torch.from_numpy(pixels)[None]), resized_affine(raw, preprocess)
 
 
-def load_mask(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Class numbers (1, H, W) of a mask file, resized as the masks of the train images; the middle one of a volume.
+def load_map(field: ConditionField, path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Class numbers of a mask file or grey values of a paired image, (1, H, W), resized as those of the train images.
+
+    Of a volume its middle slice; for a model of volumes (1, D, H, W).
 
     Raises:
-        UserError: the file is not readable as a mask.
+        UserError: the file is not readable as a mask or image.
     """
     try:
+        if field.kind == "image":
+            return resize_paired(read_image(path, paired_settings(preprocess)), preprocess)
         indices = inspect(path, preprocess).indices
         with open_file(path, preprocess, mask=True) as file:
-            return resize_mask(file.read(indices[len(indices) // 2]).pixels, preprocess)
+            raw = file.read(indices[len(indices) // 2])
+        return resize_mask(raw.pixels, preprocess, raw.spacing)
     except UnreadableImage as error:
-        raise UserError(f"condition: {path}: not readable as a mask: {error}") from None
+        raise UserError(f"condition: {path}: not readable as {field.describe()}: {error}") from None
 
 
 def file_name(text: str) -> str:

@@ -8,7 +8,7 @@ Each row requests `n` new images, or the reconstruction of `image`: a PNG, JPEG,
 - `label`: class of the new images (by default drawn with the frequencies of the train split), or of the image to
   reconstruct, which a conditional model requires and others reject.
 - `condition`: further conditions of the new images, such as view=AP,sex=F,findings=effusion+atelectasis; the value of a
-  mask is its file in base64. Only versions that were trained with conditions have this column.
+  mask or image is its file in base64. Only versions that were trained with conditions have this column.
 - `seed`: the same seed gives the same images; by default it is random. A reconstruction has one only with `refine`.
 - `refine`: use the version's refiner, which adds detail that the decoder omits; by default true for new images and
   false for a reconstruction.
@@ -34,11 +34,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from torch import Tensor
 
+from medgen.data.conditions import ConditionField
 from medgen.data.images import to_floats, to_stored
 from medgen.errors import UserError
 from medgen.ingest.formats.images import decode, image_size
 from medgen.ingest.formats.raw import UnreadableImage
-from medgen.ingest.transforms import preprocess_image, resize_mask
+from medgen.ingest.transforms import paired_settings, preprocess_image, resize_mask, resize_paired
 from medgen.models import bundle
 from medgen.nn.conditions import Conditions
 from medgen.priors import find_conditions, find_label, iterate_samples
@@ -119,7 +120,7 @@ class Generator(PythonModel):
             "label": None if label is None else find_label(label, self.info.classes, self.prior, self.model),
             "seed": seed,
             "refine": refine,
-            "conditions": find_conditions(condition, self.info.space, self.prior, self._read_mask),
+            "conditions": find_conditions(condition, self.info.space, self.prior, self.model, self._read_map),
         }
 
     def _refine(self, value: object) -> bool:
@@ -129,14 +130,19 @@ class Generator(PythonModel):
             raise UserError("refine: found true, but this version has no refiner; leave it out")
         return bool(value)
 
-    def _read_mask(self, text: str) -> npt.NDArray[np.uint8]:
-        """Class numbers (1, H, W) of a mask file in base64."""
-        content = _decode_base64(text)
+    def _read_map(self, field: ConditionField, text: str) -> npt.NDArray[np.uint8]:
+        """Class numbers of a mask or grey values of a paired image (1, H, W), from a file in base64."""
+        content, preprocess, is_mask = _decode_base64(text), self.info.preprocess, field.kind == "mask"
+        if preprocess.has_volumes:
+            raise UserError(
+                f"condition: {field.name}: a map of a volume, which only `medgen generate` and the API take"
+            )
         try:
-            pixels = decode(content, self.info.preprocess, mask=True, max_pixels=MAX_PIXELS).pixels
-            return resize_mask(pixels, self.info.preprocess)
+            settings = preprocess if is_mask else paired_settings(preprocess)
+            raw = decode(content, settings, mask=is_mask, max_pixels=MAX_PIXELS)
+            return resize_mask(raw.pixels, preprocess) if is_mask else resize_paired(raw, preprocess)
         except UnreadableImage as error:
-            raise UserError(f"condition: not readable as a mask: {error}") from None
+            raise UserError(f"condition: not readable as {field.describe()}: {error}") from None
 
     def _generate(
         self, n: int, label: int | None, seed: int, refine: bool, conditions: Conditions | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medgen.config import Augment, Elastic, Intensity
+from medgen.data.conditions import ConditionSpace
 from medgen.errors import UserError
 
 
@@ -32,15 +33,20 @@ def augment_images(
     return torch.stack([image for image, _ in pairs]), None if masks is None else torch.stack([m for _, m in pairs])
 
 
-def check_augment(params: Augment, sides: Sequence[int]) -> None:
-    """Check that the changes fit images of these sides.
+def check_augment(params: Augment, sides: Sequence[int], space: ConditionSpace | None = None) -> None:
+    """Check that the changes fit images of these sides, and the conditions that a model takes.
 
     Raises:
-        UserError: there are any, and the items are volumes; the deformation is smoothed over more pixels than the image
-            has.
+        UserError: there are any, and the items are volumes or the model takes maps; the deformation is smoothed over
+            more pixels than the image has.
     """
     if len(sides) == 3 and params != Augment():
         raise UserError("train.augment: changes images, and the dataset has volumes; expected no augment. Remove it")
+    if space is not None and space.map_channels and params != Augment():
+        raise UserError(
+            f"train.augment: does not change the conditions {', '.join(space.map_fields)}, which the model takes; "
+            "expected no augment. Remove it"
+        )
     limit = (min(sides) - 1) / 4  # the window of the Gaussian reaches four deviations to each side
     if params.elastic.alpha > 0 and params.elastic.sigma > limit:
         raise UserError(

@@ -37,7 +37,7 @@ from medgen.training.loader import Loader
 
 BATCH_SIZE = 64
 SHARD_SIZE = 16 * BATCH_SIZE  # images
-CODE = ("nn/*.py", "models/*.py", "training/latents.py")  # source files that decide the latents
+CODE = ("data/conditions.py", "nn/*.py", "models/*.py", "training/latents.py")  # source files that decide the latents
 
 
 class Latents:
@@ -127,7 +127,8 @@ def encode(model: GenerativeModel, split: Split, folder: Path, world: World) -> 
     world.barrier()  # all have looked before one writes
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        loader = Loader(split, BATCH_SIZE, next(model.parameters()).device)
+        takes_conditions = model.space is not None
+        loader = Loader(split, BATCH_SIZE, next(model.parameters()).device, with_conditions=takes_conditions)
         for path, rows in list(missing.items())[world.rank :: world.size]:
             _encode_shard(model, loader, path, rows, (len(rows), *shape), dtype)
     world.barrier()
@@ -162,7 +163,7 @@ def _encode_shard(
         npy.write_array_header_1_0(file, header)
         for start in range(0, len(rows), BATCH_SIZE):
             batch = loader.gather(torch.arange(rows.start + start, min(rows.start + start + BATCH_SIZE, rows.stop)))
-            latent = model.encode(batch.image, batch.label)
+            latent = model.encode(batch.image, batch.label, batch.conditions)
             found = latent.mean.float() if latent.codes is None else latent.codes
             file.write(np.ascontiguousarray(found.cpu().numpy(), dtype).data)
             if latent.logvar is not None:

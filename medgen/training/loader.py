@@ -19,6 +19,7 @@ from torch import Tensor
 from medgen.config import Augment, seed_of
 from medgen.data.images import DTYPES, middle_planes, to_floats
 from medgen.data.store import ShardedArray, Split
+from medgen.nn.conditions import Conditions, read_conditions
 from medgen.training.augment import augment_images
 
 NUM_AHEAD = 3  # batches that are read before they are asked for
@@ -35,6 +36,7 @@ class Batch:
     label: Tensor  # (B,) int64
     index: Tensor  # (B,) int64 on the CPU: row in the split and in its manifest
     mask: Tensor | None = None  # as the image with one channel, float32 class numbers, 0 or 1 in a binary mask
+    conditions: Conditions | None = None  # besides the label
 
     def generator(self, *seeds: int) -> torch.Generator:
         """Generator of the batch's random draws, the same whichever process has the batch."""
@@ -44,7 +46,8 @@ class Batch:
         """The rows `index`, `index + count`, …"""
         rows = slice(index, None, count)
         mask = None if self.mask is None else self.mask[rows]
-        return Batch(self.image[rows], self.label[rows], self.index[rows], mask)
+        conditions = None if self.conditions is None else self.conditions[rows]
+        return Batch(self.image[rows], self.label[rows], self.index[rows], mask, conditions)
 
 
 class Loader:
@@ -52,7 +55,8 @@ class Loader:
 
     On a GPU, images that fit into a quarter of its free memory are kept there. Otherwise a thread reads the next
     batches from the files, and for a GPU copies them there from pinned memory.
-    `subset` uses only that many images, spread over the split; `with_masks` only those with a mask, and adds it.
+    `subset` uses only that many images, spread over the split; `with_masks` only those with a mask, and adds it;
+    `with_conditions` adds the images' conditions, whose maps are mirrored with the image.
     `horizontal_flip` and `augment` change the images and masks of `batch`, which are random crops of the sides `patch`.
     `as_planes` gives the `middle_planes` of volumes.
     """
@@ -71,6 +75,7 @@ class Loader:
         augment: Augment = Augment(),  # noqa: B008  # frozen
         patch: Sequence[int] | None = None,
         as_planes: bool = False,
+        with_conditions: bool = False,
     ) -> None:
         self.device = torch.device(device)
         rows = split.masked_rows if with_masks else np.arange(len(split.images))
@@ -84,6 +89,7 @@ class Loader:
         self.seed, self.rank, self.world = seed, rank, world
         self.horizontal_flip, self.augment = horizontal_flip, augment
         self.patch, self.as_planes = patch, as_planes
+        self._conditions_of = split if with_conditions else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # epoch and its permutation
         masks = split.masks if with_masks else None
         self._arrays = [split.images] if masks is None else [split.images, masks]
@@ -165,7 +171,10 @@ class Loader:
         if self.as_planes:
             image = middle_planes(image)
         mask = masks[0].float() if masks else None
-        return Batch(image=to_floats(image), label=label, index=rows.index, mask=mask)
+        conditions = None
+        if self._conditions_of is not None:
+            conditions = read_conditions(self._conditions_of, rows.index).to(self.device)
+        return Batch(image=to_floats(image), label=label, index=rows.index, mask=mask, conditions=conditions)
 
     def _copy_to_device(self) -> list[Tensor] | None:
         """Labels, images and masks in a GPU's memory; None on a CPU, or if they are too large."""
@@ -221,11 +230,17 @@ def _crop(batch: Batch, sides: Sequence[int], draws: Tensor) -> Batch:
         return torch.stack([image[(..., *part)] for image, part in zip(images, parts, strict=True)])
 
     mask = None if batch.mask is None else crop(batch.mask)
-    return Batch(image=crop(batch.image), label=batch.label, index=batch.index, mask=mask)
+    return replace(batch, image=crop(batch.image), mask=mask)
 
 
 def _flip(batch: Batch, chosen: Tensor) -> Batch:
     chosen = chosen.to(batch.image.device).view(-1, *[1] * (batch.image.dim() - 1))
-    image = torch.where(chosen, batch.image.flip(-1), batch.image)
-    mask = None if batch.mask is None else torch.where(chosen, batch.mask.flip(-1), batch.mask)
-    return Batch(image=image, label=batch.label, index=batch.index, mask=mask)
+
+    def flip(images: Tensor) -> Tensor:
+        return torch.where(chosen, images.flip(-1), images)
+
+    mask = None if batch.mask is None else flip(batch.mask)
+    conditions = batch.conditions
+    if conditions is not None and conditions.maps is not None:
+        conditions = replace(conditions, maps=flip(conditions.maps))
+    return replace(batch, image=flip(batch.image), mask=mask, conditions=conditions)

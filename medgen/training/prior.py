@@ -67,10 +67,17 @@ def run(project: Project, *, prior: config.Prior, tracking: Tracking) -> Prior |
             return None
         space = store.conditions if prior.conditional else None
         name = prior.name or default_prior(model, space)
-        if space is not None and name in ANALYTIC:
+        if space is not None and name in ANALYTIC and model.space is None:
             raise UserError(
                 f"preprocess.conditions: prior.name {name} takes only the class; set prior.name to one of "
                 f"{', '.join(NEURAL)}, or prior.conditional to false"
+            )
+        flat_volumes = store.preprocess.has_volumes and len(model.latent_shape) == 1
+        if space is not None and space.map_channels and name in NEURAL and flat_volumes:
+            raise UserError(
+                f"preprocess.conditions: {', '.join(space.map_fields)} of volumes need a latent with a grid, and the "
+                f"latent of model.name {info.model.name} is flat; expected another model, such as spatial_vae, or "
+                "prior.conditional: false"
             )
         digest, classes = bundle.digest(project.model), store.classes
         train, val = encode_dataset(store, model, digest, project.runs / info.run, world)

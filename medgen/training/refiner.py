@@ -17,7 +17,6 @@ from medgen.errors import UserError
 from medgen.metrics.spectrum import radial_index, radial_power
 from medgen.models import GenerativeModel, bundle
 from medgen.models.base import Decoder
-from medgen.nn.conditions import Conditions, read_conditions
 from medgen.nn.parallel import rand, randn
 from medgen.priors import Prior, load_prior, sample_images
 from medgen.priors.axes import LatentArray, chunks
@@ -104,24 +103,20 @@ class RefinerTask(TrainingTask):
         self.decoder, self.params, self.world, self.device = model, params, world, world.device
         split = store.split("train")
         self.split = split
+        space = store.conditions if params.conditional else None
+        self.with_conditions = space is not None or model.space is not None
         self.loader = Loader(
-            split, params.batch_size, world.device, params.seed, world.rank, world.size, params.horizontal_flip
-        )
+            split, params.batch_size, world.device, params.seed, world.rank, world.size, params.horizontal_flip,
+            with_conditions=self.with_conditions,
+        )  # fmt: skip
         world.check_batch_size("refiner", self.loader.batch_size, self.loader.num_images)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         val = store.split("val")
-        self.validation_split = val if len(val.images) else split
-        self.validation = self._loader(self.validation_split)
+        self.validation = self._loader(val if len(val.images) else split)
         self.precision = pick_precision("auto", world.device)
         num_classes = len(store.classes) if params.conditional else 0
         shape = store.plane_shape  # of an image
         flat = torch.ones(shape[0], shape[1], shape[2] // 2 + 1)
-        space = store.conditions if params.conditional else None
-        if space is not None and space.mask is not None and params.horizontal_flip:
-            raise UserError(
-                f"refiner.horizontal_flip: true, but masks are a condition ({space.mask.name}) and are not mirrored; "
-                "set it to false"
-            )
         self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale, space)
         self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(self._loader(split))
         self.model = self.refiner.network.to(world.device)
@@ -131,8 +126,7 @@ class RefinerTask(TrainingTask):
         """Images, decoded latents, noise levels, labels, the generator of the step's random draws, and conditions."""
         batch = self.loader.batch(position)
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, position, 0, 1))
-        noised = self._decode_noised(batch.image, batch.label, generator)
-        return batch.image, *noised, batch.label, generator, self._conditions(self.split, batch)
+        return batch.image, *self._decode_noised(batch, generator), batch.label, generator, batch.conditions
 
     def forward(self, network: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """Loss of the refiner, in bf16 on devices that support it."""
@@ -145,9 +139,8 @@ class RefinerTask(TrainingTask):
         total = 0.0
         for batch in self.validation.sequential():
             generator = batch.generator(self.params.seed, 2)
-            noised = self._decode_noised(batch.image, batch.label, generator)
-            conditions = self._conditions(self.validation_split, batch)
-            loss = self.forward(self.model, (batch.image, *noised, batch.label, generator, conditions))
+            noised = self._decode_noised(batch, generator)
+            loss = self.forward(self.model, (batch.image, *noised, batch.label, generator, batch.conditions))
             total += len(batch.image) * float(loss)
         mean = self.world.sum_of({"loss": total})["loss"] / self.validation.num_images
         return {"loss": mean, "objective": mean}
@@ -157,11 +150,10 @@ class RefinerTask(TrainingTask):
         path = folder / "samples" / f"epoch_{epoch:04d}.png"
         batch = self.validation.gather(torch.arange(min(NUM_SHOWN, self.validation.num_images)))
         with torch.no_grad():
-            decoded = self.decoder.reconstruct(batch.image, batch.label).float()
+            decoded = self.decoder.reconstruct(batch.image, batch.label, batch.conditions).float()
         generator = torch.Generator().manual_seed(seed_of(self.params.seed, 3))
         levels = torch.zeros(len(decoded), device=decoded.device)
-        conditions = self._conditions(self.validation_split, batch)
-        refined = self.refiner.refine(decoded, levels, batch.label, generator, conditions)
+        refined = self.refiner.refine(decoded, levels, batch.label, generator, batch.conditions)
         rows = {"original": batch.image, "reconstruction": decoded, "refined": refined}
         write_stacks(path, {name: images.cpu() for name, images in rows.items()}, columns=NUM_SHOWN)
         return {"refined": path}
@@ -171,24 +163,24 @@ class RefinerTask(TrainingTask):
         batch, files = self.loader.batch(position), self.split.paths
         return batch.image, [files[row] for row in batch.index.tolist()]
 
-    def _conditions(self, split: Split, batch: Batch) -> Conditions | None:
-        """Conditions of a batch of a split, on its device; None without any."""
-        return None if self.refiner.space is None else read_conditions(split, batch.index).to(self.device)
-
     def _loader(self, split: Split) -> Loader:
         """This process's part of a split, in order."""
-        return Loader(split, self.params.batch_size, self.device, rank=self.world.rank, world=self.world.size)
+        return Loader(
+            split, self.params.batch_size, self.device, rank=self.world.rank, world=self.world.size,
+            with_conditions=self.with_conditions,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def _decode_noised(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _decode_noised(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Decoded posterior draws (B, C, H, W) with noise of random levels (B,) on the latents."""
-        latent = self.decoder.encode(images, labels)
+        latent = self.decoder.encode(batch.image, batch.label, batch.conditions)
         value = latent.mean
         if latent.logvar is not None:
             noise = randn(*value.shape, generator=generator).to(value.device)
             value = value + noise * torch.exp(0.5 * latent.logvar)
-        levels = self.params.latent_noise * rand(len(images), generator=generator).to(value.device)
-        return self.decoder.decode(self.refiner.noise_latents(value, levels, generator), labels).float(), levels
+        levels = self.params.latent_noise * rand(len(value), generator=generator).to(value.device)
+        noised = self.refiner.noise_latents(value, levels, generator)
+        return self.decoder.decode(noised, batch.label, batch.conditions).float(), levels
 
     def _residual_statistics(self, loader: Loader) -> tuple[Tensor, Tensor]:
         """RMS residual (C,) of a split, with noise on the latents as in training, and its power spectrum."""
@@ -196,7 +188,7 @@ class RefinerTask(TrainingTask):
         power = torch.zeros(self.refiner.spectrum.shape, dtype=torch.float64)
         for batch in loader.sequential():
             generator = batch.generator(self.params.seed, 4)
-            residual = batch.image - self._decode_noised(batch.image, batch.label, generator)[0]
+            residual = batch.image - self._decode_noised(batch, generator)[0]
             weight = len(residual) / loader.num_images
             variance += weight * residual.double().square().mean((0, 2, 3)).cpu()
             power += weight * torch.fft.rfft2(residual, norm="ortho").abs().square().double().mean(0).cpu()

@@ -66,13 +66,16 @@ def _draw_images(
     """
     paths = {name: _grid(scratch, name, epoch) for name in ("samples", "reconstructions")}
     batch = validation.gather(torch.arange(min(NUM_RECONSTRUCTIONS, validation.num_images)))
-    image, label = batch.image, batch.label
-    pairs = {"original": image.cpu(), "reconstruction": model.reconstruct(image, label).float().cpu()}
+    rebuilt = model.reconstruct(batch.image, batch.label, batch.conditions).float().cpu()
+    pairs = {"original": batch.image.cpu(), "reconstruction": rebuilt}
     write_stacks(paths["reconstructions"], pairs)
 
     rows = torch.arange(min(-(-MAX_LATENTS // train.batch_size) * train.batch_size, train.num_images))
-    batches = (train.gather(part) for part in torch.split(rows, train.batch_size))
-    latents, labels = zip(*[(model.encode(b.image, b.label).mean.cpu(), b.label.cpu()) for b in batches], strict=True)
+    latents, labels = [], []
+    for part in torch.split(rows, train.batch_size):
+        batch = train.gather(part)
+        latents.append(model.encode(batch.image, batch.label, batch.conditions).mean.cpu())
+        labels.append(batch.label.cpu())
     known = torch.cat(labels)
     # a conditional model gets labels in the proportions of the train split
     num_classes = int(known.max()) + 1 if model.conditional else 0

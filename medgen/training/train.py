@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 -m medgen train
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from medgen import source
-from medgen.config import Loss, Model, Phase, Project, Tracking, Train, Weights, fingerprint
+from medgen.config import Loss, Model, Phase, Project, Tracking, Train, Weights, fingerprint, seed_of
 from medgen.data.store import open_store
 from medgen.datasets.weights import weights_path
 from medgen.errors import UserError
@@ -24,6 +25,7 @@ from medgen.metrics.latent import codebook_use
 from medgen.models import GenerativeModel, build_model, bundle
 from medgen.models.base import ImageModel, ModelOutput
 from medgen.models.sliding_window import by_windows
+from medgen.nn.conditions import drop_conditions
 from medgen.tracking import Tracker, history, lineage, read_run
 from medgen.tracking.mlflow_descriptions import escape
 from medgen.training import checkpoint
@@ -37,7 +39,7 @@ from medgen.training.report import draw_epoch, write_report
 from medgen.training.state import TrainingTask, TrainState, channels_last
 
 # source files that decide the trained weights: a change starts a new run instead of resuming
-CODE = ("nn/*.py", "models/*.py", "training/initial_weights.py", "training/train.py")
+CODE = ("data/conditions.py", "nn/*.py", "models/*.py", "training/initial_weights.py", "training/train.py")
 NOT_IN_FINGERPRINT = {"sample_every", "checkpoint_seconds", "on_nonfinite", "max_rollbacks", "device"}
 INITIAL = ("init_from", "init_strict", "freeze")  # keys that are in the fingerprint only if there are initial weights
 PARAMS = "params.json"  # in a run's folder: the parameters of its training, with the resolved train.init_from
@@ -118,7 +120,9 @@ class ModelTask(TrainingTask):
         torch.manual_seed(train.seed)
         self.mask_classes = self.store.preprocess.mask_classes
         classes = len(self.store.classes)
-        self.model = build_model(model, self.store.image_shape, classes, self.mask_classes).to(world.device)
+        sizes = (self.store.image_shape, classes, self.mask_classes, self.store.conditions)
+        self.model = build_model(model, *sizes).to(world.device)
+        self.space = self.model.space if isinstance(self.model, GenerativeModel) else None
         self.memory_format = channels_last(self.model)
         # whole images pass a model trained on patches window by window
         self.evaluated = by_windows(self.model, train.patch, self.store.image_shape)
@@ -127,7 +131,7 @@ class ModelTask(TrainingTask):
             part.requires_grad_(False)
         with_masks = self.model.target == "mask"
         self._check_weights()
-        check_augment(train.augment, self.store.image_shape[1:])
+        check_augment(train.augment, self.store.image_shape[1:], self.space)
         if with_masks and not (len(train_split.masked_rows) and len(val_split.masked_rows)):
             raise UserError(
                 f"model.name: {model.name} is trained on masks; {project.dataset} has {len(train_split.masked_rows)} "
@@ -137,12 +141,14 @@ class ModelTask(TrainingTask):
         self.loader = Loader(
             train_split, train.batch_size, world.device, train.seed, world.rank, world.size,
             train.horizontal_flip, train.subset, with_masks, train.augment, train.patch,
+            with_conditions=self.space is not None,
         )  # fmt: skip
         world.check_batch_size("train", self.loader.batch_size, self.loader.num_images, train.accumulate_steps)
         self.num_batches, self.batch_size = self.loader.num_batches, self.loader.batch_size
         self.validation = Loader(
-            val_split, 2 * train.batch_size, world.device, rank=world.rank, world=world.size, with_masks=with_masks
-        )
+            val_split, 2 * train.batch_size, world.device, rank=world.rank, world=world.size, with_masks=with_masks,
+            with_conditions=self.space is not None,
+        )  # fmt: skip
         latent_shape = self.model.latent_shape if isinstance(self.model, GenerativeModel) else ()
         self.latent_numel = int(torch.Size(latent_shape).numel())
         self.criterion = Objective(loss, self.store.image_shape, self._vgg16()).to(world.device)
@@ -155,15 +161,25 @@ class ModelTask(TrainingTask):
             )
 
     def batch(self, position: int) -> Batch:
-        """Images, labels and, for a segmentation model, masks."""
-        return self.loader.batch(position)
+        """Images, labels and, for a segmentation model, masks.
+
+        For a model that takes conditions these too, and they and the label are dropped at random, so that any of them
+        may be unknown later.
+        """
+        batch = self.loader.batch(position)
+        if self.space is None or not isinstance(self.model, GenerativeModel):
+            return batch
+        generator = torch.Generator().manual_seed(seed_of(self.train.seed, position, 0, 4))
+        dropped = drop_conditions(batch.label, batch.conditions, self.model.conditional, self.space, generator)
+        return replace(batch, label=dropped[0], conditions=dropped[1])
 
     def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
         """The network's output, in bf16 if the run uses it."""
         for part in self.frozen:
             part.eval()  # its statistics and codes stay as they are too
         with self._autocast():
-            output: ModelOutput = network(batch.image.contiguous(memory_format=self.memory_format), batch.label)
+            image = batch.image.contiguous(memory_format=self.memory_format)
+            output: ModelOutput = network(image, batch.label, batch.conditions)
         return output
 
     def objective(self, output: ModelOutput, batch: Batch, phase: Phase, epoch: float) -> Losses:
@@ -183,7 +199,7 @@ class ModelTask(TrainingTask):
         codes = [torch.empty(0, dtype=torch.int64)]
         for batch in self.validation.sequential():
             with self._autocast():
-                output = self.evaluated.predict(batch.image, batch.label)
+                output = self.evaluated.predict(batch.image, batch.label, batch.conditions)
             result, target, size = output.prediction.float(), self._target(batch), len(batch.image)
             image_loss = self.criterion.image_loss(result, target, self._weights(phase)).total
             latent_loss = self.criterion.latent_loss(output, phase.beta.end).total

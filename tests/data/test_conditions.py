@@ -44,7 +44,7 @@ def test_values_are_those_of_the_train_split(space: ConditionSpace) -> None:
     assert {field.name: field.values for field in space.fields} == {
         "findings": ("Atelectasis", "Effusion", "Mass"), "sex": ("F", "M"), "mask": (), "age": (),
     }  # fmt: skip
-    assert (space.size, space.mask_channels) == (9, 2)
+    assert (space.size, space.map_channels) == (9, 2)
     assert ConditionSpace.load(json.loads(json.dumps(space.dump()))) == space
     assert ConditionSpace.from_rows(Preprocess(), TRAIN) is None
     assert ConditionSpace.load([]) is None
@@ -137,6 +137,14 @@ def test_findings_are_read_as_they_are_written(names: list[str]) -> None:
         ({"label": {"kind": "category"}}, "label is a column with another meaning"),
         ({"mask": {"kind": "category"}}, "mask is a column with another meaning"),
         ({"a": {"kind": "mask"}, "mask": {"kind": "mask"}}, "found 2 of kind mask"),
+        ({"edges": {"kind": "image"}}, "kind image needs a folder, and no other kind has one; found image, None"),
+        ({"sex": {"kind": "category", "folder": "sex"}}, "no other kind has one; found category, sex"),
+        ({"edges": {"kind": "image", "folder": "../edges"}}, "pattern"),
+        (
+            {"a": {"kind": "image", "folder": "t1"}, "b": {"kind": "image", "folder": "T1"}},
+            "a, b need different folders",
+        ),
+        ({"age": {"kind": "image", "folder": "ages"}}, "age is a column with another meaning"),
         ({"Sex": {"kind": "category"}}, "pattern"),
         ({"sex": {}}, "Field required"),
     ],
@@ -152,9 +160,23 @@ def test_a_mask_alone_has_empty_vectors() -> None:
     assert (space.encode_rows(TRAIN).shape, space.encode_request({})) == ((3, 0), [])
 
 
-def test_volumes_take_no_masks_as_a_condition() -> None:
-    with pytest.raises(ValueError, match=r"conditions.lungs: volumes take no mask as a condition"):
-        Preprocess(image_size=(16, 16, 16), clahe_clip=0, conditions={"lungs": {"kind": "mask"}})
+def test_maps_have_channels_and_no_place_in_the_vector() -> None:
+    kinds = {"t1": {"kind": "image", "folder": "T1"}, "sex": {"kind": "category"}, "tumour": {"kind": "mask"}}
+    kinds |= {"t2": {"kind": "image", "folder": "T2"}}
+    space = ConditionSpace.from_rows(Preprocess(conditions=kinds, mask_values=(0, 1, 2)), TRAIN)
+    assert space is not None
+    places = {name: (place.start, place.stop) for name, (_, place) in space.map_fields.items()}
+    assert places == {"t1": (0, 2), "tumour": (2, 5), "t2": (5, 7)}
+    assert (space.map_channels, list(space.vector_fields), space.size) == (7, ["sex"], 3)
+    assert [field.name for field in space.images] == ["t1", "t2"]
+    assert ConditionSpace.load(json.loads(json.dumps(space.dump()))) == space
+
+
+def test_other_kinds_are_dumped_without_a_folder() -> None:
+    """So that stores and models of earlier versions keep their bytes."""
+    dumped = Preprocess(conditions={**CONDITIONS, "edges": {"kind": "image", "folder": "edges"}}).model_dump()
+    assert [name for name, condition in dumped["conditions"].items() if "folder" in condition] == ["edges"]
+    assert dumped["conditions"]["sex"] == {"kind": "category", "low": None, "high": None}
 
 
 def test_a_section_without_conditions_has_the_values_of_earlier_versions() -> None:

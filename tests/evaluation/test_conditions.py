@@ -3,19 +3,22 @@
 import base64
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from mlflow.exceptions import MlflowException
-from PIL import Image
+from PIL import Image, ImageOps
 
 import medgen
 from medgen.config import (
+    Augment,
     Data,
     Evaluate,
     Features,
@@ -37,7 +40,7 @@ from medgen.evaluation import conditions, context, evaluate, utility
 from medgen.ingest import preprocess
 from medgen.metrics.features import ExtractorSizes
 from medgen.models import bundle
-from medgen.nn.conditions import StoredConditions
+from medgen.nn.conditions import StoredConditions, read_conditions
 from medgen.priors import find_conditions, load_prior
 from medgen.serving import generate, pyfunc
 from medgen.training import extractor, prior, refiner, train
@@ -48,6 +51,7 @@ KINDS = {
     "sex": {"kind": "category"},
     "age": {"kind": "number", "low": 0, "high": 100},
     "mask": {"kind": "mask"},
+    "negative": {"kind": "image", "folder": "negative"},
 }
 SIZES = Model(base_channels=8, latent_size=8, latent_channels=2, attention_resolutions=())
 FLOW = Prior(channels=8, blocks=1, epochs=1, batch_size=8, sampling_steps=2)
@@ -71,6 +75,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     made = Project(tmp_path_factory.mktemp("conditions"))
     draw(made.root / "data", num_images=72, size=64, seed=0)
     describe(made.root / "data")
+    for path in (made.root / "data" / "images").rglob("*.jpg"):
+        other = (made.root / "data" / "negative" / path.parent.name / path.name).with_suffix(".png")
+        other.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.invert(Image.open(path).convert("L")).save(other)
     sizes = Preprocess(image_size=32, clahe_tiles=2, val_fraction=0.1, test_fraction=0.4, conditions=KINDS)
     preprocess.run(made, data=Data(), preprocess=sizes)
     one = Train(batch_size=8, phases={"one": {"epochs": 1}})  # type: ignore[arg-type]
@@ -90,7 +98,7 @@ def metrics(project: Project) -> dict[str, float]:
     used = utility.run(project, features=Features(width=4, batch_size=8), utility=few)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conditions, "STEPS", 5)
-        patch.setattr(conditions, "MASK_STEPS", 5)
+        patch.setattr(conditions, "MAP_STEPS", 5)
         found = evaluate.run(project, evaluate=Evaluate(num_generated=40, grid_images=6), tracking=OFF)
     assert found is not None and used is not None
     assert used == pytest.approx({key: value for key, value in found.items() if key.startswith("utility/")}, rel=1e-5)
@@ -110,14 +118,9 @@ def test_a_prior_that_takes_only_the_class_is_refused(project: Project, name: st
         prior.run(project, prior=Prior(name=name), tracking=OFF)
 
 
-def test_mirrored_images_with_masks_are_refused(project: Project) -> None:
-    with pytest.raises(UserError, match=r"refiner.horizontal_flip: true, but masks are a condition \(mask\)"):
-        refiner.run(project, refiner=Refiner(enabled=True, horizontal_flip=True), tracking=OFF)
-
-
 def test_agreement_with_each_condition_is_measured(project: Project, metrics: dict[str, float]) -> None:
     keys = {"findings_auc", "findings_opacity_auc", "findings_pneumonia_auc", "sex_accuracy", "age_mae"}
-    keys |= {"mask_dice", "mask_iou"}
+    keys |= {"mask_dice", "mask_iou", "negative_correlation", "negative_ssim"}
     ends = ("", "_ci_low", "_ci_high", "_real", "_real_ci_low", "_real_ci_high", "_baseline")
     expected = {f"condition/{key}{end}" for key in keys for end in ends}
     assert {key for key in metrics if key.startswith("condition/")} == expected
@@ -147,7 +150,9 @@ def test_samples_get_the_conditions_of_held_out_images_of_their_class() -> None:
 
 def test_generate_takes_conditions(project: Project, tmp_path: Path) -> None:
     mask = next((project.root / "data" / "masks").rglob("*.png"))
+    paired = next((project.root / "data" / "negative").rglob("*.png"))
     texts = ["", "sex=F,age=40", "sex=M,age=40", "findings=opacity+pneumonia", f"age=40,mask={mask}"]
+    texts += [f"age=40,negative={paired}", f"age=40,mask={mask},negative={paired}"]
     images = []
     for number, text in enumerate(texts):
         paths = generate.run(project.model.parent, tmp_path / str(number), n=3, label="NORMAL", condition=text)
@@ -156,6 +161,9 @@ def test_generate_takes_conditions(project: Project, tmp_path: Path) -> None:
         assert all(one != other for other in images[:number])
     text = f"mask={project.root / 'data' / 'manifest.csv'}"
     with pytest.raises(UserError, match=r"condition: .*manifest.csv: not readable as a mask"):
+        generate.run(project.model.parent, tmp_path / "wrong", n=1, condition=text)
+    text = text.replace("mask=", "negative=")
+    with pytest.raises(UserError, match=r"condition: .*manifest.csv: not readable as an image"):
         generate.run(project.model.parent, tmp_path / "wrong", n=1, condition=text)
 
 
@@ -166,16 +174,22 @@ def test_the_python_api_gives_the_images_of_the_command(project: Project, tmp_pa
         "sex": "one of F, M",
         "age": "a number from 0 to 100",
         "mask": "a mask of 2 classes",
+        "negative": "an image",
     }
     path = next((project.root / "data" / "masks").rglob("*.png"))
-    text = f"sex=F,age=40,mask={path}"
+    other = project.root / "data" / "negative" / path.parent.name / path.name
+    text = f"sex=F,age=40,mask={path},negative={other}"
     written = generate.run(project.model.parent, tmp_path / "new", n=2, seed=3, condition=text)
     pixels = np.stack([np.asarray(Image.open(each)) for each in written])
     classes = (np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BOX)) > 127).astype(np.uint8)
-    for wanted in (text, {"sex": "F", "age": 40, "mask": str(path)}, {"sex": "F", "age": 40, "mask": classes}):
+    greys = cv2.resize(np.asarray(Image.open(other)), (32, 32), interpolation=cv2.INTER_AREA)
+    same = {"sex": "F", "age": 40}
+    for wanted in (text, {**same, "mask": str(path), "negative": other}, {**same, "mask": classes, "negative": greys}):
         assert (model.sample(2, seed=3, condition=wanted)[:, 0] == pixels).all()
     with pytest.raises(UserError, match=r"condition: mask: found uint8 \(2, 2\); expected a file, or class numbers"):
         model.sample(1, condition={"mask": np.zeros((2, 2), np.uint8)})
+    with pytest.raises(UserError, match=r"condition: negative: found float64 .* grey values \(32, 32\) from 0 to 255"):
+        model.sample(1, condition={"negative": np.zeros((32, 32))})
 
 
 def test_a_served_version_takes_conditions(project: Project) -> None:
@@ -190,11 +204,13 @@ def test_a_served_version_takes_conditions(project: Project) -> None:
     model = medgen.load(project.model.parent)
     assert (answer(condition="sex=F")[..., 0] == model.sample(2, seed=1, condition="sex=F")[:, 0]).all()
     assert not (answer(condition=f"sex=F,mask={mask}") == answer(condition="sex=F")).all()
+    assert not (answer(condition=f"sex=F,negative={mask}") == answer(condition="sex=F")).all()
     assert (answer(condition="") == answer()).all()
     for text, message in (
         ("sex=x", "sex: unknown value"),
         ("mask=!", "invalid base64"),
         (f"mask={base64.b64encode(b'no image').decode()}", "condition: not readable as a mask"),
+        (f"negative={base64.b64encode(b'no image').decode()}", "condition: not readable as an image"),
         (5, "condition: found 5; expected a text"),
     ):
         with pytest.raises(MlflowException, match=message):
@@ -219,7 +235,7 @@ SIDE = 32
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An evaluation of drawn images: a bright disc (its size is the number), a bar (a finding), and a mask of the disc.
 
-    The category is the side of the disc.
+    The category is the side of the disc. The paired image is brightest in the middle of the disc.
     """
     generator, grid = np.random.default_rng(0), np.mgrid[:SIDE, :SIDE]
     folder = tmp_path_factory.mktemp("shapes") / "dataset"
@@ -228,18 +244,21 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "side": {"kind": "category"},
         "size": {"kind": "number", "low": 0, "high": 10},
         "mask": {"kind": "mask"},
+        "glow": {"kind": "image", "folder": "glow"},
     }
     settings = Preprocess(image_size=SIDE, conditions=kinds).model_dump(mode="json")
-    count, columns = 300, ("finding", "side", "size")
-    with StoreWriter(folder, (1, SIDE, SIDE), with_masks=True, columns=columns) as writer:
+    count, columns = 300, ("finding", "side", "size", "glow")
+    with StoreWriter(folder, (1, SIDE, SIDE), with_masks=True, columns=columns, num_paired=1) as writer:
         for number in range(count):
             size, left, has_bar = generator.uniform(3, 7), generator.random() < 0.5, generator.random() < 0.5
-            mask = (grid[0] - 18) ** 2 + (grid[1] - (9 if left else 23)) ** 2 < size**2
+            square = (grid[0] - 18) ** 2 + (grid[1] - (9 if left else 23)) ** 2
+            mask, glow = square < size**2, 255 * np.exp(-square / size**2)
             image = 40 + 120 * mask + generator.integers(0, 30, (SIDE, SIDE))
             image[:5] += 80 * has_bar
             row = {"path": f"{number}.png", "patient": str(number), "mask": "m.png", "size": f"{size:.3f}"}
             row |= {"finding": "bar" if has_bar else "No Finding", "side": "left" if left else "right"}
-            writer.add(image[None].astype(np.uint8), mask[None].astype(np.uint8), row)
+            row["glow"] = "" if number % 10 == 9 else "g.png"
+            writer.add(image[None].astype(np.uint8), mask[None].astype(np.uint8), row, glow[None].astype(np.uint8))
         store = writer.commit(["train"] * 200 + ["test"] * (count - 200), [], settings, "0" * 12)
     test = store.split("test")
     rows = torch.arange(len(test))
@@ -263,7 +282,7 @@ def test_agreement_tells_samples_with_their_conditions_from_others(
 ) -> None:
     """Images with their own conditions agree as real ones do; with those of other images they are at the baseline."""
     monkeypatch.setattr(conditions, "STEPS", 200)
-    monkeypatch.setattr(conditions, "MASK_STEPS", 80)
+    monkeypatch.setattr(conditions, "MAP_STEPS", 80)
     images = shapes.compared[:]
     right = {each.key: each for each in conditions.evaluate_conditions(shapes, images)}
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
@@ -271,9 +290,11 @@ def test_agreement_tells_samples_with_their_conditions_from_others(
     for key, each in right.items():
         assert each.samples.value == pytest.approx(each.real.value), key
         assert wrong[key].real.value == pytest.approx(each.real.value), key
-    for key in ("finding_auc", "finding_bar_auc", "side_accuracy", "mask_dice"):
+    for key in ("finding_auc", "finding_bar_auc", "side_accuracy", "mask_dice", "glow_correlation"):
         assert right[key].real.value > 0.9, key
         assert wrong[key].samples.value < 0.7, key
+    assert right["glow_ssim"].real.value > wrong["glow_ssim"].samples.value
+    assert right["glow_correlation"].counts == (90, 90), "images without a paired one are left out"
     assert right["size_mae"].real.value < 0.7 * right["size_mae"].baseline < wrong["size_mae"].samples.value
     sizes, train_sizes = (
         torch.tensor([float(row["size"]) for row in split.rows()])
@@ -286,6 +307,23 @@ def test_agreement_tells_samples_with_their_conditions_from_others(
     assert conditions.condition_findings([]) == []
 
 
+def test_the_correlation_is_that_of_numpy() -> None:
+    first, second = torch.rand(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    expected = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(first, second, strict=True)]
+    assert conditions.correlation(first, second).tolist() == pytest.approx(expected)
+    assert conditions.correlation(first, torch.full_like(first, 0.3)).tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("kind", ["mask", "image"])
+def test_the_baseline_is_the_best_map_without_the_image(shapes: Any, kind: str) -> None:
+    field = next(field for field in shapes.store.conditions.fields if field.kind == kind)
+    train = shapes.store.split("train")
+    found = conditions._constant_map(train, field, 64)
+    stored = np.asarray(train.masks if kind == "mask" else train.paired)[train.has_map(field.name), 0]
+    expected = stored.mean(0) > 0.5 if kind == "mask" else stored.mean(0) / 255
+    assert np.allclose(found[0].numpy(), expected, atol=1e-6)
+
+
 def test_a_rare_finding_has_no_auc(shapes: Any) -> None:
     field = shapes.store.conditions.fields[0]
     targets = [torch.tensor([[1.0]] * 4 + [[0.0]] * 20)] * 2
@@ -295,5 +333,42 @@ def test_a_rare_finding_has_no_auc(shapes: Any) -> None:
 
 def test_a_request_without_conditions_draws_as_before(project: Project) -> None:
     store = open_store(project.dataset)
-    fitted = load_prior(project.prior, bundle.digest(project.model))
-    assert find_conditions("", store.conditions, fitted, lambda _: np.zeros(())) is None
+    fitted, network = load_prior(project.prior, bundle.digest(project.model)), bundle.load_generative(project.model)[0]
+    assert find_conditions("", store.conditions, fitted, network, lambda *_: np.zeros(())) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gaussian", "flow"])
+def test_a_conditional_vae_is_trained_and_asked_with_conditions(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With any prior, since the decoder takes the conditions; each stage after it gives the decoder those of images."""
+    made = Project(tmp_path / "cvae")
+    made.root.mkdir()
+    shutil.copytree(project.dataset, made.dataset)
+    shutil.copytree(project.features, made.features)
+    one = Train(batch_size=8, horizontal_flip=True, phases={"one": {"epochs": 2}})  # type: ignore[arg-type]
+    family = Model(name="cvae", base_channels=8, latent_channels=4)
+    train.run(made, model=family, loss=Loss(), train=one, tracking=OFF)
+    monkeypatch.setattr(prior, "STEPS_PER_EPOCH", 5)
+    sizes = {} if name == "gaussian" else {"channels": 8, "blocks": 1, "epochs": 1, "batch_size": 8}
+    assert prior.run(made, prior=Prior(name=name, **sizes), tracking=OFF) is not None  # type: ignore[arg-type]
+    refiner.run(made, refiner=Refiner(enabled=True, channels=8, blocks=1, epochs=1, sampling_steps=2), tracking=OFF)
+    monkeypatch.setattr(conditions, "STEPS", 5)
+    monkeypatch.setattr(conditions, "MAP_STEPS", 5)
+    found = evaluate.run(made, evaluate=Evaluate(num_generated=40, grid_images=6), tracking=OFF)
+    assert found is not None and {"condition/sex_accuracy", "condition/negative_ssim"} <= found.keys()
+    model = medgen.load(made.model.parent)
+    plain, asked = (model.sample(2, "NORMAL", 0, refine=False, condition=text) for text in ("", "sex=F,age=90"))
+    assert not (plain == asked).all()
+    split, space = open_store(made.dataset).split("test"), bundle.load_info(made.model).space
+    network, _ = bundle.load_generative(made.model)
+    assert network.space == space
+    with torch.no_grad():
+        images, labels = torch.from_numpy(split.images[:8]) / 255, torch.from_numpy(split.labels[:8].copy())
+        given = read_conditions(split, torch.arange(8))
+        known, unknown = network.reconstruct(images, labels, given), network.reconstruct(images, labels)
+    assert not torch.allclose(known, unknown)
+    changed = one.model_copy(update={"augment": Augment(vertical_flip=True)})
+    with pytest.raises(UserError, match=r"train.augment: does not change the conditions mask, negative"):
+        train.run(made, model=family, loss=Loss(), train=changed, tracking=OFF)

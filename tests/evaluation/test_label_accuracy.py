@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,12 +121,12 @@ class Painter(GenerativeModel):
         self.weight = nn.Parameter(torch.zeros(1))
         self.shown: list[int] = []
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Any = None) -> Latent:
         assert label is not None
         self.shown += label.tolist()
         return Latent(value=image[:, 0, 0, :1], mean=image[:, 0, 0, :1])
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Any = None) -> Tensor:
         assert label is not None
         return (label / 10)[:, None, None, None].expand(-1, 1, 4, 4)
 

@@ -84,7 +84,7 @@ def fake_generator(store: Store, conditional: bool = True) -> Any:
         conditional=conditional and len(frequencies) > 0,
         space=store.conditions if conditional else None,
     )
-    return SimpleNamespace(prior=prior, model=SimpleNamespace(conditional=False), refiner=None)
+    return SimpleNamespace(prior=prior, model=SimpleNamespace(conditional=False, space=None), refiner=None)
 
 
 def draw_requested(*args: Any, conditions: Any, **_: Any) -> Iterator[tuple[Tensor, None]]:
@@ -92,8 +92,8 @@ def draw_requested(*args: Any, conditions: Any, **_: Any) -> Iterator[tuple[Tens
     count, generator = args[2], torch.Generator().manual_seed(args[4])
     for start in range(0, count, 7):
         own: Conditions = conditions[torch.arange(start, min(start + 7, count))]
-        assert own.mask is not None and bool((own.mask[:, 0] == 1).all()), "every sample is requested with a mask"
-        yield draw(own.mask[:, 1:], generator), None
+        assert own.maps is not None and bool((own.maps[:, 0] == 1).all()), "every sample is requested with a mask"
+        yield draw(own.maps[:, 1:], generator), None
 
 
 @pytest.mark.parametrize("num_generated", [10, 29, 58, 70])

@@ -1,7 +1,7 @@
 """A linear model of the drawn images, whose answers have a closed form."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,12 +26,12 @@ class LinearModel(GenerativeModel):
         self.variance = variance  # (D,)
         self.latent_shape = (weights.shape[1],)
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Any = None) -> Latent:
         mean = (image - self.mean).flatten(1) @ torch.linalg.pinv(self.weights).T
         logvar = None if self.variance is None else self.variance.log().expand_as(mean)
         return Latent(value=mean, mean=mean, logvar=logvar)
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Any = None) -> Tensor:
         return self.mean + (latent @ self.weights.T).view(-1, *self.mean.shape)
 
 

@@ -117,7 +117,7 @@ def test_a_file_that_kills_its_workers_is_named(images: Path, dask: Cluster, mon
     settings = Preprocess(**SETTINGS, scheduler=dask.require(2))
     records = dataset_scan.scan(images, Data(), settings).records
 
-    def transform(record: Any, _raw: RawImage, _mask: RawImage | None) -> None:
+    def transform(record: Any, _raw: RawImage, _mask: RawImage | None, _paired: object) -> None:
         if record.path == "100.png":
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,7 +1,8 @@
-"""Conditions of images in the store: columns of manifest.csv, findings of an npz file, masks."""
+"""Conditions of images in the store: columns of manifest.csv, findings of an npz file, masks, paired images."""
 
 import csv
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from medgen import config
 from medgen.config import Project
 from medgen.data.store import Store, open_store
 from medgen.errors import UserError
+from medgen.ingest.dataset_scan import ImageRecord
 from medgen.ingest.formats.arrays import inspect
 from medgen.ingest.preprocess import run
 
@@ -139,3 +141,98 @@ def test_findings_of_other_files(tmp_path: Path, labels: np.ndarray, expected: l
     np.savez(path, train_images=np.zeros((3, 8, 8), np.uint8), train_labels=labels)
     found = inspect(path, config.Preprocess(image_size=16)).findings
     assert (None if found is None else list(found)) == expected
+
+
+EDGES = {"edges": {"kind": "image", "folder": "edges"}}
+
+
+def draw_pairs(folder: Path, names: dict[str, str], side: int = 32) -> None:
+    """Write images, and for each the file that `names` gives, of half the size and with inverted greys."""
+    generator = np.random.default_rng(0)
+    for name, other in names.items():
+        pixels = np.kron(generator.integers(0, 256, (4, 4), np.uint8), np.ones((side // 4, side // 4), np.uint8))
+        for path, array in ((name, pixels), (other, 255 - pixels[::2, ::2])):
+            if path:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(folder / path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"images/a.png": "edges/a.png", "images/b.png": "edges/b.png", "images/c.png": ""},
+        {"images/N/a.png": "edges/N/a.png", "images/P/a.png": "edges/P/a.png", "images/P/c.png": ""},
+        {"N/images/a.png": "N/edges/a.png", "P/images/a.png": "P/edges/a.png", "P/images/c.png": ""},
+        {"a.png": "Edges/a.tif", "b.jpg": "Edges/b.png", "c.png": ""},
+        {"images/a.png": "edges/a.png", "images/b.png": "edges/b.png", "images/c.png": "masks/c.png"},
+    ],
+)
+def test_files_of_a_folder_are_paired_images(tmp_path: Path, names: dict[str, str]) -> None:
+    """Whatever the folders, a file belongs to the image of its name; the third image has none."""
+    draw_pairs(tmp_path / "data", names)
+    store = build(tmp_path, EDGES, clahe_clip=0, image_size=16, mask_values=list(range(256)))
+    split = store.split("train")
+    assert split.paired is not None and split.paired.shape == (3, 1, 16, 16)
+    assert store.conditions is not None
+    (field,) = store.conditions.fields
+    assert (field.kind, field.channels) == ("image", 2)
+    for number, row in enumerate(split.rows()):
+        expected = names[row["path"]] if "edges" in names[row["path"]].lower() else ""
+        assert row["edges"] == expected
+        assert split.has_map("edges")[number] == bool(expected)
+        if expected and not row["path"].endswith("jpg"):
+            assert (split.read_map(field, np.array([number]))[0] == 255 - split.images[number]).all()
+        if not expected:
+            assert not split.paired[number].any()
+    assert store.counts["train"] == 3, "the files are no images of their own"
+
+
+def test_other_files_of_the_folder_are_reported(tmp_path: Path) -> None:
+    draw_pairs(tmp_path / "data", {"images/a.png": "edges/a.png"})
+    draw_pairs(tmp_path / "data", {"edges/lost.png": "edges/a.tif"})
+    store = build(tmp_path, EDGES)
+    with (store.folder / "rejected.csv").open() as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons == {
+        "edges/a.tif": "a second file in edges of the image that has edges/a.png",
+        "edges/lost.png": "in edges, without its image",
+    } or reasons == {
+        "edges/a.png": "a second file in edges of the image that has edges/a.tif",
+        "edges/lost.png": "in edges, without its image",
+    }
+
+
+def test_a_changed_paired_file_makes_a_new_dataset(tmp_path: Path) -> None:
+    draw_pairs(tmp_path / "data", {"images/a.png": "edges/a.png", "images/b.png": "edges/b.png"})
+    first = build(tmp_path, EDGES)
+    assert build(tmp_path, EDGES).fingerprint == first.fingerprint
+    Image.new("L", (32, 32), 9).save(tmp_path / "data" / "edges" / "a.png")
+    assert build(tmp_path, EDGES).fingerprint != first.fingerprint
+
+
+def test_a_store_without_paired_images_does_not_depend_on_their_version(tmp_path: Path) -> None:
+    """The digest of the source files leaves out the new field, so present stores are kept."""
+    record = ImageRecord("a.png", None, "p", None, None)
+    *values, paired, slices = astuple(record)
+    assert (len(values), paired, slices) == (8, (), ())
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [((32, 20), "edges/a.png is 32 x 20, the image 32 x 32"), (None, "edges/a.png: ")]
+)
+def test_a_wrong_paired_file_rejects_its_image(tmp_path: Path, size: tuple[int, int] | None, message: str) -> None:
+    draw_pairs(tmp_path / "data", {"images/a.png": "edges/a.png", "images/b.png": "edges/b.png"})
+    path = tmp_path / "data" / "edges" / "a.png"
+    if size:
+        Image.new("L", size, 9).save(path)
+    else:
+        path.write_bytes(path.read_bytes()[:60])
+    store = build(tmp_path, EDGES, max_rejected=1)
+    assert store.counts["train"] == 1
+    assert message in (store.folder / "rejected.csv").read_text()
+
+
+def test_a_folder_without_files_is_one_message(tmp_path: Path) -> None:
+    draw_pairs(tmp_path / "data", {"images/a.png": "lines/a.png", "images/b.png": ""})
+    with pytest.raises(UserError, match=r"conditions.edges: no image in .* has a file of its name in a folder edges"):
+        build(tmp_path, EDGES)

@@ -26,7 +26,7 @@ def write(folder: Path, count: int) -> list[ImageRecord]:
     return dataset_scan.scan(folder, Data(), PREPROCESS).records
 
 
-def first_pixel(_record: ImageRecord, raw: RawImage, _mask: RawImage | None) -> int:
+def first_pixel(_record: ImageRecord, raw: RawImage, _mask: RawImage | None, _paired: object) -> int:
     return int(raw.pixels.flat[0])
 
 
@@ -54,7 +54,7 @@ def test_the_number_of_pending_images_is_bounded(tmp_path: Path) -> None:
     records, most, running = write(tmp_path / "data", 250), 0, 0
     lock = threading.Lock()
 
-    def transform(_record: ImageRecord, _raw: RawImage, _mask: RawImage | None) -> None:
+    def transform(_record: ImageRecord, _raw: RawImage, _mask: RawImage | None, _paired: object) -> None:
         nonlocal running, most
         with lock:
             running += 1
@@ -70,7 +70,7 @@ def test_an_exception_of_the_transform_is_raised_and_threads_end(tmp_path: Path)
     records = write(tmp_path / "data", 50)
     threads, own = threading.active_count(), cv2.getNumThreads()
 
-    def transform(record: ImageRecord, _raw: RawImage, _mask: RawImage | None) -> None:
+    def transform(record: ImageRecord, _raw: RawImage, _mask: RawImage | None, _paired: object) -> None:
         raise KeyError(record.path)
 
     with pytest.raises(KeyError, match=r"000\.png"):

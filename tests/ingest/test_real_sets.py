@@ -22,7 +22,9 @@ def check(scratch: Path, *folders: Path) -> CheckResults:
     with ImageIndex(scratch) as index:
         for folder in folders:
             records = dataset_scan.scan(folder, Data(), preprocess).records
-            for result in read_images(folder, records, preprocess, lambda _record, raw, _mask: thumbnail(raw.pixels)):
+            for result in read_images(
+                folder, records, preprocess, lambda _record, raw, _mask, _paired: thumbnail(raw.pixels)
+            ):
                 if result.value is not None:
                     index.add(result, result.value)
         return check_dataset(index, [record.split for record in index.records])

@@ -1,5 +1,7 @@
 """Priors and the refiner learn conditions besides the class, alone and together, and keep them in their files."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,9 @@ from torch.nn import functional as F
 
 from medgen.config import Preprocess, Prior
 from medgen.config import Refiner as RefinerParams
-from medgen.data.conditions import ConditionSpace
+from medgen.data.conditions import ConditionField, ConditionSpace
 from medgen.errors import UserError
-from medgen.nn.conditions import Conditions, encode_mask
+from medgen.nn.conditions import Conditions, encode_map
 from medgen.priors import find_conditions, load_prior, save_prior
 from medgen.priors.flow import Flow
 from medgen.priors.gaussian import Normal
@@ -23,6 +25,7 @@ KINDS = {
 }
 SPACE = ConditionSpace.from_rows(Preprocess(conditions=KINDS), [{"findings": "a+b"}])
 assert SPACE is not None
+MODEL = SimpleNamespace(conditional=False, space=None)  # a decoder that takes no conditions
 CODEBOOK = torch.eye(6, 3) + 0.1 * torch.arange(6)[:, None]
 
 
@@ -39,7 +42,7 @@ def draw_conditions(count, seed=0):
     left = torch.rand(count, generator=generator(seed + 2)) < 0.5
     mask = torch.zeros(count, 1, 16, 16, dtype=torch.long)
     mask[left, :, :, :8] = mask[~left, :, :, 8:] = 1
-    return Conditions(values, encode_mask(mask, 2, torch.ones(count)))
+    return Conditions(values, encode_map(ConditionField("mask", "mask", channels=2), mask, torch.ones(count)))
 
 
 def latents_of(conditions, noise=0.3):
@@ -48,12 +51,12 @@ def latents_of(conditions, noise=0.3):
     latents = noise * torch.randn(count, 4, 4, 4, generator=generator(9))
     latents[:, :2] += 2.0 * conditions.values[:, 1:3, None, None]
     latents[:, 2] += 3.0 * conditions.values[:, 4, None, None]
-    return latents + 2.0 * F.adaptive_avg_pool2d(conditions.mask[:, 1:], 4) * torch.tensor([0, 0, 0, 1])[:, None, None]
+    return latents + 2.0 * F.adaptive_avg_pool2d(conditions.maps[:, 1:], 4) * torch.tensor([0, 0, 0, 1])[:, None, None]
 
 
 def codes_of(conditions):
     """Codes (N, 3, 3): finding a chooses one of two codes, in the half of the mask one of the next two."""
-    inside = F.adaptive_avg_pool2d(conditions.mask[:, 1], (3, 3)).round().long()
+    inside = F.adaptive_avg_pool2d(conditions.maps[:, 1], (3, 3)).round().long()
     return conditions.values[:, 1, None, None].long() + 2 * inside
 
 
@@ -93,11 +96,11 @@ def request(prior, text, count=200, **params):
     """Mean latent (4, 4, 4) of samples with requested conditions."""
     other = type(prior).restore(*prior.state())
     other.params = other.params.model_copy(update=params)
-    one = find_conditions(text, SPACE, other, lambda name: half(name))
+    one = find_conditions(text, SPACE, other, MODEL, half)
     return other.sample(count, None, generator(5), None if one is None else one.expand(count))
 
 
-def half(name):
+def half(_field, name):
     """Class numbers (1, 16, 16) of a mask of the left or the right half."""
     mask = np.zeros((1, 16, 16), np.uint8)
     mask[..., slice(8) if name == "left" else slice(8, None)] = 1
@@ -199,33 +202,42 @@ def test_latents_of_any_shape_take_all_conditions(shape):
     drawn = flow.sample(30, None, generator(), conditions)
     assert drawn.shape == latents.shape
     for changed in (
-        Conditions(conditions.values * 0.5, conditions.mask),
-        Conditions(conditions.values, conditions.mask.flip(-1)),
+        Conditions(conditions.values * 0.5, conditions.maps),
+        Conditions(conditions.values, conditions.maps.flip(-1)),
     ):
         assert not torch.equal(flow.sample(30, None, generator(), changed), drawn)
 
 
 def test_a_mask_may_be_the_only_condition():
     space = ConditionSpace.from_rows(Preprocess(conditions={"mask": {"kind": "mask"}}), [{}])
-    latents, mask = torch.randn(30, 4, 4, 4, generator=generator()), draw_conditions(30).mask
+    latents, mask = torch.randn(30, 4, 4, 4, generator=generator()), draw_conditions(30).maps
     flow = Flow.create(latents, None, 0, Prior(name="flow", channels=8, blocks=1, sampling_steps=2), None, None, space)
     conditions = Conditions(torch.zeros(30, 0), mask)
     assert flow.loss(latents, torch.full((30,), -1), generator(), conditions).isfinite()
-    one = find_conditions("mask=left", space, flow, half)
-    assert one.values.shape == (1, 0) and one.mask.shape == (1, 2, 16, 16)
+    one = find_conditions("mask=left", space, flow, MODEL, half)
+    assert one.values.shape == (1, 0) and one.maps.shape == (1, 2, 16, 16)
     assert flow.sample(3, None, generator(), one.expand(3)).shape == (3, 4, 4, 4)
 
 
-def test_latents_of_volumes_take_findings_and_numbers():
-    kinds = {name: kind for name, kind in KINDS.items() if name != "mask"}
-    space = ConditionSpace.from_rows(Preprocess(conditions=kinds), [{"findings": "a+b"}])
-    latents, values = torch.randn(30, 2, 4, 4, 4, generator=generator()), draw_conditions(30).values
-    params = Prior(name="flow", channels=8, blocks=1, sampling_steps=2)
-    flow = Flow.create(latents, None, 0, params, None, None, space)
-    flow.network.leave.weight.data += 0.2
-    drawn = flow.sample(30, None, generator(), Conditions(values))
+@pytest.mark.parametrize("name", ["flow", "tokens"])
+def test_latents_of_volumes_take_all_conditions(name):
+    values = draw_conditions(30).values
+    mask = torch.randint(0, 2, (30, 1, 8, 16, 16), generator=generator())
+    conditions = Conditions(values, encode_map(ConditionField("mask", "mask", channels=2), mask, torch.ones(30)))
+    params = Prior(name=name, channels=8, blocks=1, sampling_steps=2)
+    if name == "flow":
+        latents = torch.randn(30, 2, 2, 4, 4, generator=generator())
+        prior = Flow.create(latents, None, 0, params, None, None, SPACE)
+        prior.network.leave.weight.data += 0.2
+    else:
+        codes = torch.randint(0, 6, (30, 2, 4, 4), generator=generator())
+        latents = F.embedding(codes, CODEBOOK).movedim(-1, 1).contiguous()
+        prior = Tokens.create(latents, None, 0, params, None, CODEBOOK, SPACE)
+    drawn = prior.sample(30, None, generator(), conditions)
     assert drawn.shape == latents.shape
-    assert flow.loss(latents, torch.full((30,), -1), generator(), Conditions(values)).isfinite()
+    assert not torch.equal(prior.sample(30, None, generator(), Conditions(values, conditions.maps.flip(-1))), drawn)
+    assert prior.sample(30, None, generator()).shape == latents.shape, "unknown"
+    assert prior.loss(latents, torch.full((30,), -1), generator(), conditions).isfinite()
 
 
 def test_densities_and_inversions_leave_conditions_unknown(untrained):
@@ -254,7 +266,7 @@ def test_a_refiner_takes_conditions_and_keeps_them(tmp_path):
 
     assert torch.equal(refine(None), refine(conditions.cleared()))
     assert not torch.equal(refine(None), refine(conditions))
-    assert not torch.equal(refine(Conditions(conditions.values, conditions.mask.flip(-1))), refine(conditions))
+    assert not torch.equal(refine(Conditions(conditions.values, conditions.maps.flip(-1))), refine(conditions))
     refiner.params = refiner.params.model_copy(update={"guidance": 0.0})
     assert torch.allclose(refine(None), refine(conditions), atol=1e-6)
     save_refiner(tmp_path, refiner, "0" * 64)
@@ -270,15 +282,31 @@ def test_a_refiner_takes_conditions_and_keeps_them(tmp_path):
     ("text", "space", "prior", "message"),
     [
         ("age=3", None, None, "trained without conditions"),
-        ("age=3", SPACE, Normal((3,), torch.empty(0)), "prior 'normal' does not depend on conditions"),
+        ("age=3", SPACE, Normal((3,), torch.empty(0)), "neither prior 'normal' nor the model depends on conditions"),
         ("view=AP", SPACE, None, "unknown name 'view'; Known: findings, mask, age"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(untrained, text, space, prior, message):
     with pytest.raises(UserError, match=message):
-        find_conditions(text, space, prior or untrained, half)
+        find_conditions(text, space, prior or untrained, MODEL, half)
+
+
+def test_each_map_of_a_request_has_its_channels_and_the_others_are_unknown(untrained):
+    kinds = {"edges": {"kind": "image", "folder": "edges"}, **KINDS, "blurred": {"kind": "image", "folder": "blurred"}}
+    space = ConditionSpace.from_rows(Preprocess(conditions=kinds), [{"findings": "a+b"}])
+    decoder = SimpleNamespace(conditional=False, space=space)
+
+    def read(field, name):
+        assert (field.name, name) == ("mask", "left") or (field.name, name) == ("blurred", "grey.png")
+        return half(field, name) if name == "left" else np.full((1, 16, 16), 51, np.uint8)
+
+    one = find_conditions("mask=left,blurred=grey.png,age=50", space, Normal((3,), torch.empty(0)), decoder, read)
+    means = one.maps.mean((0, 2, 3)).tolist()
+    assert means == pytest.approx([0, 0, 1, 0.5, 1, 0.2]), "known and value of edges, mask and blurred"
+    only = find_conditions("age=50", space, untrained, decoder, read)
+    assert only.maps.shape == (1, 6, 1, 1) and not only.maps.any()
 
 
 def test_no_request_is_no_condition(untrained):
-    assert find_conditions("", SPACE, untrained, half) is None
-    assert find_conditions({}, None, untrained, half) is None
+    assert find_conditions("", SPACE, untrained, MODEL, half) is None
+    assert find_conditions({}, None, untrained, MODEL, half) is None

@@ -303,7 +303,7 @@ class Recorder(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.sizes = []
 
-    def decode(self, latent, label=None):
+    def decode(self, latent, label=None, conditions=None):
         self.sizes.append(len(latent))
         value = torch.zeros(len(latent)) if label is None else label.float() / 10
         return value[:, None, None, None].expand(-1, 1, 2, 2) + 0 * self.weight

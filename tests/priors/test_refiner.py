@@ -35,9 +35,9 @@ def refined(refiner, decoded, labels=None, seed=0, level=0.0):
 class Decoder:
     """Fills an image with the mean of its latent."""
 
-    conditional = False
+    conditional, space = False, None
 
-    def decode(self, latent, label=None):
+    def decode(self, latent, label=None, conditions=None):
         return latent.mean((1, 2, 3)).sigmoid()[:, None, None, None].expand(-1, 1, 16, 16)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medgen.config import Model, Preprocess
+from medgen.data.conditions import ConditionSpace
 from medgen.errors import UserError
 from medgen.models import build_model, bundle
 from medgen.serving import export as exporting
@@ -19,23 +20,30 @@ INFO = bundle.BundleInfo(
 )
 
 
-def save(folder, name):
+KINDS = {"age": {"kind": "number", "low": 0, "high": 100}, "lungs": {"kind": "mask"}}
+SPACE = ConditionSpace.from_rows(Preprocess(conditions=KINDS), [])
+
+
+def save(folder, name, space=None):
     torch.manual_seed(0)
     params = Model(name=name, base_channels=4, latent_channels=4)
-    model = build_model(params, (1, 16, 16), 3).eval()
+    model = build_model(params, (1, 16, 16), 3, 2, space).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))  # layers that start at zero count too
-    bundle.save(folder / "model", model, dataclasses.replace(INFO, model=params))
+    fields = () if space is None else space.fields
+    bundle.save(folder / "model", model, dataclasses.replace(INFO, model=params, conditions=fields))
     return model
 
 
-@pytest.mark.parametrize("name", ["cvae", "unet", "vqvae"])  # labels, masks, codes
-def test_onnx_runtime_computes_what_torch_computes(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "space"), [("cvae", None), ("cvae", SPACE), ("unet", None), ("vqvae", None)]
+)  # labels, unknown conditions, masks, codes
+def test_onnx_runtime_computes_what_torch_computes(name, space, tmp_path):
     """For another number of images than the export's example, and the labels of a conditional model."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = save(tmp_path, name)
+    model = save(tmp_path, name, space)
     paths = export(tmp_path, tmp_path / "out", format="onnx")
     written = ["model.json", "model.onnx"] if name == "unet" else ["decoder.onnx", "encoder.onnx", "model.json"]
     assert [path.name for path in paths] == written

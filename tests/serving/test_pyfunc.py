@@ -23,14 +23,14 @@ SIDE = 16
 class Decoder(torch.nn.Module):
     """A model that counts its calls."""
 
-    conditional = False
+    conditional, space = False, None
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.num_calls = 0
 
-    def decode(self, latents: torch.Tensor, labels: Any) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, labels: Any, conditions: Any = None) -> torch.Tensor:
         self.num_calls += 1
         return torch.zeros(len(latents), 1, SIDE, SIDE)
 

@@ -4,13 +4,15 @@ import gc
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from medgen.config import seed_of
+from medgen.config import Preprocess, seed_of
+from medgen.data.conditions import ConditionSpace
 from medgen.data.store import ShardedArray, Split, StoreWriter
 from medgen.training import loader
 from medgen.training.loader import Batch, Loader
@@ -98,6 +100,30 @@ def test_each_process_reads_consecutive_batches_of_the_pass(split: Split, world:
         parts += [rows.tolist() for rows in part]
     assert parts == whole
     assert all(equal(batch, batch.index) for batch in Loader(split, 4, "cpu", with_masks=True).sequential())
+
+
+def test_conditions_belong_to_their_images_and_maps_are_mirrored_with_them(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paired images are the images themselves, so they are equal after the flip too."""
+    kinds = {"copy": {"kind": "image", "folder": "copy"}, "age": {"kind": "number", "low": 0, "high": 100}}
+    space = ConditionSpace.from_rows(Preprocess(conditions=kinds), [])
+    assert space is not None
+    values = np.stack([np.ones(23), np.arange(23) / 100], axis=1).astype(np.float32)
+    monkeypatch.setattr(Split, "condition_values", values)
+    monkeypatch.setattr(Split, "has_map", lambda *_: np.ones(23, bool))
+    paired = replace(split, conditions=space, paired=split.images)
+    for batches in (Loader(paired, 8, "cpu", horizontal_flip=True, with_conditions=True), Loader(split, 8, "cpu")):
+        batch = batches.batch(3)
+        if batches.horizontal_flip:
+            assert batch.conditions is not None and batch.conditions.maps is not None
+            assert torch.equal(batch.conditions.maps[:, 1:], batch.image)
+            assert not torch.equal(batch.image, torch.from_numpy(IMAGES)[batch.index].float() / 255), "some are flipped"
+            assert torch.allclose(batch.conditions.values[:, 1], batch.index / 100)
+            part = batch.part(1, 2)
+            assert part.conditions is not None and torch.equal(part.conditions.values[:, 1] * 100, part.index.float())
+        else:
+            assert batch.conditions is None
 
 
 def test_the_next_batches_are_read_before_they_are_asked_for(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:

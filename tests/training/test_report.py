@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,11 +35,11 @@ class Labelled(GenerativeModel):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.given: list[Tensor | None] = []
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> Latent:
+    def encode(self, image: Tensor, label: Tensor | None = None, conditions: Any = None) -> Latent:
         mean = image.flatten(2).mean(-1).expand(-1, 2)
         return Latent(value=mean, mean=mean)
 
-    def decode(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+    def decode(self, latent: Tensor, label: Tensor | None = None, conditions: Any = None) -> Tensor:
         self.given.append(label)
         return torch.zeros(len(latent), 1, 16, 16)
 

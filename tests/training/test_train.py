@@ -305,7 +305,7 @@ def test_a_batch_in_parts_gives_the_weights_of_the_whole_batch(tiny_project, mon
     """Also its flips and posterior draws; each forward pass holds one part of it."""
     sizes, forward = [], SpatialVAE.forward
     monkeypatch.setattr(
-        SpatialVAE, "forward", lambda self, image, label: (sizes.append(len(image)), forward(self, image, label))[1]
+        SpatialVAE, "forward", lambda self, image, *given: (sizes.append(len(image)), forward(self, image, *given))[1]
     )
     weights = {}
     for parts, size in {1: 8, 4: 2}.items():
@@ -443,7 +443,7 @@ def test_rollback_gives_up_after_its_last_try(tiny_project, poison):
 def raw_inputs(monkeypatch):
     """Images left at 0 to 255, as in the published failure."""
     encode = SpatialVAE.encode
-    monkeypatch.setattr(SpatialVAE, "encode", lambda self, image, label=None: encode(self, 255 * image, label))
+    monkeypatch.setattr(SpatialVAE, "encode", lambda self, image, *given: encode(self, 255 * image, *given))
 
 
 def system_a(monkeypatch):
