@@ -1,4 +1,4 @@
-"""A project of NIfTI volumes passes all stages: 3-D model, planes for metrics of sets, NIfTI out."""
+"""A project of NIfTI volumes passes all stages: 3-D model and refiner, planes for metrics of sets, NIfTI out."""
 
 import csv
 import dataclasses
@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -34,19 +36,21 @@ from medgen.config import (
     Utility,
     Weights,
 )
+from medgen.data.images import to_floats
 from medgen.data.store import open_store
 from medgen.errors import UserError
 from medgen.evaluation import conditions, evaluate, utility
 from medgen.ingest import preprocess
 from medgen.models import build_model, bundle
-from medgen.priors import ANALYTIC, save_prior
-from medgen.priors.refiner import save_disabled
-from medgen.serving import generate, uses
+from medgen.priors import ANALYTIC, load_prior, save_prior
+from medgen.priors.refiner import load_refiner, save_disabled
+from medgen.serving import generate, pyfunc, uses
 from medgen.tracking import history
 from medgen.training import extractor, prior, refiner, train
 
 SIDE = 32
 SIZES = Preprocess(image_size=(SIDE, SIDE, SIDE), clahe_clip=0.0, val_fraction=0.2, test_fraction=0.3)
+REFINER = Refiner(enabled=True, channels=8, blocks=1, epochs=2, batch_size=4, sampling_steps=2)
 PHASE = Phase(name="train", epochs=2, learning_rate=3e-3, beta=Beta(end=0.1))
 OFF = Tracking(enabled=False)
 Draw = Callable[..., Path]
@@ -54,7 +58,7 @@ Draw = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, draw_volumes: Draw) -> Project:
-    """A VAE of volumes after the stages from preprocess to prior."""
+    """A VAE of volumes after the stages from preprocess to refiner."""
     project = Project(tmp_path_factory.mktemp("volumes"))
     draw_volumes(project.root / "data", 60)
     preprocess.run(project, data=Data(), preprocess=SIZES)
@@ -63,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, draw_volumes: Draw) -> Pro
     loss = Loss(weights=Weights(l1=1.0, ssim=0.2))
     train.run(project, model=model, loss=loss, train=Train(batch_size=8, phases=(PHASE,)), tracking=OFF)
     prior.run(project, prior=Prior(name="gmm", components=(1,)), tracking=OFF)
-    refiner.run(project, refiner=Refiner(), tracking=OFF)
+    refiner.run(project, refiner=REFINER, tracking=OFF)
     return project
 
 
@@ -91,8 +95,6 @@ def test_a_store_of_volumes_is_read_back(trained: Project) -> None:
     loss = Loss(weights=Weights(l1=1.0, perceptual=0.1))
     with pytest.raises(UserError, match=r"loss\.weights: perceptual"):
         train.run(trained, model=Model(name="vae", dims=3), loss=loss, train=Train(), tracking=OFF)
-    with pytest.raises(UserError, match=r"refiner\.enabled"):
-        refiner.run(trained, refiner=Refiner(enabled=True), tracking=OFF)
 
 
 def test_the_model_learns(trained: Project) -> None:
@@ -104,6 +106,29 @@ def test_the_model_learns(trained: Project) -> None:
         assert image.width > 3 * 96  # three planes side by side, enlarged
 
 
+def test_the_gain_of_a_refiner_is_of_the_power_in_three_dimensions(
+    trained: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model, info), store = bundle.load_generative(trained.model), open_store(trained.dataset)
+    made = load_refiner(trained.refiner, bundle.digest(trained.model))
+    assert made is not None and made.image_shape == (1, SIDE, SIDE, SIDE)
+    (scratch,) = (trained.runs / info.run).glob("refiner_*")
+    assert (scratch / "samples" / "epoch_0002.png").exists()
+    volumes = to_floats(torch.from_numpy(store.split("train").images[:]))
+    mean = volumes.mean((2, 3, 4), keepdim=True)
+    monkeypatch.setattr(refiner, "sample_images", lambda *_: mean + 0.9 * (volumes - mean))
+    found = refiner.fit_gain(made, model, load_prior(trained.prior, bundle.digest(trained.model)), store)
+    assert found[0, 0, 0] == 1.0, "the mean stays"
+    found[0, 0, 0] = 1 / 0.9
+    torch.testing.assert_close(found, torch.full((SIDE, SIDE, SIDE // 2 + 1), 1 / 0.9))
+
+
+def test_a_volume_that_is_too_large_to_refine_is_refused(trained: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refiner, "MAX_VOXELS", SIDE**3 - 1)
+    with pytest.raises(UserError, match=r"refiner\.enabled: true, .*volumes of 32 x 32 x 32.*at most 32,767 voxels"):
+        refiner.run(trained, refiner=REFINER, tracking=OFF)
+
+
 @pytest.mark.slow
 def test_evaluation_and_utility_of_volumes(trained: Project) -> None:
     settings = Utility(enabled=True, fractions=(0.5,), repetitions=2, steps=3, num_generated=16)
@@ -112,16 +137,19 @@ def test_evaluation_and_utility_of_volumes(trained: Project) -> None:
     assert found is not None
     assert {"reconstruction/ssim", "reconstruction/psnr", "reconstruction/pca_ssim", "generation/mmd_domain",
             "generation/c2st_auc_pixels", "generation/spectrum_distance", "privacy/copy_rate_pixels",
-            "privacy/membership_auc_loss", "utility/gain_both", "latent/kl_nats"} <= found.keys()  # fmt: skip
+            "privacy/membership_auc_loss", "utility/gain_both", "latent/kl_nats", "refined/ssim",
+            "refined/spectrum_distance", "decoded/fd_domain"} <= found.keys()  # fmt: skip
+    assert found["generation/spectrum_distance"] < found["decoded/spectrum_distance"]
     assert json.loads((trained.reports / "metrics.json").read_text()) == found
     sizes = {}
-    for name in ("samples", "reconstructions", "cases", "nearest_train"):
+    for name in ("samples", "samples_decoded", "reconstructions", "cases", "nearest_train"):
         with Image.open(trained.figures / f"{name}.png") as image:
             sizes[name] = image.size
     with Image.open(next((trained.images / "generated").glob("*.png"))) as image:
         assert image.size == (3 * SIDE, SIDE)
     with Image.open(next((trained.images / "real").glob("*.png"))) as image:
         assert image.size == (3 * SIDE, SIDE)
+    assert sizes["samples"] == sizes["samples_decoded"]
     assert sizes["samples"][0] == 2 * (3 * 96 + 2) + 2  # two samples side by side, enlarged three times
     page = (trained.reports / "index.html").read_text()
     assert "32 × 32 × 32" in page and "volumes" in (trained.reports / "MODEL_CARD.md").read_text()
@@ -137,6 +165,8 @@ def test_volumes_are_generated_and_reconstructed_as_nifti(trained: Project, tmp_
     # 24, 24.2 and 24 mm along X, Y, Z are 31.7, 32 and 31.7 voxels of the grid
     np.testing.assert_allclose(image.header.get_zooms(), (24 / 32, 24 / 32, 24.2 / 32), atol=1e-4)
     assert image.header.get_xyzt_units()[0] == "mm"
+    plain = generate.run(artifacts, tmp_path / "plain", n=3, file_format="nifti", refine=False)
+    assert all(one.read_bytes() != other.read_bytes() for one, other in zip(plain, paths, strict=True))
     assert generate.run(artifacts, tmp_path / "png", n=1)[0].suffix == ".png"
     files = sorted((trained.root / "data" / "ball").iterdir())[:2]
     generate.reconstruct(artifacts, tmp_path / "pairs", files=files, file_format="nifti")
@@ -236,6 +266,18 @@ def test_a_counterfactual_of_a_volume_is_nifti(trained: Project, tmp_path: Path,
     expected = model.counterfactual(model.read(oblique[0]), label="ball", to="box")
     image = nibabel.load(tmp_path / "out" / "scan_counterfactual.nii.gz")
     np.testing.assert_array_equal(image.get_fdata().T, expected[0, 0])
+
+
+def test_a_version_and_the_python_api_give_the_same_refined_volumes(trained: Project) -> None:
+    version = pyfunc.Generator()
+    parts = {"model": trained.model, "prior": trained.prior, "refiner": trained.refiner}
+    version.load_context(SimpleNamespace(artifacts={name: str(path) for name, path in parts.items()}))
+    model, rows = medgen.load(project=trained.root), {"n": [2], "label": ["ball"], "seed": [3]}
+    for refine in (True, False):
+        volumes = version.predict(None, pd.DataFrame({**rows, "refine": [refine]}))
+        assert volumes.shape == (2, SIDE, SIDE, SIDE, 1)
+        assert np.array_equal(volumes[..., 0], model.sample(2, "ball", 3, refine)[:, 0])
+    assert not np.array_equal(volumes[..., 0], model.sample(2, "ball", 3)[:, 0])
 
 
 def test_the_python_api_takes_and_returns_volumes(trained: Project) -> None:
@@ -345,7 +387,7 @@ def test_masks_and_volumes_are_conditions_of_volumes(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vqvae", "spatial_vae"])
 def test_priors_of_3d_latents(tmp_path: Path, draw_volumes: Draw, name: str) -> None:
-    """tokens and flow draw 3-D grids of latents, which the model decodes by windows."""
+    """tokens and flow draw 3-D grids of latents, which the model decodes by windows and the refiner sees as a whole."""
     project = Project(tmp_path)
     draw_volumes(tmp_path / "data", 24)
     preprocess.run(project, data=Data(), preprocess=SIZES)
@@ -355,7 +397,7 @@ def test_priors_of_3d_latents(tmp_path: Path, draw_volumes: Draw, name: str) -> 
     train.run(project, model=model, loss=Loss(weights=Weights(l1=1.0)), train=settings, tracking=OFF)
     family = "tokens" if name == "vqvae" else "flow"
     fitted = prior.run(project, prior=Prior(name=family, channels=8, blocks=1, epochs=1), tracking=OFF)
-    refiner.run(project, refiner=Refiner(), tracking=OFF)
+    assert refiner.run(project, refiner=REFINER, tracking=OFF) is not None
     assert fitted is not None and fitted.latent_shape == (2, 4, 4, 4)
     paths = generate.run(tmp_path / "artifacts", tmp_path / "new", n=2, file_format="nifti")
     assert nibabel.load(paths[0]).shape == (SIDE, SIDE, SIDE)

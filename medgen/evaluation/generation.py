@@ -53,7 +53,7 @@ class RecordingRefiner:
     """A refiner that also records the unrefined images, so that one draw from a slow prior gives both."""
 
     refiner: Refiner
-    decoded: list[Tensor]  # batches (B, C, H, W) as stored, on the CPU
+    decoded: list[Tensor]  # batches (B, C, H, W) as stored, of volumes the middle planes, on the CPU
     bits: int  # of a stored grey value
 
     def sample(
@@ -65,7 +65,8 @@ class RecordingRefiner:
         conditions: Conditions | None = None,
     ) -> Tensor:
         """See `medgen.priors.ImageRefiner`."""
-        self.decoded.append(to_stored(decoder.decode(latents, labels, conditions).float().cpu(), self.bits))
+        planes = middle_planes(decoder.decode(latents, labels, conditions).float().cpu())
+        self.decoded.append(to_stored(planes, self.bits))
         return self.refiner.sample(decoder, latents, labels, generator, conditions)
 
 

@@ -3,7 +3,8 @@
 Blurred images have too little power at high frequencies and noisy images too much. A person sees this, but SSIM and the
 features of a classifier may not show it.
 
-Shapes: N images (N, C, H, W), R radial frequencies from 1 to the Nyquist frequency, in cycles per image.
+Shapes: N images (N, C, H, W) or volumes (N, C, D, H, W), R radial frequencies from 1 to the Nyquist frequency, in
+cycles per image.
 """
 
 from itertools import pairwise
@@ -20,21 +21,23 @@ _MIN_POWER = 1e-8  # below the power of quantisation to 256 grey values; keeps t
 
 
 def radial_power(images: Tensor) -> Tensor:
-    """Mean power (N, R) at each radial frequency of images (N, C, H, W), as stored or floats in [0, 1].
+    """Mean power (N, R) at each radial frequency of images or volumes, as stored or floats in [0, 1].
 
     The mean of each channel is subtracted and a Hann window applied, so that the jump between opposite borders adds no
     power. The radial frequency of a coefficient is its rounded distance from 0; channels are averaged.
     """
-    height, width = images.shape[-2:]
-    window = torch.outer(torch.hann_window(height), torch.hann_window(width))
-    ring = radial_index(height, width).flatten()
-    num_frequencies = min(height, width) // 2
+    sides, axes = images.shape[2:], tuple(range(2, images.dim()))
+    window = torch.ones([])
+    for side in sides:
+        window = window[..., None] * torch.hann_window(side)
+    ring = radial_index(*sides).flatten()
+    num_frequencies = min(sides) // 2
     counts = torch.bincount(ring, minlength=num_frequencies + 1)[1 : num_frequencies + 1]
     parts = []
     for part in torch.split(images, _IMAGES_PER_BATCH):
         part = to_floats(part)
-        centred = (part - part.mean(dim=(2, 3), keepdim=True)) * window
-        power = torch.fft.fft2(centred, norm="ortho").abs().square().mean(dim=1).flatten(1)  # (n, H·W)
+        centred = (part - part.mean(dim=axes, keepdim=True)) * window
+        power = torch.fft.fftn(centred, dim=axes, norm="ortho").abs().square().mean(dim=1).flatten(1)  # (n, H·W)
         sums = torch.zeros(len(part), int(ring.max()) + 1).index_add_(1, ring, power)
         parts.append(sums[:, 1 : num_frequencies + 1] / counts)
     return torch.cat(parts)
@@ -68,8 +71,9 @@ def spectrum_metrics(prefix: str, power: Tensor, real: Tensor) -> dict[str, floa
     return {**ratios, f"{prefix}/spectrum_distance": spectrum_distance(power, real)}
 
 
-def radial_index(height: int, width: int) -> Tensor:
-    """Radial frequency (H, W) of each coefficient of `fft2`, in cycles per shorter side, rounded."""
-    side = min(height, width)
-    rows, columns = (torch.fft.fftfreq(size) * side for size in (height, width))
-    return torch.hypot(rows[:, None], columns[None, :]).round().long()
+def radial_index(*sides: int) -> Tensor:
+    """Radial frequency (*sides) of each coefficient of `fftn`, in cycles per shortest side, rounded."""
+    distance = torch.zeros([])
+    for side in sides:
+        distance = torch.hypot(distance[..., None], torch.fft.fftfreq(side) * min(sides))
+    return distance.round().long()

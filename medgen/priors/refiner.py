@@ -1,4 +1,4 @@
-"""The refiner: a conditional flow on pixels that draws the detail which a decoder leaves out.
+"""The refiner: a conditional flow on pixels or voxels that draws the detail which a decoder leaves out.
 
 A decoder trained with pixel losses gives the mean of all images that fit a latent, which is blurred where they differ.
 The refiner samples one of them: the residual x - d of an image x and its decoded latent d, given d, by flow matching
@@ -20,9 +20,9 @@ Prior and flow both have slightly less contrast than real images. A gain for eac
 split after the flow is trained, corrects this.
 
 Pixels are moved to channels in patches of at most 4×4 (space-to-depth): the network works on a grid of 32 positions a
-side up to 128 px, and of a quarter of the image's side above.
+side up to 128 px, and of a quarter of the image's side above. Patches of volumes have 2×2×2 voxels.
 
-Shapes: B batch, C H W image, D latent, P side of a patch.
+Shapes: B batch, C H W image (of a volume C D H W), H W // 2 + 1 frequencies of `rfftn` (of a volume D H W // 2 + 1).
 """
 
 import math
@@ -44,8 +44,10 @@ from medgen.nn.parallel import randn
 from medgen.nn.velocity import VelocityNetwork
 from medgen.priors.neural import load_network
 
-GRID_SIDE = 32  # least side of the network's grid, where the image size allows
-PATCH_SIDES = (4, 2)  # in larger patches, one position would have to predict too many pixels
+# by the number of sides of an image or volume
+GRID_SIDE = {2: 32, 3: 8}  # least side of the network's grid, where the image size allows
+PATCH_SIDES = {2: (4, 2), 3: (2,)}  # in larger patches, one position would have to predict too many pixels
+ATTENTION_SIDE = {2: 16, 3: 8}  # largest grid with self-attention: anatomical structures are related across the image
 LEAD = 0.5  # exponent of the power by which a frequency is ahead: 0 all alike, 1 as with white noise on pixels
 EMPHASIS = 0.25  # exponent of the power in the loss: frequencies of much power are few and carry the structure; 0: none
 STATISTICS = ("residual_scale", "spectrum", "latent_scale", "gain")  # arguments of `Refiner` computed from images
@@ -59,12 +61,12 @@ class Refiner:
     Args:
         network: made by `build_network`.
         params: the parameters.
-        image_shape: (C, H, W).
+        image_shape: (C, H, W) or (C, D, H, W).
         num_classes: that the network is conditioned on; 0 for none.
         residual_scale: (C,) root-mean-square residual of each channel.
-        spectrum: (C, H, W // 2 + 1) mean power of the standardised residual at each frequency of `rfft2`.
+        spectrum: (C, H, W // 2 + 1) mean power of the standardised residual at each frequency of `rfftn`.
         latent_scale: (*latent_shape) standard deviation of each dimension of the train split's latents.
-        gain: (H, W // 2 + 1) of refined images at each frequency of `rfft2`; 1 by default.
+        gain: (H, W // 2 + 1) of refined images at each frequency of `rfftn`; 1 by default.
         space: conditions besides the class that the network takes; None for none.
     """
 
@@ -72,7 +74,7 @@ class Refiner:
         self,
         network: nn.Module,
         params: config.Refiner,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         num_classes: int,
         residual_scale: Tensor,
         spectrum: Tensor,
@@ -91,7 +93,7 @@ class Refiner:
     def create(
         cls,
         params: config.Refiner,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         num_classes: int,
         residual_scale: Tensor,
         spectrum: Tensor,
@@ -221,17 +223,17 @@ class Refiner:
         conditions: Conditions | None,
     ) -> Tensor:
         """dy/dθ at `y` (B, C, H, W) and times (B,)."""
-        patches, context = (F.pixel_unshuffle(image, self.patch) for image in (y, 2.0 * decoded - 1.0))
+        patches, context = (to_channels(image, self.patch) for image in (y, 2.0 * decoded - 1.0))
         if conditions is None:
-            return F.pixel_shuffle(network(patches, time, labels, context, levels).float(), self.patch)
+            return from_channels(network(patches, time, labels, context, levels).float(), self.patch)
         if (maps := conditions.on_image(decoded.shape[2:])) is not None:
-            context = torch.cat([context, F.pixel_unshuffle(maps, self.patch)], dim=1)
+            context = torch.cat([context, to_channels(maps, self.patch)], dim=1)
         velocity = network(patches, time, labels, context, levels, conditions.values)
-        return F.pixel_shuffle(velocity.float(), self.patch)
+        return from_channels(velocity.float(), self.patch)
 
     def _angle(self, time: Tensor) -> Tensor:
         """θ (B, C, H, W // 2 + 1) of each frequency at times (B,) in [0, 1]: from 0 to π/2."""
-        angle = (0.5 * math.pi * time)[:, None, None, None]
+        angle = (0.5 * math.pi * time).view(-1, *[1] * self.spectrum.dim())
         return torch.atan2(angle.sin() * self._relative_deviation().to(time.device) ** LEAD, angle.cos())
 
     def _relative_deviation(self) -> Tensor:
@@ -240,50 +242,72 @@ class Refiner:
         return deviation / deviation.log().mean().exp()
 
     def _scale(self, images: Tensor) -> Tensor:
-        return self.residual_scale.to(images.device).view(1, -1, 1, 1)
+        return self.residual_scale.to(images.device).view(1, -1, *[1] * (images.dim() - 2))
 
 
 def _filter(images: Tensor, gains: Tensor) -> Tensor:
-    """Images (B, C, H, W) with each frequency of `rfft2` multiplied by its gain."""
+    """Images (B, C, H, W) with each frequency of `rfftn` multiplied by its gain."""
+    axes = tuple(range(2, images.dim()))
     with torch.autocast(images.device.type, enabled=False):
-        filtered: Tensor = torch.fft.irfft2(
-            torch.fft.rfft2(images.float()) * gains.to(images.device), s=images.shape[-2:]
-        )
+        spectrum = torch.fft.rfftn(images.float(), dim=axes) * gains.to(images.device)
+        filtered: Tensor = torch.fft.irfftn(spectrum, s=images.shape[2:], dim=axes)
         return filtered
 
 
 def _rotate(images: Tensor, others: Tensor, angle: Tensor) -> Tensor:
-    """cos θ · images + sin θ · others, each (B, C, H, W), with an angle for each frequency of `rfft2`."""
+    """cos θ · images + sin θ · others, each (B, C, H, W), with an angle for each frequency of `rfftn`."""
     return _filter(images, angle.cos()) + _filter(others, angle.sin())
 
 
 def build_network(
-    params: config.Refiner, image_shape: tuple[int, int, int], num_classes: int, space: ConditionSpace | None = None
+    params: config.Refiner, image_shape: tuple[int, ...], num_classes: int, space: ConditionSpace | None = None
 ) -> VelocityNetwork:
-    """Build the untrained network for images (C, H, W)."""
-    (channels, height, width), patch = image_shape, patch_size(image_shape)
-    shape = (channels * patch**2, height // patch, width // patch)
+    """Build the untrained network for images (C, H, W) or volumes (C, D, H, W)."""
+    (channels, *sides), patch = image_shape, patch_size(image_shape)
+    pixels = patch ** len(sides)
+    shape = (channels * pixels, *(side // patch for side in sides))
     return VelocityNetwork(
         shape,
         num_classes,
         params.channels,
         params.blocks,
         params.dropout,
-        context_channels=shape[0] + (0 if space is None else space.map_channels * patch**2),
+        context_channels=shape[0] + (0 if space is None else space.map_channels * pixels),
         has_noise_level=True,
         smallest_side=min(8, min(shape[1:]) // 4),
-        attention_side=16,  # anatomical structures are related across the whole image
+        attention_side=ATTENTION_SIDE[len(sides)],
         num_values=0 if space is None else space.size,
     )
 
 
-def patch_size(image_shape: tuple[int, int, int]) -> int:
-    """Side of a patch: the largest of 4, 2 and 1 that divides both sides and leaves a grid of at least `GRID_SIDE`."""
+def patch_size(image_shape: tuple[int, ...]) -> int:
+    """Side of a patch: the largest of `PATCH_SIDES` that divides all sides and leaves a grid of `GRID_SIDE`, else 1."""
     _, *sides = image_shape
+    least = GRID_SIDE[len(sides)]
     fitting = (
-        patch for patch in PATCH_SIDES if all(side % patch == 0 and side // patch >= GRID_SIDE for side in sides)
+        patch
+        for patch in PATCH_SIDES[len(sides)]
+        if all(side % patch == 0 and side // patch >= least for side in sides)
     )
     return next(fitting, 1)
+
+
+def to_channels(images: Tensor, patch: int) -> Tensor:
+    """Move the pixels of patches to channels: (B, C, H, W) -> (B, C·P², H / P, W / P), with P³ for volumes."""
+    if images.dim() == 4:
+        return F.pixel_unshuffle(images, patch)
+    b, c, *sides = images.shape
+    d, h, w = (side // patch for side in sides)
+    return images.reshape(b, c, d, patch, h, patch, w, patch).permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+
+
+def from_channels(patches: Tensor, patch: int) -> Tensor:
+    """Inverse of `to_channels`."""
+    if patches.dim() == 4:
+        return F.pixel_shuffle(patches, patch)
+    b, c, *grid = patches.shape
+    pixels = patches.reshape(b, c // patch**3, patch, patch, patch, *grid).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return pixels.reshape(b, c // patch**3, *(patch * side for side in grid))
 
 
 def save_refiner(folder: Path, refiner: Refiner, model: str) -> None:

@@ -3,6 +3,7 @@
 medgen refiner
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ from medgen.training.state import TrainingTask
 
 NUM_SHOWN = 8
 MIN_RESIDUAL = 1e-3  # a perfect decoder leaves nothing to scale
-NUM_GAIN_SAMPLES = 256  # samples that the gain is fitted on
+# by the number of sides of an image or volume: samples that the gain is fitted on, and how many are drawn at a time
+GAIN_SAMPLES = {2: (256, 64), 3: (64, 4)}
 NUM_GAIN_IMAGES = 2048  # train images that they are compared with, at most
 MAX_GAIN = 1.25  # a larger gain would also amplify artefacts
 MIN_RADIAL_POWER = 1e-12  # of a frequency in train images and samples: blank images have none
 MIN_POWER = 1e-3  # of the standardised residual at a frequency, whose mean power is 1
+MAX_VOXELS = 1 << 23  # of a volume, which the network takes as a whole; no image has as many pixels
 # source files that decide the trained weights
 CODE = (
     "data/conditions.py",
@@ -63,16 +66,19 @@ def run(project: Project, *, refiner: config.Refiner, tracking: Tracking) -> Ref
         store = open_store(project.dataset)
         model, info = bundle.load_for(store, project.model, world.device)
         digest = bundle.digest(project.model)
-        if refiner.enabled and store.preprocess.has_volumes:
-            raise UserError(
-                "refiner.enabled: true, but the refiner works on images, and the dataset has volumes; set false"
-            )
         if not refiner.enabled or not isinstance(model, GenerativeModel):
             if world.is_main:
                 save_disabled(project.refiner, digest)
                 reason = "refiner.enabled is false" if not refiner.enabled else f"{info.model.name} finds masks"
                 say(f"no refiner: {reason}")
             return None
+        if math.prod(store.image_shape) > MAX_VOXELS:
+            shown = " x ".join(map(str, store.image_shape[1:]))
+            raise UserError(
+                f"refiner.enabled: true, but the dataset has volumes of {shown}, and the refiner trains on whole "
+                f"volumes of at most {MAX_VOXELS:,} voxels, such as 192 x 192 x 192; set it to false, or choose a "
+                "smaller preprocess.image_size"
+            )
         prior = load_prior(project.prior, digest, world.device)
         latents = encode_dataset(store, model, digest, project.runs / info.run, world)[0].means
         task = RefinerTask(model, store, latent_deviation(latents), refiner, world)
@@ -115,8 +121,8 @@ class RefinerTask(TrainingTask):
         self.validation = self._loader(val if len(val.images) else split)
         self.precision = pick_precision("auto", world.device)
         num_classes = len(store.classes) if params.conditional else 0
-        shape = store.plane_shape  # of an image
-        flat = torch.ones(shape[0], shape[1], shape[2] // 2 + 1)
+        shape = store.image_shape
+        flat = torch.ones(*shape[:-1], shape[-1] // 2 + 1)
         self.refiner = Refiner.create(params, shape, num_classes, torch.ones(shape[0]), flat, latent_scale, space)
         self.refiner.residual_scale, self.refiner.spectrum = self._residual_statistics(self._loader(split))
         self.model = self.refiner.network.to(world.device)
@@ -189,11 +195,11 @@ class RefinerTask(TrainingTask):
         for batch in loader.sequential():
             generator = batch.generator(self.params.seed, 4)
             residual = batch.image - self._decode_noised(batch, generator)[0]
-            weight = len(residual) / loader.num_images
-            variance += weight * residual.double().square().mean((0, 2, 3)).cpu()
-            power += weight * torch.fft.rfft2(residual, norm="ortho").abs().square().double().mean(0).cpu()
+            weight, axes = len(residual) / loader.num_images, tuple(range(2, residual.dim()))
+            variance += weight * residual.double().square().mean((0, *axes)).cpu()
+            power += weight * torch.fft.rfftn(residual, dim=axes, norm="ortho").abs().square().double().mean(0).cpu()
         variance, power = self.world.sum(variance).clamp_min(MIN_RESIDUAL**2), self.world.sum(power)
-        spectrum = (power / variance[:, None, None]).clamp_min(MIN_POWER)
+        spectrum = (power / variance.view(-1, *[1] * (power.dim() - 1))).clamp_min(MIN_POWER)
         return variance.sqrt().float(), spectrum.float()
 
 
@@ -202,7 +208,9 @@ def fit_gain(refiner: Refiner, decoder: Decoder, prior: Prior, store: Store) -> 
 
     Frequency 0, the mean, keeps a gain of 1. Frequencies above the Nyquist frequency (in the corners) have its gain.
     """
-    samples = sample_images(prior, decoder, NUM_GAIN_SAMPLES, None, seed_of(refiner.params.seed, 5), refiner=refiner)
+    _, *sides = refiner.image_shape
+    count, size = GAIN_SAMPLES[len(sides)]
+    samples = sample_images(prior, decoder, count, None, seed_of(refiner.params.seed, 5), size, refiner)
     split = store.split("train")
     subset = NUM_GAIN_IMAGES if len(split.images) > NUM_GAIN_IMAGES else None
     loader = Loader(split, refiner.params.batch_size, torch.device("cpu"), subset=subset)
@@ -210,8 +218,7 @@ def fit_gain(refiner: Refiner, decoder: Decoder, prior: Prior, store: Store) -> 
     drawn = radial_power(samples)
     ratio = real.mean(0).clamp_min(MIN_RADIAL_POWER) / drawn.mean(0).clamp_min(MIN_RADIAL_POWER)
     gains = torch.cat([torch.ones(1), ratio.sqrt().clamp(1.0 / MAX_GAIN, MAX_GAIN)])
-    _, height, width = refiner.image_shape
-    return gains[radial_index(height, width).clamp(max=len(gains) - 1)][:, : width // 2 + 1]
+    return gains[radial_index(*sides).clamp(max=len(gains) - 1)][..., : sides[-1] // 2 + 1]
 
 
 def latent_deviation(latents: LatentArray) -> Tensor:

@@ -23,6 +23,22 @@ def test_radial_power_of_colour_images_agrees_with_numpy() -> None:
     assert radial_power(image)[0].tolist() == pytest.approx((expected / counts).tolist(), rel=1e-4)
 
 
+def test_radial_power_of_volumes_agrees_with_numpy() -> None:
+    shape = (8, 12, 10)
+    volume = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0))
+    windows = [0.5 - 0.5 * np.cos(2 * np.pi * np.arange(side) / side) for side in shape]
+    centred = volume[0, 0].numpy().astype(float)
+    power = np.abs(np.fft.fftn((centred - centred.mean()) * np.einsum("i,j,k->ijk", *windows))) ** 2 / np.prod(shape)
+    cycles = [8 * np.fft.fftfreq(side) for side in shape]  # of the shortest side
+    found = {radius: [] for radius in range(1, 5)}
+    for index in np.ndindex(*shape):
+        radius = round(float(np.sqrt(sum(axis[i] ** 2 for axis, i in zip(cycles, index, strict=True)))))
+        if radius in found:
+            found[radius].append(power[index])
+    expected = [np.mean(values) for values in found.values()]
+    assert radial_power(volume)[0].tolist() == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(("frequency", "size"), [(3, 64), (20, 64), (40, 128)])
 def test_a_wave_has_its_maximum_power_at_its_frequency(frequency: int, size: int) -> None:
     wave = 0.5 + 0.4 * torch.sin(2 * torch.pi * frequency * torch.arange(size) / size)

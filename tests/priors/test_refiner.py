@@ -3,12 +3,21 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from medgen.config import Refiner as Params
 from medgen.errors import UserError
-from medgen.priors.refiner import Refiner, load_refiner, patch_size, save_disabled, save_refiner
+from medgen.priors.refiner import (
+    Refiner,
+    from_channels,
+    load_refiner,
+    patch_size,
+    save_disabled,
+    save_refiner,
+    to_channels,
+)
 
 PARAMS = Params(enabled=True, channels=8, blocks=1, sampling_steps=2)
 LATENT = (2, 4, 4)
@@ -16,9 +25,9 @@ LATENT = (2, 4, 4)
 
 def create(image_shape=(1, 16, 16), num_classes=3, params=PARAMS, trained=True):
     """A refiner; `trained` adds noise to its weights, whose output is 0 before training."""
-    channels, height, width = image_shape
+    channels, *sides, width = image_shape
     generator = torch.Generator().manual_seed(1)
-    scales = torch.full((channels,), 0.2), torch.ones(channels, height, width // 2 + 1)
+    scales = torch.full((channels,), 0.2), torch.ones(channels, *sides, width // 2 + 1)
     refiner = Refiner.create(params, image_shape, num_classes, *scales, torch.rand(LATENT, generator=generator))
     if trained:
         generator = torch.Generator().manual_seed(2)
@@ -57,13 +66,28 @@ class Decoder:
         ((130, 130), 2),  # 4 does not divide it
         ((65, 128), 1),
         ((224, 224), 4),
+        ((16, 16, 16), 2),
+        ((28, 28, 28), 2),
+        ((96, 80, 64), 2),
+        ((12, 28, 28), 1),  # a grid of 6 × 14 × 14 would be too small
     ],
 )
-def test_a_patch_leaves_a_grid_of_at_least_32_positions_a_side(sides, patch):
+def test_a_patch_leaves_a_grid_of_at_least_32_positions_a_side_or_8_in_volumes(sides, patch):
     assert patch_size((1, *sides)) == patch
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 16), (1, 17, 23), (1, 64, 66), (3, 15, 64)])
+def test_voxels_of_a_patch_become_channels_and_return():
+    volumes = torch.rand(2, 3, 4, 6, 8)
+    patches = to_channels(volumes, 2)
+    assert patches.shape == (2, 24, 2, 3, 4)
+    for c, i, j, k in np.ndindex(3, 2, 2, 2):
+        assert patches[:, 8 * c + 4 * i + 2 * j + k].equal(volumes[:, c, i::2, j::2, k::2])
+    assert from_channels(patches, 2).equal(volumes)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (3, 16, 16), (1, 17, 23), (1, 64, 66), (3, 15, 64), (1, 16, 20, 28), (1, 12, 17, 16)]
+)
 def test_refined_images_have_the_shape_and_range_of_their_input(shape):
     refiner, decoded = create(shape), torch.rand(2, *shape)
     images = refined(refiner, decoded, torch.tensor([0, 2]))
@@ -101,6 +125,19 @@ def test_an_untrained_refiner_adds_noise_of_the_residuals_spectrum(steps, solver
     residual = (refined(refiner, torch.full((4000, 1, 8, 8), 0.5)) - 0.5) / 0.01
     power = torch.fft.rfft2(residual, norm="ortho").abs().square().mean(0)
     torch.testing.assert_close(power, refiner.spectrum, rtol=0.12, atol=0.0)
+
+
+def test_an_untrained_refiner_of_volumes_adds_noise_of_the_residuals_spectrum():
+    """By NumPy: the power depends on all three frequencies."""
+    params = PARAMS.model_copy(update={"solver": "euler", "sampling_steps": 1})
+    refiner = create((1, 4, 8, 6), params=params, trained=False)
+    depth, height, width = np.meshgrid(*(np.fft.fftfreq(side) for side in (4, 8, 6)), indexing="ij")
+    expected = 1.0 / (0.05 + depth**2 + 2.0 * height**2 + 3.0 * width**2)
+    refiner.spectrum = torch.from_numpy(expected[None, ..., :4]).float()
+    refiner.residual_scale = torch.tensor([0.01])  # so that no voxel is clamped
+    residual = (refined(refiner, torch.full((1500, 1, 4, 8, 6), 0.5)).double().numpy() - 0.5) / 0.01
+    power = (np.abs(np.fft.fftn(residual[:, 0], axes=(1, 2, 3), norm="ortho")) ** 2).mean(0)
+    np.testing.assert_allclose(power, expected, rtol=0.18)
 
 
 def test_the_gain_multiplies_each_frequency_of_a_refined_image():
@@ -205,13 +242,14 @@ def test_images_of_a_batch_do_not_affect_each_other():
     assert not both[0].equal(none[0])
 
 
-def test_a_saved_refiner_loads_unchanged(tmp_path):
-    refiner = create((3, 16, 16))
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 16, 16, 20)])
+def test_a_saved_refiner_loads_unchanged(tmp_path, shape):
+    refiner = create(shape)
     save_refiner(tmp_path / "a", refiner, "m")
     loaded = load_refiner(tmp_path / "a", "m")
     assert loaded is not None
-    assert loaded.params == PARAMS and loaded.image_shape == (3, 16, 16) and loaded.num_classes == 3
-    decoded, labels = torch.rand(2, 3, 16, 16), torch.tensor([0, 2])
+    assert loaded.params == PARAMS and loaded.image_shape == shape and loaded.num_classes == 3
+    decoded, labels = torch.rand(2, *shape), torch.tensor([0, 2])
     assert refined(loaded, decoded, labels, level=0.3).equal(refined(refiner, decoded, labels, level=0.3))
     assert loaded.latent_scale.equal(refiner.latent_scale)
     save_refiner(tmp_path / "b", loaded, "m")
@@ -280,27 +318,31 @@ def test_the_refiner_of_another_model_is_refused(tmp_path):
         load_refiner(tmp_path, "b" * 64)
 
 
-def test_training_learns_the_distribution_of_the_residual():
-    """Residuals are ±0.2 in fields of 2×2 pixels, with a random sign for each field."""
+@pytest.mark.parametrize(("sides", "bias"), [((8, 8), 0.04), ((4, 4, 4), 0.08)])  # the volume has half as many fields
+def test_training_learns_the_distribution_of_the_residual(sides, bias):
+    """Residuals are ±0.2 in fields of 2 pixels a side, with a random sign for each field."""
     params = PARAMS.model_copy(update={"channels": 16, "sampling_steps": 8})
-    refiner = create((1, 8, 8), 0, params, trained=False)
+    refiner = create((1, *sides), 0, params, trained=False)
     optimizer = torch.optim.Adam(refiner.network.parameters(), lr=4e-3)
     generator = torch.Generator().manual_seed(0)
 
     def fields(n):
-        signs = torch.randint(2, (n, 1, 4, 4), generator=generator).mul(2).sub(1).float()
-        return 0.2 * signs.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        signs = torch.randint(2, (n, 1, *(side // 2 for side in sides)), generator=generator).mul(2).sub(1).float()
+        for axis in range(2, signs.dim()):
+            signs = signs.repeat_interleave(2, axis)
+        return 0.2 * signs
 
     for _ in range(300):
-        decoded = 0.3 + 0.4 * torch.rand(16, 1, 1, 1, generator=generator).expand(-1, 1, 8, 8)
+        greys = torch.rand(16, generator=generator).view(16, 1, *[1] * len(sides))
+        decoded = 0.3 + 0.4 * greys.expand(-1, 1, *sides)
         levels, labels = torch.rand(16, generator=generator), torch.full((16,), -1)
         loss = refiner.loss(refiner.network, decoded + fields(16), decoded, levels, labels, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    decoded = torch.full((64, 1, 8, 8), 0.5)
+    decoded = torch.full((64, 1, *sides), 0.5)
     residual = refined(refiner, decoded) - decoded
-    assert abs(float(residual.mean())) < 0.04
+    assert abs(float(residual.mean())) < bias
     assert float(residual.std()) == pytest.approx(0.2, rel=0.2)
     inside = residual[..., ::2, ::2] - residual[..., 1::2, 1::2]  # of one field
     across = residual[..., 1:-1:2, 1:-1:2] - residual[..., 2::2, 2::2]  # of two
