@@ -143,3 +143,21 @@ def upsample(in_channels: int, out_channels: int, kind: str, dims: int = 2) -> n
 def linear_upsample(dims: int = 2) -> nn.Upsample:
     """(B, C, H, W) -> (B, C, 2H, 2W), without the checkerboard artefacts of a transposed convolution."""
     return nn.Upsample(scale_factor=2.0, mode="bilinear" if dims == 2 else "trilinear")
+
+
+def to_channels(images: Tensor, patch: int) -> Tensor:
+    """Move the pixels of patches to channels: (B, C, H, W) -> (B, C·P², H / P, W / P), with P³ for volumes."""
+    if images.dim() == 4:
+        return F.pixel_unshuffle(images, patch)
+    b, c, *sides = images.shape
+    d, h, w = (side // patch for side in sides)
+    return images.reshape(b, c, d, patch, h, patch, w, patch).permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+
+
+def from_channels(patches: Tensor, patch: int) -> Tensor:
+    """Inverse of `to_channels`."""
+    if patches.dim() == 4:
+        return F.pixel_shuffle(patches, patch)
+    b, c, *grid = patches.shape
+    pixels = patches.reshape(b, c // patch**3, patch, patch, patch, *grid).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return pixels.reshape(b, c // patch**3, *(patch * side for side in grid))

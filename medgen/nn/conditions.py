@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from medgen.data.conditions import ConditionField, ConditionSpace
 from medgen.data.images import to_floats
 from medgen.data.store import Split
+from medgen.nn.blocks import to_channels
 from medgen.nn.parallel import rand
 
 DROPOUT = 0.1  # of the label and all conditions together; with conditions also of each alone
@@ -95,7 +96,7 @@ class Conditions:
             pool: Callable[[Tensor, Any], Tensor] = F.adaptive_avg_pool2d if len(fine) == 2 else F.adaptive_avg_pool3d
             maps = pool(self.maps, fine)
         assert maps is not None
-        return Conditions(self.values, unshuffle(maps, factor))
+        return Conditions(self.values, to_channels(maps, factor))
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,6 @@ def grid_factor(sides: tuple[int, ...]) -> int:
 def grid_channels(space: ConditionSpace | None, sides: tuple[int, ...]) -> int:
     """G, channels of `Conditions.on_grid`; 0 without maps."""
     return 0 if space is None else space.map_channels * grid_factor(sides) ** len(sides)
-
-
-def unshuffle(maps: Tensor, factor: int) -> Tensor:
-    """Maps (B, M, h·f, w·f) -> (B, M·f², h, w), as `torch.nn.functional.pixel_unshuffle`, and the same of volumes."""
-    dims = maps.dim() - 2
-    parts = maps.reshape(*maps.shape[:2], *(part for side in maps.shape[2:] for part in (side // factor, factor)))
-    order = (0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2))
-    return parts.permute(order).flatten(1, 1 + dims)
 
 
 def drop_conditions(

@@ -31,7 +31,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medgen import config
 from medgen.config import seed_of
@@ -39,6 +38,7 @@ from medgen.data.conditions import ConditionSpace
 from medgen.errors import UserError
 from medgen.io import parsing, read_description, read_tensors, save_artifact, to_json, write_folder
 from medgen.models.base import Decoder
+from medgen.nn.blocks import from_channels, to_channels
 from medgen.nn.conditions import Conditions, drop_conditions
 from medgen.nn.parallel import randn
 from medgen.nn.velocity import VelocityNetwork
@@ -290,24 +290,6 @@ def patch_size(image_shape: tuple[int, ...]) -> int:
         if all(side % patch == 0 and side // patch >= least for side in sides)
     )
     return next(fitting, 1)
-
-
-def to_channels(images: Tensor, patch: int) -> Tensor:
-    """Move the pixels of patches to channels: (B, C, H, W) -> (B, C·P², H / P, W / P), with P³ for volumes."""
-    if images.dim() == 4:
-        return F.pixel_unshuffle(images, patch)
-    b, c, *sides = images.shape
-    d, h, w = (side // patch for side in sides)
-    return images.reshape(b, c, d, patch, h, patch, w, patch).permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-
-
-def from_channels(patches: Tensor, patch: int) -> Tensor:
-    """Inverse of `to_channels`."""
-    if patches.dim() == 4:
-        return F.pixel_shuffle(patches, patch)
-    b, c, *grid = patches.shape
-    pixels = patches.reshape(b, c // patch**3, patch, patch, patch, *grid).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return pixels.reshape(b, c // patch**3, *(patch * side for side in grid))
 
 
 def save_refiner(folder: Path, refiner: Refiner, model: str) -> None:

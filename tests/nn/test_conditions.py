@@ -16,7 +16,6 @@ from medgen.nn.conditions import (
     drop_conditions,
     encode_map,
     grid_channels,
-    unshuffle,
 )
 
 KINDS = {"sex": {"kind": "category"}, "mask": {"kind": "mask"}, "age": {"kind": "number", "low": 0, "high": 100}}
@@ -65,16 +64,6 @@ def test_an_image_has_a_channel_that_tells_that_it_is_known_and_its_grey_values(
     (known,) = encode_map(field, pixels, torch.tensor([True]))
     assert torch.allclose(known, torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.0, 0.2], [0.4, 1.0]]]))
     assert not encode_map(field, pixels, torch.tensor([False])).any()
-
-
-@pytest.mark.parametrize("factor", [1, 2, 4])
-def test_unshuffle_is_that_of_torch_and_the_same_of_volumes(factor: int) -> None:
-    images = torch.rand(2, 3, 8, 12, generator=generator())
-    assert torch.equal(unshuffle(images, factor), torch.nn.functional.pixel_unshuffle(images, factor))
-    volumes = torch.rand(2, 3, 4, 8, 12, generator=generator())
-    found = unshuffle(volumes, factor).unflatten(1, (3, factor, factor, factor))
-    for d, h, w in np.ndindex(factor, factor, factor):
-        assert torch.equal(found[:, :, d, h, w], volumes[:, :, d::factor, h::factor, w::factor])
 
 
 @pytest.mark.parametrize(("sides", "factor"), [((4, 4, 6), 2), ((8, 8, 8), 1), ((2, 4, 4), 4)])

@@ -11,12 +11,10 @@ from medgen.config import Refiner as Params
 from medgen.errors import UserError
 from medgen.priors.refiner import (
     Refiner,
-    from_channels,
     load_refiner,
     patch_size,
     save_disabled,
     save_refiner,
-    to_channels,
 )
 
 PARAMS = Params(enabled=True, channels=8, blocks=1, sampling_steps=2)
@@ -74,15 +72,6 @@ class Decoder:
 )
 def test_a_patch_leaves_a_grid_of_at_least_32_positions_a_side_or_8_in_volumes(sides, patch):
     assert patch_size((1, *sides)) == patch
-
-
-def test_voxels_of_a_patch_become_channels_and_return():
-    volumes = torch.rand(2, 3, 4, 6, 8)
-    patches = to_channels(volumes, 2)
-    assert patches.shape == (2, 24, 2, 3, 4)
-    for c, i, j, k in np.ndindex(3, 2, 2, 2):
-        assert patches[:, 8 * c + 4 * i + 2 * j + k].equal(volumes[:, c, i::2, j::2, k::2])
-    assert from_channels(patches, 2).equal(volumes)
 
 
 @pytest.mark.parametrize(
