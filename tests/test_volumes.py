@@ -367,7 +367,7 @@ def test_masks_and_volumes_are_conditions_of_volumes(
             prior.run(project, prior=params, tracking=OFF)
         return
     assert prior.run(project, prior=params, tracking=OFF) is not None
-    refiner.run(project, refiner=Refiner(), tracking=OFF)
+    refiner.run(project, refiner=REFINER, tracking=OFF)
     file = next((tmp_path / "data" / "masks").iterdir())
     texts = ["", f"mask={file}", f"contrast={tmp_path / 'data' / 'contrast' / file.name}"]
     drawn = [
