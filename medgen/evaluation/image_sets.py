@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from medgen.data.arrays import check_images
 from medgen.data.images import Images, StoredPlanes, maximum, middle_planes, split_images, to_floats, to_stored
@@ -102,7 +101,7 @@ def evaluate(
         features = real.measured.features
         if trained_on is not None:
             features = _measure(trained_on.subsample(MAX_BANDWIDTH_IMAGES), network).measured.features
-        bandwidth = _bandwidth(features)
+        bandwidth = median_distance(features)
     intervals = _compare(own, real, bandwidth, seed)
     if network is not None:
         intervals |= prdc_intervals(real.measured.content, own.measured.content, real.groups, own.groups)
@@ -183,10 +182,3 @@ def _measure(images: _CheckedImages, network: DomainExtractor | None) -> _Measur
     features = torch.empty(len(pixels), 0) if network is None else extract_features(network, pixels, BATCH_SIZE)
     power = torch.cat([radial_power(part) for part in split_images(pixels, BATCH_SIZE)])
     return _MeasuredImages(pixels, ImageSet(features, power), images.groups)
-
-
-def _bandwidth(features: Tensor) -> float:
-    bandwidth = median_distance(features)
-    if not bandwidth > 0.0:
-        raise UserError("reference, train: most images are equal; expected different real images")
-    return bandwidth
