@@ -16,7 +16,7 @@ from medgen.nn.ssim import ssim
 _MIN_MSE = 1e-10  # limits the PSNR of identical images to 100 dB
 _MAX_SQUARE = 4096  # side of the largest matrix that is decomposed (a minute on two cores)
 _MAX_IMAGES = 1 << 16  # for principal components
-_PIXELS_PER_CHUNK = 1 << 24  # float64 values in memory at once while summing over pixels
+_PIXELS_PER_CHUNK = 1 << 22  # float64 values in memory at once while summing over pixels
 
 
 def l1(original: Tensor, reconstruction: Tensor) -> Tensor:
