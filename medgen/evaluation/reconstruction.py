@@ -90,12 +90,14 @@ class _Sums:
 def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
     """Reconstruct the held-out split with the decoder, batch by batch, and compare it with the originals."""
     names, count = reconstruction.score_names(min(context.store.image_shape[1:])), len(context.held_out)
-    scores, sums = [torch.empty(0, len(names), dtype=torch.float64)], _Sums(context)
-    for rows in own_batches(context.world, count, context.params.batch_size):
+    batches, sums = own_batches(context.world, count, context.params.batch_size), _Sums(context)
+    # one array: small tensors kept between large ones would keep the memory of the large ones from being reused
+    scores = torch.empty(sum(map(len, batches)), len(names), dtype=torch.float64)
+    for rows in batches:
         originals, latent, decoded = reconstruct_rows(context, rows)
-        scores.append(reconstruction.score_images(to_floats(originals), decoded))
+        scores[rows - batches[0][0]] = reconstruction.score_images(to_floats(originals), decoded)
         sums.add(originals, latent, context.to_stored(decoded))
-    columns = dict(zip(names, context.world.concat(torch.cat(scores)).unbind(dim=1), strict=True))
+    columns = dict(zip(names, context.world.concat(scores).unbind(dim=1), strict=True))
     metrics = {f"reconstruction/{name}": float(values.mean()) for name, values in columns.items()}
     metrics |= interval_metrics("reconstruction", {"ssim": mean_interval(columns["ssim"], context.patients)})
     return Reconstructions(columns["ssim"], metrics | sums.metrics(context.world, count))
