@@ -15,7 +15,7 @@ import typer
 
 from medgen import __version__
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, is_out_of_memory, printable
-from medgen.machine import set_openmp_defaults
+from medgen.machine import reduce_garbage_collection, set_openmp_defaults
 
 if TYPE_CHECKING:
     from medgen.config import Project
@@ -86,6 +86,7 @@ class ExportFormat(Enum):
 def main() -> None:
     """Run the command line; docs/contract.md lists the exit codes."""
     set_openmp_defaults()
+    reduce_garbage_collection()
     try:
         app()
     except (UserError, NonFiniteError, TrainingInterrupted) as error:

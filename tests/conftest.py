@@ -45,7 +45,7 @@ socket.send_fds(server, [request], [0, 1, 2])
 sys.exit(ord(server.recv(1) or b"\\1"))
 """
 SERVER = """
-import json, os, socket, sys, threading
+import gc, json, os, socket, sys, threading
 import alembic.command, matplotlib.backends.backend_agg, mlflow.store.tracking.sqlalchemy_store, optuna
 import torch._dynamo, torchmetrics.functional.image
 import medgen.cli, medgen.evaluation.evaluate, medgen.registry.promotion, medgen.serving.generate, medgen.tune
@@ -53,6 +53,7 @@ from medgen.source import STAGES, stage_hashes
 for module in STAGES.values():
     stage_hashes(module)  # which parses all files once
 assert threading.active_count() == 1
+gc.freeze()  # a collection in a fork would copy the memory of all objects
 listener = socket.socket(fileno=int(sys.argv[1]))
 while True:
     connection, _ = listener.accept()

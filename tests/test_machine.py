@@ -75,3 +75,13 @@ def test_commands_set_them_before_torch_is_loaded(root: Path) -> None:
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True
     ).stdout.split()
     assert {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} <= {*found} and found[-1] == "False"
+
+
+def test_commands_collect_garbage_rarely_and_end_without_a_last_collection(root: Path) -> None:
+    code = (
+        "import atexit, gc; from medgen import cli; cli.app = lambda: print(gc.get_threshold()[0]);"
+        " atexit.register(lambda: print(len(gc.get_objects()))); cli.main()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    threshold, left = map(int, found.split())
+    assert threshold > 5000 and left < 10
