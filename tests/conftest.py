@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from benchmarks.campaign import servers
+from medgen.machine import reduce_garbage_collection
 
+reduce_garbage_collection()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers fill the cores. If each, and each process that a test starts, had a thread for every core too, the threads
     # would wait for each other in busy loops: several times slower. Read when torch is first imported, so set here.
