@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -74,10 +75,19 @@ def reduce_garbage_collection() -> None:
     """Collect garbage less often in this process, and not once more when it ends.
 
     torch and MLflow make about 500,000 objects that live as long as the process. To go through them again and again
-    takes a fifth of a short command's time, and once more at its end a second or two.
+    takes a fifth of a short command's time, and once more at its end half a second to two.
     """
     gc.set_threshold(10_000)  # new objects before a collection; Python's default is 700
-    atexit.register(gc.freeze)
+    atexit.register(skip_last_collection)
+
+
+def skip_last_collection() -> None:
+    """Keep Python from collecting garbage at the end of the process, unless triton is loaded.
+
+    The nanobind library in triton prints all its objects that were not collected.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def gpus() -> list[str]:

@@ -22,7 +22,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from medgen.config import Params
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError
-from medgen.machine import num_threads, reduce_garbage_collection, signal_handler
+from medgen.machine import num_threads, signal_handler
 from medgen.training.distributed import group_size
 
 # exit codes with which all processes end at the same step; 130 is Ctrl-C
@@ -116,7 +116,6 @@ def work(command: Callable[[], None]) -> int:
 
     With another code the process ends, and the launcher ends the others.
     """
-    reduce_garbage_collection()
     os.setpgrp()  # Ctrl-C reaches the launcher alone, which forwards it
     signal.signal(signal.SIGINT, signal.default_int_handler)  # torch sends SIGINT if the launcher is killed
     code: object = 0

@@ -27,7 +27,6 @@ from medgen.data.store import open_store
 from medgen.errors import NonFiniteError, TrainingInterrupted, UserError, is_out_of_memory
 from medgen.evaluation import evaluate
 from medgen.evaluation.data import load_evaluation
-from medgen.machine import reduce_garbage_collection
 from medgen.metrics.mmd import mmd
 from medgen.models import MODELS
 from medgen.registry import fetcher
@@ -116,7 +115,6 @@ def run_worker(search: Search, slot: WorkerSlot) -> None:
     log = (search.folder / f"worker_{slot.number}.log").open("a", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
-    reduce_garbage_collection()
     signal.signal(signal.SIGTERM, raise_interrupted)
     threading.Thread(target=terminate_after_parent, daemon=True).start()
     torch.set_num_threads(slot.threads)
