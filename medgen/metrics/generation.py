@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medgen.data.images import Images, to_floats
-from medgen.metrics.intervals import Groups, Interval, select_groups, two_set_intervals
+from medgen.metrics.intervals import Groups, Interval, largest_block, select_groups, two_set_intervals
 
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first
 _SSIM_WINDOW = 11
@@ -66,7 +66,8 @@ def prdc(real: Tensor, generated: Tensor) -> PRDC:
     size = min(len(real), len(generated))
     if size < 2:
         raise ValueError(f"prdc: expected at least 2 images in each set, found {len(real)} and {len(generated)}")
-    return PRDC(*_prdc(*_all_distances(subsample(real, size), subsample(generated, size))).tolist())
+    real, generated, rows = subsample(real, size), subsample(generated, size), torch.arange(size)
+    return PRDC(*_prdc(_distances(real, generated), _Neighbours(real), _Neighbours(generated), rows, rows).tolist())
 
 
 def prdc_intervals(
@@ -74,19 +75,18 @@ def prdc_intervals(
 ) -> dict[str, Interval]:
     """`prdc` with intervals by `two_set_intervals`; the keys are the fields of `PRDC`."""
     size = min(len(real), len(generated))
-    rows_real, rows_generated = (subsample(torch.arange(len(rows)), size) for rows in (real, generated))
-    distances = _all_distances(real[rows_real], generated[rows_generated])
+    real_rows, generated_rows = (subsample(torch.arange(len(images)), size) for images in (real, generated))
+    real, real_groups = real[real_rows], select_groups(real_groups, real_rows)
+    generated, generated_groups = generated[generated_rows], select_groups(generated_groups, generated_rows)
+    between = _distances(real, generated)
+    near_real = _Neighbours(real, largest_block(size, real_groups))
+    near_generated = _Neighbours(generated, largest_block(size, generated_groups))
 
     def statistic(kept_real: Tensor, kept_generated: Tensor) -> Tensor:
-        between, within_real, within_generated = distances
-        return _prdc(
-            between[kept_real][:, kept_generated],
-            within_real[kept_real][:, kept_real],
-            within_generated[kept_generated][:, kept_generated],
-        )
+        return _prdc(between[kept_real[:, None], kept_generated], near_real, near_generated, kept_real, kept_generated)
 
-    groups = select_groups(real_groups, rows_real), select_groups(generated_groups, rows_generated)
-    return dict(zip(PRDC._fields, two_set_intervals(statistic, size, size, *groups), strict=True))
+    intervals = two_set_intervals(statistic, size, size, real_groups, generated_groups)
+    return dict(zip(PRDC._fields, intervals, strict=True))
 
 
 def frechet_interval(
@@ -137,30 +137,40 @@ def subsample(rows: Tensor, size: int) -> Tensor:
     return rows[torch.arange(size) * len(rows) // size]
 
 
-def _prdc(between: Tensor, within_real: Tensor, within_generated: Tensor) -> Tensor:
-    """The fields of `PRDC` (4,) from distances: real to generated (n, m), among real and among generated images."""
+class _Neighbours:
+    """Distances from each image of a set, with features (N, D), to its nearest images, itself included.
+
+    Up to `num_left_out` of the images may be left out later.
+    """
+
+    def __init__(self, features: Tensor, num_left_out: int = 0) -> None:
+        count = min(len(features), 1 + max(NEIGHBOURS, _DENSITY_NEIGHBOURS) + num_left_out)
+        self.distances, self.rows = _distances(features, features).topk(count, largest=False)  # (N, count)
+
+    def radii(self, kept: Tensor, k: int) -> Tensor:
+        """Distance (n,) of each image in rows `kept` (n,) to the k-th nearest other image in them."""
+        is_kept = torch.zeros(len(self.rows), dtype=torch.bool)
+        is_kept[kept] = True
+        places = (is_kept[self.rows[kept]].cumsum(dim=1) <= k).sum(dim=1)  # k and not k - 1: the nearest is itself
+        return self.distances[kept, places]
+
+
+def _prdc(
+    between: Tensor, real: _Neighbours, generated: _Neighbours, kept_real: Tensor, kept_generated: Tensor
+) -> Tensor:
+    """The fields of `PRDC` (4,) of some rows; `between` (n, m) are their distances from real to generated images."""
     num_others = min(between.shape) - 1
     k = min(NEIGHBOURS, num_others)
     # The balls are closed in the first paper (precision and recall) and open in the second.
-    inside_real = between <= _radii(within_real, k)[:, None]
-    inside_generated = between <= _radii(within_generated, k)[None, :]
+    inside_real = between <= real.radii(kept_real, k)[:, None]
+    inside_generated = between <= generated.radii(kept_generated, k)[None, :]
     k = min(_DENSITY_NEIGHBOURS, num_others)
-    inside = between < _radii(within_real, k)[:, None]
+    inside = between < real.radii(kept_real, k)[:, None]
     shares = (inside_real.any(dim=0), inside_generated.any(dim=1), inside.sum(dim=0) / k, inside.any(dim=1))
     return torch.stack([share.double().mean() for share in shares])
 
 
-def _all_distances(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances from real to generated images (N, M), among real (N, N) and among generated images (M, M)."""
-    real, generated = real.double(), generated.double()
-    return _distances(real, generated), _distances(real, real), _distances(generated, generated)
-
-
 def _distances(left: Tensor, right: Tensor) -> Tensor:
+    """Euclidean distances (N, M) of features (N, D) and (M, D), float64."""
     # Not by inner products, whose rounding would give equal images a distance above 0.
-    return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _radii(within: Tensor, neighbours: int) -> Tensor:
-    """Distance (N,) of each image to its k-th nearest other image, from distances (N, N)."""
-    return within.kthvalue(neighbours + 1, dim=1).values  # + 1: the nearest is the image itself
+    return torch.cdist(left.double(), right.double(), compute_mode="donot_use_mm_for_euclid_dist")

@@ -63,6 +63,11 @@ def leave_out_blocks(count: int, groups: Groups) -> Iterator[Tensor]:
         yield kept.nonzero()[:, 0]
 
 
+def largest_block(count: int, groups: Groups) -> int:
+    """Largest number of images that `leave_out_blocks` leaves out at once."""
+    return max(count - len(rows) for rows in leave_out_blocks(count, groups))
+
+
 def leave_out_variance(estimates: Tensor) -> Tensor:
     """Jackknife variance (...) from the statistic (G, ...) with each of G groups left out once.
 

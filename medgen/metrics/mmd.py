@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, leave_out_variance, mean_variance
 
-_ROWS_PER_BLOCK = 1024  # rows of the kernel matrix in memory at once
+_VALUES_PER_BLOCK = 1 << 20  # of the kernel matrix in memory at once
 MAX_BANDWIDTH_IMAGES = 1000  # train images whose distances give the bandwidth
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -157,4 +157,5 @@ def _within_set(images: Tensor, kernel: Kernel, members: list[Tensor], between: 
 
 def _row_sums(left: Tensor, right: Tensor, kernel: Kernel) -> Tensor:
     """Sums (N,) over `right` (M, D) of the kernel with each row of `left` (N, D)."""
-    return torch.cat([kernel(rows, right).sum(dim=1) for rows in torch.split(left, _ROWS_PER_BLOCK)])
+    blocks = torch.split(left, max(1, _VALUES_PER_BLOCK // len(right)))
+    return torch.cat([kernel(rows, right).sum(dim=1) for rows in blocks])

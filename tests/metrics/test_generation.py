@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from medgen.metrics import generation
+from medgen.metrics.intervals import two_set_intervals
 
 
 def normal(count: int, width: int = 8, shift: float = 0.0, seed: int = 0) -> Tensor:
@@ -54,6 +55,22 @@ def slow_prdc(real: Tensor, generated: Tensor, k_precision: int, k_density: int)
 def test_prdc_agrees_with_loops_over_the_definition(shift: float) -> None:
     real, generated = normal(14, 3), normal(14, 3, shift, seed=1)
     assert tuple(generation.prdc(real, generated)) == pytest.approx(slow_prdc(real, generated, 3, 5))
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["all different", "with equal images"])
+def test_intervals_agree_with_loops_that_leave_out_patients(rounded: bool) -> None:
+    real, generated = normal(12, 2), normal(12, 2, 0.5, seed=1)
+    if rounded:
+        real, generated = real.round(), generated.round()
+    patients = [0, 0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 5]
+
+    def slow(kept_real: Tensor, kept_generated: Tensor) -> Tensor:
+        return torch.tensor(slow_prdc(real[kept_real], generated[kept_generated], 3, 5))
+
+    expected = two_set_intervals(slow, 12, 12, patients, patients)
+    found = generation.prdc_intervals(real, generated, patients, patients)
+    for interval, exact in zip(found.values(), expected, strict=True):
+        assert tuple(interval) == pytest.approx(tuple(exact))
 
 
 @pytest.mark.parametrize(

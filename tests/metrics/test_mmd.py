@@ -138,7 +138,7 @@ def test_a_set_of_mostly_equal_images_has_a_bandwidth_too(other: tuple[float, fl
 
 def test_kid_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = kid(normal(20), normal(30, seed=1))
-    monkeypatch.setattr(mmd, "_ROWS_PER_BLOCK", 7)
+    monkeypatch.setattr(mmd, "_VALUES_PER_BLOCK", 7 * 30)
     assert kid(normal(20), normal(30, seed=1)) == pytest.approx(whole)
 
 
