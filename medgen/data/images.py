@@ -6,7 +6,8 @@ sets of images and figures show a volume by its three middle planes.
 Shapes: N images, C channels, H W height and width, D depth of volumes, S their longest side.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 import torch
@@ -101,3 +102,18 @@ def split_images(images: Images, size: int) -> Iterator[Tensor]:
     """Yield the images in order, `size` at a time."""
     for start in range(0, len(images), size):
         yield images[start : start + size]
+
+
+def join_rows(parts: Iterable[Tensor], count: int) -> Tensor:
+    """The rows of `parts` (B, ...), one or more, one after another: (count, ...).
+
+    Each part is copied as it comes. If the parts were kept until the end, the large tensors from which they were
+    computed would leave gaps between them that are too small for the next, and the process would grow each time.
+    """
+    parts = iter(parts)
+    first = next(parts)
+    rows, end = first.new_empty(count, *first.shape[1:]), 0
+    for part in chain([first], parts):
+        rows[end : end + len(part)] = part
+        end += len(part)
+    return rows

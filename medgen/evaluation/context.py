@@ -16,7 +16,16 @@ from torch import Tensor
 
 from medgen.config import Evaluate, Project, unknown_name
 from medgen.console import warn
-from medgen.data.images import Images, StoredPlanes, middle_planes, side_by_side, split_images, to_floats, to_stored
+from medgen.data.images import (
+    Images,
+    StoredPlanes,
+    join_rows,
+    middle_planes,
+    side_by_side,
+    split_images,
+    to_floats,
+    to_stored,
+)
 from medgen.data.store import Split, Store
 from medgen.datasets.weights import WEIGHTS, checked_weights
 from medgen.errors import UserError
@@ -261,7 +270,7 @@ def map_rows(context: EvaluationContext, count: int, function: Callable[[Tensor]
     batches = own_batches(context.world, count, context.params.batch_size)
     if not batches:  # more processes than batches; the first row gives the shape
         return context.world.concat(function(torch.arange(1))[:0])
-    return context.world.concat(torch.cat([function(rows) for rows in batches]))
+    return context.world.concat(join_rows(map(function, batches), sum(map(len, batches))))
 
 
 def own_batches(world: World, count: int, batch_size: int) -> Sequence[Tensor]:
@@ -280,7 +289,7 @@ def extract_features(extractor: DomainExtractor, images: Images, batch_size: int
     """Domain features (N, 128), on the CPU, of images (N, C, H, W) as stored."""
     device = extractor.mean.device
     parts = split_images(images, batch_size)
-    return torch.cat([extractor(to_floats(part.to(device))).cpu() for part in parts])
+    return join_rows((extractor(to_floats(part.to(device))).cpu() for part in parts), len(images))
 
 
 def labels_of(split: Split) -> Tensor:

@@ -91,7 +91,7 @@ def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
     """Reconstruct the held-out split with the decoder, batch by batch, and compare it with the originals."""
     names, count = reconstruction.score_names(min(context.store.image_shape[1:])), len(context.held_out)
     batches, sums = own_batches(context.world, count, context.params.batch_size), _Sums(context)
-    # one array: small tensors kept between large ones would keep the memory of the large ones from being reused
+    # filled batch by batch for the reason in join_rows
     scores = torch.empty(sum(map(len, batches)), len(names), dtype=torch.float64)
     for rows in batches:
         originals, latent, decoded = reconstruct_rows(context, rows)

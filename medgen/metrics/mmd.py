@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medgen.data.images import join_rows
 from medgen.metrics.generation import subsample
 from medgen.metrics.intervals import Groups, Interval, group_rows, leave_out_variance, mean_variance
 
@@ -158,4 +159,4 @@ def _within_set(images: Tensor, kernel: Kernel, members: list[Tensor], between: 
 def _row_sums(left: Tensor, right: Tensor, kernel: Kernel) -> Tensor:
     """Sums (N,) over `right` (M, D) of the kernel with each row of `left` (N, D)."""
     blocks = torch.split(left, max(1, _VALUES_PER_BLOCK // len(right)))
-    return torch.cat([kernel(rows, right).sum(dim=1) for rows in blocks])
+    return join_rows((kernel(rows, right).sum(dim=1) for rows in blocks), len(left))
