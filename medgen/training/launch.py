@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -124,8 +126,17 @@ def work(command: Callable[[], None]) -> int:
     except SystemExit as stop:
         code = stop.code or 0
     launcher = multiprocessing.parent_process()
-    if isinstance(code, int) and code in JOINT_CODES and launcher is not None and launcher.is_alive():
+    if isinstance(code, int) and code in JOINT_CODES and launcher is not None:
+        threading.Thread(target=exit_after, args=(launcher, code), daemon=True).start()
         return code
     if code == UserError.exit_code and int(os.environ["LOCAL_RANK"]):
         time.sleep(SECONDS_FOR_MAIN)
     sys.exit(code)  # type: ignore[arg-type]  # as it came
+
+
+def exit_after(launcher: BaseProcess, code: int) -> None:
+    """End this process when the launcher has ended; torch lets it wait for a killed one for ever."""
+    launcher.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

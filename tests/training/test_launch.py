@@ -110,6 +110,32 @@ def test_an_error_of_the_user_is_one_message_and_exit_code_2(command, tmp_path):
     assert not left, "of temporary files only the compiler's cache stays"
 
 
+ORPHAN = """
+import multiprocessing, os, signal, threading
+from medgen.training.launch import work
+def process(returned):
+    work(lambda: None)
+    returned.set()
+    threading.Event().wait()  # as torch does until the launcher has read the result
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    returned = spawn.Event()
+    child = spawn.Process(target=process, args=(returned,))
+    child.start()
+    returned.wait()
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_that_is_done_ends_if_the_launcher_is_killed_before_it_reads_the_result(tmp_path):
+    (tmp_path / "main.py").write_text(ORPHAN)
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run([sys.executable, "main.py"], cwd=tmp_path, stdout=log, stderr=log, check=False)
+    pid = int((tmp_path / "log").read_text())
+    assert not psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], 60)[1]
+
+
 def test_auto_is_one_process_for_each_gpu_that_gets_an_equal_share(monkeypatch):
     def count(stage, num_nodes=1, **sections):
         return num_processes(Params.model_validate(sections), stage, num_nodes)
