@@ -3,13 +3,14 @@
 Shapes: N images, C channels, H W height and width.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from medgen.config import seed_of
-from medgen.data.images import StoredImages, middle_planes, to_floats
+from medgen.data.images import StoredImages, join_rows, middle_planes, to_floats
 from medgen.evaluation.context import (
     EvaluationContext,
     FeatureSets,
@@ -91,12 +92,14 @@ def evaluate_reconstructions(context: EvaluationContext) -> Reconstructions:
     """Reconstruct the held-out split with the decoder, batch by batch, and compare it with the originals."""
     names, count = reconstruction.score_names(min(context.store.image_shape[1:])), len(context.held_out)
     batches, sums = own_batches(context.world, count, context.params.batch_size), _Sums(context)
-    # filled batch by batch for the reason in join_rows
-    scores = torch.empty(sum(map(len, batches)), len(names), dtype=torch.float64)
-    for rows in batches:
+
+    def score(rows: Tensor) -> Tensor:
         originals, latent, decoded = reconstruct_rows(context, rows)
-        scores[rows - batches[0][0]] = reconstruction.score_images(to_floats(originals), decoded)
         sums.add(originals, latent, context.to_stored(decoded))
+        return reconstruction.score_images(to_floats(originals), decoded)
+
+    none = torch.empty(0, len(names), dtype=torch.float64)  # all that a process without a batch has
+    scores = join_rows(chain([none], map(score, batches)), sum(map(len, batches)))
     columns = dict(zip(names, context.world.concat(scores).unbind(dim=1), strict=True))
     metrics = {f"reconstruction/{name}": float(values.mean()) for name, values in columns.items()}
     metrics |= interval_metrics("reconstruction", {"ssim": mean_interval(columns["ssim"], context.patients)})

@@ -137,6 +137,8 @@ def work(command: Callable[[], None]) -> int:
 def exit_after(launcher: BaseProcess, code: int) -> None:
     """End this process when the launcher has ended; torch lets it wait for a killed one for ever."""
     launcher.join()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also if nobody reads the output any more
+        os._exit(code)
